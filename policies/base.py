@@ -1,0 +1,226 @@
+"""The interface between a policy and whatever runs it: the decoder on real models, or the simulator on traces.
+
+A step goes: ``decide(context)``, then after each drafted token ``proceed(...)`` if the decision asked for it, then
+``submit(...)``, then verification, and some time later (in batches, out of order, perhaps twice) ``learn(decision,
+outcome)``. A policy sees only what exists at the time of each call.
+
+Units: times are seconds, entropies bits, confidences probabilities, margins logits, lengths tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+State: TypeAlias = dict[str, np.ndarray]
+
+#: Speculation lengths that arm-based policies choose from by default.
+ARMS: tuple[int, ...] = (0, 1, 2, 4, 6, 8, 12, 16)
+MAX_GAMMA = 16
+
+#: Columns of a signals array, one row per drafted token.
+ENTROPY, CONFIDENCE, MARGIN, NGRAM = range(4)
+N_SIGNALS = 4
+
+#: MLP16's code for a compression level (design of the released weights).
+LEVEL_CODES = {"fp16": 0.0, "int8": 1.0, "nf4": 2.0}
+
+
+class PolicyError(ValueError):
+    """Bad policy name, option or state; the message is one line that says what to do."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What is known before anything is drafted in a step.
+
+    The four signal summaries are *lagged*: they describe the tokens drafted in the latest earlier step of the same
+    sequence that drafted any, and hold neutral values before that.
+
+    Attributes
+    ----------
+    level : str
+        Compression level of the target, e.g. ``"nf4"``.
+    task : str
+        Task label of the prompt, empty if unknown.
+    step, position, context_length : int
+        Steps taken and tokens produced so far for this prompt; tokens in the target's context.
+    max_gamma : int
+        Most tokens that this step may draft (less near the end of the budget).
+    last_drafted, last_accepted : int
+        Outcome of the step before; zero at the first step.
+    acceptance : float
+        Exponentially weighted accepted/tested of this sequence.
+    mean_entropy, mean_confidence, max_entropy, min_confidence : float
+        Lagged signals (bits, probability).
+    """
+
+    level: str = "fp16"
+    task: str = ""
+    step: int = 0
+    position: int = 0
+    context_length: int = 0
+    max_gamma: int = MAX_GAMMA
+    last_drafted: int = 0
+    last_accepted: int = 0
+    acceptance: float = 0.5
+    mean_entropy: float = 2.0
+    mean_confidence: float = 0.5
+    max_entropy: float = 4.0
+    min_confidence: float = 0.25
+
+
+@dataclass(slots=True)
+class Decision:
+    """What a policy wants done in one step.
+
+    Attributes
+    ----------
+    id : int
+        Unique among all decisions of a run, see :meth:`Policy.new_id`; ``learn`` is idempotent by it.
+    gamma : int
+        Most tokens to draft; 0 is plain decoding.
+    stops : bool
+        True if :meth:`Policy.proceed` is to be asked after each drafted token but the last.
+    propensity : float
+        Probability with which this gamma was chosen, 1 for deterministic policies.
+    policy_version : int
+        Version of the statistics that made the choice.
+    features : ndarray or None
+        What ``learn`` needs to know of the context.
+    drafter : str
+        Which drafter to use, empty for the default one.
+    """
+
+    id: int
+    gamma: int
+    stops: bool = False
+    propensity: float = 1.0
+    policy_version: int = 0
+    features: np.ndarray | None = None
+    drafter: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step turned out to be.
+
+    Attributes
+    ----------
+    drafted, accepted : int
+        k and n. ``accepted <= drafted``.
+    tested : int
+        Positions whose label is known: ``n + 1`` after a rejection, else ``n`` (also where an accepted end-of-sequence
+        token cut the step short).
+    produced : int
+        Tokens that the step added to the output: ``n + 1`` unless the end was reached.
+    seconds, draft_seconds, verify_seconds : float
+        Whole step and its two main parts.
+    level : str
+        Compression level, for policies that keep a cost model per level.
+    context_length : int
+        As in the context of the decision.
+    signals : ndarray, shape (drafted, N_SIGNALS)
+        Signals of every drafted token.
+    """
+
+    drafted: int
+    accepted: int
+    tested: int
+    produced: int
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    level: str = "fp16"
+    context_length: int = 0
+    signals: np.ndarray = field(default_factory=lambda: np.empty((0, N_SIGNALS)))
+
+    @property
+    def rejected(self) -> bool:
+        """True if the target refused a drafted token."""
+        return self.tested > self.accepted
+
+
+class Policy(ABC):
+    """Base class of all policies: implement :meth:`decide`, and :meth:`learn` if the policy adapts.
+
+    Parameters
+    ----------
+    seed : int
+        Seeds ``self.rng``, the policy's only source of randomness.
+    worker : int
+        Distinguishes the decision ids of copies of a policy that run side by side.
+    """
+
+    #: One line for ``speckv policies``.
+    summary: ClassVar[str] = ""
+    #: True if the policy changes with what it observes.
+    learns: ClassVar[bool] = False
+
+    def __init__(self, *, seed: int = 0, worker: int = 0) -> None:
+        self.rng = np.random.default_rng([seed, worker])
+        self.version = 0
+        self._id = worker << 40
+        self._learnt: set[int] = set()
+        self._order: deque[int] = deque()
+
+    def new_id(self) -> int:
+        """Return a fresh decision id."""
+        self._id += 1
+        return self._id
+
+    def first_time(self, id: int, memory: int = 65_536) -> bool:
+        """Return True the first time that an id is seen; the latest ``memory`` ids are remembered."""
+        if id in self._learnt:
+            return False
+        self._learnt.add(id)
+        self._order.append(id)
+        if len(self._order) > memory:
+            self._learnt.discard(self._order.popleft())
+        return True
+
+    def begin(self, context: Context) -> None:
+        """Start a new prompt; per-sequence state is reset here."""
+
+    @abstractmethod
+    def decide(self, context: Context) -> Decision:
+        """Choose what to do in a step. The context object is reused by the caller: copy what must be kept."""
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        """Return whether to draft another token, given the signals of the ``drafted`` ones (rows of ``signals``)."""
+        return True
+
+    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+        """Return how many of the drafted tokens to send to the target."""
+        return drafted
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        """Take in the outcome of a decision; a second call with the same id changes nothing."""
+
+    def pmf(self, context: Context) -> np.ndarray | None:
+        """Probability of each arm in :data:`ARMS` (or the policy's own ``arms``); None where the policy has no arms."""
+        return None
+
+    def state_dict(self) -> State:
+        """Everything that was learnt, as arrays; ``{}`` for policies that do not learn."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore :meth:`state_dict`'s arrays; raises :class:`PolicyError` if they do not fit."""
+        if state:
+            raise PolicyError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}")
+
+    def take_delta(self) -> State:
+        """Return the additive statistics gathered since the last call (empty if the policy has none to share)."""
+        return {}
+
+    def merge(self, delta: State) -> None:
+        """Add another copy's statistics, as :meth:`take_delta` returned them."""
+
+    def info(self) -> dict[str, Any]:
+        """Small facts for reports, e.g. the current estimate of the best rate."""
+        return {}
