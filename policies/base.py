@@ -124,6 +124,9 @@ class Outcome:
         Compression level, for policies that keep a cost model per level.
     context_length : int
         As in the context of the decision.
+    caught_up : int
+        Extra context tokens that the drafter had to read first, because it lagged behind: such a step's draft time is not
+        typical.
     signals : ndarray, shape (drafted, N_SIGNALS)
         Signals of every drafted token.
     """
@@ -137,6 +140,7 @@ class Outcome:
     verify_seconds: float = 0.0
     level: str = "fp16"
     context_length: int = 0
+    caught_up: int = 0
     signals: np.ndarray = field(default_factory=lambda: np.empty((0, N_SIGNALS)))
 
     @property

@@ -1,0 +1,107 @@
+"""What proposes tokens: a drafter holds one sequence and drafts one token at a time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
+from transformers import PreTrainedModel
+
+from speckv_online.kvcache import KVCache
+from speckv_online.ngram import NgramIndex
+
+_LOG2 = 0.6931471805599453
+
+
+class Drafter(Protocol):
+    """Interface of a drafter: ``begin``, then in each step ``draft`` as often as wanted, ``end`` and ``extend``."""
+
+    #: Most tokens (context and drafts together) that the drafter can hold.
+    max_length: int
+
+    @property
+    def lag(self) -> int:
+        """Context tokens that the drafter has not read yet; at least 1 (the latest) before the first draft of a step."""
+
+    def begin(self, tokens: list[int], capacity: int) -> None:
+        """Start a sequence with these context tokens, which may grow to about ``capacity``."""
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Propose the token after the context and this step's drafts; write its signals into ``signals`` (N_SIGNALS,)."""
+
+    def end(self, accepted: int) -> None:
+        """Forget this step's drafts, of which the first ``accepted`` are about to be confirmed by ``extend``."""
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append tokens that the target settled on to the context."""
+
+
+class ModelDrafter:
+    """Drafts greedily with a causal language model.
+
+    The model's cache may lag behind the context (after steps that drafted nothing, and before the first draft of a
+    sequence): the next draft feeds all missing tokens in one forward.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Decoder-only model in eval mode.
+    vocab_size : int
+        Size of the target's vocabulary: ids beyond it (padding of a larger embedding) are never proposed.
+    head_ids : Tensor, shape (rows,), optional
+        Where the model's head covers only some tokens: the token id of each of its rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, head_ids: torch.Tensor | None = None) -> None:
+        self.model = model
+        self.rows = vocab_size if head_ids is None else len(head_ids)
+        self.head_ids = None if head_ids is None else head_ids.tolist()
+        self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+
+    def begin(self, tokens: list[int], capacity: int) -> None:
+        """Start a sequence; nothing is fed to the model before the first draft."""
+        self.cache = KVCache(int(self.model.config.num_hidden_layers), capacity)
+        self.context: list[int] = list(tokens)
+        self.drafted: list[int] = []
+        self.ngrams = NgramIndex(tokens)
+
+    @property
+    def lag(self) -> int:
+        """Context tokens that the cache does not hold."""
+        return len(self.context) - len(self.cache)
+
+    def logits(self) -> torch.Tensor:
+        """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
+        have, n = len(self.cache), len(self.context)
+        missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
+        ids = torch.tensor([missing], device=self.model.device)
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[0, -1, : self.rows].float()
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Draft one token: entropy in bits, confidence, margin in logits, n-gram agreement."""
+        logits = self.logits()
+        top, rows = logits.topk(2)
+        p = logits.softmax(-1)
+        entropy = torch.special.entr(p).sum()
+        # One transfer for everything that the host needs; a row index is exact in fp32.
+        first, second, row, nats, confidence = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax())).tolist()
+        token = int(row) if self.head_ids is None else self.head_ids[int(row)]
+        signals[ENTROPY] = nats / _LOG2
+        signals[CONFIDENCE] = confidence
+        signals[MARGIN] = first - second
+        signals[NGRAM] = self.ngrams.signal(self.drafted, token)
+        self.drafted.append(token)
+        return token
+
+    def end(self, accepted: int) -> None:
+        """Drop the cache entries of rejected drafts."""
+        self.cache.truncate(min(len(self.cache), len(self.context) + accepted))
+        self.drafted = []
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append settled tokens to the context."""
+        self.context += tokens
+        self.ngrams.extend(tokens)

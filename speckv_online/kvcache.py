@@ -1,0 +1,82 @@
+"""A key-value cache for one sequence whose growth and cropping copy nothing.
+
+transformers' ``DynamicCache`` concatenates, and so copies, the whole cache at every forward. Here each layer writes into a
+buffer that doubles when it is full, attention reads a view of its used part, and cropping lowers a counter. Every layer
+keeps all positions: the models' own masks implement sliding windows, so cropping is exact for them too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, shape (1, heads, used, head_dim)."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.used = capacity, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[-1]))
+        self.values = value_states.new_empty((*value_states.shape[:2], self.capacity, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.used = self.used, self.used + key_states.shape[-2]
+        if self.used > self.capacity:
+            self.capacity = max(2 * self.capacity, self.used)
+            keys, values = self.keys, self.values
+            self.lazy_initialization(key_states, value_states)
+            self.keys[..., :start, :], self.values[..., :start, :] = keys[..., :start, :], values[..., :start, :]
+        self.keys[..., start : self.used, :] = key_states
+        self.values[..., start : self.used, :] = value_states
+        return self.keys[..., : self.used, :], self.values[..., : self.used, :]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.used + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.used = 0
+
+
+class KVCache(Cache):
+    """Cache of one sequence for a decoder-only model with ``layers`` attention layers.
+
+    Parameters
+    ----------
+    layers : int
+        Number of layers of the model.
+    capacity : int
+        Tokens to make room for at first; the buffers grow when they have to.
+    """
+
+    def __init__(self, layers: int, capacity: int = 256) -> None:
+        super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
+
+    def __len__(self) -> int:
+        return int(self.layers[0].used)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens; a longer length than the cache's own is an error."""
+        if not 0 <= length <= len(self):
+            raise ValueError(f"cannot truncate a cache of {len(self)} tokens to {length}")
+        for layer in self.layers:
+            layer.used = length

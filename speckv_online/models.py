@@ -1,0 +1,194 @@
+"""Model pairs: where the weights come from, and how a target and its draft are loaded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from speckv_online.drafters import ModelDrafter
+from speckv_online.errors import UserError
+from speckv_online.levels import Level, get_level
+from speckv_online.shipped_draft import load_shipped_draft
+from speckv_online.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
+
+DEFAULT_PAIR = "smollm2"
+
+
+@dataclass
+class LoadedPair:
+    """A target at some level with its drafter.
+
+    Attributes
+    ----------
+    target : PreTrainedModel
+    drafter : ModelDrafter
+    tokenizer : PreTrainedTokenizerBase
+    level : Level
+    device : torch.device
+    revision : dict
+        Where each model came from, for reports.
+    """
+
+    target: PreTrainedModel
+    drafter: ModelDrafter
+    tokenizer: PreTrainedTokenizerBase
+    level: Level
+    device: torch.device
+    revision: dict[str, str]
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Return the device called ``device``; ``auto`` is CUDA where there is a GPU, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as e:
+        raise UserError(f"unknown device {device!r}: use auto, cpu or cuda") from e
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found: use --device cpu")
+    return chosen
+
+
+def _quiet_bitsandbytes() -> None:
+    # On a CPU it warns once per layer and call that inputs are cast, which is what the level asks for.
+    warnings.filterwarnings("ignore", message=r"MatMul8bitLt: inputs will be cast")
+
+
+def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
+    """Call ``kind.from_pretrained`` and turn what a user can put right into one line. Only safetensors, no remote code."""
+    try:
+        return kind.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, KeyError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"cannot load {source!r}: {reason[:300]}") from e
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model id or folder."""
+    return _from_pretrained(AutoTokenizer, source)
+
+
+def load_target(source: str | Path, level: str | Level, device: str = "auto") -> PreTrainedModel:
+    """Load a model at a compression level, in eval mode.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder or model id.
+    level : str or Level
+        See :mod:`speckv_online.levels`.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+    """
+    level = get_level(level) if isinstance(level, str) else level
+    where = pick_device(device)
+    _quiet_bitsandbytes()
+    arguments = level.load_arguments(where)
+    model = _from_pretrained(AutoModelForCausalLM, str(source), use_safetensors=True, **arguments)
+    if level.widen(where):
+        model = model.float()
+    if level.quantization is None:
+        model = model.to(where)
+    return model.eval()
+
+
+def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    """Raise :class:`UserError` unless both tokenizers give the same ids to the same tokens."""
+    a, b = target.get_vocab(), draft.get_vocab()
+    if a != b:
+        different = sum(a.get(t) != i for t, i in b.items()) + sum(t not in b for t in a)
+        raise UserError(
+            f"target and draft have different tokenizers ({different} of {len(a)} tokens differ): "
+            "use a draft of the target's own family"
+        )
+
+
+def prepare(pair: str) -> Path:
+    """Make the target of a named pair ready in the cache and return its folder."""
+    if pair != DEFAULT_PAIR:
+        raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or name two models with --target and --draft")
+    return prepare_smollm2()
+
+
+def list_pairs() -> list[dict[str, Any]]:
+    """Describe the named pairs: name, what it is, whether it is cached, and where."""
+    return [
+        {
+            "name": DEFAULT_PAIR,
+            "summary": "SmolLM2-135M-Instruct with a 4-layer draft distilled from it",
+            "cached": smollm2_ready(),
+            "path": str(smollm2_dir()),
+        }
+    ]
+
+
+def load_pair(
+    pair: str = DEFAULT_PAIR,
+    *,
+    level: str | Level = "fp16",
+    device: str = "auto",
+    target: str | None = None,
+    draft: str | None = None,
+) -> LoadedPair:
+    """Load a target at a level, and its draft.
+
+    Parameters
+    ----------
+    pair : str
+        A named pair; not used where ``target`` and ``draft`` are given.
+    level : str or Level
+        Compression level of the target. The draft stays uncompressed.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+    target, draft : str, optional
+        Model ids or folders of any two models with one tokenizer.
+
+    Raises
+    ------
+    UserError
+        Unknown pair or level, a model that cannot be loaded, two different tokenizers.
+    """
+    level = get_level(level) if isinstance(level, str) else level
+    where = pick_device(device)
+    if (target is None) != (draft is None):
+        raise UserError("--target and --draft go together: give both or neither")
+    if target is not None and draft is not None:
+        tokenizer = load_tokenizer(target)
+        check_tokenizers(tokenizer, load_tokenizer(draft))
+        big = load_target(target, level, device)
+        dtype = torch.float32 if where.type == "cpu" else torch.float16
+        small = _from_pretrained(AutoModelForCausalLM, draft, use_safetensors=True, dtype=dtype).to(where).eval()
+        revision = {"target": _revision(big, target), "draft": _revision(small, draft)}
+        return LoadedPair(big, ModelDrafter(small, big.config.vocab_size), tokenizer, level, where, revision)
+    folder = prepare(pair)
+    big = load_target(folder, level, device)
+    small, head_ids, draft_hash = load_shipped_draft(folder, where)
+    revision = {"target": f"{pair}:{folder.name}", "draft": f"{pair}:sha256:{draft_hash[:16]}"}
+    drafter = ModelDrafter(small, big.config.vocab_size, head_ids)
+    return LoadedPair(big, drafter, load_tokenizer(str(folder)), level, where, revision)
+
+
+def _revision(model: PreTrainedModel, source: str) -> str:
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"{source}@{commit}" if commit else source
+
+
+def model_config(source: str | Path) -> Any:
+    """Return the configuration of a model without loading its weights."""
+    return _from_pretrained(AutoConfig, str(source))
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a user's message, in the model's chat format if it has one."""
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(rendered, add_special_tokens=False).input_ids)
+    return list(tokenizer(text).input_ids)

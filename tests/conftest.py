@@ -1,0 +1,87 @@
+"""Tiny random models for quick tests, and the real pair for the slow ones."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# Small tests must neither reach for a model hub nor take cores from each other.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from speckv_online.drafters import ModelDrafter
+from speckv_online.models import LoadedPair, load_pair
+
+EOS = 0
+
+
+def tiny_tokenizer(words: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: <eos>, the 256 bytes, and ``words`` made-up extra tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<eos>", *alphabet, *(f"<extra{i}>" for i in range(words))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def tiny_llama(seed: int = 0, layers: int = 3, vocab: int = 260, positions: int = 512, **options: object) -> PreTrainedModel:
+    """A random Llama with grouped-query attention, in fp32; its answers do not settle into one token."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=positions, eos_token_id=EOS, bos_token_id=None, pad_token_id=EOS,
+        tie_word_embeddings=False, initializer_range=0.15, **options,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def perturbed(model: PreTrainedModel, scale: float, seed: int = 1) -> PreTrainedModel:
+    """A copy of a model with noise on its weights: a draft that is right some of the time."""
+    import copy
+
+    torch.manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn_like(p) * scale * p.std())
+    return other
+
+
+@dataclass
+class TinyPair:
+    """Folders of a saved tiny target and draft, and the models themselves."""
+
+    target_dir: Path
+    draft_dir: Path
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+    def drafter(self) -> ModelDrafter:
+        return ModelDrafter(self.draft, self.target.config.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    """A tiny pair on disk: ``--target target_dir --draft draft_dir`` works with it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tiny_tokenizer()
+    target = tiny_llama()
+    draft = perturbed(target, 0.15)
+    for name, model in (("target", target), ("draft", draft)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return TinyPair(folder / "target", folder / "draft", target, draft, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def real_pair() -> LoadedPair:
+    """The default pair in fp32; only for tests marked ``slow``."""
+    return load_pair(level="fp32", device="cpu")

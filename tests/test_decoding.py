@@ -1,0 +1,222 @@
+"""Speculation must never change what the target would have said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from policies.base import ENTROPY, N_SIGNALS, Context, Decision, Outcome, Policy
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.drafters import ModelDrafter
+from speckv_online.errors import UserError
+from speckv_online.lossless import check_greedy
+from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
+
+
+class Scripted(Policy):
+    """Asks for the gammas of a list, over and over, and records what it is told."""
+
+    def __init__(self, gammas: list[int], stops: bool = False, **options: int) -> None:
+        super().__init__(**options)
+        self.gammas, self.stops = gammas, stops
+        self.contexts: list[tuple[int, int, int, int]] = []
+        self.outcomes: list[Outcome] = []
+
+    def decide(self, context: Context) -> Decision:
+        self.contexts.append((context.step, context.position, context.context_length, context.max_gamma))
+        return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)], stops=self.stops)
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        return bool(signals[drafted - 1, ENTROPY] < 2.0)
+
+    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+        return max(drafted - 1, 1)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+
+def plain(target: PreTrainedModel, prompt: list[int], n: int) -> list[int]:
+    """Transformers' own greedy decoding."""
+    ids = torch.tensor([prompt])
+    out = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n)
+    return out[0, len(prompt) :].tolist()
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 257, length).tolist()
+
+
+@pytest.mark.parametrize("draft", ["right", "wrong", "near", "random"])
+@pytest.mark.parametrize("gammas", [[0], [1], [4], [16], list(range(17)), [0] * 9 + [8]], ids=str)
+def test_greedy_identity(tiny_pair: TinyPair, draft: str, gammas: list[int]) -> None:
+    target = tiny_pair.target
+    model = {
+        "right": lambda: target,
+        "wrong": lambda: negated(target),
+        "near": lambda: tiny_pair.draft,
+        "random": lambda: tiny_llama(seed=9, layers=1),
+    }[draft]()
+    policy = Scripted(gammas)
+    decoder = SpeculativeDecoder(target, ModelDrafter(model, target.config.vocab_size), policy)
+    for seed, length in enumerate((1, 2, 40)):
+        prompt = prompt_of(length, seed)
+        out = decoder.generate(prompt, 48)
+        assert out.tokens == plain(target, prompt, 48)
+        assert sum(s.produced for s in out.steps) == len(out.tokens)
+        assert decoder.policy.faults == 0
+    drafted, accepted = (sum(getattr(o, f) for o in policy.outcomes) for f in ("drafted", "accepted"))
+    if draft == "right":
+        assert accepted == drafted
+    if draft == "wrong":
+        assert accepted == 0
+
+
+def negated(target: PreTrainedModel) -> PreTrainedModel:
+    """The target with its head turned round: it always proposes the least likely token."""
+    model = perturbed(target, 0.0)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    return model
+
+
+def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
+    policy = Scripted([4, 0, 8, 2])
+    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy, level="fp32")
+    prompt = prompt_of(20)
+    out = decoder.generate(prompt, 40)
+    position = 0
+    for record, outcome, seen in zip(out.steps, policy.outcomes, policy.contexts, strict=True):
+        step, at, context_length, max_gamma = seen
+        assert (step, at, context_length) == (record.step, position, len(prompt) + position)
+        assert record.drafted == min(record.gamma, max_gamma) == outcome.drafted
+        assert record.accepted <= record.tested <= record.drafted
+        assert outcome.rejected == (record.accepted < record.drafted)
+        assert record.produced == record.accepted + 1
+        assert outcome.signals.shape == (record.drafted, N_SIGNALS)
+        assert record.seconds >= record.draft_seconds + record.verify_seconds > 0
+        assert record.decide_seconds > 0
+        position += record.produced
+    assert position == 40
+    assert policy.outcomes[0].caught_up == len(prompt) - 1
+
+
+def test_signals_are_the_drafts_own(tiny_pair: TinyPair) -> None:
+    """Entropy, confidence and margin against a direct computation in double precision."""
+    policy = Scripted([3])
+    prompt = prompt_of(12)
+    SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy).generate(prompt, 1 + 3)
+    with torch.inference_mode():
+        logits = tiny_pair.draft(torch.tensor([prompt])).logits[0, -1, :].double()
+    p = logits.softmax(-1)
+    top = logits.topk(2).values
+    expected = [float(-(p * p.log2()).sum()), float(p.max()), float(top[0] - top[1])]
+    np.testing.assert_allclose(policy.outcomes[0].signals[0, :3], expected, rtol=1e-4)
+
+
+def test_stopping_policies_and_trimmed_drafts(tiny_pair: TinyPair) -> None:
+    policy = Scripted([12], stops=True)
+    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy)
+    prompt = prompt_of(10, 3)
+    assert decoder.generate(prompt, 60).tokens == plain(tiny_pair.target, prompt, 60)
+    assert decoder.policy.faults == 0
+    lengths = {o.drafted for o in policy.outcomes}
+    assert len(lengths) > 1
+    assert max(lengths) < 12
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 3, 8, 16])
+@pytest.mark.parametrize("at", [0, 1, 2, 5, 9])
+def test_end_of_sequence_anywhere(tiny_pair: TinyPair, gamma: int, at: int) -> None:
+    """Whichever place of a draft the end falls on, nothing follows it."""
+    prompt = prompt_of(15, 5)
+    reference = plain(tiny_pair.target, prompt, 30)
+    eos = reference[at]
+    expected = reference[: reference.index(eos) + 1]
+    policy = Scripted([gamma])
+    for model in (tiny_pair.target, tiny_pair.draft):
+        decoder = SpeculativeDecoder(tiny_pair.target, ModelDrafter(model, 260), policy)
+        out = decoder.generate(prompt, 30, eos_ids=[eos])
+        assert out.tokens == expected
+        assert out.finish == "eos"
+        assert sum(s.produced for s in out.steps) == len(expected)
+        assert not any(o.rejected for o in policy.outcomes[-1:]) or out.steps[-1].produced == out.steps[-1].accepted + 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 40), gamma=st.integers(0, 16), length=st.integers(1, 30))
+def test_budget_is_exact(tiny_pair: TinyPair, n: int, gamma: int, length: int) -> None:
+    prompt = prompt_of(length, length)
+    out = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([gamma])).generate(prompt, n)
+    assert len(out.tokens) == n or out.tokens[-1] == EOS
+    assert all(s.drafted <= max(0, n - 1) for s in out.steps)
+
+
+def test_context_ends_at_the_models_limit() -> None:
+    target = tiny_llama(positions=64)
+    decoder = SpeculativeDecoder(target, ModelDrafter(perturbed(target, 0.1), 260), Scripted([16]))
+    prompt = prompt_of(40)
+    out = decoder.generate(prompt, 500)
+    assert len(out.tokens) == 24
+    assert out.tokens == plain(target, prompt, 24)
+    with pytest.raises(UserError, match="hold only 64"):
+        decoder.generate(prompt_of(64), 5)
+    with pytest.raises(UserError, match="empty"):
+        decoder.generate([], 5)
+
+
+def test_no_drafter_is_plain_decoding(tiny_pair: TinyPair) -> None:
+    prompt = prompt_of(9)
+    out = SpeculativeDecoder(tiny_pair.target, None, Scripted([8])).generate(prompt, 20)
+    assert out.tokens == plain(tiny_pair.target, prompt, 20)
+    assert len(out.steps) == 20
+
+
+def test_draft_with_a_padded_vocabulary_never_leaves_the_targets() -> None:
+    target = tiny_llama(vocab=260)
+    draft = tiny_llama(seed=4, vocab=320)
+    with torch.no_grad():
+        draft.lm_head.weight[260:] *= 50  # without the mask these rows would win
+    policy = Scripted([4])
+    prompt = prompt_of(8)
+    out = SpeculativeDecoder(target, ModelDrafter(draft, 260), policy).generate(prompt, 24)
+    assert out.tokens == plain(target, prompt, 24)
+
+
+def test_head_over_some_tokens_only(tiny_pair: TinyPair) -> None:
+    """A draft head with fewer rows than the vocabulary proposes through its id map."""
+    head_ids = torch.arange(0, 260, 2)
+    model = perturbed(tiny_pair.target, 0.0)
+    model.lm_head = torch.nn.Linear(64, len(head_ids), bias=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(tiny_pair.target.lm_head.weight[head_ids])
+    policy = Scripted([6])
+    prompt = prompt_of(8)
+    decoder = SpeculativeDecoder(tiny_pair.target, ModelDrafter(model, 260, head_ids), policy)
+    out = decoder.generate(prompt, 40)
+    assert out.tokens == plain(tiny_pair.target, prompt, 40)
+    rejected = [out.tokens[sum(s.produced for s in out.steps[: i + 1]) - 1] for i, s in enumerate(out.steps[:-1]) if s.accepted < s.drafted]
+    assert rejected
+    assert all(token % 2 == 1 for token in rejected)  # the same model but for the missing rows errs only there
+
+
+def test_streaming_gives_every_token_once(tiny_pair: TinyPair) -> None:
+    seen: list[int] = []
+    prompt = prompt_of(8)
+    out = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([5])).generate(prompt, 30, on_tokens=seen.extend)
+    assert seen == out.tokens
+
+
+def test_check_greedy_finds_a_wrong_token(tiny_pair: TinyPair) -> None:
+    prompt = prompt_of(8)
+    tokens = plain(tiny_pair.target, prompt, 10)
+    assert check_greedy(tiny_pair.target, prompt, tokens).identical
+    tokens[4] = (tokens[4] + 1) % 257 or 1
+    check = check_greedy(tiny_pair.target, prompt, tokens)
+    assert check.ties[0][0] == 4
+    assert check.ties[0][1] > 0
+    assert not check.within(1e-6)
