@@ -1,0 +1,77 @@
+"""What policies share that weigh tokens against measured seconds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from policies.base import ARMS, MAX_GAMMA, Decision, Outcome, Policy, PolicyError, State
+from policies.cost import HALF_LIFE, CostModel, CostPrior
+
+
+class CostAware(Policy):
+    """A policy over arms with an online cost model per compression level.
+
+    Parameters
+    ----------
+    arms : tuple of int
+        Gammas to choose from, each 0 to 16, rising.
+    objective : {'tokens_per_second', 'tokens_per_step'}
+        With ``tokens_per_second`` a step's reward is its tokens less lambda times its seconds (renewal-reward,
+        Dinkelbach); ``tokens_per_step`` ignores time.
+    cost_half_life : float
+        Steps after which a measured time counts half.
+    """
+
+    #: True if :class:`~policies.guard.SafetyGuard` goes around the policy by default.
+    guarded: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        arms: tuple[int, ...] = ARMS,
+        objective: Literal["tokens_per_second", "tokens_per_step"] = "tokens_per_second",
+        cost_half_life: float = HALF_LIFE,
+        seed: int = 0,
+        worker: int = 0,
+    ) -> None:
+        super().__init__(seed=seed, worker=worker)
+        if not arms or list(arms) != sorted(set(arms)) or arms[0] < 0 or arms[-1] > MAX_GAMMA:
+            raise PolicyError(f"arms must be different gammas from 0 to {MAX_GAMMA} in rising order, got {arms}")
+        if objective not in ("tokens_per_second", "tokens_per_step"):
+            raise PolicyError(f"objective must be tokens_per_second or tokens_per_step, got '{objective}'")
+        if not 1 <= cost_half_life < float("inf"):
+            raise PolicyError(f"cost_half_life must be at least 1 step, got {cost_half_life}")
+        self.arms = tuple(arms)
+        self.gammas = np.array(arms, dtype=float)
+        self.timed = objective == "tokens_per_second"
+        self.costs = CostModel(cost_half_life, self.arms)
+
+    def set_costs(self, level: str, prior: CostPrior) -> None:
+        """Tell the policy what is known of a level's times before the first step, e.g. from a calibration."""
+        self.costs.set_prior(level, prior)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if self.first_time(decision.id):
+            self.costs.observe(outcome)
+
+    def state_dict(self) -> State:
+        return self.costs.state()
+
+    def load_state_dict(self, state: State) -> None:
+        self.costs.load(state)
+
+    def take_delta(self) -> State:
+        return self.costs.take_delta()
+
+    def merge(self, delta: State) -> None:
+        self.costs.merge(delta)
+
+    def info(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, costs in self.costs.levels.items():
+            found[f"{name}.rate"] = float(costs.rate)
+            found[f"{name}.draft_seconds"] = float(costs.draft)
+            found[f"{name}.verify_seconds"] = [float(v) for v in costs.verify]
+        return found

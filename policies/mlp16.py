@@ -1,0 +1,215 @@
+"""SpecKV's MLP16 in numpy, its weight files, and the policy that plays it frozen (arXiv 2605.02888).
+
+The network maps (mean entropy, mean confidence, max entropy, min confidence, compression code, gamma) through 16 ReLU
+units to the acceptance rate accepted / gamma, clipped to [0, 1]. Here the four signals are the lagged ones of the
+:class:`~policies.base.Context`, because those of the step itself do not exist yet.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from policies.base import ARMS, LEVEL_CODES, Context, Decision, PolicyError
+from policies.learned import CostAware
+
+INPUTS, HIDDEN = 6, 16
+SHAPES = {"W1": (INPUTS, HIDDEN), "b1": (HIDDEN,), "W2": (HIDDEN, 1), "b2": (1,)}
+DEFAULT_WEIGHTS = Path(__file__).parent / "data" / "mlp16.npz"
+
+Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """MLP16's weights: W1 (6, 16), b1 (16,), W2 (16, 1), b2 (1,), and optionally the offline data's mean phi phi^T."""
+
+    W1: np.ndarray
+    b1: np.ndarray
+    W2: np.ndarray
+    b2: np.ndarray
+    phi_cov: np.ndarray | None = None
+
+    @property
+    def head(self) -> np.ndarray:
+        """[W2; b2], shape (17,)."""
+        return np.append(self.W2[:, 0], self.b2)
+
+    def hidden(self, x: np.ndarray) -> np.ndarray:
+        """relu(x W1 + b1) of inputs (N, 6), shape (N, 16)."""
+        return np.maximum(x @ self.W1 + self.b1, 0.0)
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Acceptance rates of inputs (N, 6), clipped to [0, 1], shape (N,)."""
+        return np.clip(self.hidden(x) @ self.W2[:, 0] + self.b2[0], 0.0, 1.0)
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Read weights from an ``.npz``; arrays ``x_mean`` and ``x_scale``, if there, are folded into W1 and b1.
+
+    Raises
+    ------
+    PolicyError
+        If the file is missing, a pickle, not an npz, lacks an array, or holds wrong shapes, NaN or infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PolicyError(f"no weights at {path}: give weights=FILE.npz, or train with python -m experiments.train")
+    if path.suffix in (".pkl", ".pickle", ".joblib") or not zipfile.is_zipfile(path):
+        raise PolicyError(
+            f"{path} is not an npz; pickles are refused because loading one can run any code: where you trust it, "
+            "export its arrays with np.savez('mlp16.npz', W1=..., b1=..., W2=..., b2=...) and give that file"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: np.asarray(file[key]) for key in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise PolicyError(f"cannot read weights from {path}: {error}") from error
+    return check_weights(arrays, str(path))
+
+
+def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
+    """Check named arrays and build :class:`Weights`; ``source`` is named in errors."""
+    shapes: dict[str, tuple[int, ...]] = dict(SHAPES)
+    shapes |= {"phi_cov": (HIDDEN + 1, HIDDEN + 1), "x_mean": (INPUTS,), "x_scale": (INPUTS,)}
+    missing = [key for key in SHAPES if key not in arrays]
+    if missing:
+        raise PolicyError(f"{source} lacks the arrays {', '.join(missing)}; MLP16 needs W1, b1, W2, b2")
+    found: dict[str, np.ndarray] = {}
+    for key in [key for key in shapes if key in arrays]:
+        value = arrays[key]
+        if value.shape != shapes[key]:
+            raise PolicyError(f"{source}: {key} has shape {value.shape}, MLP16 needs {shapes[key]}")
+        if value.dtype.kind not in "fiu" or not np.isfinite(value).all():
+            raise PolicyError(f"{source}: {key} must hold finite numbers only")
+        found[key] = value.astype(float)
+    if ("x_mean" in found) != ("x_scale" in found):
+        raise PolicyError(f"{source}: x_mean and x_scale come together or not at all")
+    W1, b1 = found["W1"], found["b1"]
+    if "x_mean" in found:
+        if not (found["x_scale"] > 0).all():
+            raise PolicyError(f"{source}: x_scale must be positive")
+        W1 = W1 / found["x_scale"][:, None]
+        b1 = b1 - found["x_mean"] @ W1
+    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"))
+
+
+def save_weights(path: str | Path, weights: Weights) -> None:
+    """Write weights to an ``.npz`` that :func:`load_weights` reads, in one move."""
+    path = Path(path)
+    arrays = {key: getattr(weights, key) for key in (*SHAPES, "phi_cov") if getattr(weights, key) is not None}
+    check_weights(arrays, "weights to save")
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    partial.replace(path)
+
+
+def level_code(level: str) -> float:
+    """MLP16's code of a compression level; a level that it never saw gets the code of the nearest number of bits."""
+    if level in LEVEL_CODES:
+        return LEVEL_CODES[level]
+    bits = [int(b) for b in re.findall(r"\d+", level) if 1 <= int(b) <= 64]
+    if not bits:
+        return 0.0
+    return min(((16, 0.0), (8, 1.0), (4, 2.0)), key=lambda known: abs(known[0] - bits[0]))[1]
+
+
+class Mlp16:
+    """MLP16 evaluated for all arms of a decision at once, with buffers that are reused from call to call.
+
+    Parameters
+    ----------
+    weights : Weights
+        Trained weights.
+    arms : sequence of int
+        The gammas to evaluate, K of them.
+    """
+
+    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS) -> None:
+        self.weights, self.arms = weights, arms
+        self._W = np.ascontiguousarray(weights.W1[:4])
+        self._gammas = np.array(arms, dtype=float)
+        self._offset: dict[str, np.ndarray] = {}
+        self._x = np.empty(4)
+        self._s = np.empty(HIDDEN)
+        #: phi(x) = [relu(x W1 + b1), 1] of every arm, shape (K, 17); overwritten by :meth:`features`.
+        self.phi = np.ones((len(arms), HIDDEN + 1))
+        self._hidden = self.phi[:, :HIDDEN]
+        self._head = weights.head
+        # Arrays rather than the scalars 0 and 1: numpy converts a scalar operand anew at every call.
+        self._zero, self._zeros, self._ones = np.zeros((len(arms), HIDDEN)), np.zeros(len(arms)), np.ones(len(arms))
+        self._rates = np.empty(len(arms))
+
+    def features(self, level: str, signals: np.ndarray) -> np.ndarray:
+        """Return :attr:`phi` for a level and the four lagged signals (mean H, mean q, max H, min q)."""
+        offset = self._offset.get(level)
+        if offset is None:
+            W1, b1 = self.weights.W1, self.weights.b1
+            offset = self._offset[level] = b1 + level_code(level) * W1[4] + np.outer(self._gammas, W1[5])
+        np.dot(signals, self._W, self._s)
+        np.add(offset, self._s, self._hidden)
+        np.maximum(self._hidden, self._zero, self._hidden)
+        return self.phi
+
+    def read(self, context: Context) -> np.ndarray:
+        """Return the context's four signals in a reused array of shape (4,)."""
+        x = self._x
+        x[0], x[1] = context.mean_entropy, context.mean_confidence
+        x[2], x[3] = context.max_entropy, context.min_confidence
+        return x
+
+    def predict(self, context: Context) -> np.ndarray:
+        """Return every arm's predicted acceptance rate, in [0, 1], shape (K,); overwritten by the next call."""
+        rates = np.dot(self.features(context.level, self.read(context)), self._head, self._rates)
+        return np.minimum(np.maximum(rates, self._zeros, rates), self._ones, rates)
+
+
+class Mlp16Policy(CostAware):
+    """Play the arm that the frozen MLP16 likes best.
+
+    Parameters
+    ----------
+    weights : str or Weights
+        An npz file; the shipped weights by default.
+    objective : {'tokens_per_second', 'tokens_per_step'}
+        ``tokens_per_step`` is the paper's: the argmax of predicted acceptance * gamma + 1. ``tokens_per_second``
+        takes the price of a step off that, in tokens: lambda * T(gamma).
+    arms : tuple of int
+        The gammas to choose from.
+    """
+
+    summary = "the pretrained MLP16, frozen (objective=tokens_per_second|tokens_per_step)"
+    positional: ClassVar[str] = "objective"
+
+    def __init__(
+        self,
+        *,
+        weights: str = "",
+        objective: Objective = "tokens_per_second",
+        arms: tuple[int, ...] = ARMS,
+        **options: Any,
+    ) -> None:
+        super().__init__(arms=arms, objective=objective, **options)
+        self.net = Mlp16(resolve_weights(weights), self.arms)
+
+    def decide(self, context: Context) -> Decision:
+        value = self.net.predict(context)
+        np.multiply(value, self.gammas, value)
+        if self.timed:
+            np.subtract(value, self.costs.level(context.level).arm_price, value)
+        gamma = self.arms[int(value.argmax())]
+        return Decision(self.new_id(), min(gamma, context.max_gamma))
+
+
+def resolve_weights(weights: str | Path | Weights) -> Weights:
+    """Return weights as given, read from a file, or the shipped ones for an empty string."""
+    if isinstance(weights, Weights):
+        return weights
+    return load_weights(weights or DEFAULT_WEIGHTS)

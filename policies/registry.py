@@ -1,0 +1,186 @@
+"""Policies by name: spec strings, their options, and policies from other packages.
+
+A spec string names a policy and sets its options:
+
+- ``fixed:4``: the one positional option of a policy, for policies that declare one (``positional``);
+- ``online:strength=200,explore=ucb``: options by name, separated by commas; both forms mix (``fixed:4,seed=1``);
+- ``mypkg.mymodule:MyPolicy`` or ``mypkg.mymodule:MyPolicy:alpha=0.5``: any importable :class:`~policies.base.Policy`;
+- names that other packages register in the entry-point group ``speckv_online.policies``.
+
+Options are the keyword parameters of the policy's constructor, and their annotations say what is accepted: ``int``,
+``float``, ``bool`` (``on``/``off``), ``str``, ``Literal[...]``, and ``tuple[int, ...]`` written ``0/2/4``.
+
+To add a policy, write one file and add one line to :data:`BUILTIN`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from policies.base import Policy, PolicyError
+
+GROUP = "speckv_online.policies"
+
+BUILTIN: dict[str, str] = {
+    "autoregressive": "policies.fixed:Autoregressive",
+    "fixed": "policies.fixed:Fixed",
+    "mlp16": "policies.mlp16:Mlp16Policy",
+}
+
+_SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+
+
+def make_policy(spec: str, **defaults: Any) -> Policy:
+    """Build the policy that a spec string describes.
+
+    Parameters
+    ----------
+    spec : str
+        See the module's docstring.
+    **defaults
+        Options used where the spec does not set them, e.g. ``seed``, ``worker``, ``weights``; those that the policy
+        does not have are left out.
+
+    Raises
+    ------
+    PolicyError
+        For an unknown name or option, or a value of the wrong type or out of range.
+    """
+    name, cls, text = _resolve(spec)
+    hints = _options(cls)
+    options = {key: value for key, value in defaults.items() if key in hints}
+    options |= _parse(name, cls, text, hints)
+    try:
+        return cls(**options)
+    except PolicyError as error:
+        raise PolicyError(f"{name}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"{name}: cannot be built from {options}: {error}") from error
+
+
+def available() -> list[tuple[str, str]]:
+    """Return (name, one-line summary) of every registered policy, sorted by name."""
+    rows = [(name, _load(target).summary) for name, target in BUILTIN.items()]
+    rows += [(name, _load(point.value).summary) for name, point in _plugins().items() if name not in BUILTIN]
+    return sorted(rows)
+
+
+def options(name: str) -> dict[str, tuple[str, Any]]:
+    """Return option -> (type, default) of a registered policy, for help texts."""
+    _, cls, _ = _resolve(name)
+    parameters = inspect.signature(cls).parameters
+    return {key: (_spell(hint), parameters[key].default) for key, hint in _options(cls).items()}
+
+
+def _resolve(spec: str) -> tuple[str, type[Policy], str]:
+    """Split a spec into (name, class, options text)."""
+    name, _, rest = spec.strip().partition(":")
+    plugins = _plugins()
+    if name in BUILTIN:
+        return name, _load(BUILTIN[name]), rest
+    if name in plugins:
+        return name, _load(plugins[name].value), rest
+    attribute, _, options = rest.partition(":")
+    if attribute.isidentifier() and all(part.isidentifier() for part in name.split(".")):
+        try:
+            return f"{name}:{attribute}", _load(f"{name}:{attribute}"), options
+        except PolicyError:
+            if "." in name:
+                raise
+    known = sorted({*BUILTIN, *plugins})
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+    raise PolicyError(f"unknown policy '{name}': {hint}")
+
+
+def _load(target: str) -> type[Policy]:
+    """Import ``module:Class``."""
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise PolicyError(f"cannot import policy {target}: no module named '{error.name}'") from error
+    except AttributeError as error:
+        raise PolicyError(f"cannot import policy {target}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise PolicyError(f"{target} is not a subclass of policies.base.Policy")
+    return found
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _options(cls: type[Policy]) -> dict[str, Any]:
+    """Return option -> type of a policy's constructor, base classes included where it passes ``**kwargs`` on."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        init = vars(base)["__init__"]
+        hints = get_type_hints(init)
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        for p in parameters:
+            if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):
+                found.setdefault(p.name, hints.get(p.name, str))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _parse(name: str, cls: type[Policy], text: str, hints: dict[str, Any]) -> dict[str, Any]:
+    """Turn the text after the name into constructor options."""
+    parsed: dict[str, Any] = {}
+    for i, item in enumerate(text.split(",") if text else []):
+        key, equals, value = item.partition("=")
+        key, value = key.strip(), value.strip()
+        if not equals:
+            positional = getattr(cls, "positional", "")
+            if i or not positional:
+                usage = f"{positional} as its first option, the others" if positional else "its options"
+                raise PolicyError(f"{name}: '{item}' is not of the form option=value; the policy takes {usage} by name")
+            key, value = positional, key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(hints)}"
+            raise PolicyError(f"{name}: unknown option '{key}': {hint}")
+        if key in parsed:
+            raise PolicyError(f"{name}: option {key} is given twice")
+        parsed[key] = _convert(f"{name}: {key}", value, hints[key])
+    return parsed
+
+
+def _convert(label: str, value: str, hint: Any) -> Any:
+    """Convert an option's text to the annotated type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        hint = next(arg for arg in args if arg is not type(None))
+        origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise PolicyError(f"{label} must be one of {', '.join(map(str, args))}, got '{value}'")
+    if hint is bool:
+        if value.lower() in _SWITCH:
+            return _SWITCH[value.lower()]
+        raise PolicyError(f"{label} must be on or off, got '{value}'")
+    try:
+        if origin is tuple:
+            return tuple(args[0](part) for part in value.split("/"))
+        return hint(value) if hint in (int, float) else value
+    except ValueError:
+        raise PolicyError(f"{label} must be {_spell(hint)}, got '{value}'") from None
+
+
+def _spell(hint: Any) -> str:
+    """Name a type in words."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "whole numbers separated by slashes (0/2/4)"
+    return {int: "a whole number", float: "a number", bool: "on or off"}.get(hint, "text")
