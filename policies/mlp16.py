@@ -137,7 +137,6 @@ class Mlp16:
         self._W = np.ascontiguousarray(weights.W1[:4])
         self._gammas = np.array(arms, dtype=float)
         self._offset: dict[str, np.ndarray] = {}
-        self._x = np.empty(4)
         self._s = np.empty(HIDDEN)
         #: phi(x) = [relu(x W1 + b1), 1] of every arm, shape (K, 17); overwritten by :meth:`features`.
         self.phi = np.ones((len(arms), HIDDEN + 1))
@@ -148,22 +147,27 @@ class Mlp16:
         self._rates = np.empty(len(arms))
 
     def features(self, level: str, signals: np.ndarray) -> np.ndarray:
-        """Return :attr:`phi` for a level and the four lagged signals (mean H, mean q, max H, min q)."""
+        """Return :attr:`phi` for a level and signals that start with mean H, mean q, max H, min q."""
         offset = self._offset.get(level)
         if offset is None:
             W1, b1 = self.weights.W1, self.weights.b1
             offset = self._offset[level] = b1 + level_code(level) * W1[4] + np.outer(self._gammas, W1[5])
-        np.dot(signals, self._W, self._s)
+        np.dot(signals[:4], self._W, self._s)
         np.add(offset, self._s, self._hidden)
         np.maximum(self._hidden, self._zero, self._hidden)
         return self.phi
 
     def read(self, context: Context) -> np.ndarray:
-        """Return the context's four signals in a reused array of shape (4,)."""
-        x = self._x
-        x[0], x[1] = context.mean_entropy, context.mean_confidence
-        x[2], x[3] = context.max_entropy, context.min_confidence
-        return x
+        """Return the context's four signals and its acceptance in a new array of shape (5,)."""
+        return np.array(
+            (
+                context.mean_entropy,
+                context.mean_confidence,
+                context.max_entropy,
+                context.min_confidence,
+                context.acceptance,
+            )
+        )
 
     def predict(self, context: Context) -> np.ndarray:
         """Return every arm's predicted acceptance rate, in [0, 1], shape (K,); overwritten by the next call."""

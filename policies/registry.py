@@ -30,6 +30,7 @@ BUILTIN: dict[str, str] = {
     "autoregressive": "policies.fixed:Autoregressive",
     "fixed": "policies.fixed:Fixed",
     "mlp16": "policies.mlp16:Mlp16Policy",
+    "online": "policies.online:Online",
 }
 
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}

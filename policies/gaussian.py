@@ -1,0 +1,180 @@
+"""Bayesian linear regression kept as additive sums, so that the statistics of many workers add up to one posterior.
+
+With features phi, labels y and a Gaussian prior of mean m0 and precision A0 (in units of the noise), the sums over rows
+A = sum phi phi^T and r = sum phi (y - phi^T m0) give the posterior mean m0 + (A0 + A)^-1 r. Forgetting multiplies A and
+r by ``discount`` per step before the step is added: A <- rho A + phi phi^T + (1 - rho) A0 with the prior counted in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.base import PolicyError, State
+
+#: Noise variance assumed before there is data: MLP16's published test error.
+PRIOR_NOISE = 0.09
+#: Rows that the assumption is worth.
+PRIOR_ROWS = 100.0
+
+
+class GaussianHead:
+    """Posterior over the weights of a linear head of dimension D.
+
+    Parameters
+    ----------
+    mean : ndarray, shape (D,)
+        Prior mean m0.
+    precision : ndarray, shape (D, D)
+        Prior precision A0 in pseudo-rows (times the noise variance gives the covariance's inverse).
+    discount : float
+        rho, what a step's weight is multiplied by at each later step; 1 never forgets.
+    noise : float
+        Noise variance; 0 estimates it from the residuals.
+
+    Attributes
+    ----------
+    mean : ndarray, shape (D,)
+        Posterior mean, as of the latest :meth:`refresh`.
+    factor : ndarray, shape (D, D)
+        F with F^T F = the posterior covariance.
+    noise : float
+        Noise variance in use. Rows of one step are near copies of each other, so the estimate is multiplied by the mean
+        number of rows per step: a step counts as one observation in the covariance.
+    """
+
+    def __init__(self, mean: np.ndarray, precision: np.ndarray, discount: float = 1.0, noise: float = 0.0) -> None:
+        self.prior_mean, self.prior_precision = mean.copy(), precision.copy()
+        self.discount, self.fixed_noise = discount, noise
+        d = len(mean)
+        # Column d of the sums is r, so that one product per step updates both; misc: rows, steps, squared residuals.
+        self._total, self._total_misc = np.zeros((d, d + 1)), np.zeros(3)
+        self._delta, self._delta_misc, self._delta_count = np.zeros((d, d + 1)), np.zeros(3), 0
+        self._block, self._outer = np.zeros((d, d + 1)), np.empty((d, d + 1))
+        self._block_rows, self._block_steps, self._block_squares = 0.0, 0.0, 0.0
+        self._row = np.empty((64, d + 1))
+        self.pending = 0
+        self.refresh()
+
+    def add(self, phi: np.ndarray, y: np.ndarray) -> None:
+        """Add one step's rows phi (m, D) with labels y (m,)."""
+        m, d = phi.shape
+        row = self._row[:m]
+        row[:, :d] = phi
+        residual = np.subtract(y, np.dot(phi, self.prior_mean))
+        row[:, d] = residual
+        if self.discount < 1.0:
+            self._block *= self.discount
+            self._block_rows *= self.discount
+            self._block_steps *= self.discount
+            self._block_squares *= self.discount
+        np.dot(phi.T, row, self._outer)
+        self._block += self._outer
+        self._block_rows += m
+        self._block_steps += 1.0
+        self._block_squares += float(np.dot(residual, residual))
+        self.pending += 1
+
+    def fold(self) -> None:
+        """Move the latest steps into the sums."""
+        if not self.pending:
+            return
+        misc = np.array([self._block_rows, self._block_steps, self._block_squares])
+        keep = self.discount**self.pending
+        for total, more in (
+            (self._total, self._block),
+            (self._total_misc, misc),
+            (self._delta, self._block),
+            (self._delta_misc, misc),
+        ):
+            total *= keep
+            total += more
+        self._delta_count += self.pending
+        self._block[:] = 0.0
+        self._block_rows = self._block_steps = self._block_squares = 0.0
+        self.pending = 0
+
+    def refresh(self) -> None:
+        """Fold, and solve for the posterior."""
+        self.fold()
+        d = len(self.prior_mean)
+        A, r = self._total[:, :d], self._total[:, d]
+        self.factor = np.linalg.inv(np.linalg.cholesky(self.prior_precision + A))
+        shift = self.factor.T @ (self.factor @ r)
+        self.mean = self.prior_mean + shift
+        rows, steps, squares = self._total_misc.tolist()
+        if self.fixed_noise:
+            self.noise = self.fixed_noise
+        else:
+            rss = max(squares - 2.0 * float(shift @ r) + float(shift @ A @ shift), 0.0)
+            variance = (PRIOR_NOISE * PRIOR_ROWS + rss) / (PRIOR_ROWS + rows)
+            self.noise = variance * (rows / steps if steps else 1.0)
+        self.factor *= self.noise**0.5
+
+    def sample(self, rng: np.random.Generator, count: int, scale: float = 1.0) -> np.ndarray:
+        """Draw heads from the posterior, shape (count, D); ``scale`` multiplies their spread."""
+        return self.mean + scale * (rng.standard_normal((count, len(self.mean))) @ self.factor)
+
+    def forget(self) -> None:
+        """Return to the prior; sums that were not handed out yet are dropped too."""
+        for array in (self._total, self._total_misc, self._delta, self._delta_misc, self._block):
+            array[:] = 0.0
+        self._block_rows = self._block_steps = self._block_squares = 0.0
+        self.pending = self._delta_count = 0
+        self.refresh()
+
+    def state(self) -> State:
+        """The sums, as arrays."""
+        self.fold()
+        return {"head.sums": self._total.copy(), "head.misc": self._total_misc.copy()}
+
+    def load(self, state: State) -> None:
+        """Restore :meth:`state`; sums that were not handed out yet are dropped."""
+        sums, misc = check_array(state, "head.sums", self._total.shape), check_array(state, "head.misc", (3,))
+        self.forget()
+        self._total[:], self._total_misc[:] = sums, misc
+        self.refresh()
+
+    def take_delta(self) -> State:
+        """The sums over the steps since the last call, and their number."""
+        self.fold()
+        delta = {
+            "head.sums": self._delta,
+            "head.misc": self._delta_misc,
+            "head.count": np.array(float(self._delta_count)),
+        }
+        self._delta, self._delta_misc, self._delta_count = np.zeros_like(self._delta), np.zeros(3), 0
+        return delta
+
+    def merge(self, delta: State) -> None:
+        """Add sums that another copy handed out, as if its steps had come after this one's."""
+        if "head.sums" not in delta:
+            return
+        self.fold()
+        sums, misc = check_array(delta, "head.sums", self._total.shape), check_array(delta, "head.misc", (3,))
+        keep = self.discount ** float(check_array(delta, "head.count", ()))
+        self._total *= keep
+        self._total += sums
+        self._total_misc *= keep
+        self._total_misc += misc
+        self.refresh()
+
+    def restore_delta(self, delta: State) -> None:
+        """Hand a taken delta back, so that the next :meth:`take_delta` includes it; the posterior stays as it is."""
+        if "head.sums" in delta:
+            self._delta += delta["head.sums"]
+            self._delta_misc += delta["head.misc"]
+            self._delta_count += int(delta["head.count"])
+
+
+def check_array(state: State, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array of a state; raises :class:`PolicyError` if it is missing, misshapen or not finite."""
+    if key not in state:
+        raise PolicyError(f"the state lacks '{key}'; it was saved by another policy or version")
+    value = np.asarray(state[key])
+    if value.shape != shape:
+        raise PolicyError(
+            f"the state's '{key}' has shape {value.shape}, expected {shape}: load it into the same policy"
+        )
+    if value.dtype.kind not in "fiub" or not np.isfinite(value).all():
+        raise PolicyError(f"the state's '{key}' must hold finite numbers only")
+    return value

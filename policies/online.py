@@ -1,0 +1,218 @@
+"""MLP16 that goes on learning: its hidden layer as features, its output layer as the prior of a Bayesian head.
+
+The head keeps predicting MLP16's quantity, every arm's acceptance rate accepted / gamma. Thompson sampling (or UCB)
+over its Gaussian posterior picks the arm with the best reward, rate * gamma + 1 - lambda * T(gamma), in tokens.
+
+A step teaches about more arms than the one played: having drafted k and accepted n, the rate of every arm up to k is
+known, min(n, g) / g, and after a rejection that of every larger arm too, n / g.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
+from policies.gaussian import GaussianHead, check_array
+from policies.learned import CostAware
+from policies.mlp16 import HIDDEN, Mlp16, Objective, resolve_weights
+
+STATE_FORMAT = 1
+#: Posterior samples per refresh; a Thompson decision picks one of them, so its propensity is exact.
+ENSEMBLE = 16
+
+
+class Online(CostAware):
+    """Thompson sampling or UCB over MLP16's features, warm-started from its weights.
+
+    Parameters
+    ----------
+    weights : str or Weights
+        An npz file; the shipped weights by default.
+    strength : float
+        How many records of the offline data the prior is worth.
+    explore : str
+        ``thompson``, ``ucb`` or ``greedy``; ``thompson:0.5`` and ``ucb:2`` scale the posterior's spread.
+    labels : {'one_sided', 'played', 'imputed'}
+        Which arms a step teaches about, see :meth:`_labels`.
+    discount : float
+        Forgetting per step, 0 < rho <= 1; the prior is re-injected as the data fades.
+    noise : float
+        Noise variance of a rate; 0 estimates it.
+    refresh : int
+        Steps between updates of the posterior that decisions use.
+    arms, objective, cost_half_life, seed, worker
+        As in :class:`~policies.learned.CostAware`.
+    """
+
+    summary = "MLP16's features with a Bayesian head that learns from every step (Thompson sampling or UCB)"
+    learns = True
+    guarded: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        weights: str = "",
+        strength: float = 200.0,
+        explore: str = "thompson",
+        labels: Literal["one_sided", "played", "imputed"] = "imputed",
+        discount: float = 1.0,
+        noise: float = 0.0,
+        refresh: int = 8,
+        objective: Objective = "tokens_per_second",
+        arms: tuple[int, ...] = ARMS,
+        **options: Any,
+    ) -> None:
+        super().__init__(arms=arms, objective=objective, **options)
+        self.explore, self.spread = _exploration(explore)
+        if not 0 < strength < float("inf"):
+            raise PolicyError(f"strength must be above zero, got {strength}")
+        if not 0 < discount <= 1:
+            raise PolicyError(f"discount must be above 0 and at most 1, got {discount}")
+        if not 0 <= noise < float("inf") or refresh < 1:
+            raise PolicyError(f"noise must not be negative and refresh at least 1, got {noise} and {refresh}")
+        if labels not in ("one_sided", "played", "imputed"):
+            raise PolicyError(f"labels must be one_sided, played or imputed, got '{labels}'")
+        self.labels, self.every = labels, refresh
+        found = resolve_weights(weights)
+        self.net = Mlp16(found, self.arms)
+        d = HIDDEN + 1
+        moments = np.eye(d) if found.phi_cov is None else found.phi_cov
+        # Units that were never active offline have no precision of their own: a little of the mean keeps A0 regular.
+        precision = strength * (moments + 0.01 * np.trace(moments) / d * np.eye(d))
+        self.head = GaussianHead(found.head, precision, discount, noise)
+        k = len(self.arms)
+        self._first = 1 if self.arms[0] == 0 else 0  # arm 0 has no acceptance rate
+        self._column = self.gammas[:, None].copy()
+        self._rates = np.empty((k, ENSEMBLE))
+        self._zeros, self._ones = np.zeros((k, ENSEMBLE)), np.ones((k, ENSEMBLE))
+        n = np.arange(17.0)[:, None]
+        self._known = np.minimum(n, self.gammas) / np.maximum(self.gammas, 1.0)  # label of each arm after n accepts
+        self._count = [sum(g <= limit for g in self.arms) for limit in range(17)]  # arms up to each limit
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.head.refresh()
+        if self.explore == "thompson":
+            self._heads = np.ascontiguousarray(self.head.sample(self.rng, ENSEMBLE, self.spread).T)
+            self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
+        self.version += 1
+
+    def _values(self, level: str, features: np.ndarray) -> np.ndarray:
+        """Reward of every arm under each sampled head (or the one optimistic or mean head), shape (K, samples)."""
+        phi = self.net.features(level, features)
+        if self.explore == "thompson":
+            rates = np.dot(phi, self._heads, self._rates)
+            np.maximum(rates, self._zeros, rates)
+            np.minimum(rates, self._ones, rates)
+        else:
+            mean = phi @ self.head.mean
+            if self.explore == "ucb":
+                mean += self.spread * np.sqrt(np.square(phi @ self.head.factor.T).sum(axis=1))
+            rates = np.clip(mean, 0.0, 1.0)[:, None]
+        np.multiply(rates, self._column, rates)
+        if self.timed:
+            np.subtract(rates, self.costs.level(level).arm_price[:, None], rates)
+        return rates
+
+    def decide(self, context: Context) -> Decision:
+        features = self.net.read(context)
+        legal = self._count[context.max_gamma] or 1
+        best = self._values(context.level, features)[:legal].argmax(axis=0)
+        if self.explore == "thompson":
+            if not self._picks:
+                self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
+            choices = best.tolist()
+            arm = choices[self._picks.pop()]
+            propensity = choices.count(arm) / ENSEMBLE
+        else:
+            arm, propensity = int(best[0]), 1.0
+        gamma = min(self.arms[arm], context.max_gamma)
+        return Decision(self.new_id(), gamma, False, propensity, self.version, features)
+
+    def pmf(self, context: Context) -> np.ndarray:
+        legal = self._count[context.max_gamma] or 1
+        best = self._values(context.level, self.net.read(context))[:legal].argmax(axis=0)
+        return np.bincount(best, minlength=len(self.arms)) / len(best)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id):
+            return
+        self.costs.observe(outcome)
+        features = decision.features
+        if features is None or not outcome.tested:
+            return
+        start, stop, y = self._labels(outcome, float(features[4]))
+        if start >= stop:
+            return
+        phi = self.net.features(outcome.level, features)
+        self.head.add(phi[start:stop], y[start:stop])
+        if self.head.pending >= self.every:
+            self._refresh()
+
+    def _labels(self, outcome: Outcome, acceptance: float) -> tuple[int, int, np.ndarray]:
+        """Return the range of arms that a step teaches about and the labels of all arms.
+
+        ``played`` takes arms up to the played one. ``one_sided`` adds the larger ones after a rejection; as they are
+        left out when nothing was rejected, their rates look lower than they are. ``imputed`` puts that right: with all
+        k accepted, a larger arm's label is what is known plus what a run of acceptances at the sequence's own
+        exponentially weighted acceptance would add.
+        """
+        n = outcome.accepted
+        y = self._known[n]
+        if outcome.rejected:
+            limit = outcome.drafted if self.labels == "played" else 16
+            return self._first, self._count[limit], y
+        stop = self._count[n]
+        if self.labels == "imputed" and n == outcome.drafted and stop < len(self.arms):
+            p = min(max(acceptance, 0.05), 0.95)
+            y = y.copy()
+            more = self.gammas[stop:]
+            y[stop:] = (n + p * (1.0 - p ** (more - n)) / (1.0 - p)) / more
+            stop = len(self.arms)
+        return self._first, stop, y
+
+    def state_dict(self) -> State:
+        return {"online.format": np.array(STATE_FORMAT)} | self.head.state() | super().state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        if int(check_array(state, "online.format", ())) != STATE_FORMAT:
+            raise PolicyError(
+                f"the state is not of format {STATE_FORMAT} of policy online: it was saved by another version"
+            )
+        self.head.load(state)
+        super().load_state_dict(state)
+        self._refresh()
+
+    def take_delta(self) -> State:
+        return self.head.take_delta() | super().take_delta()
+
+    def merge(self, delta: State) -> None:
+        self.head.merge(delta)
+        super().merge(delta)
+        self._refresh()
+
+    def sync(self, state: State) -> None:
+        """Take over merged statistics, and add again what was learnt here since the last :meth:`take_delta`."""
+        delta = self.take_delta()
+        self.load_state_dict(state)
+        self.merge(delta)
+        self.head.restore_delta(delta)
+
+    def info(self) -> dict[str, Any]:
+        return super().info() | {"noise": float(self.head.noise)}
+
+
+def _exploration(text: str) -> tuple[str, float]:
+    """Split ``explore``'s value into its name and scale."""
+    name, _, scale = text.partition(":")
+    if name not in ("thompson", "ucb", "greedy"):
+        raise PolicyError(f"explore must be thompson, ucb or greedy, got '{name}'")
+    try:
+        value = float(scale) if scale else 1.0
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise PolicyError(f"the scale in explore={text} must be a number, zero or more")
+    return name, value
