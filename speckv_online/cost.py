@@ -1,0 +1,204 @@
+"""What a step costs in seconds, per compression level: the simulator's clock.
+
+A step that drafts ``j`` tokens and submits ``k <= j`` of them costs
+
+    T = t_d * j + T_v(k + 1) + slope * (context - usual context) + t_0
+
+the linear model of speculative decoding's speed-up analyses (Leviathan et al. 2023, section 3.3), with a table where
+the verify time is not linear in its width. Times are seconds, lengths tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policies.base import MAX_GAMMA
+from speckv_online.errors import UserError
+from speckv_online.files import write_atomically
+from speckv_online.records import StepRecord
+
+FORMAT, VERSION = "speckv-cost", 1
+WIDTHS = MAX_GAMMA + 1
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """Cost of a step at one compression level; the fields are those of :class:`policies.cost.CostPrior`.
+
+    Attributes
+    ----------
+    draft_seconds : float
+        t_d, seconds per drafted token.
+    verify_seconds : tuple of float
+        T_v(1), T_v(2), ...: seconds of a target forward over that many tokens. Shorter tables are continued at their
+        last rate of growth (flat for a single entry) up to width 17.
+    overhead_seconds : float
+        t_0, seconds of everything else in a step.
+    context_seconds, context_length : float
+        Seconds that a verify takes longer per token of context beyond ``context_length`` tokens.
+    catch_up_seconds : float
+        Seconds per context token that the draft has to read before its first draft of a step, beyond the latest one:
+        the prompt, and what was produced in steps that drafted nothing.
+    """
+
+    draft_seconds: float
+    verify_seconds: tuple[float, ...]
+    overhead_seconds: float = 0.0
+    context_seconds: float = 0.0
+    context_length: float = 0.0
+    catch_up_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        table = [float(v) for v in self.verify_seconds]
+        others = [v for name, v in asdict(self).items() if name != "verify_seconds"]
+        if not table or not all(0 < v < float("inf") for v in table):
+            raise UserError(f"verify seconds must be finite and above zero, got {table}")
+        if not all(0 <= v < float("inf") for v in others):
+            raise UserError(f"the seconds and lengths of a cost table must be finite and not negative: {self}")
+        growth = max(0.0, table[-1] - table[-2]) if len(table) > 1 else 0.0
+        while len(table) < WIDTHS:
+            table.append(table[-1] + growth)
+        object.__setattr__(self, "verify_seconds", tuple(table))
+
+    def seconds(
+        self, drafted: int, submitted: int | None = None, context: float | None = None, caught_up: int = 0
+    ) -> float:
+        """Return the modelled seconds of a step.
+
+        Parameters
+        ----------
+        drafted, submitted : int
+            Tokens drafted, and how many of them the target verified (all by default).
+        context : float, optional
+            Tokens of context; ``context_length`` by default.
+        caught_up : int
+            Context tokens that the draft had to read first.
+        """
+        verify = self.verify_seconds[drafted if submitted is None else submitted]
+        if context is not None:
+            verify += self.context_seconds * (context - self.context_length)
+        catch_up = self.catch_up_seconds * caught_up if drafted else 0.0
+        return self.draft_seconds * drafted + catch_up + verify + self.overhead_seconds
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of all levels on one device.
+
+    Attributes
+    ----------
+    name : str
+        Short name for reports, e.g. ``measured``.
+    source : str
+        Where the numbers come from.
+    levels : mapping of str to LevelCost
+    """
+
+    name: str
+    levels: Mapping[str, LevelCost]
+    source: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def level(self, name: str) -> LevelCost:
+        """Return one level's cost; raises :class:`UserError` for a level that the table lacks."""
+        try:
+            return self.levels[name]
+        except KeyError:
+            known = ", ".join(self.levels)
+            raise UserError(f"cost table {self.name!r} has no level {name!r}; it has {known}") from None
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as JSON."""
+        levels = {name: asdict(cost) for name, cost in self.levels.items()}
+        document = {"format": FORMAT, "version": VERSION, "name": self.name, "source": self.source}
+        document |= {"details": dict(self.details), "levels": levels}
+        return write_atomically(path, lambda f: f.write(json.dumps(document, indent=1) + "\n"))
+
+
+#: The published release's timings: one RTX 3090, Llama-3.2-1B draft, 3B target, no KV cache, verify flat in width.
+RTX3090_RELEASE = CostTable(
+    "rtx3090-release",
+    {level: LevelCost(0.0105, (verify,)) for level, verify in (("fp16", 0.020), ("int8", 0.090), ("nf4", 0.036))},
+    source="SpecKV release (arXiv 2605.02888): one RTX 3090, Llama-3.2-1B draft, 3B target",
+)
+
+BUILT_IN = {RTX3090_RELEASE.name: RTX3090_RELEASE}
+
+
+def load_cost(spec: str | Path) -> CostTable:
+    """Return a built-in table by name, or read one from a JSON file.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown or the file is not a cost table that this version reads.
+    """
+    if str(spec) in BUILT_IN:
+        return BUILT_IN[str(spec)]
+    path = Path(spec)
+    if not path.is_file():
+        raise UserError(f"no cost table {str(spec)!r}: give a JSON file or one of {', '.join(BUILT_IN)}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise ValueError(f"expected {FORMAT} version {VERSION}")
+        levels = {name: LevelCost(**numbers) for name, numbers in document["levels"].items()}
+        return CostTable(document["name"], levels, document.get("source", ""), document.get("details", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a cost table: {error}; write one with python -m experiments.profile") from error
+
+
+def fit_level(records: Iterable[StepRecord]) -> LevelCost:
+    """Fit one level's cost to measured steps, by medians throughout, so that stalls of a busy machine do not count.
+
+    T_v has one median per width; widths that were not seen are interpolated, or continued at the average rate of
+    growth. The context slope is the median slope over pairs of steps of one width (Theil and Sen).
+
+    Raises
+    ------
+    UserError
+        If there is no record with a positive verify time.
+    """
+    rows = [(r.drafted, r.context_length, r.draft_seconds, r.verify_seconds, r.seconds) for r in records]
+    data = np.array([row for row in rows if row[3] > 0], dtype=float).reshape(-1, 5)
+    if not len(data):
+        raise UserError("no timed steps to fit a cost table to: record some with python -m experiments.profile")
+    drafted, context, draft, verify, total = data.T
+    widths = drafted.astype(int) + 1
+    centre = float(np.median(context))
+    slope = _theil_sen(widths, context, verify)
+    level = verify - slope * (context - centre)
+    seen = np.unique(widths)
+    medians = np.array([np.median(level[widths == w]) for w in seen])
+    # A verify is never cheaper for being wider: what looks so is noise of the smaller sample.
+    medians = np.maximum.accumulate(medians)
+    table = np.interp(np.arange(1, WIDTHS + 1), seen, medians)
+    growth = (medians[-1] - medians[0]) / max(1, seen[-1] - seen[0])
+    table[seen[-1] :] = medians[-1] + growth * np.arange(1, WIDTHS - seen[-1] + 1)
+    t_d = float(np.median(draft[drafted > 0] / drafted[drafted > 0])) if (drafted > 0).any() else 0.0
+    overhead = max(0.0, float(np.median(total - draft - verify)))
+    return LevelCost(t_d, tuple(float(v) for v in table), overhead, slope, centre)
+
+
+def fit_cost(records: Mapping[str, Iterable[StepRecord]], name: str = "measured", source: str = "") -> CostTable:
+    """Fit a table to measured step records, given per level."""
+    return CostTable(name, {level: fit_level(steps) for level, steps in records.items()}, source)
+
+
+def _theil_sen(groups: np.ndarray, x: np.ndarray, y: np.ndarray, pairs: int = 20_000) -> float:
+    """Median slope of y on x over random pairs of one group, zero or more; too short a range of x gives zero."""
+    if np.ptp(x) < 32:
+        return 0.0
+    rng = np.random.default_rng(0)
+    i, j = rng.integers(len(x), size=(2, pairs))
+    usable = (groups[i] == groups[j]) & (np.abs(x[i] - x[j]) >= 16)
+    if usable.sum() < 30:
+        return 0.0
+    i, j = i[usable], j[usable]
+    return max(0.0, float(np.median((y[i] - y[j]) / (x[i] - x[j]))))

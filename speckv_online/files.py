@@ -1,0 +1,52 @@
+"""Atomic file writing: a reader sees the old file or the whole new one, never a part."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from speckv_online.errors import UserError
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[Any]], Any], *, binary: bool = False) -> Path:
+    """Write a file next to its destination, flush it to disk and move it into place.
+
+    Parameters
+    ----------
+    path : str or Path
+        Destination; missing parent directories are made.
+    write : callable
+        Called with the open temporary file.
+    binary : bool
+        Open for bytes instead of UTF-8 text.
+
+    Raises
+    ------
+    UserError
+        If the destination cannot be written (no permission, no free disk, ...); nothing half-written stays behind.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(fd, "wb" if binary else "w", encoding=None if binary else "utf-8", newline=None) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; give it the mode that a plain open() would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; choose another place or free some disk") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+    return path

@@ -1,0 +1,119 @@
+"""What could have been reached, known only in hindsight: the best fixed gamma, and two bounds that see the future.
+
+None of these is a policy: each has looked at the outcomes that it is scored on. Label them as hindsight wherever they
+are shown. Goodput is tokens per modelled second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.base import MAX_GAMMA
+from speckv_online.cost import CostTable, LevelCost
+from speckv_online.simulate import Replay, replay_fixed
+from speckv_online.traces import Trace
+
+
+@dataclass(frozen=True)
+class FixedBest:
+    """Best fixed gamma of one level in hindsight, its goodput, and the goodput of every gamma tried."""
+
+    gamma: int
+    goodput: float
+    all: dict[int, float]
+
+
+def by_level(traces: Iterable[Trace]) -> dict[str, list[Trace]]:
+    """Group traces by compression level, in their order."""
+    groups: dict[str, list[Trace]] = {}
+    for trace in traces:
+        groups.setdefault(trace.level, []).append(trace)
+    return groups
+
+
+def best_fixed(
+    traces: Iterable[Trace], cost: CostTable, gammas: Sequence[int] = range(MAX_GAMMA + 1)
+) -> dict[str, FixedBest]:
+    """Return, per level, the fixed gamma with the highest goodput over all its traces (0: no drafting)."""
+    found = {}
+    for level, group in by_level(traces).items():
+        table = cost.level(level)
+        rates = {g: Replay.join([replay_fixed(t, g, table) for t in group]).goodput for g in gammas}
+        gamma = max(rates, key=lambda g: rates[g])
+        found[level] = FixedBest(gamma, rates[gamma], rates)
+    return found
+
+
+def clairvoyant(traces: Iterable[Trace], cost: CostTable, max_gamma: int = MAX_GAMMA) -> dict[str, Replay]:
+    """Replay, per level, an oracle that knows the accepted length of every draft beforehand.
+
+    It drafts the k that maximises ``tokens - rate * seconds`` of the step, where ``rate`` is its own goodput over the
+    level's traces: the fixed point of Dinkelbach's iteration for a ratio.
+    """
+    found = {}
+    for level, group in by_level(traces).items():
+        rate = 0.0
+        while True:
+            replay = Replay.join([_oracle(trace, cost.level(level), rate, max_gamma) for trace in group])
+            if replay.goodput <= rate:
+                break
+            found[level], rate = replay, replay.goodput
+    return found
+
+
+def fastest(traces: Iterable[Trace], cost: CostTable, max_gamma: int = MAX_GAMMA) -> dict[str, Replay]:
+    """Replay, per level, the sequence of k that takes the least modelled time of all, by dynamic programming.
+
+    A true bound: unlike :func:`clairvoyant` it also weighs where a step leaves off. The catching up of the draft is
+    charged as a policy would be, but not planned for.
+    """
+    return {
+        level: Replay.join([_shortest(trace, cost.level(level), max_gamma) for trace in group])
+        for level, group in by_level(traces).items()
+    }
+
+
+def _steps(trace: Trace, t: int, max_gamma: int, cost: LevelCost) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and seconds of drafting k = 0, 1, ... accepted tokens at position t; to draft more would be a waste."""
+    k = np.arange(min(int(trace.accepted[t]), max_gamma, trace.budget - t - 1) + 1)
+    tokens = np.minimum(k + 1, len(trace) - t)
+    context = len(trace.prompt) + t
+    return tokens, np.array([cost.seconds(int(j), context=context) for j in k])
+
+
+def _oracle(trace: Trace, cost: LevelCost, rate: float, max_gamma: int) -> Replay:
+    choice, t = {}, 0
+    while t < len(trace):
+        tokens, seconds = _steps(trace, t, max_gamma, cost)
+        choice[t] = int(np.argmax(tokens - rate * seconds))
+        t += int(tokens[choice[t]])
+    return _replay(trace, choice, cost)
+
+
+def _shortest(trace: Trace, cost: LevelCost, max_gamma: int) -> Replay:
+    length = len(trace)
+    least, best = np.zeros(length + 1), np.zeros(length, dtype=int)
+    for t in range(length - 1, -1, -1):
+        tokens, seconds = _steps(trace, t, max_gamma, cost)
+        total = seconds + least[t + tokens]
+        best[t] = int(np.argmin(total))
+        least[t] = total[best[t]]
+    choice, t = {}, 0
+    while t < length:
+        choice[t] = int(best[t])
+        t = min(t + choice[t] + 1, length)
+    return _replay(trace, choice, cost)
+
+
+def _replay(trace: Trace, choice: dict[int, int], cost: LevelCost) -> Replay:
+    """Steps that draft ``choice[t]`` tokens at position t, all of them accepted."""
+    position, k = np.array(list(choice)), np.array(list(choice.values()))
+    produced = np.minimum(k + 1, len(trace) - position)
+    seconds, lag = np.empty(len(k)), len(trace.prompt)
+    for i in range(len(k)):
+        seconds[i] = cost.seconds(int(k[i]), context=len(trace.prompt) + int(position[i]), caught_up=lag - 1)
+        lag = 2 if k[i] else lag + 1
+    return Replay(position, k, k, k, k, produced, k, seconds)

@@ -1,0 +1,185 @@
+"""Replaying exact traces: the steps that real decoding would take under any policy, with seconds from a cost model.
+
+The simulator makes the decoder's calls in the decoder's order (begin, decide, proceed after each drafted token but the
+last, submit, learn), so the steps agree with real greedy decoding one by one. Its seconds are modelled, not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
+from policies.fixed import Fixed
+from policies.guard import FaultGuard
+from speckv_online.cost import CostTable, LevelCost
+from speckv_online.errors import UserError
+from speckv_online.signals import History
+from speckv_online.traces import Trace
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Steps of one or more replayed traces; every array has shape (steps,).
+
+    Attributes
+    ----------
+    position : ndarray of int
+        Output position t at which each step began.
+    gamma : ndarray of int
+        What the policy asked for.
+    drafted, accepted, tested, produced : ndarray of int
+        As in a step record: ``drafted`` counts the tokens that were submitted.
+    proposed : ndarray of int
+        Tokens drafted in all, withheld ones included.
+    seconds : ndarray of float
+        Modelled seconds.
+    """
+
+    position: np.ndarray
+    gamma: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
+    tested: np.ndarray
+    produced: np.ndarray
+    proposed: np.ndarray
+    seconds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens produced."""
+        return int(self.produced.sum())
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per modelled second."""
+        return self.tokens / float(self.seconds.sum())
+
+    @classmethod
+    def join(cls, parts: Iterable[Replay]) -> Replay:
+        """Put replays one after another."""
+        parts = list(parts)
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
+
+
+class Simulator:
+    """Replays traces under one policy, which goes on learning from trace to trace.
+
+    Parameters
+    ----------
+    policy : Policy
+        Wrapped in a fault guard, as the decoder does.
+    cost : CostTable
+        Where the seconds come from.
+    max_gamma : int
+        Most tokens that any step drafts.
+
+    Examples
+    --------
+    ``Simulator(make_policy("online:seed=3"), load_cost("rtx3090-release")).run(traces).goodput``
+    """
+
+    def __init__(self, policy: Policy, cost: CostTable, max_gamma: int = MAX_GAMMA) -> None:
+        self.policy = policy if isinstance(policy, FaultGuard) else FaultGuard(policy)
+        self.cost, self.max_gamma = cost, max_gamma
+        self._signals = np.zeros((max(max_gamma, 1), N_SIGNALS))
+
+    def run(self, traces: Iterable[Trace]) -> Replay:
+        """Replay several traces in order."""
+        return Replay.join([self.replay(trace) for trace in traces])
+
+    def replay(self, trace: Trace) -> Replay:
+        """Replay one trace.
+
+        Raises
+        ------
+        UserError
+            If the trace's drafts are shorter than ``max_gamma``, or the cost table lacks its level.
+        """
+        if trace.gamma < self.max_gamma:
+            raise UserError(f"the trace drafts {trace.gamma} tokens, too few to replay gamma up to {self.max_gamma}")
+        cost, inner = self.cost.level(trace.level), self.policy.policy
+        # Nothing that a fixed gamma could observe changes what it does: no need to ask it.
+        if isinstance(inner, Fixed) and type(inner).decide is Fixed.decide and type(inner).learn is Policy.learn:
+            return replay_fixed(trace, inner.gamma, cost, self.max_gamma)
+        return self._replay(trace, cost)
+
+    def _replay(self, trace: Trace, cost: LevelCost) -> Replay:
+        policy, buffer, budget = self.policy, self._signals, trace.budget
+        decide, proceed, submit, learn = policy.decide, policy.proceed, policy.submit, policy.learn
+        end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
+        t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
+        catch_up = cost.catch_up_seconds
+        accepted, table = trace.accepted.tolist(), trace.signals.astype(float)
+        history = History(level, trace.task, len(trace.prompt))
+        context = history.context
+        policy.begin(context)
+        rows: list[tuple[int, int, int, int, int, int, int, float]] = []
+        t, lag = 0, len(trace.prompt)
+        while t < end:
+            context.max_gamma = min(self.max_gamma, budget - t - 1)
+            decision = decide(context)
+            gamma = min(decision.gamma, context.max_gamma)
+            drafts = table[t]
+            proposed = k = gamma
+            if decision.stops and gamma:
+                # Only what is drafted so far is shown, as in the decoder: later rows hold an earlier step's signals.
+                proposed = 0
+                while proposed < gamma:
+                    buffer[proposed] = drafts[proposed]
+                    proposed += 1
+                    if proposed < gamma and not proceed(decision, proposed, buffer):
+                        break
+                k = len(range(proposed)[: submit(decision, proposed, buffer)])
+            n = min(accepted[t], k)
+            whole = t + n == end  # the draft held the end-of-sequence token
+            produced = n if whole else n + 1
+            draft_seconds = t_d * proposed + catch_up * (lag - 1) if proposed else 0.0
+            verify_seconds = t_v[k] + slope * (context.context_length - usual)
+            seconds = draft_seconds + verify_seconds + t_0
+            outcome = Outcome(
+                k, n, n if whole else min(n + 1, k), produced, seconds, draft_seconds, verify_seconds, level,
+                context.context_length, lag - 1 if k else 0, drafts[:k],
+            )  # fmt: skip
+            learn(decision, outcome)
+            rows.append((t, decision.gamma, k, n, outcome.tested, produced, proposed, seconds))
+            # The draft has read all it drafted but the last token: with that accepted it lags by two, else by one.
+            lag = (2 if n == proposed else 1) if proposed else lag + produced
+            history.update(outcome)
+            t += produced
+        return Replay(*map(np.array, zip(*rows, strict=True)))
+
+
+def replay(trace: Trace, policy: Policy, cost: CostTable, max_gamma: int = MAX_GAMMA) -> Replay:
+    """Replay one trace under a policy, see :class:`Simulator`."""
+    return Simulator(policy, cost, max_gamma).replay(trace)
+
+
+def replay_fixed(trace: Trace, gamma: int, cost: LevelCost, max_gamma: int = MAX_GAMMA) -> Replay:
+    """Replay one trace at a fixed gamma, without a policy object."""
+    accepted, end, last = trace.accepted.tolist(), len(trace), trace.budget - 1
+    gamma = min(gamma, max_gamma)
+    starts, t = [], 0
+    while t < end:
+        starts.append(t)
+        n = accepted[t]
+        t += 1 + (n if n < gamma else gamma)
+    # The budget cuts only drafts short that would have run past its end, so it moves no start.
+    position = np.array(starts)
+    drafted = np.minimum(gamma, last - position)
+    n = np.minimum(trace.accepted[position].astype(np.int64), drafted)
+    whole = position + n == end
+    produced = n + ~whole
+    tested = np.where(whole, n, np.minimum(n + 1, drafted))
+    lag = np.ones(len(position), dtype=np.int64)
+    lag[1:] = np.where(drafted[:-1] == n[:-1], 2, 1)
+    lag[0] = len(trace.prompt)
+    seconds = cost.draft_seconds * drafted + cost.overhead_seconds + np.array(cost.verify_seconds)[drafted]
+    seconds += cost.context_seconds * (len(trace.prompt) + position - cost.context_length)
+    seconds += np.where(drafted > 0, cost.catch_up_seconds * (lag - 1), 0.0)
+    return Replay(position, drafted, drafted, n, tested, produced, drafted, seconds)

@@ -1,0 +1,203 @@
+"""Tables of steps: the columns of the published release's CSV first, then what a causal predictor needs.
+
+A table comes from replaying exact traces under several schedules of gamma, so that the lagged signals are as diverse as
+a learning policy will meet them, or from a CSV file, the release's own included.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from policies.base import ARMS, Context, Decision, Policy
+from speckv_online.cost import RTX3090_RELEASE, CostTable
+from speckv_online.errors import UserError
+from speckv_online.files import write_atomically
+from speckv_online.signals import summarise
+from speckv_online.simulate import Simulator
+from speckv_online.traces import Trace
+
+
+@dataclass(slots=True)
+class StepRow:
+    """One step. The first eleven columns are the release's; the others hold neutral values when read from its file.
+
+    ``acceptance_rate`` is NaN, an empty cell in a file, where nothing was drafted. The ``lag_`` columns are the signals
+    of the latest earlier step that drafted, as in :class:`~policies.base.Context`; entropies in bits.
+    """
+
+    compression: str
+    gamma: int
+    task: str
+    step: int
+    accepted: int
+    acceptance_rate: float
+    tokens_produced: int
+    mean_draft_entropy: float
+    mean_draft_confidence: float
+    max_draft_entropy: float
+    min_draft_confidence: float
+    prompt_id: str = ""
+    split: str = ""
+    schedule: str = ""
+    position: int = 0
+    context_length: int = 0
+    drafted: int = 0
+    tested: int = 0
+    last_drafted: int = 0
+    last_accepted: int = 0
+    acceptance: float = 0.5
+    lag_mean_entropy: float = 2.0
+    lag_mean_confidence: float = 0.5
+    lag_max_entropy: float = 4.0
+    lag_min_confidence: float = 0.25
+
+
+COLUMNS = tuple(f.name for f in fields(StepRow))
+RELEASE_COLUMNS = COLUMNS[:11]
+#: Lagged column -> the column that it lags.
+LAGGED = {
+    "lag_mean_entropy": "mean_draft_entropy",
+    "lag_mean_confidence": "mean_draft_confidence",
+    "lag_max_entropy": "max_draft_entropy",
+    "lag_min_confidence": "min_draft_confidence",
+}
+_KINDS = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(StepRow)}
+
+
+class Schedule(Policy):
+    """Draws gamma uniformly from a set at each step (from a set of one: always the same), and notes the contexts.
+
+    Parameters
+    ----------
+    gammas : sequence of int
+    seed : int
+
+    Attributes
+    ----------
+    seen : list of Context fields
+        One tuple per decision since :meth:`begin`, see :data:`NOTED`.
+    """
+
+    summary = "gamma drawn at random from a set"
+
+    NOTED = (
+        "position", "context_length", "last_drafted", "last_accepted", "acceptance",
+        "mean_entropy", "mean_confidence", "max_entropy", "min_confidence",
+    )  # fmt: skip
+
+    def __init__(self, gammas: Sequence[int] = ARMS, *, seed: int = 0, worker: int = 0) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.gammas = tuple(gammas)
+        self.seen: list[tuple[float, ...]] = []
+
+    def begin(self, context: Context) -> None:
+        self.seen = []
+
+    def decide(self, context: Context) -> Decision:
+        self.seen.append(tuple(getattr(context, name) for name in self.NOTED))
+        gamma = self.gammas[int(self.rng.integers(len(self.gammas)))]
+        return Decision(self.new_id(), gamma, propensity=1 / len(self.gammas))
+
+
+def default_schedules(seed: int = 0) -> dict[str, Schedule]:
+    """Return named schedules: short and long fixed drafts, gamma at random, and at random with undrafted steps."""
+    fixed = {f"fixed:{gamma}": Schedule((gamma,)) for gamma in (1, 2, 4, 8)}
+    mixed = {f"random:{i}": Schedule(ARMS[1:], seed=seed + i) for i in range(3)}
+    return fixed | mixed | {"sparse": Schedule((0, 0, 1, 2, 4), seed=seed + 3)}
+
+
+def replay_rows(trace: Trace, schedule: Schedule, name: str = "", cost: CostTable | None = None) -> list[StepRow]:
+    """Replay a trace under a schedule and return its steps as rows; the cost table does not change them."""
+    # Seconds play no part here: any level's will do.
+    cost = cost or CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
+    replay = Simulator(schedule, cost).replay(trace)
+    rows = []
+    for i, (position, context, last, hit, rate, *lagged) in enumerate(schedule.seen):
+        k, n = int(replay.drafted[i]), int(replay.accepted[i])
+        mean_h, max_h, mean_c, min_c = summarise(trace.signals[int(position), :k])
+        rows.append(
+            StepRow(
+                trace.level, int(replay.gamma[i]), trace.task, i, n, n / k if k else float("nan"),
+                int(replay.produced[i]), mean_h, mean_c, max_h, min_c, trace.prompt_id, trace.split, name,
+                int(position), int(context), k, int(replay.tested[i]), int(last), int(hit), rate, *lagged,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def trace_rows(traces: Iterable[Trace], seed: int = 0) -> list[StepRow]:
+    """Replay every trace under :func:`default_schedules`."""
+    schedules = default_schedules(seed)
+    pairs = ((trace, name, schedule) for trace in traces for name, schedule in schedules.items())
+    return [row for trace, name, schedule in pairs for row in replay_rows(trace, schedule, name)]
+
+
+def write_rows(path: str | Path, rows: Iterable[StepRow]) -> Path:
+    """Write rows as CSV, whole or not at all."""
+
+    def write(file: object) -> None:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")  # type: ignore[arg-type]
+        writer.writeheader()
+        for row in rows:
+            cells = asdict(row)
+            numbers = {k: "" if v != v else f"{v:.6g}" for k, v in cells.items() if isinstance(v, float)}
+            writer.writerow(cells | numbers)
+
+    return write_atomically(path, write)
+
+
+def read_rows(path: str | Path) -> list[StepRow]:
+    """Read a CSV of steps, ours or the release's.
+
+    The release does not say where one prompt ends, but its ``step`` restarts at zero, and every combination of level
+    and gamma ran the same prompts in one order: prompts are numbered by that, ``drafted`` is taken to be gamma, and the
+    lagged signals are those of the row before.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, lacks one of the release's columns, or a line is broken (named).
+    """
+    path = Path(path)
+    rows: list[StepRow] = []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in RELEASE_COLUMNS if c not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{path} lacks the columns {', '.join(missing)}: it needs {','.join(RELEASE_COLUMNS)}")
+            ours = "prompt_id" in (reader.fieldnames or ())
+            runs: Counter[tuple[str, int, str]] = Counter()
+            for cells in reader:
+                try:
+                    row = StepRow(**{name: _parse(name, cell) for name, cell in cells.items() if name in _KINDS})
+                except (ValueError, TypeError) as error:
+                    raise UserError(f"{path} line {reader.line_num}: {error}") from error
+                if not ours:
+                    run = (row.compression, row.gamma, row.task)
+                    runs[run] += row.step == 0
+                    row.prompt_id, row.drafted = f"{row.task}-{runs[run]}", row.gamma
+                    if row.step:
+                        for lagged, now in LAGGED.items():
+                            setattr(row, lagged, getattr(rows[-1], now))
+                rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the step records {path}: {error}") from error
+    if not rows:
+        raise UserError(f"{path} holds no step records")
+    return rows
+
+
+def _parse(name: str, cell: str) -> int | float | str:
+    return float("nan") if _KINDS[name] is float and not cell else _KINDS[name](cell)
+
+
+def column(rows: Sequence[StepRow], name: str) -> np.ndarray:
+    """Return one column as an array."""
+    return np.array([getattr(row, name) for row in rows])

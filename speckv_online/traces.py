@@ -1,0 +1,148 @@
+"""Exact traces: for one prompt and level, what every policy would meet at every position of the output.
+
+Under greedy decoding the target's output y does not depend on the policy, and a draft depends only on the prefix it
+starts from. So one table per (prompt, level) replays any policy exactly: for each position t of y, the tokens that the
+drafter proposes from there, how many of them the target accepts, and their signals. This file has the table and its
+file format; :mod:`speckv_online.trace_collection` fills it, :mod:`speckv_online.simulate` replays it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policies.base import N_SIGNALS
+from speckv_online.errors import UserError
+from speckv_online.files import write_atomically
+
+FORMAT, VERSION = "speckv-trace", 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One exact trace of L output tokens, with drafts of up to G tokens from each of its positions.
+
+    Attributes
+    ----------
+    level, task, prompt_id, split : str
+        Compression level of the target, and what the prompts file says of the prompt.
+    prompt : ndarray of int32, shape (P,)
+        Prompt tokens.
+    tokens : ndarray of int32, shape (L,)
+        The target's greedy output, an end-of-sequence token included.
+    drafts : ndarray of int32, shape (L, G)
+        Tokens that the drafter proposes after ``prompt + tokens[:t]``.
+    accepted : ndarray of int16, shape (L,)
+        Leading tokens of ``drafts[t]`` that agree with ``tokens[t:]``.
+    signals : ndarray of float32, shape (L, G, N_SIGNALS)
+        Entropy (bits), confidence, margin (logits) and n-gram signal of each drafted token.
+    budget : int
+        Most tokens that the generation was allowed.
+    finish : str
+        ``"eos"`` or ``"length"``.
+    meta : dict
+        Fingerprints of the models, versions and whatever else the collector wrote down.
+    """
+
+    level: str
+    task: str
+    prompt_id: str
+    prompt: np.ndarray
+    tokens: np.ndarray
+    drafts: np.ndarray
+    accepted: np.ndarray
+    signals: np.ndarray
+    budget: int
+    finish: str
+    split: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def gamma(self) -> int:
+        """Longest draft of the trace (G)."""
+        return int(self.drafts.shape[1])
+
+    def check(self) -> None:
+        """Raise ValueError where shapes or values contradict each other."""
+        length, gamma = self.drafts.shape if self.drafts.ndim == 2 else (-1, -1)
+        shapes = {"prompt": (len(self.prompt),), "tokens": (length,), "drafts": (length, gamma)}
+        shapes |= {"accepted": (length,), "signals": (length, gamma, N_SIGNALS)}
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
+        if self.finish not in ("eos", "length") or not 0 < length <= self.budget or not len(self.prompt):
+            raise ValueError(f"{length} tokens of a budget of {self.budget} cannot have ended by {self.finish!r}")
+        if not np.array_equal(self.accepted, agreement(self.drafts, self.tokens)):
+            raise ValueError("the accepted lengths are not those of its drafts and tokens")
+        if not np.isfinite(self.signals).all():
+            raise ValueError("signals are not finite")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the trace to an ``.npz`` file, whole or not at all."""
+        text = ("level", "task", "prompt_id", "split", "budget", "finish", "meta")
+        head = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in text}
+        arrays = {n: getattr(self, n) for n in ("prompt", "tokens", "drafts", "accepted", "signals")}
+        arrays["head"] = np.array(json.dumps(head))
+        return write_atomically(path, lambda f: np.savez_compressed(f, **arrays), binary=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read and check a trace; raises :class:`UserError` naming the file and what is wrong with it."""
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                head = json.loads(str(file["head"]))
+                if head.pop("format", None) != FORMAT:
+                    raise ValueError(f"not a {FORMAT} file")
+                if (version := head.pop("version", None)) != VERSION:
+                    raise ValueError(f"trace version {version}, this program reads version {VERSION}")
+                arrays = {n: file[n] for n in ("prompt", "tokens", "drafts", "accepted", "signals")}
+            trace = cls(**head, **arrays)
+            trace.check()
+        except FileNotFoundError:
+            raise UserError(f"no trace file {path}: collect one with python -m experiments.profile") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not a usable trace: {error}; collect it again") from error
+        return trace
+
+
+def load_traces(source: str | Path, *, levels: Collection[str] = (), splits: Collection[str] = ()) -> list[Trace]:
+    """Load a trace file, or all traces below a directory in the order of their paths, optionally of some levels or
+    splits.
+
+    Raises
+    ------
+    UserError
+        If nothing is left to load, or a file is damaged.
+    """
+    source = Path(source)
+    paths = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
+    traces = [Trace.load(path) for path in paths]
+    kept = [t for t in traces if (not levels or t.level in levels) and (not splits or t.split in splits)]
+    if not kept:
+        wanted = " ".join([*levels, *splits]) or "any kind"
+        raise UserError(f"no traces of {wanted} in {source}: collect some with python -m experiments.profile")
+    return kept
+
+
+def agreement(drafts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return, per position t, how many leading tokens of ``drafts[t]`` equal ``tokens[t:]``, shape (L,) int16."""
+    length, gamma = drafts.shape
+    index = np.arange(length)[:, None] + np.arange(gamma)
+    follow = np.append(tokens, np.full(gamma, -1, dtype=tokens.dtype))[index]
+    return np.logical_and.accumulate(drafts == follow, axis=1).sum(axis=1).astype(np.int16)
+
+
+def prompt_hash(prompt: Sequence[int]) -> str:
+    """Return a short hash of the prompt's token ids."""
+    return hashlib.sha256(np.asarray(prompt, dtype="<i8").tobytes()).hexdigest()[:16]

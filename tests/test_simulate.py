@@ -1,0 +1,261 @@
+"""The simulator against the real decoder, step for step, and its clock against sums done by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from policies.base import ARMS, CONFIDENCE, MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy
+from policies.fixed import Autoregressive, Fixed
+from speckv_online.cost import RTX3090_RELEASE, CostTable, LevelCost, fit_level, load_cost
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.drafters import ModelDrafter
+from speckv_online.errors import UserError
+from speckv_online.hindsight import best_fixed, clairvoyant, fastest
+from speckv_online.models import LoadedPair, chat_prompt
+from speckv_online.records import StepRecord
+from speckv_online.simulate import Simulator, replay_fixed
+from speckv_online.step_table import Schedule
+from speckv_online.trace_collection import collect_trace
+from speckv_online.traces import Trace, agreement
+from tests.conftest import perturbed, tiny_llama
+
+PROMPTS = ([5, 17, 101, 44, 44, 17, 101, 9], [33])
+COST = CostTable("test", {"fp32": LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, 1e-3)})
+
+
+class Picky(Policy):
+    """Stops at a token of low confidence and withholds it: a token-level rule whose threshold moves with acceptance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threshold = 0.3
+
+    def decide(self, context: Context) -> Decision:
+        return Decision(self.new_id(), 3 if context.step % 3 == 1 else MAX_GAMMA, stops=True)
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        return bool(signals[drafted - 1, CONFIDENCE] > self.threshold)
+
+    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+        return drafted - int(signals[drafted - 1, CONFIDENCE] <= self.threshold / 2)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.threshold += 0.01 if outcome.rejected else -0.02
+
+
+POLICIES = {
+    "autoregressive": Autoregressive,
+    "fixed:1": lambda: Fixed(gamma=1),
+    "fixed:4": lambda: Fixed(gamma=4),
+    "fixed:16": lambda: Fixed(gamma=16),
+    "random": lambda: Schedule(ARMS, seed=7),
+    "stopping": Picky,
+}
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.15, 5.0], ids=["right", "sometimes", "wrong"])
+def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, ModelDrafter]:
+    target = tiny_llama()
+    return target, ModelDrafter(perturbed(target, request.param), 260)
+
+
+def summary(steps: list[StepRecord]) -> list[tuple[int, ...]]:
+    return [(s.gamma, s.drafted, s.accepted, s.tested, s.produced) for s in steps]
+
+
+def compare(
+    target: PreTrainedModel, drafter: ModelDrafter, traces: list[Trace], name: str, eos_ids: tuple[int, ...] | None
+) -> None:
+    """Decode and replay the same prompts under two equal policies, which carry what they learnt to the next prompt."""
+    decoder = SpeculativeDecoder(target, drafter, POLICIES[name](), "fp32")
+    simulator = Simulator(POLICIES[name](), COST)
+    for trace in traces:
+        real = decoder.generate(trace.prompt.tolist(), trace.budget, task="chat", eos_ids=eos_ids)
+        replay = simulator.replay(trace)
+        modelled = list(zip(replay.gamma, replay.drafted, replay.accepted, replay.tested, replay.produced, strict=True))
+        assert summary(real.steps) == modelled
+        assert real.tokens == trace.tokens.tolist()
+        assert not decoder.policy.faults
+        assert not simulator.policy.faults
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_simulator_agrees_with_the_decoder(pair: tuple[PreTrainedModel, ModelDrafter], name: str) -> None:
+    target, drafter = pair
+    free = [collect_trace(target, drafter, p, 24, level="fp32", task="chat", eos_ids=())[0] for p in PROMPTS]
+    compare(target, drafter, free, name, ())
+    # A token that the target really emits, as the end of the sequence.
+    eos = next(int(t) for i, t in enumerate(free[0].tokens) if i >= 9 and t not in free[0].tokens[:i])
+    ended = [collect_trace(target, drafter, p, 24, level="fp32", task="chat", eos_ids=(eos,))[0] for p in PROMPTS]
+    assert ended[0].finish == "eos"
+    compare(target, drafter, ended, name, (eos,))
+
+
+def made(accepted: list[int], finish: str = "length", prompt: int = 10, level: str = "fp32") -> Trace:
+    """A trace with given accepted lengths; the signals count the positions."""
+    length, gamma = len(accepted), MAX_GAMMA
+    tokens = np.arange(1, length + 1, dtype=np.int32)
+    follow = np.append(tokens, np.full(gamma, -7, dtype=np.int32))
+    drafts = np.full((length, gamma), -9, dtype=np.int32)
+    for t, a in enumerate(accepted):
+        drafts[t, :a] = follow[t : t + a]
+    signals = np.full((length, gamma, N_SIGNALS), 0.5, dtype=np.float32)
+    budget = length + (3 if finish == "eos" else 0)
+    trace = Trace(
+        level, "chat", "p", np.arange(prompt, dtype=np.int32), tokens, drafts, agreement(drafts, tokens), signals,
+        budget, finish,
+    )  # fmt: skip
+    trace.check()
+    return trace
+
+
+def test_seconds_are_the_cost_table_s() -> None:
+    # Positions 0 (1 of 2 accepted: 2 tokens), 2 (both accepted: 3 tokens), 5 (budget left for no draft: 1 token).
+    trace = made([1, 0, 2, 0, 0, 0])
+    replay = Simulator(Fixed(gamma=2), COST).replay(trace)
+    assert replay.produced.tolist() == [2, 3, 1]
+    assert replay.drafted.tolist() == [2, 2, 0]
+    first = 2 * 0.01 + 9 * 1e-3 + 0.07 + (10 - 50) * 1e-4 + 0.002  # the prompt is caught up with first
+    second = 2 * 0.01 + 0.07 + (12 - 50) * 1e-4 + 0.002
+    third = 0.05 + (15 - 50) * 1e-4 + 0.002
+    np.testing.assert_allclose(replay.seconds, [first, second, third])
+    assert replay.goodput == pytest.approx(6 / (first + second + third))
+
+
+class Same(Policy):
+    """A fixed gamma that the simulator does not recognise."""
+
+    def __init__(self, gamma: int) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def decide(self, context: Context) -> Decision:
+        return Decision(self.new_id(), min(self.gamma, context.max_gamma))
+
+
+@pytest.mark.parametrize("finish", ["eos", "length"])
+def test_the_fast_path_for_fixed_gammas_equals_the_general_one(finish: str) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        length = int(rng.integers(1, 40))
+        left = np.arange(length, 0, -1)
+        lengths = np.minimum(np.where(rng.random(length) < 0.2, 16, rng.geometric(0.4, length) - 1), left)
+        trace = made(np.minimum(lengths, 16).tolist(), finish)
+        for gamma in (0, 1, 3, 16):
+            fast, slow = replay_fixed(trace, gamma, COST.levels["fp32"]), Simulator(Same(gamma), COST).replay(trace)
+            for name in fast.__dataclass_fields__:
+                np.testing.assert_allclose(getattr(fast, name), getattr(slow, name), err_msg=name)
+
+
+def test_a_broken_policy_is_replayed_as_it_would_be_decoded() -> None:
+    class Broken(Policy):
+        def decide(self, context: Context) -> Decision:
+            raise RuntimeError("no idea")
+
+    simulator = Simulator(Broken(), COST)
+    assert simulator.replay(made([1, 0, 2, 0, 0, 0])).tokens == 6
+    assert sum(simulator.policy.faults.values()) > 0
+
+
+def test_replay_needs_a_level_and_long_enough_drafts() -> None:
+    with pytest.raises(UserError, match="no level 'int8'; it has fp32"):
+        Simulator(Fixed(), COST).replay(made([0, 0], level="int8"))
+    short = made([0, 0])
+    short = Trace(**{n: getattr(short, n) for n in Trace.__dataclass_fields__} | {"drafts": short.drafts[:, :4]})
+    with pytest.raises(UserError, match="too few"):
+        Simulator(Fixed(), COST).replay(short)
+
+
+def brute_force(trace: Trace, cost: LevelCost) -> float:
+    """Least seconds over all sequences of gammas of a short trace."""
+    best = float("inf")
+    for gammas in itertools.product(range(4), repeat=len(trace)):
+        t, seconds = 0, 0.0
+        for gamma in gammas:
+            if t == len(trace):
+                break
+            k = min(gamma, trace.budget - t - 1)
+            n = min(int(trace.accepted[t]), k)
+            seconds += cost.seconds(k, context=len(trace.prompt) + t)
+            t += n + 1 if t + n < len(trace) else n
+        best = min(best, seconds)
+    return best
+
+
+def test_hindsight_bounds() -> None:
+    rng = np.random.default_rng(0)
+    cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12)
+    table = CostTable("test", {"fp32": cost})
+    for _ in range(5):
+        trace = made(np.minimum(rng.integers(0, 4, 6), np.arange(6, 0, -1)).tolist())
+        assert fastest([trace], table)["fp32"].seconds.sum() == pytest.approx(brute_force(trace, cost))
+    left = np.arange(40, 0, -1).clip(max=16)
+    traces = [made(np.minimum(rng.geometric(0.4, 40) - 1, left).tolist()) for _ in range(8)]
+    fixed, oracle = best_fixed(traces, table)["fp32"], clairvoyant(traces, table)["fp32"]
+    bound = fastest(traces, table)["fp32"]
+    rates = {g: Simulator(Fixed(gamma=g), table).run(traces).goodput for g in range(17)}
+    assert fixed.gamma == max(rates, key=rates.__getitem__)
+    assert fixed.goodput == pytest.approx(max(rates.values()))
+    assert fixed.goodput < oracle.goodput <= bound.goodput * (1 + 1e-12)
+    # The oracle's rate is the fixed point: no step of it could be swapped for one that is worth more at that rate.
+    starts = np.cumsum(oracle.position == 0) - 1
+    for i, t, k in zip(starts, oracle.position, oracle.drafted, strict=True):
+        trace = traces[i]
+        options = range(min(int(trace.accepted[t]), trace.budget - t - 1) + 1)
+        values = [j + 1 - oracle.goodput * cost.seconds(j, context=len(trace.prompt) + t) for j in options]
+        assert values[k] == pytest.approx(max(values))
+
+
+def step(k: int, context: int, draft: float, verify: float, rest: float = 0.003) -> StepRecord:
+    return StepRecord(
+        step=0, gamma=k, drafted=k, accepted=0, tested=min(1, k), produced=1, mean_draft_entropy=0.0,
+        mean_draft_confidence=0.0, max_draft_entropy=0.0, min_draft_confidence=0.0, context_length=context,
+        propensity=1.0, policy_version=0, decision_id=0, decide_seconds=0.0, draft_seconds=draft, verify_seconds=verify,
+        seconds=draft + verify + rest,
+    )  # fmt: skip
+
+
+def test_a_cost_table_is_recovered_from_noisy_steps() -> None:
+    rng = np.random.default_rng(0)
+    records = []
+    for _ in range(3000):
+        k, context = int(rng.choice([0, 1, 2, 4, 8])), int(rng.integers(20, 400))
+        noise = 1 + 0.02 * rng.standard_normal(2) + (rng.random(2) < 0.1) * 5  # one step in ten stalls
+        verify = 0.05 + 0.004 * k + 5e-5 * (context - 200)
+        records.append(step(k, context, 0.009 * k * noise[0], verify * noise[1]))
+    cost = fit_level(records)
+    assert cost.draft_seconds == pytest.approx(0.009, rel=0.02)
+    assert cost.overhead_seconds == pytest.approx(0.003, rel=0.02)
+    assert cost.context_seconds == pytest.approx(5e-5, rel=0.1)
+    want = [0.05 + 0.004 * k + 5e-5 * (cost.context_length - 200) for k in range(17)]
+    np.testing.assert_allclose(cost.verify_seconds, want, rtol=0.05)
+
+
+def test_cost_files(tmp_path: Path) -> None:
+    path = COST.save(tmp_path / "cost.json")
+    assert load_cost(path) == COST
+    assert load_cost("rtx3090-release") is RTX3090_RELEASE
+    assert RTX3090_RELEASE.level("int8").seconds(4) == pytest.approx(4 * 0.0105 + 0.090)
+    with pytest.raises(UserError, match="one of rtx3090-release"):
+        load_cost("rtx4090")
+    document = json.loads(path.read_text())
+    for change in ({"version": 2}, {"levels": {"fp16": {"draft_seconds": -1, "verify_seconds": [1]}}}, {"levels": [1]}):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(UserError, match="not a cost table"):
+            load_cost(path)
+    with pytest.raises(UserError, match="no timed steps"):
+        fit_level([step(1, 10, 0.1, 0.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fixed:4", "random", "stopping"])
+def test_simulator_agrees_with_the_decoder_on_the_real_pair(real_pair: LoadedPair, name: str) -> None:
+    prompts = [chat_prompt(real_pair.tokenizer, text) for text in ("What is a prime number?", "Write a haiku.")]
+    target, drafter = real_pair.target, real_pair.drafter
+    compare(target, drafter, [collect_trace(target, drafter, p, 16, level="fp32")[0] for p in prompts], name, None)

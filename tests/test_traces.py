@@ -1,0 +1,160 @@
+"""Exact traces: the batched collection against drafting one token after the other, and the file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from policies.base import N_SIGNALS
+from speckv_online.drafters import ModelDrafter
+from speckv_online.errors import UserError
+from speckv_online.models import LoadedPair, chat_prompt
+from speckv_online.trace_collection import collect_trace, draft_table, fingerprint
+from speckv_online.traces import Trace, load_traces
+from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
+
+PROMPT = [5, 17, 101, 44, 44, 17, 101, 9]
+GAMMA = 16
+
+
+def one_by_one(
+    drafter: ModelDrafter, prompt: list[int], tokens: list[int], gamma: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The table as the decoder's own drafter gives it, one start and one token at a time."""
+    drafts = np.empty((len(tokens), gamma), dtype=np.int32)
+    signals = np.empty((len(tokens), gamma, N_SIGNALS))
+    drafter.begin(prompt, len(prompt) + len(tokens) + gamma)
+    for t, token in enumerate(tokens):
+        drafts[t] = [drafter.draft(signals[t, j]) for j in range(gamma)]
+        drafter.end(0)
+        drafter.extend([token])
+    return drafts, signals
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.15, 5.0], ids=["right", "sometimes", "wrong"])
+def test_draft_table_is_what_the_drafter_drafts(noise: float) -> None:
+    target = tiny_llama()
+    drafter = ModelDrafter(perturbed(target, noise), 260)
+    trace, _ = collect_trace(target, drafter, PROMPT, 24, level="fp32", eos_ids=())
+    drafts, signals = one_by_one(drafter, PROMPT, trace.tokens.tolist(), GAMMA)
+    np.testing.assert_array_equal(trace.drafts, drafts)
+    np.testing.assert_allclose(trace.signals, signals, atol=2e-3)
+    left = np.minimum(GAMMA, np.arange(len(trace), 0, -1))
+    if noise == 0:
+        np.testing.assert_array_equal(trace.accepted, left)
+    else:
+        assert (0 < trace.accepted.mean() < left.mean()) if noise < 1 else trace.accepted.mean() < 0.5
+
+
+def test_draft_table_with_a_reduced_head_and_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speckv_online.trace_collection.BATCH", 3)
+    head_ids = torch.randperm(260, generator=torch.Generator().manual_seed(0))[:100]
+    drafter = ModelDrafter(tiny_llama(seed=3, vocab=260), 260, head_ids)
+    drafter.model.lm_head = torch.nn.Linear(64, 100, bias=False).requires_grad_(False)
+    tokens = [int(t) for t in np.random.default_rng(0).integers(1, 260, 20)]
+    drafts, signals = draft_table(drafter, PROMPT, tokens, 5)
+    want_drafts, want_signals = one_by_one(drafter, PROMPT, tokens, 5)
+    np.testing.assert_array_equal(drafts, want_drafts)
+    np.testing.assert_allclose(signals, want_signals, atol=2e-3)
+    assert set(drafts.ravel()) <= set(head_ids.tolist())
+
+
+def test_draft_table_refuses_what_does_not_fit() -> None:
+    drafter = ModelDrafter(tiny_llama(positions=32), 260)
+    with pytest.raises(UserError, match="shorten"):
+        draft_table(drafter, PROMPT, list(range(1, 20)))
+
+
+def test_end_of_sequence_inside_a_draft_counts_as_accepted() -> None:
+    target = tiny_llama()
+    drafter = ModelDrafter(target, 260)
+    whole, _ = collect_trace(target, drafter, PROMPT, 30, level="fp32", eos_ids=())
+    eos = next(int(t) for i, t in enumerate(whole.tokens) if i >= 12 and t not in whole.tokens[:i])
+    trace, _ = collect_trace(target, drafter, PROMPT, 30, level="fp32", eos_ids=[eos])
+    assert trace.finish == "eos"
+    assert trace.tokens[-1] == eos
+    np.testing.assert_array_equal(trace.tokens, whole.tokens[: len(trace)])
+    np.testing.assert_array_equal(trace.accepted, np.minimum(GAMMA, np.arange(len(trace), 0, -1)))
+
+
+@pytest.fixture
+def saved(tiny_pair: TinyPair, tmp_path: Path) -> tuple[Trace, Path]:
+    trace, steps = collect_trace(
+        tiny_pair.target, tiny_pair.drafter(), PROMPT, 20, level="int8", task="code", prompt_id="code-01",
+        split="train", eos_ids=[EOS], meta={"target": "abc"},
+    )  # fmt: skip
+    assert sum(s.produced for s in steps) == len(trace)
+    return trace, trace.save(tmp_path / "int8" / "code-01.npz")
+
+
+def test_files_round_trip(saved: tuple[Trace, Path]) -> None:
+    trace, path = saved
+    again = Trace.load(path)
+    for name in ("prompt", "tokens", "drafts", "accepted", "signals"):
+        np.testing.assert_array_equal(getattr(trace, name), getattr(again, name))
+    for name in ("level", "task", "prompt_id", "split", "budget", "finish", "meta"):
+        assert getattr(trace, name) == getattr(again, name)
+    assert [t.prompt_id for t in load_traces(path.parent.parent, levels=["int8"], splits=["train"])] == ["code-01"]
+    with pytest.raises(UserError, match="no traces of nf4"):
+        load_traces(path.parent, levels=["nf4"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda a: a.update(accepted=a["accepted"] + 1), "accepted lengths"),
+        (lambda a: a.update(drafts=a["drafts"][:-1]), "shape"),
+        (lambda a: a.update(signals=a["signals"] * np.nan), "finite"),
+        (lambda a: a.update(head=np.array(str(a["head"]).replace('"version": 1', '"version": 9'))), "version 9"),
+        (lambda a: a.update(head=np.array(str(a["head"]).replace("speckv-trace", "other"))), "not a speckv-trace"),
+        (lambda a: a.pop("tokens"), "tokens"),
+        (lambda a: a.update(tokens=np.array([object()] * 20)), "pickle"),
+    ],
+    ids=["accepted", "shape", "nan", "version", "format", "missing", "pickled"],
+)
+def test_readers_name_the_file_and_the_reason(saved: tuple[Trace, Path], damage: object, reason: str) -> None:
+    _, path = saved
+    with np.load(path) as file:
+        arrays = dict(file)
+    damage(arrays)  # type: ignore[operator]
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=reason) as error:
+        Trace.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(b"PK\x03\x04 nothing of use")
+    for path, reason in ((bad, "not a usable trace"), (tmp_path / "none.npz", "no trace file")):
+        with pytest.raises(UserError, match=reason):
+            Trace.load(path)
+
+
+def test_a_failed_write_leaves_nothing_behind(saved: tuple[Trace, Path], tmp_path: Path) -> None:
+    trace, _ = saved
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        trace.save(tmp_path / "file" / "trace.npz")
+    (tmp_path / "taken.npz").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        trace.save(tmp_path / "taken.npz")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_fingerprints_tell_models_apart() -> None:
+    model = tiny_llama()
+    assert fingerprint(model) == fingerprint(tiny_llama())
+    assert fingerprint(model) != fingerprint(perturbed(model, 0.01))
+
+
+@pytest.mark.slow
+def test_real_pair_drafts_as_traced(real_pair: LoadedPair) -> None:
+    prompt = chat_prompt(real_pair.tokenizer, "What is a prime number?")
+    trace, _ = collect_trace(real_pair.target, real_pair.drafter, prompt, 16, level="fp32")
+    drafts, signals = one_by_one(real_pair.drafter, prompt, trace.tokens.tolist(), GAMMA)
+    np.testing.assert_array_equal(trace.drafts, drafts)
+    np.testing.assert_allclose(trace.signals, signals, atol=1e-2, rtol=1e-3)
