@@ -12,10 +12,10 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
-from policies.guard import FaultGuard
 from transformers import PreTrainedModel
 
+from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
+from policies.guard import FaultGuard
 from speckv_online.drafters import Drafter
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
@@ -125,7 +125,7 @@ class SpeculativeDecoder:
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
         if len(prompt) >= self.max_length:
-            raise UserError(f"the prompt has {len(prompt)} tokens, but the models hold only {self.max_length}: shorten it")
+            raise UserError(f"the prompt has {len(prompt)} tokens, the models hold only {self.max_length}: shorten it")
         budget = min(max_new_tokens, self.max_length - len(prompt))
         eos = self.eos_ids if eos_ids is None else frozenset(eos_ids)
         capacity = len(prompt) + budget + self.max_gamma + 1

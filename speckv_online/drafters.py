@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
 from transformers import PreTrainedModel
 
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
 from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex
 
@@ -23,13 +23,13 @@ class Drafter(Protocol):
 
     @property
     def lag(self) -> int:
-        """Context tokens that the drafter has not read yet; at least 1 (the latest) before the first draft of a step."""
+        """Context tokens that the drafter has not read yet; at least 1, the latest, when a step begins."""
 
     def begin(self, tokens: list[int], capacity: int) -> None:
         """Start a sequence with these context tokens, which may grow to about ``capacity``."""
 
     def draft(self, signals: np.ndarray) -> int:
-        """Propose the token after the context and this step's drafts; write its signals into ``signals`` (N_SIGNALS,)."""
+        """Propose the token after the context and this step's drafts; write its (N_SIGNALS,) signals."""
 
     def end(self, accepted: int) -> None:
         """Forget this step's drafts, of which the first ``accepted`` are about to be confirmed by ``extend``."""
@@ -87,7 +87,8 @@ class ModelDrafter:
         p = logits.softmax(-1)
         entropy = torch.special.entr(p).sum()
         # One transfer for everything that the host needs; a row index is exact in fp32.
-        first, second, row, nats, confidence = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax())).tolist()
+        wanted = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax()))
+        first, second, row, nats, confidence = wanted.tolist()
         token = int(row) if self.head_ids is None else self.head_ids[int(row)]
         signals[ENTROPY] = nats / _LOG2
         signals[CONFIDENCE] = confidence

@@ -1,8 +1,8 @@
 """A key-value cache for one sequence whose growth and cropping copy nothing.
 
-transformers' ``DynamicCache`` concatenates, and so copies, the whole cache at every forward. Here each layer writes into a
-buffer that doubles when it is full, attention reads a view of its used part, and cropping lowers a counter. Every layer
-keeps all positions: the models' own masks implement sliding windows, so cropping is exact for them too.
+transformers' ``DynamicCache`` concatenates, and so copies, the whole cache at every forward. Here a layer writes into
+a buffer that doubles when it is full, attention reads a view of its used part, and cropping lowers a counter. Every
+layer keeps all positions: the models' own masks implement sliding windows, so cropping is exact for them too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -69,14 +71,15 @@ class KVCache(Cache):
     """
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
-        super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
+        self._own = [_Layer(capacity) for _ in range(layers)]
+        super().__init__(layers=list(self._own))
 
     def __len__(self) -> int:
-        return int(self.layers[0].used)
+        return self._own[0].used
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens; a longer length than the cache's own is an error."""
         if not 0 <= length <= len(self):
             raise ValueError(f"cannot truncate a cache of {len(self)} tokens to {length}")
-        for layer in self.layers:
+        for layer in self._own:
             layer.used = length

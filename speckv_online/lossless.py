@@ -41,7 +41,9 @@ class GreedyCheck:
 
 
 @torch.inference_mode()
-def check_greedy(target: PreTrainedModel, prompt: list[int], tokens: list[int], eos: Collection[int] = ()) -> GreedyCheck:
+def check_greedy(
+    target: PreTrainedModel, prompt: list[int], tokens: list[int], eos: Collection[int] = ()
+) -> GreedyCheck:
     """Compare ``tokens`` with plain greedy decoding of ``prompt``, one token a forward.
 
     Each token is compared with the plain choice *after the tokens before it*, so one tie does not count twice.

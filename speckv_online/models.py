@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,14 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def _quiet_bitsandbytes() -> None:
-    # On a CPU it warns once per layer and call that inputs are cast, which is what the level asks for.
-    warnings.filterwarnings("ignore", message=r"MatMul8bitLt: inputs will be cast")
+    """Drop two log lines of bitsandbytes on a CPU: one comes with every layer and call, one names an absent extra."""
+    expected = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).addFilter(lambda record: not record.msg.startswith(expected))
 
 
 def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
-    """Call ``kind.from_pretrained`` and turn what a user can put right into one line. Only safetensors, no remote code."""
+    """Call ``kind.from_pretrained`` and turn what a user can put right into one line."""
     try:
         return kind.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as e:
@@ -88,7 +90,8 @@ def load_target(source: str | Path, level: str | Level, device: str = "auto") ->
     """
     level = get_level(level) if isinstance(level, str) else level
     where = pick_device(device)
-    _quiet_bitsandbytes()
+    if level.quantization is not None:
+        _quiet_bitsandbytes()
     arguments = level.load_arguments(where)
     model = _from_pretrained(AutoModelForCausalLM, str(source), use_safetensors=True, **arguments)
     if level.widen(where):
@@ -112,7 +115,7 @@ def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizer
 def prepare(pair: str) -> Path:
     """Make the target of a named pair ready in the cache and return its folder."""
     if pair != DEFAULT_PAIR:
-        raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or name two models with --target and --draft")
+        raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or give --target and --draft")
     return prepare_smollm2()
 
 

@@ -39,6 +39,6 @@ class NgramIndex:
         return -1, 0
 
     def signal(self, drafted: Sequence[int], token: int) -> float:
-        """Signal of a drafted ``token``: +n if the lookup proposes it too, −n if another one, 0 if none (n: match length)."""
+        """Signal of a drafted ``token``: match length n if the lookup proposes it too, −n if another, 0 if none."""
         proposed, n = self.lookup(drafted)
         return float(n if proposed == token else -n)

@@ -67,4 +67,5 @@ def load_shipped_draft(
     except RuntimeError as e:
         raise UserError(f"{source} does not fit the target {target.name}: {' '.join(str(e).split())[:200]}") from e
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are not in the file
-    return model.to(device).eval(), head_ids, digest
+    torch.nn.Module.to(model, device)
+    return model.eval(), head_ids, digest

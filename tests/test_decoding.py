@@ -31,7 +31,7 @@ class Scripted(Policy):
         return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)], stops=self.stops)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return bool(signals[drafted - 1, ENTROPY] < 2.0)
+        return bool(signals[drafted - 1, ENTROPY] < 3.5)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
         return max(drafted - 1, 1)
@@ -68,12 +68,11 @@ def test_greedy_identity(tiny_pair: TinyPair, draft: str, gammas: list[int]) -> 
         out = decoder.generate(prompt, 48)
         assert out.tokens == plain(target, prompt, 48)
         assert sum(s.produced for s in out.steps) == len(out.tokens)
-        assert decoder.policy.faults == 0
-    drafted, accepted = (sum(getattr(o, f) for o in policy.outcomes) for f in ("drafted", "accepted"))
+        assert not decoder.policy.faults
     if draft == "right":
-        assert accepted == drafted
+        assert not any(o.rejected for o in policy.outcomes)
     if draft == "wrong":
-        assert accepted == 0
+        assert not any(o.accepted for o in policy.outcomes)
 
 
 def negated(target: PreTrainedModel) -> PreTrainedModel:
@@ -123,7 +122,7 @@ def test_stopping_policies_and_trimmed_drafts(tiny_pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy)
     prompt = prompt_of(10, 3)
     assert decoder.generate(prompt, 60).tokens == plain(tiny_pair.target, prompt, 60)
-    assert decoder.policy.faults == 0
+    assert not decoder.policy.faults
     lengths = {o.drafted for o in policy.outcomes}
     assert len(lengths) > 1
     assert max(lengths) < 12
@@ -144,7 +143,6 @@ def test_end_of_sequence_anywhere(tiny_pair: TinyPair, gamma: int, at: int) -> N
         assert out.tokens == expected
         assert out.finish == "eos"
         assert sum(s.produced for s in out.steps) == len(expected)
-        assert not any(o.rejected for o in policy.outcomes[-1:]) or out.steps[-1].produced == out.steps[-1].accepted + 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -199,7 +197,8 @@ def test_head_over_some_tokens_only(tiny_pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(tiny_pair.target, ModelDrafter(model, 260, head_ids), policy)
     out = decoder.generate(prompt, 40)
     assert out.tokens == plain(tiny_pair.target, prompt, 40)
-    rejected = [out.tokens[sum(s.produced for s in out.steps[: i + 1]) - 1] for i, s in enumerate(out.steps[:-1]) if s.accepted < s.drafted]
+    ends = np.cumsum([s.produced for s in out.steps])
+    rejected = [out.tokens[end - 1] for end, o in zip(ends, policy.outcomes, strict=True) if o.rejected]
     assert rejected
     assert all(token % 2 == 1 for token in rejected)  # the same model but for the missing rows errs only there
 
@@ -207,7 +206,8 @@ def test_head_over_some_tokens_only(tiny_pair: TinyPair) -> None:
 def test_streaming_gives_every_token_once(tiny_pair: TinyPair) -> None:
     seen: list[int] = []
     prompt = prompt_of(8)
-    out = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([5])).generate(prompt, 30, on_tokens=seen.extend)
+    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([5]))
+    out = decoder.generate(prompt, 30, on_tokens=seen.extend)
     assert seen == out.tokens
 
 
