@@ -21,7 +21,7 @@ HALF_LIFE = 400.0
 #: Steps between refits once a level has been seen often.
 REFIT_EVERY = 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
-OWN = 20.0
+OWN = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,8 @@ class LevelCosts:
             block[3 * WIDTHS + w] += c * c
             block[4 * WIDTHS + w] += c * verify
         sums = self._block_sums
-        if drafted and draft > 0.0:
+        # A draft that had to read more than its last token first, after steps without drafting, is not typical.
+        if drafted and draft > 0.0 and outcome.caught_up <= 1:
             draft = min(draft, 3.0 * (self._first + self.draft * drafted)) if self._sums[0] > 3 else draft
             sums[0] += 1.0
             sums[1] += drafted
@@ -182,7 +183,8 @@ class LevelCosts:
         n, v, c, cc, cv = self._widths
         p, q, prior = self._shape, self._slope, self.prior
         unit = p[0]
-        # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's.
+        # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's: a calibration is
+        # trusted for its shape far more than for its scale.
         s0, centre = prior.context_seconds, prior.context_length
         if prior is VAGUE and n.sum() > 0:
             centre = c.sum() / n.sum()
@@ -190,13 +192,13 @@ class LevelCosts:
         np_, nq = n * p, n * q
         gram = np.array(
             [
-                [np_ @ p + prior.weight * unit**2, np_ @ q, p @ dc],
-                [0.0, nq @ q + 160.0 * unit**2, q @ dc],
+                [np_ @ p + 0.1 * prior.weight * unit**2, np_ @ q, p @ dc],
+                [0.0, nq @ q + (160.0 + 80.0 * prior.weight) * unit**2, q @ dc],
                 [0.0, 0.0, dcc.sum() + 1e6],
             ]
         )
         gram[1, 0], gram[2, 0], gram[2, 1] = gram[0, 1], gram[0, 2], gram[1, 2]
-        right = np.array([v @ p + prior.weight * unit**2, v @ q, dcv.sum() + 1e6 * s0])
+        right = np.array([v @ p + 0.1 * prior.weight * unit**2, v @ q, dcv.sum() + 1e6 * s0])
         a, b, s = np.linalg.solve(gram, right)
         a, s = max(a, 1e-3), max(s, 0.0)
         line = a * p + b * q

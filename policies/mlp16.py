@@ -23,6 +23,10 @@ INPUTS, HIDDEN = 6, 16
 SHAPES = {"W1": (INPUTS, HIDDEN), "b1": (HIDDEN,), "W2": (HIDDEN, 1), "b2": (1,)}
 DEFAULT_WEIGHTS = Path(__file__).parent / "data" / "mlp16.npz"
 
+#: What a context holds before anything was drafted, and how fast stale signals fade towards it per step.
+NEUTRAL = np.array([2.0, 0.5, 4.0, 0.25, 0.5])
+FADE = 0.9
+
 Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
 
 
@@ -145,6 +149,7 @@ class Mlp16:
         # Arrays rather than the scalars 0 and 1: numpy converts a scalar operand anew at every call.
         self._zero, self._zeros, self._ones = np.zeros((len(arms), HIDDEN)), np.zeros(len(arms)), np.ones(len(arms))
         self._rates = np.empty(len(arms))
+        self.begin()
 
     def features(self, level: str, signals: np.ndarray) -> np.ndarray:
         """Return :attr:`phi` for a level and signals that start with mean H, mean q, max H, min q."""
@@ -157,17 +162,28 @@ class Mlp16:
         np.maximum(self._hidden, self._zero, self._hidden)
         return self.phi
 
+    def begin(self) -> None:
+        """Forget the sequence."""
+        self._idle = 1.0
+
     def read(self, context: Context) -> np.ndarray:
-        """Return the context's four signals and its acceptance in a new array of shape (5,)."""
-        return np.array(
-            (
-                context.mean_entropy,
-                context.mean_confidence,
-                context.max_entropy,
-                context.min_confidence,
-                context.acceptance,
-            )
+        """Return the context's four signals and its acceptance in a new array of shape (5,); once per decision.
+
+        While nothing is drafted the lagged signals stay what they were. They would hold a policy at gamma 0 for ever
+        after one hard stretch, so with each idle step they fade towards what a context starts with.
+        """
+        values = (
+            context.mean_entropy,
+            context.mean_confidence,
+            context.max_entropy,
+            context.min_confidence,
+            context.acceptance,
         )
+        if context.last_drafted or not context.step:
+            self._idle = 1.0
+            return np.array(values)
+        self._idle *= FADE
+        return NEUTRAL + self._idle * (values - NEUTRAL)
 
     def predict(self, context: Context) -> np.ndarray:
         """Return every arm's predicted acceptance rate, in [0, 1], shape (K,); overwritten by the next call."""
@@ -202,6 +218,9 @@ class Mlp16Policy(CostAware):
     ) -> None:
         super().__init__(arms=arms, objective=objective, **options)
         self.net = Mlp16(resolve_weights(weights), self.arms)
+
+    def begin(self, context: Context) -> None:
+        self.net.begin()
 
     def decide(self, context: Context) -> Decision:
         value = self.net.predict(context)

@@ -33,7 +33,8 @@ class Online(CostAware):
     strength : float
         How many records of the offline data the prior is worth.
     explore : str
-        ``thompson``, ``ucb`` or ``greedy``; ``thompson:0.5`` and ``ucb:2`` scale the posterior's spread.
+        ``thompson``, ``ucb`` or ``greedy``; ``thompson:0.5`` and ``ucb:2`` scale the posterior's spread. As a step
+        teaches about nearly every arm, little exploration is needed: half the spread by default.
     labels : {'one_sided', 'played', 'imputed'}
         Which arms a step teaches about, see :meth:`_labels`.
     discount : float
@@ -55,7 +56,7 @@ class Online(CostAware):
         *,
         weights: str = "",
         strength: float = 200.0,
-        explore: str = "thompson",
+        explore: str = "thompson:0.5",
         labels: Literal["one_sided", "played", "imputed"] = "imputed",
         discount: float = 1.0,
         noise: float = 0.0,
@@ -98,6 +99,9 @@ class Online(CostAware):
             self._heads = np.ascontiguousarray(self.head.sample(self.rng, ENSEMBLE, self.spread).T)
             self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
         self.version += 1
+
+    def begin(self, context: Context) -> None:
+        self.net.begin()
 
     def _values(self, level: str, features: np.ndarray) -> np.ndarray:
         """Reward of every arm under each sampled head (or the one optimistic or mean head), shape (K, samples)."""

@@ -10,6 +10,9 @@ A spec string names a policy and sets its options:
 Options are the keyword parameters of the policy's constructor, and their annotations say what is accepted: ``int``,
 ``float``, ``bool`` (``on``/``off``), ``str``, ``Literal[...]``, and ``tuple[int, ...]`` written ``0/2/4``.
 
+Learned policies (``guarded``) come wrapped in :class:`~policies.safety.SafetyGuard`, and take its options too:
+``safety=off`` leaves it out, ``safety_gamma`` and ``safety_epsilon`` set it.
+
 To add a policy, write one file and add one line to :data:`BUILTIN`.
 """
 
@@ -23,6 +26,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from policies.base import Policy, PolicyError
+from policies.safety import SafetyGuard
 
 GROUP = "speckv_online.policies"
 
@@ -32,6 +36,9 @@ BUILTIN: dict[str, str] = {
     "mlp16": "policies.mlp16:Mlp16Policy",
     "online": "policies.online:Online",
 }
+
+#: Options of every guarded policy: type and default.
+SAFETY: dict[str, tuple[Any, Any]] = {"safety": (bool, True), "safety_gamma": (int, 4), "safety_epsilon": (float, 0.05)}
 
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
@@ -53,11 +60,15 @@ def make_policy(spec: str, **defaults: Any) -> Policy:
         For an unknown name or option, or a value of the wrong type or out of range.
     """
     name, cls, text = _resolve(spec)
-    hints = _options(cls)
+    hints = {key: hint for key, (hint, _) in _options(cls).items()}
     options = {key: value for key, value in defaults.items() if key in hints}
     options |= _parse(name, cls, text, hints)
+    safety = {key: options.pop(key, default) for key, (_, default) in SAFETY.items()}
     try:
-        return cls(**options)
+        policy = cls(**options)
+        if not (getattr(cls, "guarded", False) and safety["safety"]):
+            return policy
+        return SafetyGuard(policy, gamma=safety["safety_gamma"], epsilon=safety["safety_epsilon"])
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -74,8 +85,7 @@ def available() -> list[tuple[str, str]]:
 def options(name: str) -> dict[str, tuple[str, Any]]:
     """Return option -> (type, default) of a registered policy, for help texts."""
     _, cls, _ = _resolve(name)
-    parameters = inspect.signature(cls).parameters
-    return {key: (_spell(hint), parameters[key].default) for key, hint in _options(cls).items()}
+    return {key: (_spell(hint), default) for key, (hint, default) in _options(cls).items()}
 
 
 def _resolve(spec: str) -> tuple[str, type[Policy], str]:
@@ -117,9 +127,9 @@ def _plugins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _options(cls: type[Policy]) -> dict[str, Any]:
-    """Return option -> type of a policy's constructor, base classes included where it passes ``**kwargs`` on."""
-    found: dict[str, Any] = {}
+def _options(cls: type[Policy]) -> dict[str, tuple[Any, Any]]:
+    """Return option -> (type, default) of a constructor, base classes included where it passes ``**kwargs`` on."""
+    found: dict[str, tuple[Any, Any]] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
@@ -128,10 +138,10 @@ def _options(cls: type[Policy]) -> dict[str, Any]:
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for p in parameters:
             if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):
-                found.setdefault(p.name, hints.get(p.name, str))
+                found.setdefault(p.name, (hints.get(p.name, str), p.default))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return found
+    return found | SAFETY if getattr(cls, "guarded", False) else found
 
 
 def _parse(name: str, cls: type[Policy], text: str, hints: dict[str, Any]) -> dict[str, Any]:

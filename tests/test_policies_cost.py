@@ -1,0 +1,156 @@
+"""The online cost model: recovers times, shrugs off stalls, follows changes, adds up over workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from policies.base import Outcome, PolicyError
+from policies.cost import VAGUE, CostModel, CostPrior, LevelCosts
+
+
+def outcome(k: int, verify: float, draft: float, rest: float = 0.001, context: int = 100, n: int = 0) -> Outcome:
+    return Outcome(k, n, min(n + 1, k), n + 1, verify + draft + rest, draft, verify, "nf4", context)
+
+
+def feed(
+    costs: LevelCosts, rng: np.random.Generator, steps: int, verify: np.ndarray, t_d: float, widest: int = 9
+) -> None:
+    """Steps with random k below ``widest``, 5 % noise, and a stall of ten times the length in 1 of 25 verifications."""
+    for i in range(steps):
+        k = int(rng.integers(0, widest))
+        seconds = verify[k] * np.exp(0.05 * rng.normal()) * (10.0 if i % 25 == 24 else 1.0)
+        costs.observe(outcome(k, seconds, t_d * k * np.exp(0.05 * rng.normal())), k)
+    costs.refit()
+
+
+LINE = 0.1 + 0.01 * np.arange(17)
+BENT = np.array([0.078, 0.12, 0.15, 0.14, 0.137, 0.14, 0.142, 0.13, 0.114] + [0.12] * 8)
+
+
+@pytest.mark.parametrize("prior", [VAGUE, CostPrior(0.02, (0.2, 0.2))])
+@pytest.mark.parametrize("verify", [LINE, BENT])
+def test_recovers_times_in_spite_of_stalls(verify: np.ndarray, prior: CostPrior) -> None:
+    costs = LevelCosts(prior)
+    feed(costs, np.random.default_rng(0), 1500, verify, t_d=0.015)
+    assert costs.verify[:9] == pytest.approx(verify[:9], rel=0.08)
+    assert costs.draft == pytest.approx(0.015, rel=0.05)
+    assert costs.seconds[:9] == pytest.approx(verify[:9] + 0.015 * np.arange(9) + 0.001, rel=0.08)
+
+
+def test_widths_never_seen_lie_on_the_line() -> None:
+    costs = LevelCosts()
+    feed(costs, np.random.default_rng(1), 800, LINE, t_d=0.01, widest=6)
+    assert costs.verify == pytest.approx(LINE, rel=0.1)
+
+
+def test_the_first_measurements_set_the_scale() -> None:
+    costs = LevelCosts()
+    for _ in range(4):
+        costs.observe(outcome(4, 2.0, 0.4), 4)
+    assert costs.verify[4] == pytest.approx(2.0, rel=0.1)
+    assert costs.draft == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_calibration_holds_before_there_is_data() -> None:
+    prior = CostPrior(0.009, (0.055, 0.104, 0.116), overhead_seconds=0.002)
+    costs = LevelCosts(prior)
+    assert costs.seconds[:3] == pytest.approx([0.057, 0.115, 0.136])
+    assert costs.seconds[16] == pytest.approx(0.116 + 14 * 0.012 + 16 * 0.009 + 0.002)
+    assert costs.rate == pytest.approx(1 / 0.057)
+    assert costs.price[0] == pytest.approx(1.0)
+
+
+def test_scale_errors_of_a_calibration_are_put_right_at_every_width() -> None:
+    """A machine that runs twice as slow as when it was calibrated does so at widths that were not seen yet, too."""
+    costs = LevelCosts(CostPrior(0.01, tuple(BENT)))
+    feed(costs, np.random.default_rng(2), 400, 2 * BENT, t_d=0.02, widest=4)
+    assert costs.verify == pytest.approx(2 * BENT, rel=0.1)
+
+
+def test_follows_a_lasting_change() -> None:
+    rng = np.random.default_rng(3)
+    costs = LevelCosts()
+    feed(costs, rng, 1000, LINE, t_d=0.01)
+    feed(costs, rng, 1000, 3 * LINE, t_d=0.03)
+    assert costs.verify[:9] == pytest.approx(3 * LINE[:9], rel=0.25)
+    assert costs.draft == pytest.approx(0.03, rel=0.25)
+
+
+def test_context_growth_is_told_apart_from_width() -> None:
+    rng = np.random.default_rng(4)
+    costs = LevelCosts()
+    for _ in range(1500):
+        k, context = int(rng.integers(0, 9)), int(rng.integers(10, 4000))
+        costs.observe(outcome(k, LINE[k] + 2e-5 * context, 0.01 * k, context=context), k)
+    costs.refit()
+    growth = costs.verify[8] - costs.verify[0]
+    assert growth == pytest.approx(LINE[8] - LINE[0], rel=0.1)
+    assert costs.verify[0] == pytest.approx(LINE[0] + 2e-5 * 2000, rel=0.1)
+
+
+def test_rate_is_tokens_over_seconds() -> None:
+    costs = LevelCosts(half_life=1e9)
+    for i in range(600):
+        costs.observe(outcome(4, 0.1, 0.04, n=i % 5), 4)
+    assert costs.rate == pytest.approx(3 / 0.141, rel=0.02)
+
+
+def test_catching_up_does_not_count_as_drafting() -> None:
+    costs = LevelCosts(CostPrior(0.01, (0.1,)))
+    for i in range(300):
+        late = i % 3 == 0
+        o = outcome(4, 0.1, 0.04 + 0.2 * late)
+        o.caught_up = 30 * late
+        costs.observe(o, 4)
+    costs.refit()
+    assert costs.draft == pytest.approx(0.01, rel=0.02)
+
+
+def test_nonsense_times_are_ignored() -> None:
+    costs = LevelCosts(CostPrior(0.01, (0.1,)))
+    before = costs.seconds.copy()
+    for bad in (
+        outcome(4, float("nan"), 0.1),
+        outcome(4, -1.0, 0.1),
+        outcome(4, float("inf"), 0.1),
+        Outcome(4, 1, 2, 2),
+    ):
+        costs.observe(bad, 4)
+    costs.refit()
+    assert np.array_equal(costs.seconds, before)
+
+
+def test_state_round_trip_and_merging() -> None:
+    rng, model, parts = np.random.default_rng(5), CostModel(), [CostModel(), CostModel()]
+    for costs in (model, *parts):
+        costs.set_prior("nf4", CostPrior(0.01, (0.1, 0.11)))
+    for i in range(320):
+        k = int(rng.integers(0, 9))
+        o = outcome(k, float(LINE[k]), 0.01 * k)
+        model.observe(o)
+        parts[i >= 160].observe(o)
+    learner = CostModel()
+    learner.set_prior("nf4", CostPrior(0.01, (0.1, 0.11)))
+    for part in parts:
+        learner.merge(part.take_delta())
+    again = CostModel()
+    again.load(model.state())
+    assert np.array_equal(again.level("nf4").seconds, model.level("nf4").seconds)
+    # Clipping looks at the estimates of the moment, so workers agree closely but not to the last bit.
+    assert learner.level("nf4").seconds == pytest.approx(model.level("nf4").seconds, rel=1e-3)
+    assert parts[0].take_delta()["cost.nf4.count"] == 0
+
+
+def test_level_names_with_dots_survive(tmp_path: object) -> None:
+    model = CostModel()
+    model.set_prior("gptq.v2-4bit", CostPrior(0.02, (0.3,)))
+    again = CostModel()
+    again.load(model.state())
+    assert again.levels["gptq.v2-4bit"].verify[0] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("bad", [(0.01, ()), (-0.1, (0.1,)), (0.01, (0.0,)), (float("nan"), (0.1,))])
+def test_bad_priors_are_refused(bad: tuple[float, tuple[float, ...]]) -> None:
+    with pytest.raises(PolicyError, match="cost prior"):
+        CostPrior(*bad)
