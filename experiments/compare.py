@@ -1,0 +1,143 @@
+"""Compare policies on real models: every prompt under every policy, at every compression level, interleaved.
+
+Run it with ``python -m experiments.compare``, or as a job: ``ray job submit --working-dir . -- python -m
+experiments.compare --out /absolute/path``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from experiments.config import CompareConfig, parse
+from experiments.display import Display
+from speckv_online import manifest
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+from speckv_online.prompts import Prompt, choose, read_prompts
+from speckv_online.rundir import RunDir
+
+TASKS = ("code", "math", "chat", "summarization")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = (__doc__ or "").split("\n\n")[0]
+    prog = "python -m experiments.compare"
+    return run_command("compare", lambda: compare(parse(CompareConfig, argv, prog, description)))
+
+
+def compare(config: CompareConfig) -> int:
+    """Run a comparison and print its report. Everything that can be refused is refused before a model is loaded."""
+    prompts = select_prompts(config)
+    path = run_path(config)
+    digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
+    run = RunDir.open(path, asdict(config) | {"prompts_sha256": digest}, volatile=CompareConfig.VOLATILE)
+    check_names(config)
+
+    # Imported late: torch and transformers take seconds, and mistakes should show at once.
+    from experiments.runner import Job, connect, plan, run_local, run_ray
+    from speckv_online.models import prepare
+    from speckv_online.report import to_json, to_text, write_report
+
+    with Display(config, len(prompts)) as display:
+        if config.target is None:
+            display.say(f"preparing the model pair {config.pair}")
+            prepare(config.pair)
+        if not config.local:
+            display.say("starting Ray" if "RAY_ADDRESS" not in os.environ else "connecting to Ray")
+        with contextlib.nullcontext([manifest.cores()]) if config.local else connect() as nodes:
+            schedule = plan(config.threads, 1 if config.local else len(config.levels), nodes)
+            facts = manifest.collect(
+                command="python -m experiments.compare " + shlex.join(_flags(config)),
+                config=asdict(config) | {"out": "", "target": _name(config.target), "draft": _name(config.draft)},
+                prompts={"count": len(prompts), "sha256": digest, "ids": [p.id for p in prompts]},
+                seeds=[config.seed + i for i in range(config.orders)],
+                schedule=schedule.describe(len(config.levels)) | {"actors": "none" if config.local else "ray"},
+                workers={},
+            )
+            run.write_manifest(facts)
+            job = Job(config, prompts, path, schedule.threads)
+            events = run_local(job) if config.local else run_ray(job, schedule.slots)
+            for event in events:
+                display.show(event)
+                if event.facts:
+                    facts["workers"].setdefault(event.level, {}).update(event.facts)
+                    run.write_manifest(facts)
+    run.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
+    report = write_report(path)
+    print(json.dumps(to_json(report) | {"run": str(path)}) if config.json else f"\n{to_text(report)}\nRun: {path}")
+    return 0
+
+
+def select_prompts(config: CompareConfig) -> list[Prompt]:
+    """Return the prompts of a config: a number of the bundled held-out ones, or those of a file."""
+    if config.prompts.isdigit():
+        return choose(bundled(), int(config.prompts), config.seed)
+    prompts = read_prompts(config.prompts)
+    return choose(prompts, config.limit, config.seed) if config.limit else prompts
+
+
+def bundled(split: str = "test") -> list[Prompt]:
+    """Return the prompts that come with the project, of one split."""
+    found: list[Prompt] = []
+    for task in TASKS:
+        with as_file(files("experiments") / "prompts" / f"{task}.jsonl") as path:
+            found += [p for p in read_prompts(path) if p.split == split]
+    return found
+
+
+def run_path(config: CompareConfig) -> Path:
+    """Return the run directory, absolute: workers may run elsewhere."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.out).expanduser().is_absolute():
+        raise UserError("a Ray job runs in a copy of the code that is deleted later: give --out an absolute path")
+    name = config.out or f"runs/compare__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(name).expanduser().resolve()
+
+
+def check_names(config: CompareConfig) -> None:
+    """Refuse unknown levels, policies and pairs, each with a message of its own."""
+    from policies.registry import make_policy
+    from speckv_online.levels import get_level
+    from speckv_online.models import list_pairs
+
+    for level in config.levels:
+        get_level(level)
+    for spec in config.policies:
+        make_policy(spec)
+    names = [pair["name"] for pair in list_pairs()]
+    if config.target is None and config.pair not in names:
+        raise UserError(f"unknown model pair {config.pair!r}: choose {', '.join(names)}, or give --target and --draft")
+
+
+def _flags(config: CompareConfig) -> Iterator[str]:
+    """The flags that make this config again; the paths of models and output are cut to their last part."""
+    default = CompareConfig()
+    for key, value in asdict(config).items():
+        if value == getattr(default, key) or key == "out":
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            yield flag if value else flag.replace("--", "--no-", 1)
+        else:
+            yield flag
+            yield ",".join(value) if isinstance(value, tuple) else str(_name(value))
+
+
+def _name(value: Any) -> Any:
+    """Return a path that exists here as its last part, anything else as it is."""
+    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

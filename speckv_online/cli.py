@@ -1,0 +1,150 @@
+"""The ``speckv`` command. Heavy imports happen inside the commands, so that ``speckv --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import speckv_online
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    return run_command("speckv", lambda: arguments.command(arguments))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="speckv", description="Speculative decoding with a speculation length that is learned online."
+    )
+    parser.add_argument("--version", action="version", version=f"speckv {speckv_online.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt with a model pair.")
+    add.set_defaults(command=generate)
+    add.add_argument("--prompt", required=True, help="what to say to the model; - reads standard input")
+    add.add_argument("--pair", default="smollm2", help="named model pair (default: %(default)s)")
+    add.add_argument("--target", help="target model: a Hugging Face id or a directory (with --draft)")
+    add.add_argument("--draft", help="draft model with the same tokenizer")
+    add.add_argument("--compression", default="fp16", help="compression level of the target (default: %(default)s)")
+    add.add_argument("--policy", default="online", help="policy, see `speckv policies` (default: %(default)s)")
+    add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens (default: 64)")
+    add.add_argument("--task", default="", help="task label that the policy may use")
+    add.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    add.add_argument("--seed", type=int, default=0, help="seed of the policy (default: %(default)s)")
+    add.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
+
+    add = commands.add_parser("models", help="list model pairs, or prepare one")
+    add.set_defaults(command=models)
+    add.add_argument("--json", action="store_true", help="print JSON")
+    verbs = add.add_subparsers(metavar="[prepare]")
+    verb = verbs.add_parser("prepare", help="fetch and convert a pair into the cache")
+    verb.set_defaults(command=prepare)
+    verb.add_argument("pair", help="name of the pair")
+
+    add = commands.add_parser("policies", help="list policies")
+    add.set_defaults(command=policies)
+    add.add_argument("--json", action="store_true", help="print JSON")
+
+    add = commands.add_parser("report", help="write and show the report of a run")
+    add.set_defaults(command=report)
+    add.add_argument("run", metavar="RUN_DIR", help="directory that a run wrote")
+    add.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Run ``speckv generate``."""
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.threads < 0:
+        raise UserError(f"--threads must be at least 1, or 0 for torch's choice, got {arguments.threads}")
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if not text.strip():
+        raise UserError("the prompt is empty: give some text to --prompt")
+
+    import torch
+
+    from policies.registry import make_policy
+    from speckv_online.decoding import SpeculativeDecoder
+    from speckv_online.models import chat_prompt, load_pair
+    from speckv_online.session import Streamer, as_json, quiet_libraries, summary
+
+    quiet_libraries()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    policy = make_policy(arguments.policy, seed=arguments.seed)  # before the models: a typo should show at once
+    pair = load_pair(
+        arguments.pair,
+        level=arguments.compression,
+        device=arguments.device,
+        target=arguments.target,
+        draft=arguments.draft,
+    )
+    decoder = SpeculativeDecoder(pair.target, pair.drafter, policy, arguments.compression)
+    streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)
+    result = decoder.generate(
+        chat_prompt(pair.tokenizer, text), arguments.max_new_tokens, task=arguments.task, on_tokens=streamer
+    )
+    facts = as_json(result, pair, arguments.compression, arguments.policy)
+    if streamer is None:
+        print(json.dumps(facts))
+    else:
+        streamer.end()
+        print(summary(facts))
+
+
+def models(arguments: argparse.Namespace) -> None:
+    """Run ``speckv models``."""
+    from speckv_online.models import list_pairs
+
+    pairs = list_pairs()
+    if arguments.json:
+        print(json.dumps(pairs))
+        return
+    for pair in pairs:
+        state = f"cached in {pair['path']}" if pair["cached"] else f"not cached: speckv models prepare {pair['name']}"
+        print(f"{pair['name']}: {pair['summary']} ({state})")
+    print("Any two models with one tokenizer: --target ID_OR_DIR --draft ID_OR_DIR")
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Run ``speckv models prepare``."""
+    from speckv_online.models import prepare as prepare_pair
+    from speckv_online.session import quiet_libraries
+
+    quiet_libraries()
+    print(f"preparing {arguments.pair}", file=sys.stderr, flush=True)
+    print(f"{arguments.pair} is ready in {prepare_pair(arguments.pair)}")
+
+
+def policies(arguments: argparse.Namespace) -> None:
+    """Run ``speckv policies``."""
+    from policies.registry import available
+
+    rows = available()
+    if arguments.json:
+        print(json.dumps([{"name": name, "summary": summary} for name, summary in rows]))
+        return
+    width = max(len(name) for name, _ in rows)
+    for name, summary in rows:
+        print(f"{name:<{width}}  {summary}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Run ``speckv report``."""
+    from speckv_online.report import to_json, to_text, write_report
+
+    found = write_report(arguments.run)
+    print(json.dumps(to_json(found)) if arguments.json else to_text(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

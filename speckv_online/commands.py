@@ -1,0 +1,57 @@
+"""What every command shares: errors that a user can put right become one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from speckv_online.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_command(prog: str, command: Callable[[], Any]) -> int:
+    """Run a command and return its exit code.
+
+    A :class:`UserError`, a policy error or an error of the operating system (a missing file, a full disk) is printed as
+    one line on standard error and gives exit code 2. Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return int(code or 0)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; stop quietly, and keep Python from flushing into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"{prog}: error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def user_message(error: BaseException) -> str | None:
+    """Return the line to show for an error that a user can put right, None for every other error."""
+    remote = getattr(error, "cause", None)  # Ray wraps what an actor raises, and its text holds a traceback
+    if isinstance(remote, BaseException):
+        return user_message(remote)
+    base = sys.modules.get("policies.base")  # never imported here: `speckv --help` has to be instant
+    kinds = (UserError, *([base.PolicyError] if base is not None else []))
+    if isinstance(error, kinds):
+        return _one_line(str(error))
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return _one_line(f"{error.strerror or error}{where}")
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or "unknown error"

@@ -1,0 +1,118 @@
+"""Readers of prompt files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.compare import bundled
+from speckv_online.errors import UserError
+from speckv_online.prompts import Prompt, choose, read_prompts
+
+
+def write(tmp_path: Path, *rows: object, name: str = "set.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8")
+    return path
+
+
+def test_the_four_shapes(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"task": "chat", "prompt": "Hello"},
+        {"task_id": "HumanEval/0", "prompt": "def f():", "entry_point": "f", "test": "..."},
+        {"question": "2+2?", "answer": "#### 4"},
+        {"question_id": 81, "category": "coding", "turns": ["Write it", "Now test it"]},
+        {"question_id": 7, "category": "translation", "turns": ["Übersetze"], "split": "test", "id": "own"},
+    )
+    assert read_prompts(path) == [
+        Prompt("set-1", "chat", "Hello", "", ("Hello",)),
+        Prompt("HumanEval/0", "code", "def f():", "", ("def f():",)),
+        Prompt("set-3", "math", "2+2?", "", ("2+2?",)),
+        Prompt("81", "code", "Write it", "", ("Write it", "Now test it")),
+        Prompt("own", "translation", "Übersetze", "test", ("Übersetze",)),
+    ]
+
+
+def test_byte_order_mark_crlf_blank_lines_and_line_separators(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    line = '{"task":"chat","prompt":"one\u2028two"}'
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n  \n" + b'{"task":"math","prompt":"3"}')
+    assert [(p.id, p.text) for p in read_prompts(path)] == [("odd-1", "one\u2028two"), ("odd-4", "3")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"task":"chat","prompt":', "not valid JSON"),
+        ("[1]", "expected a JSON object, got a list"),
+        ("null", "expected a JSON object, got null"),
+        ('{"task":"chat"}', "none of"),
+        ('{"prompt":"x"}', '"task" is missing'),
+        ('{"task":"chat","prompt":3}', '"prompt" must be a string, got a number'),
+        ('{"task":"chat","prompt":"  "}', '"prompt" is empty'),
+        ('{"task":["chat"],"prompt":"x"}', '"task" must be a string, got a list'),
+        ('{"category":"qa","turns":[]}', '"turns" must be a list of at least one string'),
+        ('{"category":"qa","turns":"x"}', '"turns" must be a list of at least one string, got a string'),
+        ('{"category":"qa","turns":["x",null]}', '"turns" must be a string, got null'),
+        ('{"turns":["x"]}', '"task" is missing'),
+        ('{"task":"chat","prompt":"\\ud800"}', "surrogate"),
+        ('{"task":"chat","prompt":"x","id":null}', "id must be a string or an integer, got null"),
+        ('{"task":"chat","prompt":"x","split":1}', '"split" must be a string'),
+        ('{"task":"chat","prompt":"y","id":"a"}', "too; make ids unique"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path, {"task": "chat", "prompt": "fine", "id": "a"}, line)
+    with pytest.raises(UserError) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(write(tmp_path, "", ""))
+    with pytest.raises(UserError, match=r"cannot read .*No such file"):
+        read_prompts(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=r"cannot read .*directory"):
+        read_prompts(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"task":"chat","prompt":"\xe9"}')
+    with pytest.raises(UserError, match=r"latin.jsonl:1: not UTF-8"):
+        read_prompts(tmp_path / "latin.jsonl")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=60))
+def test_no_file_does_anything_but_read_or_be_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "f.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError):
+        read_prompts(path)
+
+
+def test_choice_is_balanced_seeded_and_nested() -> None:
+    prompts = bundled()
+    chosen = choose(prompts, 8, seed=3)
+    assert set(Counter(p.task for p in chosen).values()) == {2}
+    assert chosen == choose(prompts, 8, seed=3)
+    assert chosen[:5] == choose(prompts, 5, seed=3)
+    assert chosen != choose(prompts, 8, seed=4)
+    assert {p.id for p in choose(prompts, 10_000)} == {p.id for p in prompts}
+    with pytest.raises(UserError, match="at least 1"):
+        choose(prompts, 0)
+
+
+def test_bundled_prompts_are_the_held_out_ones() -> None:
+    prompts = bundled()
+    assert {p.split for p in prompts} == {"test"}
+    assert {p.task for p in prompts} == {"code", "math", "chat", "summarization"}
+    train = bundled("train")
+    assert not {p.text for p in prompts} & {p.text for p in train}
