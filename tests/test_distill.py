@@ -20,9 +20,10 @@ from experiments.distill.data import (
     Conversations,
     choose_head_ids,
     load_conversations,
+    make_batch,
     plan_batches,
 )
-from experiments.distill.draft import Draft
+from experiments.distill.draft import Draft, distillation_loss
 from experiments.distill.evaluate import accepted_and_tested, evaluate, greedy_answers, load_prompts, matches
 from experiments.distill.export import export_draft
 from experiments.distill.generate import count_answers, generate
@@ -160,6 +161,28 @@ class _Interrupting(Conversations):
             if self.left < 0:
                 raise KeyboardInterrupt
         return getattr(self.data, name)
+
+
+def test_chunked_loss_is_the_plain_one(target: PreTrainedModel, conversations: Path) -> None:
+    data = load_conversations(conversations)
+    without = np.setdiff1d(np.arange(300), data.ids[data.role == ANSWER][:3])  # some answers lie outside the head
+    draft = Draft(target, SETTINGS.kept_layers, without)
+    batch = make_batch(data, np.arange(4), PREFIX)
+    states = torch.randn(len(batch.where), 64, requires_grad=True)
+    loss, hits = distillation_loss(draft, states, batch, user_weight=0.3, argmax_weight=0.5, chunk=7)
+    (gradient,) = torch.autograd.grad(3 * loss, states)
+
+    logits = states @ draft.head.T
+    soft = torch.nn.functional.cross_entropy(logits, (batch.teacher @ draft.head.T).softmax(-1), reduction="none")
+    rows = {int(v): i for i, v in enumerate(without)}
+    top = torch.tensor([rows.get(int(v), -100) for v in batch.ids])
+    hard = torch.nn.functional.cross_entropy(logits, top, reduction="none", ignore_index=-100)
+    per_position = torch.where(batch.answer, soft + 0.5 * hard, 0.3 * soft)
+    plain = per_position.sum() / torch.where(batch.answer, 1.0, 0.3).sum()
+    (expected,) = torch.autograd.grad(3 * plain, states)
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    assert torch.equal(hits, (logits.argmax(-1) == top)[batch.answer])
 
 
 def test_batches_cover_every_conversation_once() -> None:

@@ -131,7 +131,7 @@ class Distillation:
         for split in ("train", "test"):
             rows = load_prompts(split)
             ids = [chat_prompt(self.tokenizer, row["prompt"]) for row in rows]
-            key = hashlib.sha256(json.dumps([str(self.folder), ids, ANSWER_LENGTH]).encode()).hexdigest()[:16]
+            key = hashlib.sha256(json.dumps([self.folder.name, ids, ANSWER_LENGTH]).encode()).hexdigest()[:16]
             cache = self.work / f"answers-{key}.json"
             if cache.exists():
                 answers = json.loads(cache.read_text())

@@ -8,7 +8,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
@@ -66,25 +65,41 @@ class Draft(nn.Module):
                 parameter.copy_(tensors[name])
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
-    """``-sum_i w_i sum_v q_iv log softmax(logits_i)_v``; the gradient is computed on the way, a pass less each way."""
+class _DistillationLoss(torch.autograd.Function):
+    """The loss of :func:`distillation_loss` and its gradient, some positions at a time.
+
+    As the head is frozen, the gradient of the states is all that backward needs. It is computed on the way in chunks
+    that fit a processor's cache: whole logit matrices (positions x head) cost more to write and read than to multiply.
+    """
 
     @staticmethod
-    def forward(ctx, logits, q, weight):  # type: ignore[no-untyped-def]
-        logp = F.log_softmax(logits.float(), -1)
-        loss = -torch.dot(weight, (q * logp).sum(-1))
-        grad = logp.exp_().mul_(q.sum(-1, keepdim=True)).sub_(q).mul_(weight[:, None])
-        ctx.save_for_backward(grad.to(logits.dtype))
-        return loss
+    def forward(ctx, states, head, teacher, top, weight, argmax_weight, chunk):  # type: ignore[no-untyped-def]
+        gradient = torch.empty_like(states)
+        guesses = torch.empty_like(top)
+        loss = states.new_zeros(())
+        for part in torch.arange(len(states)).split(chunk):
+            c = slice(int(part[0]), int(part[-1]) + 1)
+            logits = states[c] @ head.T
+            guesses[c] = logits.argmax(-1)
+            logp = logits.log_softmax(-1)
+            taught = (teacher[c] @ head.T).softmax(-1)
+            known = torch.nonzero(top[c] >= 0)[:, 0]
+            taught[known, top[c][known]] += argmax_weight
+            mass = taught.sum(-1, keepdim=True)
+            loss -= torch.linalg.vecdot(taught, logp) @ weight[c]
+            gradient[c] = logp.exp_().mul_(mass).sub_(taught).mul_(weight[c, None]) @ head
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(guesses)
+        return loss, guesses
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        (grad,) = ctx.saved_tensors
-        return grad.mul_(upstream), None, None
+    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None, None, None, None
 
 
 def distillation_loss(
-    draft: Draft, states: torch.Tensor, batch: Batch, user_weight: float, argmax_weight: float
+    draft: Draft, states: torch.Tensor, batch: Batch, user_weight: float, argmax_weight: float, chunk: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per weighted position, and for each position of an answer whether the draft has the target's id.
 
@@ -97,13 +112,10 @@ def distillation_loss(
     states : Tensor, shape (positions, hidden)
         Final states of the draft at ``batch.where``.
     """
-    with torch.no_grad():
-        taught = F.linear(batch.teacher, draft.head).float()
-        top = torch.where(batch.answer, draft.index[batch.ids], taught.argmax(-1))
-        q = taught.softmax(-1)
-        known = torch.nonzero(top >= 0)[:, 0]
-        q[known, top[known]] += argmax_weight
-        weight = torch.where(batch.answer, 1.0, user_weight)
-    logits = F.linear(states, draft.head)
-    loss = _SoftCrossEntropy.apply(logits, q, weight / weight.sum())
-    return loss, (logits.detach().argmax(-1) == top)[batch.answer]
+    weight = torch.where(batch.answer, 1.0, user_weight)
+    # In a user turn the ids are sampled, not the argmax: there the distribution alone teaches.
+    top = torch.where(batch.answer, draft.index[batch.ids], -1)
+    loss, guesses = _DistillationLoss.apply(
+        states, draft.head, batch.teacher, top, weight / weight.sum(), argmax_weight, chunk
+    )
+    return loss, (guesses == top)[batch.answer]

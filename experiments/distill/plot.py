@@ -1,0 +1,32 @@
+"""Draw the training curve of a draft's card: ``python -m experiments.distill.plot CARD.json CURVE.png``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+
+def plot_card(card: Path, out: Path) -> None:
+    """Plot loss and held-out accuracy over steps, from the log in a draft's card."""
+    steps, losses, accuracies = zip(*json.loads(card.read_text())["training"]["log"], strict=True)
+    figure, left = plt.subplots(figsize=(6, 3.2), dpi=100)
+    left.plot(steps, losses, color="tab:gray")
+    left.set(xlabel="step", ylabel="loss (running mean)")
+    right = left.twinx()
+    right.plot(steps, accuracies, color="tab:blue", marker="o", markersize=3)
+    right.set_ylabel("top-1 agreement, held-out conversations", color="tab:blue")
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    plot_card(Path(sys.argv[1]), Path(sys.argv[2]))
