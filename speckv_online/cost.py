@@ -186,9 +186,14 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     return LevelCost(t_d, tuple(float(v) for v in table), overhead, slope, centre)
 
 
-def fit_cost(records: Mapping[str, Iterable[StepRecord]], name: str = "measured", source: str = "") -> CostTable:
+def fit_cost(
+    records: Mapping[str, Iterable[StepRecord]],
+    name: str = "measured",
+    source: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> CostTable:
     """Fit a table to measured step records, given per level."""
-    return CostTable(name, {level: fit_level(steps) for level, steps in records.items()}, source)
+    return CostTable(name, {level: fit_level(steps) for level, steps in records.items()}, source, details or {})
 
 
 def _theil_sen(groups: np.ndarray, x: np.ndarray, y: np.ndarray, pairs: int = 20_000) -> float:

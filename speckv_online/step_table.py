@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -194,7 +195,7 @@ def read_rows(path: str | Path) -> list[StepRow]:
     return rows
 
 
-def _parse(name: str, cell: str) -> int | float | str:
+def _parse(name: str, cell: str) -> Any:
     return float("nan") if _KINDS[name] is float and not cell else _KINDS[name](cell)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,29 @@ def collect_trace(
         meta={"prompt_sha256": prompt_hash(prompt)} | dict(meta or {}),
     )
     return trace, generation.steps
+
+
+def redraft(
+    drafter: ModelDrafter,
+    trace: Trace,
+    *,
+    task: str,
+    prompt_id: str,
+    split: str,
+    meta: Mapping[str, Any] | None = None,
+) -> Trace:
+    """Return the trace of another drafter over the output of an earlier trace: no target is needed."""
+    drafts, signals = draft_table(drafter, trace.prompt.tolist(), trace.tokens.tolist(), trace.gamma)
+    return replace(
+        trace,
+        drafts=drafts,
+        accepted=agreement(drafts, trace.tokens),
+        signals=signals,
+        task=task,
+        prompt_id=prompt_id,
+        split=split,
+        meta={"prompt_sha256": prompt_hash(trace.prompt.tolist())} | dict(meta or {}),
+    )
 
 
 def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:

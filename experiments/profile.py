@@ -1,0 +1,245 @@
+"""Collect exact traces of a model pair, and from them step records and a cost table.
+
+Writes one trace per level and prompt (``LEVEL/PROMPT.npz``), the timed steps of the generations
+(``steps-LEVEL.jsonl``), a cost table fitted to them (``cost.json``) and step records in the published release's columns
+and more (``steps.csv``). A run that was stopped goes on where it was: traces that are there are not collected again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.compare import bundled
+from experiments.config import option, parse
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+from speckv_online.prompts import Prompt, choose, read_prompts
+
+if TYPE_CHECKING:
+    from speckv_online.cost import CostTable
+    from speckv_online.traces import Trace
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Settings of ``python -m experiments.profile``."""
+
+    pair: str = option("smollm2", "named model pair, see `speckv models`")
+    target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
+    draft: str | None = option(None, "draft model with the same tokenizer: an id or a directory")
+    levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels of the target, comma separated")
+    prompts: str = option("24", "how many of the bundled prompts, or a JSONL file")
+    split: str = option("train", "which split of the prompts: train, test or all")
+    limit: int = option(0, "at most this many prompts of a file, tasks in turn (0: all)")
+    max_new_tokens: int = option(64, "tokens to decode per prompt")
+    gammas: tuple[str, ...] = option(
+        ("0", "1", "2", "4", "8", "16"), "gammas drawn at random while decoding: what the cost table is fitted to"
+    )
+    reuse: str = option("", "directory of earlier traces: take the outputs of the same target from there, draft anew")
+    seed: int = option(0, "seed of the prompt choice and of the schedules")
+    threads: int = option(0, "CPU threads (0: all cores)")
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str = option("runs/profile", "directory of the traces")
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "test", "all"):
+            raise UserError(f"--split must be train, test or all, got {self.split!r}")
+        for name, least in (("max_new_tokens", 1), ("threads", 0), ("limit", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if (self.target is None) != (self.draft is None):
+            raise UserError("--target and --draft go together: give both, or --pair")
+        if not self.levels:
+            raise UserError("--levels is empty: name at least one")
+        if not self.gammas or not all(g.isdigit() and int(g) <= 16 for g in self.gammas):
+            raise UserError(f"--gammas must be whole numbers from 0 to 16, got {','.join(self.gammas)}")
+        if self.reuse and not Path(self.reuse).is_dir():
+            raise UserError(f"--reuse {self.reuse}: there is no such directory")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = (__doc__ or "").split("\n\n")[0]
+    prog = "python -m experiments.profile"
+    return run_command("profile", lambda: profile(parse(ProfileConfig, argv, prog, description)))
+
+
+def select_prompts(config: ProfileConfig) -> list[Prompt]:
+    """Return the prompts of a config, those of its split only where the file names splits."""
+    counted = config.prompts.isdigit()
+    if counted:
+        splits = ("train", "test") if config.split == "all" else (config.split,)
+        prompts = [p for split in splits for p in bundled(split)]
+    else:
+        prompts = read_prompts(config.prompts)
+        if config.split != "all":
+            prompts = [p for p in prompts if p.split in ("", config.split)]
+        if not prompts:
+            raise UserError(f"{config.prompts} holds no prompts of the split {config.split!r}: give --split all")
+    limit = int(config.prompts) if counted else config.limit or len(prompts)
+    return choose(prompts, limit, config.seed)
+
+
+def profile(config: ProfileConfig) -> int:
+    """Collect what is missing, then write the tables."""
+    from speckv_online.levels import get_level
+    from speckv_online.rundir import check_writable
+
+    prompts, out = select_prompts(config), Path(config.out).expanduser()
+    for level in config.levels:
+        get_level(level)
+    check_writable(out)
+    for level in config.levels:
+        collect_level(config, level, prompts, out)
+    write_tables(config, out)
+    return 0
+
+
+def trace_path(out: Path, level: str, prompt_id: str) -> Path:
+    """Return a trace's file; ids that are no plain file name get one that stays unique."""
+    name = re.sub(r"[^\w.-]+", "_", prompt_id).lstrip(".")
+    if name != prompt_id:
+        name += "-" + hashlib.sha256(prompt_id.encode()).hexdigest()[:6]
+    return out / level / f"{name}.npz"
+
+
+def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out: Path) -> None:
+    """Collect the traces of one level that are not there yet."""
+    from tqdm import tqdm
+
+    missing = [p for p in prompts if not trace_path(out, level, p.id).exists()]
+    print(f"{level}: {len(prompts) - len(missing)} of {len(prompts)} traces are there", file=sys.stderr, flush=True)
+    if not missing:
+        return
+
+    import torch
+
+    from speckv_online.manifest import cores, software
+    from speckv_online.models import chat_prompt, load_pair
+    from speckv_online.rundir import StepWriter, Unit
+    from speckv_online.step_table import Schedule
+    from speckv_online.trace_collection import collect_trace, fingerprint, redraft
+
+    torch.set_num_threads(config.threads or cores())
+    pair = load_pair(config.pair, level=level, device=config.device, target=config.target, draft=config.draft)
+    meta: dict[str, Any] = {
+        "target": pair.revision["target"],
+        "draft": pair.revision["draft"],
+        "target_fingerprint": fingerprint(pair.target),
+        "draft_fingerprint": fingerprint(pair.drafter.model),
+        "max_new_tokens": config.max_new_tokens,
+        "arithmetic": pair.level.arithmetic(pair.device),
+        "software": software(),
+    }
+    check_same(out / level, meta)
+    writer = StepWriter(out / f"steps-{level}.jsonl")
+    gammas = [int(g) for g in config.gammas]
+    warm = False
+    bar = tqdm(missing, desc=level, unit="trace", disable=not sys.stderr.isatty(), file=sys.stderr)
+    for number, prompt in enumerate(bar, start=1):
+        ids = chat_prompt(pair.tokenizer, prompt.text)
+        about: dict[str, Any] = {"task": prompt.task, "prompt_id": prompt.id, "split": prompt.split}
+        earlier = find_output(config, level, prompt.id, ids, meta)
+        if earlier is not None:
+            trace = redraft(pair.drafter, earlier, **about, meta=meta)
+            said = "output reused"
+        else:
+            if not warm:  # the first steps of a process warm caches up: they are no data
+                collect_trace(pair.target, pair.drafter, ids, 8, level=level, policy=Schedule(gammas))
+                warm = True
+            policy = Schedule(gammas, seed=config.seed + number)
+            trace, steps = collect_trace(
+                pair.target, pair.drafter, ids, config.max_new_tokens, level=level, policy=policy, **about, meta=meta
+            )
+            writer.write(Unit(level, "profile", prompt.id, prompt.task, config.seed), steps)
+            said = f"{len(trace) / sum(s.seconds for s in steps):.1f} tokens/s"
+        trace.save(trace_path(out, level, prompt.id))
+        if bar.disable:
+            where = f"{level} {number}/{len(missing)} {prompt.id}"
+            print(f"{where}: {len(trace)} tokens, {said}", file=sys.stderr, flush=True)
+    writer.close()
+    del pair
+    gc.collect()  # the next level's target must not have to fit beside this one
+
+
+def find_output(
+    config: ProfileConfig, level: str, prompt_id: str, ids: Sequence[int], meta: dict[str, Any]
+) -> Trace | None:
+    """Return an earlier trace of the same target, prompt and budget to take the output from, if there is one."""
+    from speckv_online.traces import Trace, prompt_hash
+
+    path = trace_path(Path(config.reuse), level, prompt_id) if config.reuse else None
+    if path is None or not path.exists():
+        return None
+    trace = Trace.load(path)
+    wanted = {key: meta[key] for key in ("target_fingerprint", "max_new_tokens")} | {"prompt_sha256": prompt_hash(ids)}
+    return trace if all(trace.meta.get(key) == value for key, value in wanted.items()) else None
+
+
+def check_same(folder: Path, meta: dict[str, Any]) -> None:
+    """Refuse to mix traces of other models or budgets into a directory."""
+    from speckv_online.traces import Trace
+
+    for path in sorted(folder.glob("*.npz"))[:1]:
+        theirs = Trace.load(path).meta
+        for key in ("target_fingerprint", "draft_fingerprint", "max_new_tokens"):
+            if theirs.get(key) != meta[key]:
+                raise UserError(f"{folder} holds traces with another {key} ({theirs.get(key)}): give another --out")
+
+
+def write_tables(config: ProfileConfig, out: Path) -> None:
+    """Write ``cost.json`` and ``steps.csv``, and print a summary."""
+    from speckv_online import manifest
+    from speckv_online.cost import fit_cost
+    from speckv_online.rundir import read_units
+    from speckv_online.step_table import trace_rows, write_rows
+    from speckv_online.traces import load_traces
+
+    traces = load_traces(out)
+    timed: dict[str, list[Any]] = {}
+    for unit in read_units(out):
+        # A generation's first draft reads the prompt too: its time is not that of a draft.
+        timed.setdefault(unit.unit.level, []).extend(unit.steps[1:])
+    facts = {"hardware": manifest.hardware(), "software": manifest.software(), "git": manifest.git_state()}
+    facts["schedule"] = {"threads": config.threads or manifest.cores()}
+    cost = fit_cost(timed, "measured", manifest.describe(facts), facts)
+    if timed:
+        cost.save(out / "cost.json")
+    rows = trace_rows(traces, config.seed)
+    write_rows(out / "steps.csv", rows)
+    for line in summary(traces, cost):
+        print(line)
+    print(
+        f"{len(rows)} step records: {out / 'steps.csv'}, traces: {out}" + f", costs: {out / 'cost.json'}" * bool(timed)
+    )
+
+
+def summary(traces: list[Trace], cost: CostTable) -> Iterator[str]:
+    """Describe traces in a line per level; seconds are modelled by the cost table, where that has the level."""
+    from speckv_online.hindsight import best_fixed, by_level, clairvoyant
+
+    for level, group in by_level(traces).items():
+        tokens = sum(len(t) for t in group)
+        first = sum(int((t.accepted > 0).sum()) for t in group)
+        yield f"{level}: {len(group)} traces, {tokens} tokens, first draft token right at {first / tokens:.3f} of them"
+        if level not in cost.levels:
+            continue
+        table, best = cost.level(level), best_fixed(group, cost)[level]
+        oracle = clairvoyant(group, cost)[level].goodput
+        verify = "/".join(f"{1e3 * table.verify_seconds[w - 1]:.0f}" for w in (1, 5, 9, 17))
+        yield f"  measured: draft {1e3 * table.draft_seconds:.1f} ms a token, verify of 1/5/9/17 tokens {verify} ms"
+        yield (
+            f"  modelled tokens/s: gamma 0 {best.all[0]:.2f}, best fixed gamma in hindsight ({best.gamma}) "
+            f"{best.goodput:.2f}, clairvoyant {oracle:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
