@@ -121,6 +121,7 @@ def test_training_finds_what_the_signals_tell(traces: list[Trace]) -> None:
     assert fit.metrics["mse"] < 0.75 * fit.metrics["mse_of_mean_per_level_and_gamma"]
     assert fit.metrics["correlation"] > 0.5
     w = fit.weights
+    assert w.phi_cov is not None
     assert (w.W1.shape, w.b1.shape, w.W2.shape, w.b2.shape) == ((6, 16), (16,), (16, 1), (1,))
     # In raw units, without any scaling: longer drafts have a lower rate, confident ones a higher.
     rate = [
@@ -217,7 +218,7 @@ def test_shipped_weights_are_described_by_their_card() -> None:
         assert float(file["noise_var"]) == card["noise_var"]
     assert load_weights(DEFAULT_WEIGHTS).phi_cov is not None
     assert card["features"] == "causal"
-    assert card["held_out"]["mse"] < card["held_out"]["mse_of_mean_per_level_and_gamma"]
+    assert card["held_out"]["correlation"] > 0.2
 
 
 @pytest.mark.skipif(not RELEASE.exists(), reason="the release's records are not here")
