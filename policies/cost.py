@@ -77,20 +77,22 @@ class LevelCosts:
         T(k) for k = 0..16 at the usual context length.
     verify : ndarray, shape (17,)
         T_v(w) for w = 1..17.
-    draft : float
-        t_d, the marginal seconds of one more drafted token.
+    draft, first : float
+        t_d, the marginal seconds of one more drafted token, and what the first one takes on top.
+    overhead : float
+        t_0, seconds of a step besides drafting and verifying.
     rate : float
         lambda, tokens per second: discounted tokens over discounted seconds.
     price : ndarray, shape (17,)
         ``rate * seconds``: what drafting k tokens costs, in tokens.
-    arm_price : ndarray, shape (K,)
-        ``price`` of each arm.
+    arm_seconds, arm_price : ndarray, shape (K,)
+        ``seconds`` and ``price`` of each arm.
     """
 
     def __init__(self, prior: CostPrior = VAGUE, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
         self._arms = np.array(arms)
         self._keep = 0.5 ** (1.0 / half_life)
-        self.steps = 0
+        self.steps = self.version = 0
         self.deviation = 0.3
         # Rows: count, sum of seconds, of context, of its square, of their product; one column per width.
         self._widths = np.zeros((5, WIDTHS))
@@ -127,7 +129,7 @@ class LevelCosts:
         sums = self._block_sums
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
-            draft = min(draft, 3.0 * (self._first + self.draft * drafted)) if self._sums[0] > 3 else draft
+            draft = min(draft, 3.0 * (self.first + self.draft * drafted)) if self._sums[0] > 3 else draft
             sums[0] += 1.0
             sums[1] += drafted
             sums[2] += drafted * drafted
@@ -135,7 +137,7 @@ class LevelCosts:
             sums[4] += drafted * draft
         rest = max(total - outcome.draft_seconds - outcome.verify_seconds, 0.0)
         sums[5] += 1.0
-        sums[6] += min(rest, 3.0 * self._rest) if self._sums[5] > 3 else min(rest, verify)
+        sums[6] += min(rest, 3.0 * self.overhead) if self._sums[5] > 3 else min(rest, verify)
         sums[7] += outcome.produced
         sums[8] += min(total, verify + draft + rest)
         self._pending += 1
@@ -180,6 +182,7 @@ class LevelCosts:
         self._sums += sums
 
     def _refit(self) -> None:
+        self.version += 1
         n, v, c, cc, cv = self._widths
         p, q, prior = self._shape, self._slope, self.prior
         unit = p[0]
@@ -219,21 +222,21 @@ class LevelCosts:
         kk, kd = kk + w, kd + w * prior.draft_seconds * scale
         m += 5.0
         det = m * kk - k * k
-        self._first = max((d * kk - k * kd) / det, 0.0)
-        self.draft = max((m * kd - k * d) / det, 0.0) if self._first > 0.0 else kd / kk
+        self.first = max((d * kk - k * kd) / det, 0.0)
+        self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
         w = prior.weight
-        self._rest = (rest + w * prior.overhead_seconds) / (rests + w)
+        self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
 
     def _solve_rate(self) -> None:
         k = np.arange(WIDTHS)
-        self.seconds = self.draft * k + self.verify + self._rest
-        self.seconds[1:] += self._first
+        self.seconds = self.draft * k + self.verify + self.overhead
+        self.seconds[1:] += self.first
         tokens, seconds = float(self._sums[7]), float(self._sums[8])
         # One token per plain step is what the prior promises until there is data.
         w = 2.0
         self.rate = (tokens + w) / (seconds + w * float(self.seconds[0]))
         self.price = self.rate * self.seconds
-        self.arm_price = self.price[self._arms]
+        self.arm_price, self.arm_seconds = self.price[self._arms], self.seconds[self._arms]
 
     def state(self) -> State:
         """Sums and the prior, as arrays."""

@@ -15,6 +15,8 @@ from policies.base import PolicyError, State
 PRIOR_NOISE = 0.09
 #: Rows that the assumption is worth.
 PRIOR_ROWS = 100.0
+#: Rows that wait at most before they are folded into the sums.
+BUFFER = 256
 
 
 class GaussianHead:
@@ -46,52 +48,58 @@ class GaussianHead:
         self.prior_mean, self.prior_precision = mean.copy(), precision.copy()
         self.discount, self.fixed_noise = discount, noise
         d = len(mean)
-        # Column d of the sums is r, so that one product per step updates both; misc: rows, steps, squared residuals.
+        # Column d of the sums is r, so that one product updates both; misc: rows, steps, squared residuals.
         self._total, self._total_misc = np.zeros((d, d + 1)), np.zeros(3)
         self._delta, self._delta_misc, self._delta_count = np.zeros((d, d + 1)), np.zeros(3), 0
-        self._block, self._outer = np.zeros((d, d + 1)), np.empty((d, d + 1))
-        self._block_rows, self._block_steps, self._block_squares = 0.0, 0.0, 0.0
-        self._row = np.empty((64, d + 1))
-        self.pending = 0
+        # Rows (phi, y) of the latest steps, not in the sums yet, and how many rows each step has.
+        self._rows, self._used, self._lengths = np.empty((BUFFER, d + 1)), 0, list[int]()
         self.refresh()
 
+    @property
+    def pending(self) -> int:
+        """Steps that are not in the sums yet."""
+        return len(self._lengths)
+
     def add(self, phi: np.ndarray, y: np.ndarray) -> None:
-        """Add one step's rows phi (m, D) with labels y (m,)."""
-        m, d = phi.shape
-        row = self._row[:m]
-        row[:, :d] = phi
-        residual = np.subtract(y, np.dot(phi, self.prior_mean))
-        row[:, d] = residual
-        if self.discount < 1.0:
-            self._block *= self.discount
-            self._block_rows *= self.discount
-            self._block_steps *= self.discount
-            self._block_squares *= self.discount
-        np.dot(phi.T, row, self._outer)
-        self._block += self._outer
-        self._block_rows += m
-        self._block_steps += 1.0
-        self._block_squares += float(np.dot(residual, residual))
-        self.pending += 1
+        """Add one step's rows phi (m, D) with labels y (m,), m at most :data:`BUFFER`."""
+        m = len(y)
+        used = self._used
+        if used + m > BUFFER:
+            self.fold()
+            used = 0
+        rows = self._rows[used : used + m]
+        rows[:, :-1] = phi
+        rows[:, -1] = y
+        self._used = used + m
+        self._lengths.append(m)
 
     def fold(self) -> None:
         """Move the latest steps into the sums."""
-        if not self.pending:
+        steps = len(self._lengths)
+        if not steps:
             return
-        misc = np.array([self._block_rows, self._block_steps, self._block_squares])
-        keep = self.discount**self.pending
+        rows, d = self._rows[: self._used], len(self.prior_mean)
+        rows[:, d] -= rows[:, :d] @ self.prior_mean
+        misc = np.array([float(self._used), float(steps), float(rows[:, d] @ rows[:, d])])
+        keep = 1.0
+        if self.discount < 1.0:
+            age = self.discount ** np.arange(steps - 1, -1, -1)
+            weight = np.repeat(age, self._lengths)
+            misc = np.array([weight.sum(), age.sum(), weight @ np.square(rows[:, d])])
+            rows *= np.sqrt(weight)[:, None]
+            keep = self.discount**steps
+        block = rows[:, :d].T @ rows
         for total, more in (
-            (self._total, self._block),
+            (self._total, block),
             (self._total_misc, misc),
-            (self._delta, self._block),
+            (self._delta, block),
             (self._delta_misc, misc),
         ):
             total *= keep
             total += more
-        self._delta_count += self.pending
-        self._block[:] = 0.0
-        self._block_rows = self._block_steps = self._block_squares = 0.0
-        self.pending = 0
+        self._delta_count += steps
+        self._used = 0
+        self._lengths.clear()
 
     def refresh(self) -> None:
         """Fold, and solve for the posterior."""
@@ -116,10 +124,10 @@ class GaussianHead:
 
     def forget(self) -> None:
         """Return to the prior; sums that were not handed out yet are dropped too."""
-        for array in (self._total, self._total_misc, self._delta, self._delta_misc, self._block):
+        for array in (self._total, self._total_misc, self._delta, self._delta_misc):
             array[:] = 0.0
-        self._block_rows = self._block_steps = self._block_squares = 0.0
-        self.pending = self._delta_count = 0
+        self._used = self._delta_count = 0
+        self._lengths.clear()
         self.refresh()
 
     def state(self) -> State:

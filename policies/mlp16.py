@@ -164,10 +164,10 @@ class Mlp16:
 
     def begin(self) -> None:
         """Forget the sequence."""
-        self._idle = 1.0
+        self._drafted_at = 0
 
     def read(self, context: Context) -> np.ndarray:
-        """Return the context's four signals and its acceptance in a new array of shape (5,); once per decision.
+        """Return the context's four signals and its acceptance in a new array of shape (5,).
 
         While nothing is drafted the lagged signals stay what they were. They would hold a policy at gamma 0 for ever
         after one hard stretch, so with each idle step they fade towards what a context starts with.
@@ -179,11 +179,11 @@ class Mlp16:
             context.min_confidence,
             context.acceptance,
         )
-        if context.last_drafted or not context.step:
-            self._idle = 1.0
+        idle = context.step - self._drafted_at
+        if context.last_drafted or idle <= 0:
+            self._drafted_at = context.step
             return np.array(values)
-        self._idle *= FADE
-        return NEUTRAL + self._idle * (values - NEUTRAL)
+        return NEUTRAL + FADE**idle * (values - NEUTRAL)
 
     def predict(self, context: Context) -> np.ndarray:
         """Return every arm's predicted acceptance rate, in [0, 1], shape (K,); overwritten by the next call."""

@@ -3,18 +3,18 @@
 The head keeps predicting MLP16's quantity, every arm's acceptance rate accepted / gamma. Thompson sampling (or UCB)
 over its Gaussian posterior picks the arm with the best reward, rate * gamma + 1 - lambda * T(gamma), in tokens.
 
-A step teaches about more arms than the one played: having drafted k and accepted n, the rate of every arm up to k is
-known, min(n, g) / g, and after a rejection that of every larger arm too, n / g.
+A step teaches about more arms than the one played, see :mod:`policies.labels`.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
 from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import GaussianHead, check_array
+from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
 from policies.mlp16 import HIDDEN, Mlp16, Objective, resolve_weights
 
@@ -35,8 +35,8 @@ class Online(CostAware):
     explore : str
         ``thompson``, ``ucb`` or ``greedy``; ``thompson:0.5`` and ``ucb:2`` scale the posterior's spread. As a step
         teaches about nearly every arm, little exploration is needed: half the spread by default.
-    labels : {'one_sided', 'played', 'imputed'}
-        Which arms a step teaches about, see :meth:`_labels`.
+    labels : {'imputed', 'one_sided', 'played'}
+        Which arms a step teaches about, see :class:`~policies.labels.ArmLabels`.
     discount : float
         Forgetting per step, 0 < rho <= 1; the prior is re-injected as the data fades.
     noise : float
@@ -57,7 +57,7 @@ class Online(CostAware):
         weights: str = "",
         strength: float = 200.0,
         explore: str = "thompson:0.5",
-        labels: Literal["one_sided", "played", "imputed"] = "imputed",
+        labels: Mode = "imputed",
         discount: float = 1.0,
         noise: float = 0.0,
         refresh: int = 8,
@@ -73,9 +73,7 @@ class Online(CostAware):
             raise PolicyError(f"discount must be above 0 and at most 1, got {discount}")
         if not 0 <= noise < float("inf") or refresh < 1:
             raise PolicyError(f"noise must not be negative and refresh at least 1, got {noise} and {refresh}")
-        if labels not in ("one_sided", "played", "imputed"):
-            raise PolicyError(f"labels must be one_sided, played or imputed, got '{labels}'")
-        self.labels, self.every = labels, refresh
+        self.labels, self.every = ArmLabels(self.arms, labels), refresh
         found = resolve_weights(weights)
         self.net = Mlp16(found, self.arms)
         d = HIDDEN + 1
@@ -84,13 +82,9 @@ class Online(CostAware):
         precision = strength * (moments + 0.01 * np.trace(moments) / d * np.eye(d))
         self.head = GaussianHead(found.head, precision, discount, noise)
         k = len(self.arms)
-        self._first = 1 if self.arms[0] == 0 else 0  # arm 0 has no acceptance rate
         self._column = self.gammas[:, None].copy()
         self._rates = np.empty((k, ENSEMBLE))
         self._zeros, self._ones = np.zeros((k, ENSEMBLE)), np.ones((k, ENSEMBLE))
-        n = np.arange(17.0)[:, None]
-        self._known = np.minimum(n, self.gammas) / np.maximum(self.gammas, 1.0)  # label of each arm after n accepts
-        self._count = [sum(g <= limit for g in self.arms) for limit in range(17)]  # arms up to each limit
         self._refresh()
 
     def _refresh(self) -> None:
@@ -122,7 +116,7 @@ class Online(CostAware):
 
     def decide(self, context: Context) -> Decision:
         features = self.net.read(context)
-        legal = self._count[context.max_gamma] or 1
+        legal = self.labels.count[context.max_gamma] or 1
         best = self._values(context.level, features)[:legal].argmax(axis=0)
         if self.explore == "thompson":
             if not self._picks:
@@ -136,7 +130,7 @@ class Online(CostAware):
         return Decision(self.new_id(), gamma, False, propensity, self.version, features)
 
     def pmf(self, context: Context) -> np.ndarray:
-        legal = self._count[context.max_gamma] or 1
+        legal = self.labels.count[context.max_gamma] or 1
         best = self._values(context.level, self.net.read(context))[:legal].argmax(axis=0)
         return np.bincount(best, minlength=len(self.arms)) / len(best)
 
@@ -147,35 +141,13 @@ class Online(CostAware):
         features = decision.features
         if features is None or not outcome.tested:
             return
-        start, stop, y = self._labels(outcome, float(features[4]))
+        start, stop, y = self.labels(outcome, features.item(4))
         if start >= stop:
             return
         phi = self.net.features(outcome.level, features)
         self.head.add(phi[start:stop], y[start:stop])
         if self.head.pending >= self.every:
             self._refresh()
-
-    def _labels(self, outcome: Outcome, acceptance: float) -> tuple[int, int, np.ndarray]:
-        """Return the range of arms that a step teaches about and the labels of all arms.
-
-        ``played`` takes arms up to the played one. ``one_sided`` adds the larger ones after a rejection; as they are
-        left out when nothing was rejected, their rates look lower than they are. ``imputed`` puts that right: with all
-        k accepted, a larger arm's label is what is known plus what a run of acceptances at the sequence's own
-        exponentially weighted acceptance would add.
-        """
-        n = outcome.accepted
-        y = self._known[n]
-        if outcome.rejected:
-            limit = outcome.drafted if self.labels == "played" else 16
-            return self._first, self._count[limit], y
-        stop = self._count[n]
-        if self.labels == "imputed" and n == outcome.drafted and stop < len(self.arms):
-            p = min(max(acceptance, 0.05), 0.95)
-            y = y.copy()
-            more = self.gammas[stop:]
-            y[stop:] = (n + p * (1.0 - p ** (more - n)) / (1.0 - p)) / more
-            stop = len(self.arms)
-        return self._first, stop, y
 
     def state_dict(self) -> State:
         return {"online.format": np.array(STATE_FORMAT)} | self.head.state() | super().state_dict()

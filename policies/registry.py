@@ -31,10 +31,26 @@ from policies.safety import SafetyGuard
 GROUP = "speckv_online.policies"
 
 BUILTIN: dict[str, str] = {
+    "adaedl": "policies.adaedl:AdaEdl",
     "autoregressive": "policies.fixed:Autoregressive",
+    "exp3spec": "policies.banditspec:Exp3Spec",
     "fixed": "policies.fixed:Fixed",
+    "goodput": "policies.goodput:Goodput",
+    "hf-confidence": "policies.hf:Confidence",
+    "hf-heuristic": "policies.hf:Heuristic",
+    "leviathan": "policies.leviathan:Leviathan",
+    "lints": "policies.linear:LinTs",
+    "linucb": "policies.linear:LinUcb",
+    "llamacpp": "policies.llamacpp:LlamaCpp",
     "mlp16": "policies.mlp16:Mlp16Policy",
     "online": "policies.online:Online",
+    "online-sgd": "policies.online_sgd:OnlineSgd",
+    "river": "policies.river_adapter:River",
+    "sglang": "policies.sglang:SgLang",
+    "specdecpp": "policies.specdecpp:SpecDecPlusPlus",
+    "svip": "policies.svip:Svip",
+    "ucbspec": "policies.banditspec:UcbSpec",
+    "vllm": "policies.vllm:VllmAdaptive",
 }
 
 #: Options of every guarded policy: type and default.

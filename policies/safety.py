@@ -1,15 +1,19 @@
 """A wrapper that keeps a learned policy close to the better of two plain ones: no drafting, and a fixed gamma.
 
 In the manner of conservative bandits (Wu et al., ICML 2016) a budget of tokens is kept per compression level. Every
-step adds what it produced and takes off (1 - epsilon) times what the better baseline would have produced in the step's
-modelled seconds. Where the policy's choice, if it came to the worst (one token), would overdraw the budget, the baseline
-is played instead, which fills the budget up again. So at any time
+step adds what it produced and takes off (1 - epsilon) times what the better baseline would have made in the step's
+modelled seconds. While the budget is overdrawn the baseline is played instead, which fills it up again. So at any time
 
-    tokens >= (1 - epsilon) * best baseline rate * modelled seconds - burn_in,
+    tokens >= (1 - epsilon) * best baseline rate * modelled seconds - burn_in - (the loss of one step)
 
 in expectation over the baseline's own luck, up to the probes below, and with the rates as the cost model and the
 acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
 long bad time later.
+
+What the fixed gamma would have produced is known from every step that drafted as many or met a rejection. Where the
+policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on past the point where
+the policy would have stopped, and so measure acceptance just there. (A plain product-limit estimate would flatter the
+fixed gamma, as a good policy stops where acceptance is low.)
 """
 
 from __future__ import annotations
@@ -23,26 +27,53 @@ from policies.cost import CostModel, LevelCosts
 from policies.guard import Wrapper
 
 REVIEW_EVERY = 16
-#: Weight that the acceptance counts of a review keep until the next one.
+#: Weight that the counts of a review keep until the next one.
 KEEP = 0.98
 #: The j-th probe comes at step PROBE * j^2.
 PROBE = 8
+#: Steps of the baseline alone cannot overdraw the budget further than this: errors of estimates are not held against
+#: the policy for ever.
+FLOOR = -10.0
 
 
 class _Ledger:
-    """One level's budget, acceptance counts by position, and probing schedule."""
+    """One level's budget, counts, and probing schedule."""
 
-    def __init__(self) -> None:
+    def __init__(self, gamma: int, budget: float) -> None:
         self.steps = 0
-        self.budget = 0.0
-        self.tested = [0.0] * MAX_GAMMA
-        self.passed = [0.0] * MAX_GAMMA
-        self.baseline = 0
-        self.rate = 0.0  # (1 - epsilon) * the baseline's tokens per second
+        self.budget = budget
         self.interventions = 0
+        # Steps with known min(a, gamma) and their sum; steps censored after s accepted tokens, s < gamma.
+        self.known, self.known_sum = 0.0, 0.0
+        self.censored = [0.0] * gamma
+        # Tokens tested and accepted past the point where the policy would have stopped.
+        self.beyond_tested, self.beyond_passed = 0.0, 0.0
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
-        self.probes = [0, 0]
-        self.due = [0, 0]
+        self.probes, self.due = [0, 0], [0, 0]
+        self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
+
+    def row(self) -> list[float]:
+        """Everything that is saved."""
+        numbers = [self.steps, self.budget, self.interventions, *self.probes, *self.due, self.known, self.known_sum]
+        return [*numbers, self.beyond_tested, self.beyond_passed, *self.censored]
+
+    def fill(self, row: list[float]) -> None:
+        """Restore :meth:`row`."""
+        self.steps, self.budget, self.interventions = int(row[0]), row[1], int(row[2])
+        self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
+        self.known, self.known_sum, self.beyond_tested, self.beyond_passed = row[7:11]
+        self.censored = row[11:]
+
+    def fixed_tokens(self, gamma: int) -> float:
+        """Mean tokens of a step at the fixed gamma."""
+        p = (self.beyond_passed + 1.0) / (self.beyond_tested + 2.0)
+        total, steps = self.known_sum, self.known
+        for s, count in enumerate(self.censored):
+            more = sum(p**i for i in range(1, gamma - s + 1))
+            total += count * (s + more)
+            steps += count
+        prior = sum(0.5**i for i in range(1, gamma + 1))  # worth two steps: nothing is promised before there is data
+        return 1.0 + (total + 2.0 * prior) / (steps + 2.0)
 
 
 class SafetyGuard(Wrapper):
@@ -75,13 +106,15 @@ class SafetyGuard(Wrapper):
         self.model = own if own is not None else CostModel()
         self._shared = own is not None
         self._ledgers: dict[str, _Ledger] = {}
+        # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
+        self._taken: dict[int, int] = {}
+        self._drafted = (0, 0)  # id and drafted tokens of the latest step that was asked what to submit
 
     def ledger(self, level: str) -> _Ledger:
         """Return a level's ledger, made on first use."""
         found = self._ledgers.get(level)
         if found is None:
-            found = self._ledgers[level] = _Ledger()
-            found.budget = self.burn_in
+            found = self._ledgers[level] = _Ledger(self.gamma, self.burn_in)
             self._review(found, self.model.level(level))
         return found
 
@@ -96,19 +129,34 @@ class SafetyGuard(Wrapper):
         if which >= 0 and limit >= self.gamma:
             ledger.probes[which] += 1
             ledger.due[which] = max(PROBE * ledger.probes[which] ** 2, ledger.steps + 1)
-            return self._override(decision, self.gamma if which else 0)
-        seconds = self.model.level(context.level).seconds
-        worst = 1.0 - ledger.rate * seconds.item(gamma)
-        if ledger.budget + min(worst, 0.0) < 0.0 and gamma != ledger.baseline:
+            return self._take(decision, self.gamma if which else 0)
+        if ledger.budget < 0.0:
             ledger.interventions += 1
-            return self._override(decision, min(ledger.baseline, limit))
+            return self._take(decision, min(ledger.baseline, limit))
         return decision
 
-    def _override(self, decision: Decision, gamma: int) -> Decision:
-        if decision.gamma != gamma or decision.stops:
-            # The rule is deterministic, so gamma was certain; features stay, and the policy learns from the step.
-            decision.gamma, decision.stops, decision.propensity = gamma, False, 1.0
+    def _take(self, decision: Decision, gamma: int) -> Decision:
+        """Play ``gamma`` instead; features stay, so that the policy learns from the step."""
+        if len(self._taken) >= 1024:  # decisions whose outcomes never came
+            self._taken.clear()
+        self._taken[decision.id] = min(decision.gamma, gamma)
+        # The rule is deterministic, so gamma was certain. A policy that stops by itself is asked on, for its opinion.
+        decision.gamma, decision.propensity = gamma, 1.0
         return decision
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        go_on = self.policy.proceed(decision, drafted, signals)
+        if decision.id not in self._taken:
+            return go_on
+        if not go_on:
+            self._taken[decision.id] = min(self._taken[decision.id], drafted)
+        return True
+
+    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+        self._drafted = decision.id, drafted
+        if decision.id in self._taken:
+            return drafted
+        return self.policy.submit(decision, drafted, signals)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         seen = decision.id in self.policy._learnt
@@ -118,49 +166,52 @@ class SafetyGuard(Wrapper):
         if not self._shared:
             self.model.observe(outcome)
         ledger, k, n = self.ledger(outcome.level), outcome.drafted, outcome.accepted
-        tested, passed = ledger.tested, ledger.passed
-        for j in range(n):
-            tested[j] += 1.0
-            passed[j] += 1.0
-        if outcome.tested > n:
-            tested[n] += 1.0
+        stop = self._taken.pop(decision.id, -1)
+        if outcome.tested > n or k >= self.gamma:
+            ledger.known += 1.0
+            ledger.known_sum += min(n, self.gamma)
+        elif stop < 0 and n == k:
+            ledger.censored[k] += 1.0
+        if 0 <= stop <= n and stop < outcome.tested:
+            ledger.beyond_tested += outcome.tested - stop
+            ledger.beyond_passed += n - stop
         if k == 0:
             self._postpone(ledger, 0)
         elif k >= self.gamma:
             self._postpone(ledger, 1)
         costs = self.model.level(outcome.level)
-        ledger.budget += outcome.produced - ledger.rate * costs.seconds.item(k)
-        if ledger.budget > 4.0 * self.burn_in:
-            ledger.budget = 4.0 * self.burn_in
+        wasted = self._drafted[1] - k if self._drafted[0] == decision.id else 0
+        seconds = costs.seconds.item(k) + costs.draft * wasted
+        ledger.budget += outcome.produced - ledger.rate * seconds
+        ledger.budget = min(max(ledger.budget, FLOOR), 4.0 * self.burn_in)
         if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:
             self._review(ledger, costs)
 
     @staticmethod
     def _postpone(ledger: _Ledger, which: int) -> None:
-        """The policy played by itself what a probe is for: count it as the next probe if that is near."""
+        """The policy played by itself what a probe is for: count it as the next probe if that is due."""
         if ledger.steps >= PROBE * ledger.probes[which] ** 2:
             ledger.probes[which] += 1
             ledger.due[which] = PROBE * ledger.probes[which] ** 2
 
     def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
-        """Find the better baseline anew: tokens of the fixed gamma by the product-limit (Kaplan-Meier) estimate."""
-        alive, tokens = 1.0, 1.0
-        for j in range(self.gamma):
-            # Two pseudo-tests at 0.5: nothing is promised before there is data.
-            alive *= (ledger.passed[j] + 1.0) / (ledger.tested[j] + 2.0)
-            tokens += alive
-        plain, fixed = 1.0 / float(costs.seconds[0]), tokens / float(costs.seconds[self.gamma])
+        """Find the better baseline anew, and let old counts fade."""
+        plain = 1.0 / float(costs.seconds[0])
+        fixed = ledger.fixed_tokens(self.gamma) / float(costs.seconds[self.gamma])
         ledger.baseline = self.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
         if ledger.steps >= REVIEW_EVERY:
-            ledger.tested = [KEEP * x for x in ledger.tested]
-            ledger.passed = [KEEP * x for x in ledger.passed]
+            ledger.known *= KEEP
+            ledger.known_sum *= KEEP
+            ledger.censored = [KEEP * x for x in ledger.censored]
+            # Probes get rarer: forget them more slowly.
+            ledger.beyond_tested *= KEEP**0.25
+            ledger.beyond_passed *= KEEP**0.25
 
     def state_dict(self) -> State:
         found = self.policy.state_dict()
         for level, x in self._ledgers.items():
-            numbers = [x.steps, x.budget, x.interventions, *x.probes, *x.due, *x.tested, *x.passed]
-            found[f"safety.{level}"] = np.array(numbers, dtype=float)
+            found[f"safety.{level}"] = np.array(x.row())
         if not self._shared:
             found |= self.model.state()
         return found
@@ -171,16 +222,16 @@ class SafetyGuard(Wrapper):
             own |= {k for k in state if k.startswith("cost.")}
             self.model.load(state)
         self.policy.load_state_dict({k: v for k, v in state.items() if k not in own})
-        self._ledgers.clear()
+        # A level without a ledger in the state (merged statistics have none) keeps the one it has.
         for key in (k for k in own if k.startswith("safety.")):
             row = np.asarray(state[key], dtype=float)
-            if row.shape != (7 + 2 * MAX_GAMMA,) or not np.isfinite(row).all():
-                raise PolicyError(f"the state's '{key}' is not a safety ledger: load it into the version that saved it")
+            if row.shape != (11 + self.gamma,) or not np.isfinite(row).all():
+                raise PolicyError(
+                    f"the state's '{key}' is not a ledger of safety gamma {self.gamma}: use the one it had"
+                )
             level = key.removeprefix("safety.")
-            ledger, x = self.ledger(level), row.tolist()
-            ledger.steps, ledger.budget, ledger.interventions = int(x[0]), x[1], int(x[2])
-            ledger.probes, ledger.due = [int(v) for v in x[3:5]], [int(v) for v in x[5:7]]
-            ledger.tested, ledger.passed = x[7 : 7 + MAX_GAMMA], x[7 + MAX_GAMMA :]
+            ledger = self.ledger(level)
+            ledger.fill(row.tolist())
             self._review(ledger, self.model.level(level))
 
     def info(self) -> dict[str, Any]:

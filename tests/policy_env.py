@@ -43,7 +43,8 @@ def make_tape(rng: np.random.Generator, length: int, ease: float = 0.0) -> Tape:
     signals[:, 0] = 4.0 * (1.0 - confidence) + 0.3 * rng.random(total)
     signals[:, 1] = confidence
     signals[:, 2] = 8.0 * confidence * rng.uniform(0.8, 1.2, total)
-    signals[:, 3] = np.where(rng.random(total) < 0.6, np.where(match, 1.0, -1.0), 0.0)
+    agrees = rng.random(total) < np.where(match, 0.7, 0.4)
+    signals[:, 3] = np.where(rng.random(total) < 0.6, np.where(agrees, 2.0, -2.0), 0.0)
     return Tape(match, signals)
 
 

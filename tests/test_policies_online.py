@@ -8,6 +8,7 @@ import pytest
 from policies.base import ARMS, Context, Decision, Outcome, PolicyError
 from policies.cost import CostPrior
 from policies.gaussian import GaussianHead
+from policies.labels import MODES, ArmLabels, Mode
 from policies.online import Online
 from policies.registry import make_policy
 from tests.policy_env import COSTS, make_tapes, play, trained
@@ -141,14 +142,13 @@ def test_sync_keeps_what_was_not_handed_out() -> None:
         (5, 3, "played", {1: 1, 2: 1, 4: 0.75}),
     ],
 )
-def test_labels_by_hand(k: int, n: int, mode: str, want: dict[int, float]) -> None:
-    policy = make(labels=mode)
-    start, stop, y = policy._labels(Outcome(k, n, min(n + 1, k), n + 1), 0.5)
+def test_labels_by_hand(k: int, n: int, mode: Mode, want: dict[int, float]) -> None:
+    start, stop, y = ArmLabels(ARMS, mode)(Outcome(k, n, min(n + 1, k), n + 1), 0.5)
     assert dict(zip(ARMS[start:stop], y[start:stop], strict=True)) == pytest.approx(want)
 
 
 def test_imputed_labels_add_a_run_at_the_sequence_s_acceptance() -> None:
-    start, stop, y = make(labels="imputed")._labels(Outcome(4, 4, 4, 5), 0.5)
+    start, stop, y = ArmLabels(ARMS)(Outcome(4, 4, 4, 5), 0.5)
     assert (start, stop) == (1, 8)
     assert y[4] == pytest.approx((4 + 0.5 + 0.25) / 6)
     assert y[7] == pytest.approx((4 + sum(0.5**i for i in range(1, 13))) / 16)
@@ -156,8 +156,8 @@ def test_imputed_labels_add_a_run_at_the_sequence_s_acceptance() -> None:
 
 def test_an_accepted_end_of_sequence_says_nothing_of_longer_drafts() -> None:
     cut = Outcome(drafted=6, accepted=4, tested=4, produced=4)
-    for mode in ("one_sided", "played", "imputed"):
-        start, stop, y = make(labels=mode)._labels(cut, 0.5)
+    for mode in MODES:
+        start, stop, y = ArmLabels(ARMS, mode)(cut, 0.5)
         assert (ARMS[start:stop], y[start:stop].tolist()) == ((1, 2, 4), [1, 1, 1])
 
 

@@ -58,7 +58,7 @@ def test_defaults_yield_to_the_spec_and_to_policies_without_the_option() -> None
         ("fixd:3", "unknown policy 'fixd': did you mean fixed"),
         ("fixd", "did you mean fixed"),
         ("onlin:greedy", "unknown policy 'onlin': did you mean online"),
-        ("zzz", "choose from autoregressive"),
+        ("zzz", "choose from adaedl, autoregressive"),
         ("", "unknown policy ''"),
         ("no.such.module:Thing", "no module named 'no'"),
         ("policies.fixed:Nothing", "has no attribute 'Nothing'"),

@@ -1,0 +1,222 @@
+"""LinUCB (Li et al., 2010) and linear Thompson sampling (Agrawal & Goyal, 2013) on lagged features of the context.
+
+Every step labels all arms (see :mod:`policies.labels`), so the arms share one precision matrix: the posterior is a
+multi-output ridge regression of an arm's accepted tokens, with exponential forgetting and sums that add up over
+workers. MLP16 warm-starts it: the regression is on what MLP16's prediction leaves over.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from policies.base import Context, Decision, Outcome, PolicyError, State
+from policies.gaussian import check_array
+from policies.labels import ArmLabels
+from policies.learned import CostAware
+from policies.mlp16 import DEFAULT_WEIGHTS, Mlp16, Weights, resolve_weights
+
+DIM = 8
+SAMPLES = 64
+
+
+class _Linear(CostAware):
+    """Shared part of both policies.
+
+    Parameters
+    ----------
+    weights : str or Weights
+        MLP16 weights to start from; ``none`` starts cold, empty takes the shipped ones if there are any.
+    ridge : float
+        Prior precision, in steps.
+    discount : float
+        Forgetting per step, 0 < rho <= 1.
+    refresh : int
+        Steps between updates of the posterior that decisions use.
+    """
+
+    learns = True
+    guarded: ClassVar[bool] = True
+    positional: ClassVar[str] = "alpha"
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.5,
+        weights: str = "",
+        ridge: float = 20.0,
+        discount: float = 0.999,
+        refresh: int = 8,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not 0 <= alpha < float("inf") or not 0 < ridge < float("inf") or not 0 < discount <= 1 or refresh < 1:
+            got = f"{alpha}, {ridge}, {discount}, {refresh}"
+            raise PolicyError(f"need alpha >= 0, ridge > 0, 0 < discount <= 1 and refresh >= 1, got {got}")
+        self.alpha, self.ridge, self.discount, self.every = alpha, ridge, discount, refresh
+        known = load_start(weights)
+        self.net = None if known is None else Mlp16(known, self.arms)
+        self.labels = ArmLabels(self.arms)
+        k = len(self.arms)
+        # Columns: A, then one right-hand side per arm. Misc: steps, then squared residuals per arm.
+        self._total, self._misc = np.zeros((DIM, DIM + k)), np.zeros(1 + k)
+        self._delta = np.zeros((DIM, DIM + k)), np.zeros(1 + k), 0
+        self._waiting: list[np.ndarray] = []
+        self._solve()
+
+    def features(self, context: Context) -> np.ndarray:
+        """x (8,) and the tokens that MLP16 expects of every arm (K,), in one array."""
+        c = context
+        ratio = c.last_accepted / c.last_drafted if c.last_drafted else 0.5
+        whole = 1.0 if 0 < c.last_drafted == c.last_accepted else 0.0
+        x = [1.0, 2 * c.acceptance - 1, ratio, whole, c.mean_confidence, c.min_confidence, c.mean_entropy / 4]
+        found = np.zeros(DIM + len(self.arms))
+        found[:DIM] = *x, c.max_entropy / 8
+        if self.net is not None:
+            found[DIM:] = self.net.predict(c) * self.gammas
+        return found
+
+    def begin(self, context: Context) -> None:
+        if self.net is not None:
+            self.net.begin()
+
+    def _fold(self) -> None:
+        steps = len(self._waiting)
+        if not steps:
+            return
+        rows = np.array(self._waiting)
+        self._waiting.clear()
+        rows *= np.sqrt(self.discount ** np.arange(steps - 1, -1, -1))[:, None]
+        block = rows[:, :DIM].T @ rows
+        weight = np.square(rows[:, 0])  # the constant feature is 1
+        misc = np.concatenate(([weight.sum()], np.square(rows[:, DIM:]).sum(axis=0)))
+        self._add(block, misc, steps)
+        total, squares, count = self._delta
+        keep = self.discount**steps
+        self._delta = total * keep + block, squares * keep + misc, count + steps
+
+    def _add(self, block: np.ndarray, misc: np.ndarray, steps: int) -> None:
+        keep = self.discount**steps
+        self._total = self._total * keep + block
+        self._misc = self._misc * keep + misc
+
+    def _solve(self) -> None:
+        self._fold()
+        A, B = self._total[:, :DIM], self._total[:, DIM:]
+        inverse = np.linalg.inv(A + self.ridge * np.eye(DIM))
+        self.W = inverse @ B  # (8, K)
+        self._root = np.linalg.cholesky(inverse)
+        fitted = np.maximum(self._misc[1:] - (self.W * B).sum(axis=0), 0.0)
+        # One accepted token of spread per arm, worth ten steps, until there is data.
+        self.spread = np.sqrt((fitted + 10.0) / (self._misc[0] + 10.0))
+        self.version += 1
+
+    def _lines(self, features: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean value of every arm in tokens, and its standard deviation."""
+        x = features[:DIM]
+        mean = x @ self.W + features[DIM:]
+        np.clip(mean, 0.0, self.gammas, out=mean)
+        if self.timed:
+            mean -= self.costs.level(level).arm_price
+        root = x @ self._root
+        return mean, self.spread * (float(root @ root) ** 0.5 * self.alpha) * (self.gammas > 0)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id):
+            return
+        self.costs.observe(outcome)
+        if decision.features is None or not outcome.tested:
+            return
+        start, stop, y = self.labels(outcome, 0.5 * (decision.features.item(1) + 1.0))
+        if stop < len(self.arms):  # an end of sequence: the larger arms have no label
+            return
+        row = decision.features.copy()
+        row[DIM + start :] = y[start:] * self.gammas[start:] - row[DIM + start :]
+        row[DIM : DIM + start] = 0.0
+        self._waiting.append(row)
+        if len(self._waiting) >= self.every:
+            self._solve()
+
+    def state_dict(self) -> State:
+        self._fold()
+        return super().state_dict() | {"linear.sums": self._total.copy(), "linear.misc": self._misc.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        total = check_array(state, "linear.sums", self._total.shape)
+        misc = check_array(state, "linear.misc", self._misc.shape)
+        self._waiting.clear()
+        self._total, self._misc = total.copy(), misc.copy()
+        self._delta = np.zeros_like(total), np.zeros_like(misc), 0
+        super().load_state_dict(state)
+        self._solve()
+
+    def take_delta(self) -> State:
+        self._fold()
+        total, misc, count = self._delta
+        self._delta = np.zeros_like(total), np.zeros_like(misc), 0
+        own = {"linear.sums": total, "linear.misc": misc, "linear.count": np.array(float(count))}
+        return own | super().take_delta()
+
+    def merge(self, delta: State) -> None:
+        if "linear.sums" in delta:
+            self._fold()
+            total = check_array(delta, "linear.sums", self._total.shape)
+            misc = check_array(delta, "linear.misc", self._misc.shape)
+            self._add(total, misc, int(check_array(delta, "linear.count", ())))
+            self._solve()
+        super().merge(delta)
+
+
+class LinUcb(_Linear):
+    """The arm with the largest mean + alpha * standard deviation of its value."""
+
+    summary = "LinUCB on lagged features, all arms labelled by every step (linucb:alpha)"
+
+    def decide(self, context: Context) -> Decision:
+        features = self.features(context)
+        mean, deviation = self._lines(features, context.level)
+        legal = self.labels.count[context.max_gamma] or 1
+        arm = int((mean + deviation)[:legal].argmax())
+        gamma = min(self.arms[arm], context.max_gamma)
+        return Decision(self.new_id(), gamma, False, 1.0, self.version, features)
+
+
+class LinTs(_Linear):
+    """Thompson sampling: the best arm under one draw, common to all arms, of how far they lie from their means.
+
+    The draw is one of 64 equally likely normal quantiles, so the probability of each arm is exact.
+    """
+
+    summary = "linear Thompson sampling on lagged features, all arms labelled by every step (lints:alpha)"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        from statistics import NormalDist
+
+        self._z = np.array([NormalDist().inv_cdf((i + 0.5) / SAMPLES) for i in range(SAMPLES)])
+
+    def _best(self, context: Context, features: np.ndarray) -> np.ndarray:
+        """Best arm for each quantile, shape (SAMPLES,)."""
+        mean, deviation = self._lines(features, context.level)
+        legal = self.labels.count[context.max_gamma] or 1
+        best: np.ndarray = (mean + np.multiply.outer(self._z, deviation))[:, :legal].argmax(axis=1)
+        return best
+
+    def decide(self, context: Context) -> Decision:
+        features = self.features(context)
+        choices = self._best(context, features).tolist()
+        arm = choices[int(self.rng.integers(SAMPLES))]
+        gamma = min(self.arms[arm], context.max_gamma)
+        return Decision(self.new_id(), gamma, False, choices.count(arm) / SAMPLES, self.version, features)
+
+    def pmf(self, context: Context) -> np.ndarray:
+        """Probability of each of ``arms``."""
+        return np.bincount(self._best(context, self.features(context)), minlength=len(self.arms)) / SAMPLES
+
+
+def load_start(weights: str | Weights) -> Weights | None:
+    """Return MLP16 weights to start from; None for ``none``, or where nothing is named and nothing ships."""
+    if isinstance(weights, str) and (weights == "none" or (not weights and not DEFAULT_WEIGHTS.is_file())):
+        return None
+    return resolve_weights(weights)

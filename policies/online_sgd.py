@@ -1,0 +1,147 @@
+"""`online-sgd`: MLP16 with all of its weights trained on, by Adam on the squared error of every step's labels."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from policies.base import Context, Decision, Outcome, PolicyError, State
+from policies.gaussian import check_array
+from policies.labels import ArmLabels
+from policies.learned import CostAware
+from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Weights, level_code, resolve_weights
+
+#: Where W1, b1, W2, b2 lie in the flat parameter vector.
+_SIZES = (INPUTS * HIDDEN, HIDDEN, HIDDEN, 1)
+
+
+class OnlineSgd(CostAware):
+    """Greedy in MLP16's prediction but for a share epsilon of uniformly random arms; every step is a training step.
+
+    Parameters
+    ----------
+    weights : str or Weights
+        Pretrained weights; the shipped ones by default.
+    rate : float
+        Adam's step size.
+    epsilon : float
+        Share of random arms; it falls as 1 / sqrt(1 + steps / 200).
+    """
+
+    summary = "MLP16 with all weights trained online by Adam, epsilon-greedy"
+    learns = True
+    guarded: ClassVar[bool] = True
+    positional: ClassVar[str] = "rate"
+
+    def __init__(self, *, weights: str = "", rate: float = 0.001, epsilon: float = 0.05, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 < rate < 1 or not 0 <= epsilon <= 1:
+            raise PolicyError(f"rate must be between 0 and 1 and epsilon from 0 to 1, got {rate} and {epsilon}")
+        self.rate, self.epsilon, self.steps = rate, epsilon, 0
+        w = resolve_weights(weights)
+        self._flat = np.concatenate([w.W1.ravel(), w.b1, w.W2.ravel(), w.b2])
+        self._gradient, self._first, self._second = (np.zeros_like(self._flat) for _ in range(3))
+        self._W1, self._b1, self._W2, self._b2 = _views(self._flat)
+        self._views = _views(self._gradient)
+        self.labels = ArmLabels(self.arms)
+        self._inputs = np.zeros((len(self.arms), INPUTS))
+        self._inputs[:, 5] = self.arms
+        # Reads contexts, with their fading while nothing is drafted; its weights are not used.
+        self._reader = Mlp16(w, self.arms)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights as they are now."""
+        return Weights(self._W1.copy(), self._b1.copy(), self._W2.copy()[:, None], self._b2.copy())
+
+    def begin(self, context: Context) -> None:
+        self._reader.begin()
+
+    def _forward(self, level: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return inputs (K, 6), hidden units (K, 16) and rates (K,), not clipped."""
+        x = self._inputs
+        x[:, :4] = features[:4]
+        x[:, 4] = level_code(level)
+        hidden = np.maximum(x @ self._W1 + self._b1, 0.0)
+        return x, hidden, hidden @ self._W2 + self._b2
+
+    def _greedy(self, level: str, features: np.ndarray, legal: int) -> int:
+        value = np.clip(self._forward(level, features)[2], 0.0, 1.0) * self.gammas
+        if self.timed:
+            value -= self.costs.level(level).arm_price
+        return int(value[:legal].argmax())
+
+    @property
+    def _share(self) -> float:
+        return self.epsilon / (1.0 + self.steps / 200.0) ** 0.5
+
+    def decide(self, context: Context) -> Decision:
+        features = self._reader.read(context)
+        legal = self.labels.count[context.max_gamma] or 1
+        best = arm = self._greedy(context.level, features, legal)
+        if self.rng.random() < self._share:
+            arm = int(self.rng.integers(legal))
+        propensity = self._share / legal + (1.0 - self._share) * (arm == best)
+        gamma = min(self.arms[arm], context.max_gamma)
+        return Decision(self.new_id(), gamma, False, propensity, self.version, features)
+
+    def pmf(self, context: Context) -> np.ndarray:
+        """Probability of each of ``arms``."""
+        legal = self.labels.count[context.max_gamma] or 1
+        p = np.zeros(len(self.arms))
+        p[:legal] = self._share / legal
+        p[self._greedy(context.level, self._reader.read(context), legal)] += 1.0 - self._share
+        return p
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id):
+            return
+        self.costs.observe(outcome)
+        if decision.features is None or not outcome.tested:
+            return
+        start, stop, y = self.labels(outcome, decision.features.item(4))
+        if start < stop:
+            self._train(outcome.level, decision.features, start, stop, y)
+
+    def _train(self, level: str, features: np.ndarray, start: int, stop: int, y: np.ndarray) -> None:
+        """One Adam step (Kingma & Ba, 2015) on the mean squared error of the labelled arms."""
+        x, hidden, rates = self._forward(level, features)
+        error = np.zeros(len(rates))
+        error[start:stop] = (rates - y)[start:stop] / (stop - start)
+        back = np.multiply.outer(error, self._W2)
+        back *= hidden > 0.0
+        W1, b1, W2, b2 = self._views
+        np.dot(x.T, back, W1)
+        back.sum(axis=0, out=b1)
+        np.dot(hidden.T, error, W2)
+        b2[0] = error.sum()
+        self.steps += 1
+        self.version += 1
+        self._first += 0.1 * (self._gradient - self._first)
+        self._second += 0.001 * (np.square(self._gradient) - self._second)
+        size = self.rate * (1.0 - 0.999**self.steps) ** 0.5 / (1.0 - 0.9**self.steps)
+        self._flat -= size * self._first / (np.sqrt(self._second) + 1e-8)
+
+    def state_dict(self) -> State:
+        arrays = np.stack([self._flat, self._first, self._second])
+        return super().state_dict() | {"sgd": arrays, "sgd.steps": np.array(self.steps)}
+
+    def load_state_dict(self, state: State) -> None:
+        arrays = check_array(state, "sgd", (3, len(self._flat)))
+        self.steps = int(check_array(state, "sgd.steps", ()))
+        self._flat[:], self._first[:], self._second[:] = arrays
+        super().load_state_dict(state)
+        self.version += 1
+
+    def take_delta(self) -> State:
+        return {}  # gradient steps do not add up
+
+    def merge(self, delta: State) -> None:
+        return
+
+
+def _views(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """W1 (6, 16), b1 (16,), W2 (16,), b2 (1,) as views of one vector."""
+    parts = np.split(flat, np.cumsum(_SIZES)[:-1])
+    return parts[0].reshape(INPUTS, HIDDEN), parts[1], parts[2], parts[3]

@@ -1,0 +1,112 @@
+"""river's bandit policies over fixed gammas, through one adapter (river 0.26, ``river.bandit``).
+
+river's policies keep Python objects, so they have no arrays to save: a run starts them afresh. Known limits of 0.26.1
+that the adapter works around: Exp3 overflows as its weights grow (they are divided by their maximum now and then, which
+changes no probability); ThompsonSampling needs a reward distribution given; ``burn_in`` breaks LinUCBDisjoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from policies.base import Context, Decision, Outcome, PolicyError
+from policies.learned import CostAware
+
+Name: TypeAlias = Literal["ucb", "exp3", "thompson", "epsilon-greedy", "linucb"]
+
+
+class River(CostAware):
+    """One of river's bandits; the reward is a step's value tokens - lambda * T(k), scaled to about [0, 1].
+
+    Parameters
+    ----------
+    policy : {'ucb', 'exp3', 'thompson', 'epsilon-greedy', 'linucb'}
+        Which bandit.
+    epsilon : float
+        Exploration: epsilon of ``epsilon-greedy``, gamma of ``exp3``, alpha of ``linucb``, delta of ``ucb``.
+    """
+
+    summary = "a bandit of the river library (river:ucb|exp3|thompson|epsilon-greedy|linucb)"
+    learns = True
+    positional: ClassVar[str] = "policy"
+
+    def __init__(self, *, policy: Name = "ucb", epsilon: float = 0.1, **options: Any) -> None:
+        super().__init__(**options)
+        from river import bandit, proba  # half a second: not for listing policies
+
+        if not 0 < epsilon <= 1:
+            raise PolicyError(f"epsilon must be above 0 and at most 1, got {epsilon}")
+        seed = int(self.rng.integers(2**31))
+        self.name = policy
+        self.bandit: Any = {
+            "ucb": lambda: bandit.UCB(delta=epsilon, seed=seed),
+            "exp3": lambda: bandit.Exp3(gamma=epsilon, seed=seed),
+            "thompson": lambda: bandit.ThompsonSampling(reward_obj=proba.Gaussian(), seed=seed),
+            "epsilon-greedy": lambda: bandit.EpsilonGreedy(epsilon=epsilon, seed=seed),
+            "linucb": lambda: bandit.LinUCBDisjoint(alpha=epsilon, seed=seed),
+        }[policy]()
+        self._ids = list(range(len(self.arms)))
+        self._index = {gamma: i for i, gamma in enumerate(self.arms)}
+        self._played = [0] * len(self.arms)
+
+    def decide(self, context: Context) -> Decision:
+        features = None
+        unplayed = [i for i in self._ids if not self._played[i]]
+        if unplayed and self.name != "exp3":
+            arm = unplayed[0]  # river's means of nothing are zero or undefined
+            self._played[arm] = 1
+        elif self.name == "linucb":
+            arm = self.bandit.pull(self._ids, context=_named(_context(context)))
+        else:
+            arm = self.bandit.pull(self._ids)
+        if self.name == "linucb":
+            features = _context(context)
+        propensity = 1.0
+        if self.name == "exp3":
+            propensity = self.bandit._probabilities[arm]
+        return Decision(self.new_id(), min(self.arms[arm], context.max_gamma), False, propensity, 0, features)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id):
+            return
+        self.costs.observe(outcome)
+        arm = self._index.get(decision.gamma)
+        if arm is None or decision.gamma != outcome.drafted:
+            return
+        reward = float(outcome.produced)
+        if self.timed:
+            reward -= self.costs.level(outcome.level).price.item(outcome.drafted)
+        span = self.arms[-1] + 1.0
+        reward = min(max((reward + 0.5 * span) / (1.5 * span), 0.0), 1.0)
+        if self.name == "linucb":
+            self.bandit.update(arm, _named(decision.features), reward)
+        elif self.name == "exp3":
+            self._update_exp3(arm, reward, decision.propensity)
+        else:
+            self.bandit.update(arm, reward)
+
+    def _update_exp3(self, arm: int, reward: float, propensity: float) -> None:
+        # river divides by the probability of its latest pull; with late outcomes it has to be that of this decision.
+        self.bandit._probabilities[arm] = propensity
+        self.bandit.update(arm, reward)
+        weights = self.bandit._weights
+        top = max(weights.values())
+        if top > 1e100:
+            for key in weights:
+                weights[key] = max(weights[key] / top, 1e-100)
+
+    def take_delta(self) -> dict[str, np.ndarray]:
+        return {}  # the bandit itself cannot be shared, and costs without it would be of no use
+
+    def merge(self, delta: dict[str, np.ndarray]) -> None:
+        return
+
+
+def _context(c: Context) -> np.ndarray:
+    return np.array([1.0, c.acceptance, c.mean_entropy / 4, c.mean_confidence, c.max_entropy / 8, c.min_confidence])
+
+
+def _named(features: np.ndarray | None) -> dict[str, float]:
+    return {} if features is None else {f"x{i}": v for i, v in enumerate(features.tolist())}

@@ -1,0 +1,92 @@
+"""SpecDec++: stop where a rejection among the drafted tokens is likely (Huang et al., 2024, arXiv 2405.19715).
+
+The paper trains an acceptance head on the draft's hidden states; here the head is the logistic regression of
+:mod:`policies.hazard` on the draft's signals, pretrained, learning online, or both.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.hazard import START, Hazard, after_features, log_odds, probability, token_features
+
+
+class SpecDecPlusPlus(Policy):
+    """Stop once 1 - prod a_i > threshold, with at least ``least`` and at most ``cap`` tokens.
+
+    Parameters
+    ----------
+    threshold : float
+        Probability of at least one rejection at which drafting ends; 0.3 in the paper's code.
+    least, cap : int
+        Bounds; the paper's are 2 and 20, cut to what a step allows.
+    acceptance : str
+        An npz of acceptance weights; the shipped ones by default.
+    train : bool
+        Whether the head goes on learning; the paper's is frozen after its training.
+    """
+
+    summary = "SpecDec++: stop when the predicted chance of a rejection exceeds 0.3"
+    learns = True
+    positional: ClassVar[str] = "threshold"
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.3,
+        least: int = 2,
+        cap: int = 20,
+        acceptance: str = "",
+        train: bool = True,
+        seed: int = 0,
+        worker: int = 0,
+    ) -> None:
+        super().__init__(seed=seed, worker=worker)
+        if not 0 <= threshold <= 1 or not 0 <= least <= cap:
+            raise PolicyError(f"need threshold from 0 to 1 and 0 <= least <= cap, got {threshold}, {least}, {cap}")
+        self.threshold, self.least, self.cap, self.train = threshold, least, cap, train
+        self.hazard = Hazard(acceptance, discount=1.0)
+
+    def decide(self, context: Context) -> Decision:
+        features = np.zeros(START + MAX_GAMMA + 1)
+        whole = 1.0 if 0 < context.last_drafted == context.last_accepted else 0.0
+        features[:4] = (
+            2.0 * context.acceptance - 1.0,
+            whole,
+            log_odds(context.mean_confidence),
+            0.25 * context.mean_entropy,
+        )
+        features[START] = 1.0
+        return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True, features=features)
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        f = decision.features
+        assert f is not None
+        previous = token_features(signals[drafted - 2].tolist()) if drafted > 1 else None
+        own = token_features(signals[drafted - 1].tolist())
+        a = probability(self.hazard.after, after_features(f[:START].tolist(), own, previous, drafted - 1))
+        f[START + drafted] = f[START + drafted - 1] * a
+        return drafted < self.least or 1.0 - f.item(START + drafted) <= self.threshold
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id) or not self.train or decision.features is None or not outcome.tested:
+            return
+        self.hazard.add(decision.features[:START].tolist(), outcome)
+        if self.hazard.pending >= 16:
+            self.hazard.refresh()
+            self.version += 1
+
+    def state_dict(self) -> State:
+        return self.hazard.state()
+
+    def load_state_dict(self, state: State) -> None:
+        self.hazard.load(state)
+
+    def take_delta(self) -> State:
+        return self.hazard.take_delta()
+
+    def merge(self, delta: State) -> None:
+        self.hazard.merge(delta)
