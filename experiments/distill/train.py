@@ -22,12 +22,11 @@ from speckv_online.files import write_atomically
 log = logging.getLogger(__name__)
 
 
-def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warm = max(1, round(settings.warmup * total))
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+def learning_rate(progress: float, settings: Settings) -> float:
+    """Linear warm-up, then a cosine to zero, as a function of the share of the training that is done."""
+    if progress < settings.warmup:
+        return settings.lr * progress / settings.warmup
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (progress - settings.warmup) / (1 - settings.warmup)))
 
 
 def save_checkpoint(
@@ -96,7 +95,7 @@ def train(
     checkpoint : Path
         Written every ``save_every`` steps and at the end; if it exists, training goes on from it.
     max_seconds : float
-        The schedule is cut so that training ends within this time, judged by the pace of the first ten steps.
+        The schedule runs by steps or by time, whichever is further on, so that training ends within this time.
     """
     chosen, held = split(len(data), settings.holdout_every)
     lengths = data.lengths()[chosen]
@@ -117,21 +116,19 @@ def train(
         total = notes["total"]
         log.info("going on from step %d of %d", notes["step"], total)
     started = time.perf_counter() - notes["seconds"]
-    first, running, done = notes["step"], 0.0, 0
-    window = time.perf_counter()
-    step = 0
+    first, running, done, step = notes["step"], 0.0, 0, 0
+    opened, finished = time.perf_counter(), False
     for epoch, count in enumerate(per_epoch):
-        if step + count <= first:
+        if finished or step + count <= first:
             step += count
             continue
         for batch in epoch_batches(data, chosen, prefix, settings.batch_tokens, (settings.seed, epoch)):
             if step < first:
                 step += 1
                 continue
-            if step >= total:
-                break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, settings)
+                progress = max((step + 1) / total, (time.perf_counter() - started) / max_seconds)
+                group["lr"] = learning_rate(min(progress, 1.0), settings)
             states = draft(batch.inputs).flatten(0, 1)[batch.where]
             loss, hits = distillation_loss(draft, states, batch, settings.user_weight, settings.argmax_weight)
             loss.backward()
@@ -140,22 +137,21 @@ def train(
             optimizer.zero_grad()
             step += 1
             done += batch.inputs.numel()
-            notes["step"], notes["tokens"] = step, notes["tokens"] + batch.inputs.numel()
-            running = loss.item() if not running else 0.95 * running + 0.05 * loss.item()
-            elapsed = time.perf_counter() - started
-            if step == first + 10 and not notes["log"] and elapsed / 10 * total > max_seconds:
-                total = notes["total"] = int(max_seconds / (elapsed / 10))
-                log.info("cut to %d steps to end in time", total)
-            if step % 10 == 0:
-                rate = done / (time.perf_counter() - window)
+            notes |= {"step": step, "tokens": notes["tokens"] + batch.inputs.numel()}
+            notes["seconds"] = time.perf_counter() - started
+            running = 0.95 * running + 0.05 * loss.item() if running else loss.item()
+            finished = progress >= 1.0
+            if step % 20 == 0:
+                rate, right = done / (time.perf_counter() - opened), hits.float().mean()
                 log.info(
-                    "step %d/%d loss %.3f train acc %.3f %.0f tokens/s", step, total, running, hits.float().mean(), rate
+                    "%.0f%% step %d loss %.3f accuracy %.3f %.0f tokens/s", 100 * progress, step, running, right, rate
                 )
-            if step % validate_every == 0 or step == total:
+            if step % validate_every == 0 or finished:
                 accuracy = validate(draft, data, held, prefix, settings)
                 notes["log"].append((step, round(running, 4), round(accuracy, 4)))
                 log.info("step %d: held-out accuracy %.4f", step, accuracy)
-            if step % save_every == 0 or step == total:
-                notes["seconds"] = time.perf_counter() - started
+            if step % save_every == 0 or finished:
                 save_checkpoint(checkpoint, draft, optimizer, notes)
+            if finished:
+                break
     return notes
