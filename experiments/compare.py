@@ -56,11 +56,14 @@ def compare(config: CompareConfig) -> int:
             prepare(config.pair)
         if not config.local:
             display.say("starting Ray" if "RAY_ADDRESS" not in os.environ else "connecting to Ray")
+        names = {key: _name(getattr(config, key)) for key in ("target", "draft", "prompts")}
         with contextlib.nullcontext([manifest.cores()]) if config.local else connect() as nodes:
             schedule = plan(config.threads, 1 if config.local else len(config.levels), nodes)
             facts = manifest.collect(
                 command="python -m experiments.compare " + shlex.join(_flags(config)),
-                config=asdict(config) | {"out": "", "target": _name(config.target), "draft": _name(config.draft)},
+                config=asdict(config)
+                | {"out": ""}
+                | {k: _name(getattr(config, k)) for k in ("target", "draft", "prompts")},
                 prompts={"count": len(prompts), "sha256": digest, "ids": [p.id for p in prompts]},
                 seeds=[config.seed + i for i in range(config.orders)],
                 schedule=schedule.describe(len(config.levels)) | {"actors": "none" if config.local else "ray"},

@@ -16,6 +16,8 @@ from speckv_online.rundir import load_arrays, save_arrays
 
 #: A policy in one seeded order of the prompts: (spec, seed).
 Key = tuple[str, int]
+#: Version (batches merged so far) and state of a policy.
+Merged = tuple[int, State]
 #: Marks the learner's own arrays in a checkpoint, beside those of the policy.
 _OWN = "learner."
 
@@ -37,7 +39,7 @@ class Learner:
         self.policies: dict[Key, Policy] = {}
         self.applied: dict[Key, set[tuple[str, int]]] = {}
 
-    def sync(self, worker: str, sequence: int, deltas: Mapping[Key, State]) -> dict[Key, State]:
+    def sync(self, worker: str, sequence: int, deltas: Mapping[Key, State]) -> dict[Key, Merged]:
         """Add a worker's batch, unless it was added before, and return the merged state of every policy in it.
 
         Parameters
@@ -50,17 +52,17 @@ class Learner:
         Returns
         -------
         dict
-            States for :meth:`~policies.base.Policy.load_state_dict`; ``{}`` for a policy that nobody has fed yet.
+            For each policy its version, which is the number of batches merged so far, and its state for
+            :meth:`~policies.base.Policy.load_state_dict`, which is ``{}`` at version 0.
         """
-        merged: dict[Key, State] = {}
+        merged: dict[Key, Merged] = {}
         for key, delta in deltas.items():
             policy, applied = self._policy(key), self.applied[key]
             if delta and (worker, sequence) not in applied:
                 policy.merge(delta)
-                policy.version += 1
                 applied.add((worker, sequence))
                 self._save(key)
-            merged[key] = policy.state_dict() if applied else {}
+            merged[key] = len(applied), policy.state_dict() if applied else {}
         return merged
 
     def versions(self) -> dict[str, int]:
@@ -76,7 +78,6 @@ class Learner:
                 state, applied = read_checkpoint(file)
                 self.policies[key].load_state_dict(state)
                 self.applied[key] = {(str(worker), int(sequence)) for worker, sequence in applied}
-                self.policies[key].version = len(applied)
         return self.policies[key]
 
     def _save(self, key: Key) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import CompareConfig
-from experiments.learner import Key, Learner
+from experiments.learner import Key, Learner, Merged
 from experiments.worker import Progress, Worker
 from policies.base import State
 from speckv_online.errors import UserError
@@ -138,7 +138,7 @@ def connect() -> Iterator[list[int]]:
 class RemoteSync:
     """The learner's ``sync`` as a worker calls it: one call per prompt, never per step."""
 
-    def __call__(self, worker: str, sequence: int, deltas: Mapping[Key, State]) -> dict[Key, State]:
+    def __call__(self, worker: str, sequence: int, deltas: Mapping[Key, State]) -> dict[Key, Merged]:
         import ray
 
         learner: Any = ray.get_actor(LEARNER)

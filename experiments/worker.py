@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from experiments.config import CompareConfig
-from experiments.learner import Key, checkpoint_name, read_checkpoint
+from experiments.learner import Key, Merged, checkpoint_name, read_checkpoint
 from policies.base import Policy, State
 from policies.registry import make_policy
 from speckv_online.calibrate import as_prior, calibrate
@@ -24,8 +24,8 @@ from speckv_online.prompts import Prompt
 from speckv_online.rundir import StepWriter, Unit, save_arrays
 from speckv_online.session import quiet_libraries
 
-#: Adds this worker's statistics to the learner's and returns the merged ones: (worker, sequence, deltas) -> states.
-Sync = Callable[[str, int, Mapping[Key, State]], dict[Key, State]]
+#: Adds this worker's statistics to the learner's and returns the merged ones: (worker, sequence, deltas) -> merged.
+Sync = Callable[[str, int, Mapping[Key, State]], dict[Key, Merged]]
 
 WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
@@ -84,6 +84,7 @@ class Worker:
         self.position = 0
         self.facts: dict[str, Any] = {}
         self.policies: dict[Key, Policy] = {}
+        self.versions: dict[Key, int] = {}
         self.decoders: dict[Key, SpeculativeDecoder] = {}
 
     def load(self) -> dict[str, Any]:
@@ -156,10 +157,11 @@ class Worker:
                     yield Unit(self.level, policy, prompt.id, prompt.task, seed), prompt
 
     def _decode(self, unit: Unit, prompt: Prompt) -> Progress:
-        decoder = self._decoder((unit.policy, unit.seed))
+        key = (unit.policy, unit.seed)
+        decoder = self._decoder(key)
         ids = self.ids[prompt.id]
         result = decoder.generate(ids, self.config.max_new_tokens, task=prompt.task)
-        self.writer.write(unit, result.steps, _facts(result, len(ids)))
+        self.writer.write(unit, result.steps, _facts(result, len(ids)) | {"merged_version": self.versions[key]})
         done = len(self.writer.done)
         return Progress(self.level, unit, done, len(self.units), len(result.tokens), result.decode_seconds)
 
@@ -180,11 +182,13 @@ class Worker:
             self.policies[key] = policy
             self.decoders[key] = SpeculativeDecoder(self.pair.target, self.pair.drafter, policy, self.level)
             local = self.out / checkpoint_name(key, self.level)
-            state = read_checkpoint(local)[0] if local.exists() else self.sync(self.level, -1, {key: {}})[key]
-            self._restore(policy, state)
+            merged = (0, read_checkpoint(local)[0]) if local.exists() else self.sync(self.level, -1, {key: {}})[key]
+            self._restore(key, merged)
         return self.decoders[key]
 
-    def _restore(self, policy: Policy, state: State) -> None:
+    def _restore(self, key: Key, merged: Merged) -> None:
+        policy = self.policies[key]
+        self.versions[key], state = merged
         if state:
             policy.load_state_dict(state)
         if hasattr(policy, "set_costs"):  # the calibration is this worker's own and not part of what is shared
@@ -202,8 +206,8 @@ class Worker:
                 # It learns, but not in a form that adds up: it stays this worker's own.
                 save_arrays(self.out / checkpoint_name(key, self.level), state)
         if deltas:
-            for key, state in self.sync(self.level, sequence, deltas).items():
-                self._restore(self.policies[key], state)
+            for key, merged in self.sync(self.level, sequence, deltas).items():
+                self._restore(key, merged)
 
 
 def _facts(result: Generation, prompt_tokens: int) -> dict[str, Any]:

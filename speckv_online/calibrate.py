@@ -54,11 +54,9 @@ def calibrate(
     """
     decoder = SpeculativeDecoder(target, drafter, _Cycle(gammas), level)
     warm, wanted = len(gammas), len(gammas) * (1 + repeats)
-    # A step gives at most gamma + 1 tokens; ask for enough that the budget does not cut the last steps short.
-    budget = (1 + repeats) * sum(gamma + 1 for gamma in gammas) + max(gammas)
     steps: list[StepRecord] = []
-    while len(steps) < wanted:
-        steps += decoder.generate(prompt_ids, budget, eos_ids=()).steps[:wanted]
+    while len(steps) < wanted:  # a step gives at least one token, and more where drafts are right
+        steps += decoder.generate(prompt_ids, wanted - len(steps) + max(gammas), eos_ids=()).steps
     return fit_level(steps[warm:wanted])
 
 

@@ -144,7 +144,7 @@ def plot(report: Report, file: Any) -> None:
         found = [(levels.index(row.level), row.tokens_per_second) for row in report.rows if row.policy == policy]
         x = [i + (j - (len(policies) - 1) / 2) * width for i, _ in found]
         y = [e.value for _, e in found]
-        axes.bar(x, y, width * 0.92, label=policy, color=f"C{j}")
+        axes.bar(x, y, width * 0.92, label=_short(policy), color=f"C{j}")
         for xi, (_, e) in zip(x, found, strict=True):
             if math.isfinite(e.low):
                 axes.plot([xi, xi], [e.low, e.high], color="0.2", linewidth=1.2)
@@ -259,6 +259,10 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     if manifest.get("status") != "finished":
         notes.append("The run is not finished.")
     return notes
+
+
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _order(found: set[str], wanted: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any, TextIO
 
@@ -90,7 +91,8 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' bars and bitsandbytes' note on casts out of the output."""
+    """Keep transformers' bars and bitsandbytes' notes on casts and missing extras out of the output."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"MatMul8bitLt: inputs will be cast")

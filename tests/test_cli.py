@@ -1,0 +1,220 @@
+"""The speckv command: what it prints, and one line with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.mlp16 import HIDDEN, SHAPES
+from speckv_online.cli import main
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+from speckv_online.session import Streamer
+from tests.conftest import TinyPair, tiny_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def speckv(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as e:  # argparse
+            code = int(e.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def pair_flags(tiny_pair: TinyPair) -> list[object]:
+    return ["--target", tiny_pair.target_dir, "--draft", tiny_pair.draft_dir, "--threads", 1, "--device", "cpu"]
+
+
+def test_generate_prints_json(speckv: Run, pair_flags: list[object]) -> None:
+    code, out, _ = speckv(
+        "generate", *pair_flags, "--prompt", "hello", "--policy", "fixed:3", "--max-new-tokens", 20, "--json"
+    )
+    facts = json.loads(out)
+    assert code == 0
+    assert 0 < facts["tokens"] <= 20
+    assert facts["tokens"] == len(facts["token_ids"]) == sum(facts["accepted_per_step"]) + facts["steps"]
+    assert len(facts["gamma_per_step"]) == len(facts["accepted_per_step"]) == facts["steps"]
+    assert max(facts["gamma_per_step"]) == 3
+    assert all(n <= k for n, k in zip(facts["accepted_per_step"], facts["drafted_per_step"], strict=True))
+    seconds = facts["seconds"]
+    assert seconds["draft"] + seconds["verify"] + seconds["decide"] <= seconds["decode"] < seconds["total"]
+    assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / seconds["decode"])
+    assert facts["compression"] == "fp16"
+
+
+def test_text_is_the_same_whatever_the_policy_and_ends_with_a_summary(speckv: Run, pair_flags: list[object]) -> None:
+    flags = ["generate", *pair_flags, "--prompt", "hello", "--max-new-tokens", 16, "--compression", "fp32"]
+    plain = json.loads(speckv(*flags, "--policy", "autoregressive", "--json")[1])
+    code, out, _ = speckv(*flags, "--policy", "fixed:4")
+    text, summary = out.rstrip("\n").rsplit("\n", 1)
+    assert code == 0
+    assert text == plain["text"]
+    assert summary.startswith(f"[{plain['tokens']} tokens in ")
+    assert "tokens/s (measured)" in summary
+    assert summary.endswith("fp32, fixed:4]")
+
+
+def test_the_prompt_can_come_from_standard_input(
+    speckv: Run, pair_flags: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["generate", *pair_flags, "--max-new-tokens", 8, "--policy", "fixed:1", "--json"]
+    direct = json.loads(speckv(*flags, "--prompt", "hello")[1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    piped = json.loads(speckv(*flags, "--prompt", "-")[1])
+    assert piped["token_ids"] == direct["token_ids"]
+
+
+def test_streaming_holds_back_half_a_character() -> None:
+    tokenizer, out = tiny_tokenizer(), io.StringIO()
+    streamer = Streamer(tokenizer, out)
+    shown = []
+    for token in tokenizer("añ→b").input_ids:
+        streamer([token])
+        shown.append(out.getvalue())
+    streamer.end()
+    assert out.getvalue() == "añ→b\n"
+    assert all("añ→b".startswith(s) for s in shown)
+    assert shown[0] == "a"
+    assert shown[1] == "a"
+
+
+def test_policies_and_models_are_listed(speckv: Run) -> None:
+    code, out, _ = speckv("policies")
+    assert code == 0
+    assert {"autoregressive", "fixed", "mlp16", "online"} <= {line.split()[0] for line in out.splitlines()}
+    assert all(len(line.split()) > 2 for line in out.splitlines())
+    names = [row["name"] for row in json.loads(speckv("policies", "--json")[1])]
+    assert names == [line.split()[0] for line in out.splitlines()]
+    code, out, _ = speckv("models")
+    assert code == 0
+    assert out.startswith("smollm2: ")
+    assert json.loads(speckv("models", "--json")[1])[0]["name"] == "smollm2"
+
+
+def mistakes(tmp_path: Path, tiny_pair: TinyPair) -> dict[str, tuple[list[object], str]]:
+    """Name -> (flags that replace the good ones, part of the message)."""
+    other = tmp_path / "other"
+    tiny_pair.draft.save_pretrained(other)
+    tiny_tokenizer(words=3).save_pretrained(other)
+    arrays = {key: np.zeros(shape) for key, shape in SHAPES.items()}
+    np.savez(tmp_path / "wrong.npz", **(arrays | {"W1": np.zeros((5, HIDDEN))}))
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(arrays))
+    (tmp_path / "renamed.npz").write_bytes(pickle.dumps(arrays))
+    return {
+        "policy": (["--policy", "fixd:4"], "unknown policy 'fixd'"),
+        "policy option": (["--policy", "fixed:40"], "gamma must be from 0 to 16"),
+        "level": (["--compression", "int3"], "unknown compression level 'int3'"),
+        "pair": (["--pair", "gpt9", "--target", "", "--draft", ""], "gpt9"),
+        "model": (["--target", tmp_path / "absent"], "cannot load"),
+        "draft alone": (["--target", ""], "go together"),
+        "tokenizers": (["--draft", other], "different tokenizers"),
+        "shapes": (["--policy", f"mlp16:weights={tmp_path / 'wrong.npz'}"], "W1 has shape (5, 16)"),
+        "pickle": (["--policy", f"mlp16:weights={tmp_path / 'weights.pkl'}"], "pickles are refused"),
+        "renamed pickle": (["--policy", f"mlp16:weights={tmp_path / 'renamed.npz'}"], "pickles are refused"),
+        "device": (["--device", "tpu9"], "device"),
+        "tokens": (["--max-new-tokens", 0], "--max-new-tokens must be at least 1"),
+        "threads": (["--threads", -1], "--threads"),
+        "prompt": (["--prompt", " "], "the prompt is empty"),
+        "long prompt": (["--prompt", "x" * 600], "shorten it"),
+    }
+
+
+def test_every_mistake_is_one_line_and_exit_code_2(
+    speckv: Run, pair_flags: list[object], tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    for name, (flags, message) in mistakes(tmp_path, tiny_pair).items():
+        good = {"--prompt": "hello", "--policy": "fixed:1", "--max-new-tokens": 4}
+        given = good | dict(zip(pair_flags[::2], pair_flags[1::2], strict=True))
+        given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        arguments = [x for key, value in given.items() if value != "" for x in (key, value)]
+        code, out, err = speckv("generate", *arguments)
+        assert (code, out) == (2, ""), name
+        assert err.startswith("speckv: error: "), name
+        assert message in err, name
+        assert err.count("\n") == 1, name
+        assert "Traceback" not in err, name
+
+
+def test_other_commands_refuse_in_the_same_way(speckv: Run, tmp_path: Path) -> None:
+    for arguments in (["models", "prepare", "gpt9"], ["report", tmp_path], ["report", tmp_path / "absent"]):
+        code, _, err = speckv(*arguments)
+        assert code == 2
+        assert err.splitlines()[-1].startswith("speckv: error: ")
+        assert "Traceback" not in err
+    assert speckv("generate")[0] == 2  # no prompt: argparse's own message
+    assert speckv("dance")[0] == 2
+    assert speckv("--help")[0] == 0
+
+
+def test_errors_of_the_system_are_one_line_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        with open("/dev/full", "w") as f:
+            f.write("x")
+
+    assert run_command("speckv", full) == 2
+    assert capsys.readouterr().err == "speckv: error: No space left on device\n"
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_command("speckv", interrupted) == 130
+
+    class Remote(Exception):  # what Ray does to an actor's error
+        cause = UserError("first\nsecond")
+
+    def remote() -> None:
+        raise Remote("a long traceback")
+
+    capsys.readouterr()
+    assert run_command("speckv", remote) == 2
+    assert capsys.readouterr().err == "speckv: error: first second\n"
+
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command("speckv", bug)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from speckv_online.cli import build_parser; build_parser().format_help(); "
+        "print([m for m in ('torch', 'numpy', 'transformers', 'ray', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m speckv_online.cli policies | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["fp16", "int8", "nf4"])
+def test_the_real_pair_generates(speckv: Run, level: str) -> None:
+    code, out, err = speckv(
+        "generate", "--prompt", "What is the capital of France?", "--compression", level, "--policy", "fixed:4",
+        "--max-new-tokens", 8, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads(out)
+    assert "Paris" in facts["text"]
+    assert facts["compression"] == level
