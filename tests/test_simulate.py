@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,28 @@ POLICIES = {
 }
 
 
+@dataclass
+class Case:
+    """A pair, traces of its free output, and traces that end early: at a token that the target really emits."""
+
+    target: PreTrainedModel
+    drafter: ModelDrafter
+    free: list[Trace]
+    ended: list[Trace]
+    eos: int
+
+
 @pytest.fixture(scope="module", params=[0.0, 0.15, 5.0], ids=["right", "sometimes", "wrong"])
-def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, ModelDrafter]:
+def case(request: pytest.FixtureRequest) -> Case:
     target = tiny_llama()
-    return target, ModelDrafter(perturbed(target, request.param), 260)
+    drafter = ModelDrafter(perturbed(target, request.param), 260)
+
+    def collect(*eos: int) -> list[Trace]:
+        return [collect_trace(target, drafter, p, 20, level="fp32", task="chat", eos_ids=eos)[0] for p in PROMPTS]
+
+    free = collect()
+    eos = next(int(t) for i, t in enumerate(free[0].tokens) if i >= 9 and t not in free[0].tokens[:i])
+    return Case(target, drafter, free, collect(eos), eos)
 
 
 def summary(steps: list[StepRecord]) -> list[tuple[int, ...]]:
@@ -86,15 +105,10 @@ def compare(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_simulator_agrees_with_the_decoder(pair: tuple[PreTrainedModel, ModelDrafter], name: str) -> None:
-    target, drafter = pair
-    free = [collect_trace(target, drafter, p, 24, level="fp32", task="chat", eos_ids=())[0] for p in PROMPTS]
-    compare(target, drafter, free, name, ())
-    # A token that the target really emits, as the end of the sequence.
-    eos = next(int(t) for i, t in enumerate(free[0].tokens) if i >= 9 and t not in free[0].tokens[:i])
-    ended = [collect_trace(target, drafter, p, 24, level="fp32", task="chat", eos_ids=(eos,))[0] for p in PROMPTS]
-    assert ended[0].finish == "eos"
-    compare(target, drafter, ended, name, (eos,))
+def test_simulator_agrees_with_the_decoder(case: Case, name: str) -> None:
+    compare(case.target, case.drafter, case.free, name, ())
+    assert case.ended[0].finish == "eos"
+    compare(case.target, case.drafter, case.ended, name, (case.eos,))
 
 
 def made(accepted: list[int], finish: str = "length", prompt: int = 10, level: str = "fp32") -> Trace:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PreTrainedConfig
 
 from policies.base import N_SIGNALS
 from speckv_online.drafters import ModelDrafter
@@ -60,6 +61,33 @@ def test_draft_table_with_a_reduced_head_and_several_batches(monkeypatch: pytest
     np.testing.assert_array_equal(drafts, want_drafts)
     np.testing.assert_allclose(signals, want_signals, atol=2e-3)
     assert set(drafts.ravel()) <= set(head_ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(
+            vocab_size=260,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=6,
+            initializer_range=0.2,
+        ),  # fmt: skip
+        GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
+    ],
+    ids=["sliding-window", "absolute-positions"],
+)
+def test_draft_table_of_other_families(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    drafter = ModelDrafter(AutoModelForCausalLM.from_config(config).eval(), 260)
+    tokens = [int(t) for t in np.random.default_rng(0).integers(1, 260, 12)]
+    drafts, signals = draft_table(drafter, PROMPT, tokens, 8)
+    want_drafts, want_signals = one_by_one(drafter, PROMPT, tokens, 8)
+    np.testing.assert_array_equal(drafts, want_drafts)
+    np.testing.assert_allclose(signals, want_signals, atol=2e-3)
 
 
 def test_draft_table_refuses_what_does_not_fit() -> None:
