@@ -75,7 +75,7 @@ def test_draft_table_with_a_reduced_head_and_several_batches(monkeypatch: pytest
             num_key_value_heads=2,
             sliding_window=6,
             initializer_range=0.2,
-        ),  # fmt: skip
+        ),
         GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
     ],
     ids=["sliding-window", "absolute-positions"],
