@@ -199,7 +199,7 @@ class Policy(ABC):
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        """Return how many of the drafted tokens to send to the target."""
+        """Return how many of the drafted tokens to send to the target; asked in greedy decoding only."""
         return drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

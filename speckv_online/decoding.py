@@ -1,7 +1,8 @@
 """The decoding loop: draft, verify, keep what agrees, one more token from the target.
 
-Greedy speculative decoding (Leviathan et al., 2023; Chen et al., 2023) with a policy that sets the number of drafted
-tokens. The output is what the target alone would have produced, whatever the drafter and the policy do.
+Speculative decoding (Leviathan et al., 2023; Chen et al., 2023) with a policy that sets the number of drafted tokens.
+The output is what the target alone would have said, whatever the drafter and the policy do: the same tokens in greedy
+decoding, the same distribution in sampled decoding.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from speckv_online.drafters import Drafter
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.records import StepRecord
+from speckv_online.sampling import Sampler
 from speckv_online.signals import History, summarise
 
 
@@ -36,7 +38,7 @@ class Generation:
     prefill_seconds, seconds : float
         Time to read the prompt, and time of the whole call.
     finish : str
-        ``"eos"`` or ``"length"``.
+        ``"eos"``, ``"stop"`` (asked by ``should_stop``) or ``"length"``.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -54,6 +56,42 @@ class Generation:
     def goodput(self) -> float:
         """Tokens per second of decoding, prefill left out."""
         return len(self.tokens) / max(self.decode_seconds, 1e-12)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A sequence being decoded: all its tokens, the target's cache, and how it goes on and ends."""
+
+    tokens: list[int]
+    cache: KVCache
+    eos: Collection[int]
+    sampler: Sampler | None
+    should_stop: Callable[[list[int]], bool] | None
+    finish: str = ""
+
+    def verify(
+        self, logits: torch.Tensor, drafts: list[int], proposals: Sequence[torch.Tensor | None]
+    ) -> tuple[int, int]:
+        """Return how many drafts the target accepts, and the token that follows them."""
+        if self.sampler is not None:
+            return self.sampler.verify(self.sampler.probabilities(logits, self.tokens, drafts), drafts, proposals)
+        choices = logits.argmax(-1).tolist()
+        n = 0
+        while n < len(drafts) and drafts[n] == choices[n]:
+            n += 1
+        return n, choices[n]
+
+    def append(self, tokens: list[int]) -> list[int]:
+        """Append tokens up to the first that ends the sequence, and return those."""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            if token in self.eos:
+                self.finish = "eos"
+            elif self.should_stop is not None and self.should_stop(self.tokens):
+                self.finish = "stop"
+            if self.finish:
+                return tokens[: i + 1]
+        return tokens
 
 
 class SpeculativeDecoder:
@@ -99,8 +137,10 @@ class SpeculativeDecoder:
         task: str = "",
         eos_ids: Collection[int] | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
+        sampler: Sampler | None = None,
+        should_stop: Callable[[list[int]], bool] | None = None,
     ) -> Generation:
-        """Continue ``prompt_ids`` greedily by at most ``max_new_tokens`` tokens.
+        """Continue ``prompt_ids`` by at most ``max_new_tokens`` tokens.
 
         Parameters
         ----------
@@ -114,6 +154,10 @@ class SpeculativeDecoder:
             Tokens that end the sequence; by default those of the target's generation config.
         on_tokens : callable, optional
             Called after each step with its new tokens.
+        sampler : Sampler, optional
+            How tokens are drawn; greedy decoding without one.
+        should_stop : callable, optional
+            Called for each new token with the whole sequence up to it; True ends the sequence there.
 
         Raises
         ------
@@ -131,24 +175,23 @@ class SpeculativeDecoder:
         capacity = len(prompt) + budget + self.max_gamma + 1
         cache = KVCache(int(self.target.config.num_hidden_layers), capacity)
         if self.drafter is not None:
-            self.drafter.begin(prompt, capacity)
+            self.drafter.begin(prompt, capacity, sampler)
         if len(prompt) > 1:
             self._forward(prompt[:-1], cache, keep=1)
+        sequence = _Sequence(prompt, cache, eos, sampler, should_stop)
         history, out = History(self.level, task, len(prompt)), Generation()
         self.policy.begin(history.context)
         out.prefill_seconds = perf_counter() - started
 
-        pending = prompt[-1]
         while len(out.tokens) < budget:
             history.context.max_gamma = self._limit(budget - len(out.tokens), history.context.context_length)
-            tokens, outcome = self._step(pending, cache, history, eos, out.steps)
+            tokens, outcome = self._step(sequence, history, out.steps)
             out.tokens += tokens
             history.update(outcome)
-            pending = tokens[-1]
             if on_tokens is not None:
                 on_tokens(tokens)
-            if pending in eos:
-                out.finish = "eos"
+            if sequence.finish:
+                out.finish = sequence.finish
                 break
         out.seconds = perf_counter() - started
         return out
@@ -164,9 +207,7 @@ class SpeculativeDecoder:
         ids = torch.tensor([tokens], device=self.target.device)
         return self.target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
 
-    def _step(
-        self, pending: int, cache: KVCache, history: History, eos: Collection[int], records: list[StepRecord]
-    ) -> tuple[list[int], Outcome]:
+    def _step(self, sequence: _Sequence, history: History, records: list[StepRecord]) -> tuple[list[int], Outcome]:
         """Draft, verify and learn once; return the new tokens and the outcome."""
         policy, drafter, signals, context = self.policy, self.drafter, self._signals, history.context
         t0 = perf_counter()
@@ -185,24 +226,22 @@ class SpeculativeDecoder:
                     asked += perf_counter() - t
                     if not go_on:
                         break
-            if decision.stops and drafts:
+            # Dropping a drawn token for what it is would bias the output: drafts are trimmed in greedy decoding only.
+            if decision.stops and drafts and sequence.sampler is None:
                 t = perf_counter()
                 del drafts[policy.submit(decision, len(drafts), signals) :]
                 asked += perf_counter() - t
         k = len(drafts)
         t2 = perf_counter()
-        choices = self._forward([pending, *drafts], cache).argmax(-1).tolist()
+        logits = self._forward([sequence.tokens[-1], *drafts], sequence.cache)
+        n, following = sequence.verify(logits, drafts, drafter.proposals[:k] if drafter is not None else ())
         t3 = perf_counter()
 
-        n = 0
-        while n < k and drafts[n] == choices[n] and drafts[n] not in eos:
-            n += 1
-        if n < k and drafts[n] == choices[n]:  # an accepted end of sequence: nothing follows it
-            n += 1
-            tokens, tested = drafts[:n], n
-        else:
-            tokens, tested = [*drafts[:n], choices[n]], min(n + 1, k)
-        cache.truncate(context.context_length + n)
+        tokens = sequence.append([*drafts[:n], following])
+        tested = min(n + 1, k)
+        if len(tokens) <= n:  # the end came inside the draft: nothing is known of what follows it
+            n = tested = len(tokens)
+        sequence.cache.truncate(context.context_length + n)
         if drafter is not None:
             drafter.end(n)
             drafter.extend(tokens)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
 from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex
+from speckv_online.sampling import Sampler
 
 _LOG2 = 0.6931471805599453
 
@@ -25,8 +26,11 @@ class Drafter(Protocol):
     def lag(self) -> int:
         """Context tokens that the drafter has not read yet; at least 1, the latest, when a step begins."""
 
-    def begin(self, tokens: list[int], capacity: int) -> None:
-        """Start a sequence with these context tokens, which may grow to about ``capacity``."""
+    #: For each draft of the step the distribution that it was drawn from, shape (vocab,); None if it was not drawn.
+    proposals: list[torch.Tensor | None]
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        """Start a sequence with these context tokens, which may grow to about ``capacity``; draw with ``sampler``."""
 
     def draft(self, signals: np.ndarray) -> int:
         """Propose the token after the context and this step's drafts; write its (N_SIGNALS,) signals."""
@@ -39,7 +43,7 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """Drafts greedily with a causal language model.
+    """Drafts with a causal language model: its likeliest token, or in sampled decoding a draw from it.
 
     The model's cache may lag behind the context (after steps that drafted nothing, and before the first draft of a
     sequence): the next draft feeds all missing tokens in one forward.
@@ -55,13 +59,16 @@ class ModelDrafter:
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, head_ids: torch.Tensor | None = None) -> None:
-        self.model = model
+        self.model, self.vocab_size = model, vocab_size
         self.rows = vocab_size if head_ids is None else len(head_ids)
+        self._head_ids = None if head_ids is None else head_ids.to(model.device)
         self.head_ids = None if head_ids is None else head_ids.tolist()
         self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
-    def begin(self, tokens: list[int], capacity: int) -> None:
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence; nothing is fed to the model before the first draft."""
+        self.sampler = sampler
+        self.proposals: list[torch.Tensor | None] = []
         self.cache = KVCache(int(self.model.config.num_hidden_layers), capacity)
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
@@ -89,7 +96,11 @@ class ModelDrafter:
         # One transfer for everything that the host needs; a row index is exact in fp32.
         wanted = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax()))
         first, second, row, nats, confidence = wanted.tolist()
-        token = int(row) if self.head_ids is None else self.head_ids[int(row)]
+        if self.sampler is None:
+            token = int(row) if self.head_ids is None else self.head_ids[int(row)]
+            self.proposals.append(None)
+        else:
+            token = self._sample(logits, self.sampler)
         signals[ENTROPY] = nats / _LOG2
         signals[CONFIDENCE] = confidence
         signals[MARGIN] = first - second
@@ -97,10 +108,20 @@ class ModelDrafter:
         self.drafted.append(token)
         return token
 
+    def _sample(self, logits: torch.Tensor, sampler: Sampler) -> int:
+        """Draw a token from the draft's distribution, over the whole vocabulary."""
+        if self._head_ids is not None or len(logits) < self.vocab_size:
+            full = logits.new_full((self.vocab_size,), float("-inf"))
+            where = torch.arange(len(logits), device=logits.device) if self._head_ids is None else self._head_ids
+            logits = full.index_copy_(0, where, logits)
+        proposal = sampler.probabilities(logits[None], [*self.context, *self.drafted])[0]
+        self.proposals.append(proposal)
+        return sampler.draw(proposal)
+
     def end(self, accepted: int) -> None:
         """Drop the cache entries of rejected drafts."""
         self.cache.truncate(min(len(self.cache), len(self.context) + accepted))
-        self.drafted = []
+        self.drafted, self.proposals = [], []
 
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context."""

@@ -1,0 +1,118 @@
+"""Check on real models that speculation changes no token: ``python -m experiments.lossless``.
+
+Every policy decodes the same prompts at every level, and each answer is compared with plain greedy decoding of the same
+model, one token a forward. At fp32 every token must be the same. Below it, kernels may round differently for one token
+than for several; there a token may differ only where the target's two best logits are closer than the level's epsilon
+(:data:`EPSILON`), and the comparison goes on from that prefix. Exit code 1 if anything else differs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import torch
+
+from experiments.compare import bundled
+from experiments.config import option, parse
+from policies.registry import make_policy
+from speckv_online.commands import run_command
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.lossless import check_greedy
+from speckv_online.models import LoadedPair, chat_prompt, load_pair
+from speckv_online.prompts import Prompt, choose
+from speckv_online.session import quiet_libraries
+
+#: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32 on
+#: a CPU. LLM.int8 rounds activations to 8 bits and picks its outlier columns over all rows of a forward, so one token's
+#: result depends on its neighbours; nf4's activations go through bf16 kernels.
+EPSILON = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-3, "int8": 0.5, "nf4": 0.25, "fp4": 0.25}
+
+
+@dataclass(frozen=True)
+class LosslessConfig:
+    """Settings of ``python -m experiments.lossless``."""
+
+    pair: str = option("smollm2", "named model pair, see `speckv models`")
+    target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
+    draft: str | None = option(None, "draft model with the same tokenizer")
+    levels: tuple[str, ...] = option(("fp32", "fp16", "int8", "nf4"), "compression levels of the target")
+    policies: tuple[str, ...] = option(("fixed:1", "fixed:4", "fixed:8", "mlp16", "online"), "policies to check")
+    prompts: int = option(20, "how many of the bundled held-out prompts")
+    max_new_tokens: int = option(32, "tokens to decode per prompt")
+    seed: int = option(0, "seed of the prompt choice and the policies")
+    threads: int = option(0, "CPU threads (0: as torch chooses)")
+    device: str = option("auto", "auto, cpu or cuda")
+    json: bool = option(False, "print JSON instead of text")
+
+
+def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair: LoadedPair) -> list[dict[str, Any]]:
+    """Check every policy at one level; return a row per policy."""
+    rows = []
+    reference: dict[str, list[int]] = {}
+    for spec in ("autoregressive", *config.policies):
+        policy = make_policy(spec) if spec == "autoregressive" else make_policy(spec, seed=config.seed)
+        decoder = SpeculativeDecoder(pair.target, pair.drafter, policy, level)
+        ties: list[float] = []
+        tokens = differing = 0
+        for prompt in prompts:
+            ids = chat_prompt(pair.tokenizer, prompt.text)
+            out = decoder.generate(ids, config.max_new_tokens, task=prompt.task)
+            tokens += len(out.tokens)
+            # Equal to an answer that was found plain already: no need to run the model again.
+            if reference.get(prompt.id) != out.tokens:
+                check = check_greedy(pair.target, ids, out.tokens, decoder.eos_ids)
+                ties += [gap for _, gap in check.ties]
+                differing += not check.identical
+                if check.identical:
+                    reference.setdefault(prompt.id, out.tokens)
+        largest = max(ties, default=0.0)
+        rows.append(
+            {
+                "level": level, "policy": spec, "prompts": len(prompts), "tokens": tokens, "differing": differing,
+                "ties": len(ties), "largest_gap": largest, "epsilon": EPSILON.get(level, 0.0),
+                "faults": sum(decoder.policy.faults.values()), "ok": not ties or largest < EPSILON.get(level, 0.0),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def lossless(config: LosslessConfig) -> int:
+    """Run the check and print it; return 1 if a token differs where it may not."""
+    quiet_libraries()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    started = monotonic()
+    prompts = choose(bundled(), config.prompts, config.seed)
+    rows: list[dict[str, Any]] = []
+    for level in config.levels:
+        pair = load_pair(config.pair, level=level, device=config.device, target=config.target, draft=config.draft)
+        rows += check_level(config, level, prompts, pair)
+        print(f"[{monotonic() - started:6.1f} s] {level} done", file=sys.stderr, flush=True)
+    if config.json:
+        print(json.dumps({"rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}))
+    else:
+        print(
+            f"{'level':<6} {'policy':<15} {'prompts':>7} {'tokens':>7} {'ties':>5} {'largest gap':>12} {'allowed':>8}"
+        )
+        for r in rows:
+            print(
+                f"{r['level']:<6} {r['policy']:<15} {r['prompts']:>7} {r['tokens']:>7} {r['ties']:>5} "
+                f"{r['largest_gap']:>12.5f} {r['epsilon']:>8.3f}  {'ok' if r['ok'] else 'DIFFERS'}"
+            )
+    return 0 if all(r["ok"] for r in rows) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = "Check that speculation changes no token of the target's own greedy answer."
+    prog = "experiments.lossless"
+    return run_command(prog, lambda: lossless(parse(LosslessConfig, argv, prog, description)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Speculative sampling: how tokens are drawn, and how drafted ones are accepted without changing the distribution.
+
+A drafted token d, drawn from q, is accepted with probability min(1, p(d) / q(d)); after a rejection the token comes
+from the normalised (p − q)₊ instead. What comes out is distributed as p (Leviathan et al., 2023; Chen et al., 2023). A
+deterministic proposal is the case of a one-hot q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from speckv_online.errors import UserError
+
+#: Processors that look at the scores alone, so that all rows of a verification go through them at once.
+_PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+
+class Sampler:
+    """The distribution that tokens come from, and the randomness that they are drawn with.
+
+    Parameters
+    ----------
+    temperature : float
+        0 is greedy decoding.
+    top_k : int
+        Keep the k likeliest tokens; 0 keeps all.
+    top_p : float
+        Keep the smallest set of likeliest tokens that holds this much probability.
+    processors : list of LogitsProcessor, optional
+        Applied first, to the target's and the draft's scores alike.
+    seed : int or torch.Generator
+        A seeded run repeats itself.
+    device : torch.device
+        Where the scores are.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        processors: Sequence[LogitsProcessor] = (),
+        seed: int | torch.Generator = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
+            raise UserError(f"cannot sample with temperature {temperature}, top-k {top_k}, top-p {top_p}")
+        self.greedy = temperature == 0
+        chain = list(processors)
+        if not self.greedy:
+            chain += [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+            chain += [TopKLogitsWarper(top_k)] if top_k else []
+            chain += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        self.processors: Callable[..., torch.Tensor] | None = LogitsProcessorList(chain) if chain else None
+        self._needs_prefix = not all(isinstance(p, _PREFIX_FREE) for p in chain)
+        self.generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+
+    def probabilities(self, logits: torch.Tensor, context: list[int], drafts: Sequence[int] = ()) -> torch.Tensor:
+        """Return the distribution of the next token for each row.
+
+        Parameters
+        ----------
+        logits : Tensor, shape (n, vocab)
+            Row i follows ``context`` and the first i tokens of ``drafts``.
+        context : list of int
+            Settled tokens; read only if a processor looks at them.
+        drafts : sequence of int
+            At least n − 1 tokens.
+
+        Returns
+        -------
+        Tensor, shape (n, vocab), fp32
+            One-hot rows in greedy decoding.
+        """
+        scores = logits.float()
+        if self.processors is not None:
+            if self._needs_prefix:
+                ids = torch.tensor([[*context, *drafts]], device=scores.device)
+                n = len(context)
+                rows = [self.processors(ids[:, : n + i], scores[i : i + 1]) for i in range(len(scores))]
+                scores = torch.cat(rows)
+            else:
+                scores = self.processors(None, scores)
+        if self.greedy:
+            return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+        return scores.softmax(-1)
+
+    def draw(self, probabilities: torch.Tensor) -> int:
+        """Draw one token from a distribution of shape (vocab,)."""
+        if self.greedy:
+            return int(probabilities.argmax())
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def verify(
+        self, target: torch.Tensor, drafts: Sequence[int], proposals: Sequence[torch.Tensor | None]
+    ) -> tuple[int, int]:
+        """Accept a run of drafted tokens and draw the one after it.
+
+        Parameters
+        ----------
+        target : Tensor, shape (k + 1, vocab)
+            The target's distributions p, as :meth:`probabilities` gives them.
+        drafts : sequence of int
+            The k drafted tokens.
+        proposals : sequence of (Tensor of shape (vocab,) or None)
+            The distribution q that each was drawn from; None for a deterministic proposal.
+
+        Returns
+        -------
+        accepted, next : int
+            Number of accepted tokens, and the token that follows them.
+        """
+        if not drafts:
+            return 0, self.draw(target[0])
+        uniform = torch.rand(len(drafts), generator=self.generator, device=target.device)
+        q = torch.stack([target.new_ones(()) if p is None else p[d] for d, p in zip(drafts, proposals, strict=True)])
+        p = target[range(len(drafts)), list(drafts)]
+        refused = torch.nonzero(uniform * q >= p)
+        if not len(refused):
+            return len(drafts), self.draw(target[-1])
+        n = int(refused[0])
+        return n, self.draw(residual(target[n], proposals[n], drafts[n]))
+
+
+def residual(p: torch.Tensor, q: torch.Tensor | None, drafted: int) -> torch.Tensor:
+    """Return the distribution of the token that replaces a rejected one: (p − q)₊, normalised.
+
+    ``q`` is None for a deterministic proposal, the one-hot distribution at ``drafted``. Where rounding leaves nothing
+    of the difference, p and q are equal, and p itself is returned.
+    """
+    rest = p.clone()
+    if q is None:
+        rest[drafted] = 0
+    else:
+        rest = (p - q).clamp_(min=0)
+    total = rest.sum()
+    return rest / total if total > 0 else p
