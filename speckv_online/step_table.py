@@ -106,11 +106,15 @@ class Schedule(Policy):
         return Decision(self.new_id(), gamma, propensity=1 / len(self.gammas))
 
 
+def schedule_gammas() -> dict[str, tuple[int, ...]]:
+    """Return named sets of gammas to draw from: short and long fixed drafts, any, and few with undrafted steps."""
+    fixed = {f"fixed:{gamma}": (gamma,) for gamma in (1, 2, 4, 8)}
+    return fixed | {f"random:{i}": ARMS[1:] for i in range(3)} | {"sparse": (0, 0, 1, 2, 4)}
+
+
 def default_schedules(seed: int = 0) -> dict[str, Schedule]:
-    """Return named schedules: short and long fixed drafts, gamma at random, and at random with undrafted steps."""
-    fixed = {f"fixed:{gamma}": Schedule((gamma,)) for gamma in (1, 2, 4, 8)}
-    mixed = {f"random:{i}": Schedule(ARMS[1:], seed=seed + i) for i in range(3)}
-    return fixed | mixed | {"sparse": Schedule((0, 0, 1, 2, 4), seed=seed + 3)}
+    """Return a schedule for each of :func:`schedule_gammas`, with seeds of their own."""
+    return {name: Schedule(gammas, seed=seed + i) for i, (name, gammas) in enumerate(schedule_gammas().items())}
 
 
 def replay_rows(trace: Trace, schedule: Schedule, name: str = "", cost: CostTable | None = None) -> list[StepRow]:

@@ -110,19 +110,19 @@ def _data(x: list[list[float]], y: list[float], names: list[tuple[str, str]]) ->
     return Data(np.array(x, dtype=float), np.array(y, dtype=float), np.array(prompts), np.array(levels))
 
 
-def split_by_prompt(data: Data, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return two masks over the rows, training and held out, that share no prompt.
+def split_by_prompt(prompt: np.ndarray, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return two masks over rows, training and held out, that share no prompt; ``prompt`` (N,) names each row's.
 
     Raises
     ------
     UserError
         If there are too few prompts to hold one out.
     """
-    prompts = np.unique(data.prompt)
+    prompts = np.unique(prompt)
     if len(prompts) < 2:
         raise UserError("training needs at least two prompts, one of them to hold out: profile more prompts")
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    held = np.isin(data.prompt, np.random.default_rng(seed).permutation(prompts)[:count])
+    held = np.isin(prompt, np.random.default_rng(seed).permutation(prompts)[:count])
     return ~held, held
 
 
@@ -181,7 +181,7 @@ def train_mlp16(
     epochs, patience, learning_rate, batch
         Adam, at most ``epochs`` passes, stopped ``patience`` passes after the best.
     """
-    train, held = split_by_prompt(data, holdout, split_seed)
+    train, held = split_by_prompt(data.prompt, holdout, split_seed)
     inside, outside = data[train], data[held]
     mean, scale = inside.x.mean(0), inside.x.std(0)
     scale[scale < 1e-8] = 1.0  # e.g. the level's code where there is one level only

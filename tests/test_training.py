@@ -10,6 +10,7 @@ import pytest
 
 from experiments.train import main
 from policies.base import Context
+from policies.hazard import prior_means, token_features
 from policies.mlp16 import DEFAULT_WEIGHTS, Mlp16, load_weights
 from policies.registry import make_policy
 from speckv_online.cost import RTX3090_RELEASE
@@ -18,6 +19,13 @@ from speckv_online.simulate import Simulator
 from speckv_online.step_table import COLUMNS, RELEASE_COLUMNS, StepRow, read_rows, trace_rows, write_rows
 from speckv_online.traces import Trace, agreement, load_traces
 from speckv_online.training import Data, data_from_rows, data_from_traces, evaluate, split_by_prompt, train_mlp16
+from speckv_online.training_acceptance import (
+    auc,
+    evaluate_acceptance,
+    fit_logistic,
+    tokens_from_traces,
+    train_acceptance,
+)
 
 RELEASE = Path(__file__).parents[2] / "shared" / "speckv_release" / "phase2_step_results.csv"
 
@@ -107,12 +115,12 @@ def test_broken_records_are_named(tmp_path: Path, text: str, reason: str) -> Non
 
 def test_no_prompt_is_on_both_sides(traces: list[Trace]) -> None:
     data = data_from_traces(traces, gammas=(2,))
-    train, held = split_by_prompt(data, 0.25, seed=3)
+    train, held = split_by_prompt(data.prompt, 0.25, seed=3)
     assert not set(data.prompt[train]) & set(data.prompt[held])
     assert len(set(data.prompt[held])) == 5
     assert (train ^ held).all()
     with pytest.raises(UserError, match="two prompts"):
-        split_by_prompt(data[data.prompt == "p1"], 0.25)
+        split_by_prompt(np.array(["p1", "p1"]), 0.25)
 
 
 def test_training_finds_what_the_signals_tell(traces: list[Trace]) -> None:
@@ -160,7 +168,7 @@ def test_command_writes_weights_that_the_policies_read(
     for trace in traces:
         trace.save(tmp_path / "traces" / trace.level / f"{trace.prompt_id}.npz")
     out = tmp_path / "deep" / "mlp16.npz"
-    arguments = ["--traces", str(tmp_path / "traces"), "--out", str(out), "--gammas", "1,4", "--epochs", "3"]
+    arguments = ["--traces", str(tmp_path / "traces"), "--out", str(out.parent), "--gammas", "1,4", "--epochs", "3"]
     assert main([*arguments, "--seeds", "2"]) == 0
     assert "correlation" in capsys.readouterr().out
     with np.load(out, allow_pickle=False) as file:
@@ -177,16 +185,18 @@ def test_command_writes_weights_that_the_policies_read(
     assert str(tmp_path) not in out.with_suffix(".json").read_text()
     # The trained weights play: predictions and a whole replay.
     assert Mlp16(load_weights(out)).predict(Context()).min() >= 0
-    for name in ("mlp16", "online"):
-        replay = Simulator(make_policy(name, weights=str(out)), RTX3090_RELEASE).run(traces[:4])
+    for name in ("mlp16", "online", "goodput"):
+        policy = make_policy(name, weights=str(out), acceptance=str(out.with_name("goodput.npz")))
+        replay = Simulator(policy, RTX3090_RELEASE).run(traces[:4])
         assert replay.tokens == sum(len(t) for t in traces[:4])
 
 
 def test_command_trains_on_records_too(traces: list[Trace], tmp_path: Path) -> None:
     write_rows(tmp_path / "steps.csv", trace_rows(traces[:8]))
     arguments = ["--records", str(tmp_path / "steps.csv"), "--features", "step-mean", "--epochs", "2", "--seeds", "1"]
-    assert main([*arguments, "--out", str(tmp_path / "w.npz")]) == 0
-    assert json.loads((tmp_path / "w.json").read_text())["data"]["kind"] == "step records"
+    assert main([*arguments, "--out", str(tmp_path / "w")]) == 0
+    assert not (tmp_path / "w" / "goodput.npz").exists()
+    assert json.loads((tmp_path / "w" / "mlp16.json").read_text())["data"]["kind"] == "step records"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +207,6 @@ def test_command_trains_on_records_too(traces: list[Trace], tmp_path: Path) -> N
         (["--records", "nowhere.csv"], "nowhere.csv"),
         (["--records", "a.csv", "--features", "psychic"], "psychic"),
         (["--records", "a.csv", "--gammas", "0,2"], "from 1 to 16"),
-        (["--records", "a.csv", "--out", "weights.pkl"], "npz"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -207,6 +216,49 @@ def test_mistakes_are_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
+
+
+def test_acceptance_rows_are_the_tested_tokens() -> None:
+    trace = made_trace(6, length=12)
+    tokens = tokens_from_traces([trace])
+    # Every schedule starts at position 0, where what is tested is known by hand.
+    tested = min(int(trace.accepted[0]) + 1, 11)
+    assert tokens.y[:tested].tolist() == [1.0] * (tested - 1) + [0.0 if trace.accepted[0] < 11 else 1.0]
+    assert tokens.before.shape == tokens.after.shape == (len(tokens), 10)
+    own = token_features(trace.signals[0, 0].tolist())
+    np.testing.assert_allclose(tokens.after[0, 1:6], own)
+    np.testing.assert_allclose(tokens.before[1, 1:6], own)  # the token before the second one
+
+
+def test_acceptance_weights_are_those_of_a_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    x = np.c_[np.ones(20_000), rng.standard_normal((20_000, 2))]
+    truth = np.array([-0.5, 2.0, 0.0])
+    y = (rng.random(20_000) < 1 / (1 + np.exp(-x @ truth))).astype(float)
+    weights, precision = fit_logistic(x, y, np.zeros(3))
+    np.testing.assert_allclose(weights, truth, atol=0.1)
+    p = 1 / (1 + np.exp(-x @ weights))
+    np.testing.assert_allclose(x.T @ (y - p), weights, atol=1e-3)  # the gradient vanishes, ridge included
+    np.testing.assert_allclose(precision, (x * (p * (1 - p))[:, None]).T @ x)
+    far, _ = fit_logistic(x, y, np.array([40.0, -40.0, 40.0]), ridge=1e-6)  # a start where Newton overshoots
+    np.testing.assert_allclose(far, weights, atol=1e-2)
+
+
+def test_area_under_the_curve() -> None:
+    assert auc(np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.0, 1.0])) == 1.0
+    assert auc(np.array([3.0, 1.0, 1.0]), np.array([0.0, 1.0, 0.0])) == 0.25
+    assert auc(np.array([1.0]), np.array([1.0])) is None
+
+
+def test_acceptance_weights_help_where_confidence_tells(traces: list[Trace]) -> None:
+    tokens = tokens_from_traces(traces)
+    train, held = split_by_prompt(tokens.prompt, 0.25)
+    arrays = train_acceptance(tokens[train])
+    score = evaluate_acceptance(arrays, tokens[held])
+    assert score["after"]["auc"] > 0.65
+    assert score["after"]["log_loss"] < score["log_loss_of_mean"]
+    untrained = evaluate_acceptance(dict(zip(("before", "after"), prior_means(), strict=True)), tokens[held])
+    assert score["after"]["log_loss"] < untrained["after"]["log_loss"]
 
 
 def test_shipped_weights_are_described_by_their_card() -> None:
