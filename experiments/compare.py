@@ -27,6 +27,8 @@ from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt, choose, read_prompts
 from speckv_online.rundir import RunDir
 
+#: What a reader of figures has to know about a named pair.
+PAIR_NOTES = {"smollm2": "The target smollm2 was stored in 4 bits before any compression level was applied to it."}
 TASKS = ("code", "math", "chat", "summarization")
 
 
@@ -61,22 +63,25 @@ def compare(config: CompareConfig) -> int:
             schedule = plan(config.threads, 1 if config.local else len(config.levels), nodes)
             facts = manifest.collect(
                 command="python -m experiments.compare " + shlex.join(_flags(config)),
-                config=asdict(config)
-                | {"out": ""}
-                | {k: _name(getattr(config, k)) for k in ("target", "draft", "prompts")},
+                config=asdict(config) | {"out": ""} | names,
                 prompts={"count": len(prompts), "sha256": digest, "ids": [p.id for p in prompts]},
                 seeds=[config.seed + i for i in range(config.orders)],
                 schedule=schedule.describe(len(config.levels)) | {"actors": "none" if config.local else "ray"},
+                notes=[note for pair, note in PAIR_NOTES.items() if pair == config.pair and not config.target],
                 workers={},
             )
             run.write_manifest(facts)
             job = Job(config, prompts, path, schedule.threads)
             events = run_local(job) if config.local else run_ray(job, schedule.slots)
-            for event in events:
-                display.show(event)
-                if event.facts:
-                    facts["workers"].setdefault(event.level, {}).update(event.facts)
-                    run.write_manifest(facts)
+            try:
+                for event in events:
+                    display.show(event)
+                    if event.facts:
+                        facts["workers"].setdefault(event.level, {}).update(event.facts)
+                        run.write_manifest(facts)
+            except BaseException:
+                display.say(f"stopped; the same command with --out {path} goes on from here")
+                raise
     run.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
     report = write_report(path)
     print(json.dumps(to_json(report) | {"run": str(path)}) if config.json else f"\n{to_text(report)}\nRun: {path}")

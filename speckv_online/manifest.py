@@ -112,7 +112,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
     """Return one line for people: processor, cores, versions and commit."""
     hard, soft, git = manifest.get("hardware", {}), manifest.get("software", {}), manifest.get("git", {})
     commit = (git.get("commit") or "unknown")[:10] + (" with changes" if git.get("dirty") else "")
-    parts = [hard.get("processor") or hard.get("machine"), f"{hard.get('cores')} cores", *hard.get("gpus", [])]
+    parts = [hard.get("processor") or hard.get("machine"), f"cores: {hard.get('cores')}", *hard.get("gpus", [])]
     parts += [f"torch {soft.get('torch')}", f"transformers {soft.get('transformers')}", f"commit {commit}"]
     return ", ".join(str(part) for part in parts)
 

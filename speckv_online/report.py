@@ -119,7 +119,11 @@ def to_markdown(report: Report) -> str:
     made_on = f"Figures are {report.kind}: {describe(report.manifest)}."
     lines = ["# Comparison of policies", "", report.verdict, "", made_on, ""]
     lines += ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * 2 + "---:|" * (len(_HEAD) - 2)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in report.rows]
+    for row in report.rows:
+        cells = _cells(row)
+        if row.speedup is not None and math.isfinite(row.speedup.p_value) and row.policy != BASELINE:
+            cells = (*cells[:6], f"{cells[6]}, {_p_value(row.speedup.p_value)}", *cells[7:])
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {note}" for note in report.notes), "", "![tokens per second](plots/goodput.png)", ""]
     return "\n".join(lines)
 
@@ -241,9 +245,10 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     schedule = manifest.get("schedule", {})
     if schedule:
         notes.append(
-            f"Levels ran {schedule.get('levels')}, {schedule.get('threads_per_worker')} threads each "
-            f"of {schedule.get('cores')} cores."
+            f"Levels ran {schedule.get('levels')}; threads per worker: {schedule.get('threads_per_worker')}, "
+            f"cores: {schedule.get('cores')}."
         )
+    notes += manifest.get("notes", [])
     for level, worker in manifest.get("workers", {}).items():
         notes.append(f"{level}: {worker.get('arithmetic')}, on {worker.get('device')}.")
     differing = [row for row in rows if row.same_output < row.compared]
@@ -259,6 +264,10 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     if manifest.get("status") != "finished":
         notes.append("The run is not finished.")
     return notes
+
+
+def _p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _short(name: str, most: int = 28) -> str:
