@@ -107,9 +107,9 @@ class Schedule(Policy):
 
 
 def schedule_gammas() -> dict[str, tuple[int, ...]]:
-    """Return named sets of gammas to draw from: short and long fixed drafts, any, and few with undrafted steps."""
+    """Return named sets of gammas to draw from: short and long fixed drafts, any, and seldom any at all."""
     fixed = {f"fixed:{gamma}": (gamma,) for gamma in (1, 2, 4, 8)}
-    return fixed | {f"random:{i}": ARMS[1:] for i in range(3)} | {"sparse": (0, 0, 1, 2, 4)}
+    return fixed | {f"random:{i}": ARMS[1:] for i in range(3)} | {"sparse": (0, 0, 1, 2, 4), "rare": (0,) * 8 + (1, 4)}
 
 
 def default_schedules(seed: int = 0) -> dict[str, Schedule]:

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from policies.base import ARMS
-from policies.mlp16 import HIDDEN, INPUTS, Weights, level_code
+from policies.base import ARMS, Context, Decision
+from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Weights, level_code
+from speckv_online.cost import RTX3090_RELEASE, CostTable
 from speckv_online.errors import UserError
 from speckv_online.signals import summarise
-from speckv_online.step_table import StepRow, default_schedules, replay_rows
+from speckv_online.simulate import Simulator
+from speckv_online.step_table import Schedule, StepRow, schedule_gammas
 from speckv_online.traces import Trace
 
 FEATURES = ("causal", "step-mean")
@@ -79,28 +81,46 @@ def data_from_traces(
     """Make one row per gamma and step start, over replays of every trace under several schedules of gamma.
 
     A trace knows what each gamma would have had accepted at a step's start, so all of them are labelled there, evenly;
-    those that the budget would have cut short are left out.
+    those that the budget would have cut short are left out. The causal signals are what MLP16's policies read.
     """
     x: list[list[float]] = []
     y: list[float] = []
     names: list[tuple[str, str]] = []
-    schedules = default_schedules(seed)
+    schedules = [_Reader(drawn, seed=seed + i) for i, drawn in enumerate(schedule_gammas().values())]
     for trace in traces:
-        code = level_code(trace.level)
-        for schedule in schedules.values():
-            for row in replay_rows(trace, schedule):
-                t = row.position
-                lagged = [row.lag_mean_entropy, row.lag_mean_confidence, row.lag_max_entropy, row.lag_min_confidence]
+        code, cost = level_code(trace.level), CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
+        for schedule in schedules:
+            replay = Simulator(schedule, cost).replay(trace)  # seconds play no part here
+            for t, lagged in zip(replay.position.tolist(), schedule.read, strict=True):
                 for gamma in gammas:
                     if gamma > min(trace.gamma, trace.budget - t - 1):
                         continue
+                    signals = lagged
                     if features != "causal":
                         mean_h, max_h, mean_c, min_c = summarise(trace.signals[t, :gamma])
-                        lagged = [mean_h, mean_c, max_h, min_c]
-                    x.append([*lagged, code, gamma])
+                        signals = [mean_h, mean_c, max_h, min_c]
+                    x.append([*signals, code, gamma])
                     y.append(min(int(trace.accepted[t]), gamma) / gamma)
                     names.append((trace.prompt_id, trace.level))
     return _data(x, y, names)
+
+
+class _Reader(Schedule):
+    """A schedule that notes the signals as MLP16's policies read them: lagged, and fading while nothing is drafted."""
+
+    def __init__(self, gammas: Sequence[int], *, seed: int = 0) -> None:
+        super().__init__(gammas, seed=seed)
+        zeros = (np.zeros((INPUTS, HIDDEN)), np.zeros(HIDDEN), np.zeros((HIDDEN, 1)), np.zeros(1))
+        self.net = Mlp16(Weights(*zeros))  # reading needs no weights
+
+    def begin(self, context: Context) -> None:
+        super().begin(context)
+        self.net.begin()
+        self.read: list[list[float]] = []
+
+    def decide(self, context: Context) -> Decision:
+        self.read.append(self.net.read(context)[:4].tolist())
+        return super().decide(context)
 
 
 def _data(x: list[list[float]], y: list[float], names: list[tuple[str, str]]) -> Data:

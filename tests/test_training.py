@@ -56,10 +56,9 @@ def test_labels_of_every_gamma_are_those_of_the_trace() -> None:
     trace = made_trace(7, length=12)
     data = data_from_traces([trace], gammas=(1, 4, 16))
     assert set(np.unique(data.x[:, 5])) == {1, 4}  # 16 never fits into a budget of 12
-    first = data.x[:, 1] == 0.5  # neutral lagged confidence: starts with no drafts before them
-    assert {(g, y) for g, y in zip(data.x[first, 5], data.y[first], strict=True)} == {
-        (g, min(int(trace.accepted[0]), g) / g) for g in (1, 4)
-    }
+    # The first step start of the first schedule is position 0, with neutral signals.
+    assert data.x[:2].tolist() == [[2.0, 0.5, 4.0, 0.25, 0.0, 1.0], [2.0, 0.5, 4.0, 0.25, 0.0, 4.0]]
+    assert data.y[:2].tolist() == [min(int(trace.accepted[0]), g) / g for g in (1, 4)]
     assert (data.x[:, 4] == 0).all()
     assert (data_from_traces([made_trace(7, "nf4")]).x[:, 4] == 2).all()
 
