@@ -44,20 +44,24 @@ class GreedyCheck:
 def check_greedy(
     target: PreTrainedModel, prompt: list[int], tokens: list[int], eos: Collection[int] = ()
 ) -> GreedyCheck:
-    """Compare ``tokens`` with plain greedy decoding of ``prompt``, one token a forward.
+    """Compare ``tokens`` with plain greedy decoding of ``prompt``: all but its last token at once, then one a forward.
 
     Each token is compared with the plain choice *after the tokens before it*, so one tie does not count twice.
     """
     cache = KVCache(int(target.config.num_hidden_layers), len(prompt) + len(tokens) + 1)
     check = GreedyCheck(len(tokens))
-    feed = prompt
-    for i, token in enumerate(tokens):
+
+    def forward(feed: list[int]) -> torch.Tensor:
         ids = torch.tensor([feed], device=target.device)
-        logits = target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    if len(prompt) > 1:
+        forward(prompt[:-1])
+    for i, (last, token) in enumerate(zip([prompt[-1], *tokens], tokens, strict=False)):
+        logits = forward([last])
         best = logits.max()
         if int(logits.argmax()) != token:
             check.ties.append((i, float(best - logits[token])))
         if token in eos and i + 1 < len(tokens):
             raise AssertionError(f"{len(tokens) - i - 1} tokens follow the end of sequence at position {i}")
-        feed = [token]
     return check
