@@ -33,7 +33,7 @@ class CompareConfig:
     )
     prompts: str = option("6", "how many of the bundled held-out prompts, or a JSONL file")
     limit: int = option(0, "at most this many prompts of a file, tasks in turn (0: all)")
-    max_new_tokens: int = option(40, "tokens to decode per prompt")
+    max_new_tokens: int = option(32, "tokens to decode per prompt")
     orders: int = option(1, "how many seeded orders of the prompts to run; learning policies start afresh in each")
     seed: int = option(0, "seed of the prompt choice, the orders and the policies")
     threads: int = option(0, "CPU threads per worker; levels run side by side if the cores allow it (0: all cores)")
