@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.drafters import ModelDrafter
@@ -64,9 +65,11 @@ def _quiet_bitsandbytes() -> None:
 
 def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
     """Call ``kind.from_pretrained`` and turn what a user can put right into one line."""
+    if source.startswith(("/", ".", "~")) and not Path(source).expanduser().is_dir():
+        raise UserError(f"there is no model folder {source}: check --target and --draft")
     try:
-        return kind.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
+        return kind.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source, **kwargs)
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"cannot load {source!r}: {reason[:300]}") from e
 

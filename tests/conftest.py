@@ -40,7 +40,7 @@ def tiny_llama(
     """A random Llama with grouped-query attention, in fp32; its answers do not settle into one token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=positions, eos_token_id=EOS, bos_token_id=None, pad_token_id=EOS,
         tie_word_embeddings=False, initializer_range=0.15, **options,
     )  # fmt: skip
