@@ -209,6 +209,8 @@ def write_tables(config: ProfileConfig, out: Path) -> None:
         timed.setdefault(unit.unit.level, []).extend(unit.steps[1:])
     facts = {"hardware": manifest.hardware(), "software": manifest.software(), "git": manifest.git_state()}
     facts["schedule"] = {"threads": config.threads or manifest.cores()}
+    # Without a drafted token there is nothing to say of the cost of drafting: leave the level out.
+    timed = {level: steps for level, steps in timed.items() if any(s.drafted for s in steps)}
     cost = fit_cost(timed, "measured", manifest.describe(facts), facts)
     if timed:
         cost.save(out / "cost.json")

@@ -82,6 +82,7 @@ def test_outputs_of_the_same_target_are_reused(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(arguments(tiny_pair, prompts, first, "--gammas", "0")) == 0
+    assert not (first / "cost.json").exists()  # nothing was drafted, so drafting has no cost yet
     # Another draft: the target itself, which is always right.
     with_other = arguments(tiny_pair, prompts, second, "--reuse", str(first))
     with_other[with_other.index("--draft") + 1] = str(tiny_pair.target_dir)
