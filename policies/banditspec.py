@@ -8,6 +8,7 @@ lambda * T(k), is taken off, so that arms of different length compare; then Y is
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ ARMS = (1, 2, 4, 6, 8, 12, 16)
 
 
 class _ArmBandit(CostAware):
-    """Rewards by arm. A gamma that the end of the budget cut short teaches about no arm."""
+    """Rewards by arm. Where the budget's end allows no arm, the cut first one is played, which teaches about none."""
 
     learns = True
     positional: ClassVar[str] = "objective"
@@ -30,6 +31,10 @@ class _ArmBandit(CostAware):
         super().__init__(**({"arms": ARMS, "objective": "tokens_per_step"} | options))
         self.longest = self.arms[-1]
         self._index = {gamma: i for i, gamma in enumerate(self.arms)}
+
+    def legal(self, context: Context) -> int:
+        """Number of arms that the step allows, at least one."""
+        return max(bisect_right(self.arms, context.max_gamma), 1)
 
     def reward(self, outcome: Outcome) -> float:
         """Y, from 1 to L + 1; where time counts less the price of the step, plus that of an empty one."""
@@ -91,7 +96,7 @@ class UcbSpec(_ArmBandit):
         return np.where(n > 0, bound, np.inf)
 
     def decide(self, context: Context) -> Decision:
-        gamma = self.arms[int(self.bounds().argmax())]
+        gamma = self.arms[int(self.bounds()[: self.legal(context)].argmax())]
         return Decision(self.new_id(), min(gamma, context.max_gamma))
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
@@ -118,12 +123,15 @@ class Exp3Spec(_ArmBandit):
     def pmf(self, context: Context) -> np.ndarray:
         """Probability of each of ``arms``."""
         k, t = len(self.arms), self.sums[0].sum() + 1.0
-        weight = np.exp(-math.sqrt(math.log(k) / (t * k)) * (self.sums[1] - self.sums[1].min()))
+        legal = self.legal(context)
+        weight = np.zeros(k)
+        loss = self.sums[1, :legal]
+        weight[:legal] = np.exp(-math.sqrt(math.log(k) / (t * k)) * (loss - loss.min()))
         return weight / weight.sum()
 
     def decide(self, context: Context) -> Decision:
         p = self.pmf(context)
-        arm = min(int(np.searchsorted(np.cumsum(p), self.rng.random())), len(p) - 1)
+        arm = min(int(np.searchsorted(np.cumsum(p), self.rng.random())), self.legal(context) - 1)
         return Decision(self.new_id(), min(self.arms[arm], context.max_gamma), propensity=float(p[arm]))
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

@@ -60,6 +60,11 @@ class GaussianHead:
         """Steps that are not in the sums yet."""
         return len(self._lengths)
 
+    @property
+    def steps(self) -> float:
+        """Steps in the sums, discounted."""
+        return float(self._total_misc[1])
+
     def add(self, phi: np.ndarray, y: np.ndarray) -> None:
         """Add one step's rows phi (m, D) with labels y (m,), m at most :data:`BUFFER`."""
         m = len(y)

@@ -37,7 +37,8 @@ class Goodput(CostAware):
     Parameters
     ----------
     acceptance : str
-        An npz of acceptance weights, see :class:`~policies.hazard.Hazard`; the shipped ones by default.
+        An npz of acceptance weights, see :class:`~policies.hazard.Hazard`; the shipped ones by default,
+        ``none`` for a cold start.
     strength : float
         How many tested tokens the prior is worth at most.
     discount : float
@@ -155,7 +156,7 @@ class Goodput(CostAware):
             return
         self.hazard.add(f[:START].tolist(), outcome)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits.
-        if self.hazard.pending >= min(self.every, 1 + self.version // 2):
+        if self.hazard.pending >= min(self.every, 1 + self.hazard.heads[0].steps // 8):
             self.hazard.refresh()
             self.version += 1
 

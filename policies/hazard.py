@@ -86,7 +86,7 @@ class Hazard:
     ----------
     path : str or Path
         An npz with arrays ``before``, ``after`` (10,) and ``before_precision``, ``after_precision`` (10, 10); empty for
-        the shipped one if there is one, else :func:`prior_means`.
+        the shipped one if there is one, else, and for ``none``, :func:`prior_means`.
     strength : float
         How many tested tokens the prior is worth at most.
     discount : float
@@ -191,7 +191,7 @@ class Hazard:
 
 def load_prior(path: str | Path, strength: float) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Return prior means and precisions of (before, after)."""
-    if not path and not DEFAULT_PRIOR.is_file():
+    if path == "none" or (not path and not DEFAULT_PRIOR.is_file()):
         # Information of one typical row is about 0.15 phi phi^T.
         return prior_means(), (0.15 * 0.05 * strength * np.eye(DIM),) * 2
     file = Path(path or DEFAULT_PRIOR)

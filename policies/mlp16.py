@@ -134,16 +134,21 @@ class Mlp16:
         Trained weights.
     arms : sequence of int
         The gammas to evaluate, K of them.
+    extra : bool
+        Append two features that MLP16 does not have: a and a * gamma / 16, where a is the sequence's exponentially
+        weighted acceptance less one half.
     """
 
-    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS) -> None:
+    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS, extra: bool = False) -> None:
         self.weights, self.arms = weights, arms
         self._W = np.ascontiguousarray(weights.W1[:4])
         self._gammas = np.array(arms, dtype=float)
         self._offset: dict[str, np.ndarray] = {}
         self._s = np.empty(HIDDEN)
-        #: phi(x) = [relu(x W1 + b1), 1] of every arm, shape (K, 17); overwritten by :meth:`features`.
-        self.phi = np.ones((len(arms), HIDDEN + 1))
+        #: phi(x) = [relu(x W1 + b1), 1] of every arm, shape (K, 17 or 19); overwritten by :meth:`features`.
+        self.phi = np.ones((len(arms), HIDDEN + (3 if extra else 1)))
+        self._extra = self.phi[:, HIDDEN + 1 :] if extra else None
+        self._scale = np.column_stack([np.ones(len(arms)), self._gammas / 16.0])
         self._hidden = self.phi[:, :HIDDEN]
         self._head = weights.head
         # Arrays rather than the scalars 0 and 1: numpy converts a scalar operand anew at every call.
@@ -152,7 +157,7 @@ class Mlp16:
         self.begin()
 
     def features(self, level: str, signals: np.ndarray) -> np.ndarray:
-        """Return :attr:`phi` for a level and signals that start with mean H, mean q, max H, min q."""
+        """Return :attr:`phi` for a level and what :meth:`read` gave (mean H, mean q, max H, min q, acceptance)."""
         offset = self._offset.get(level)
         if offset is None:
             W1, b1 = self.weights.W1, self.weights.b1
@@ -160,6 +165,8 @@ class Mlp16:
         np.dot(signals[:4], self._W, self._s)
         np.add(offset, self._s, self._hidden)
         np.maximum(self._hidden, self._zero, self._hidden)
+        if self._extra is not None:
+            np.multiply(self._scale, signals.item(4) - 0.5, self._extra)
         return self.phi
 
     def begin(self) -> None:

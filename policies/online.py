@@ -34,7 +34,7 @@ class Online(CostAware):
         How many records of the offline data the prior is worth.
     explore : str
         ``thompson``, ``ucb`` or ``greedy``; ``thompson:0.5`` and ``ucb:2`` scale the posterior's spread. As a step
-        teaches about nearly every arm, little exploration is needed: half the spread by default.
+        teaches about nearly every arm, little exploration is needed: a fifth of the spread by default.
     labels : {'imputed', 'one_sided', 'played'}
         Which arms a step teaches about, see :class:`~policies.labels.ArmLabels`.
     discount : float
@@ -43,6 +43,8 @@ class Online(CostAware):
         Noise variance of a rate; 0 estimates it.
     refresh : int
         Steps between updates of the posterior that decisions use.
+    extra : bool
+        Add the sequence's lagged acceptance to MLP16's features, with a prior of no influence.
     arms, objective, cost_half_life, seed, worker
         As in :class:`~policies.learned.CostAware`.
     """
@@ -56,11 +58,12 @@ class Online(CostAware):
         *,
         weights: str = "",
         strength: float = 200.0,
-        explore: str = "thompson:0.5",
+        explore: str = "thompson:0.2",
         labels: Mode = "imputed",
         discount: float = 1.0,
         noise: float = 0.0,
         refresh: int = 8,
+        extra: bool = False,
         objective: Objective = "tokens_per_second",
         arms: tuple[int, ...] = ARMS,
         **options: Any,
@@ -75,12 +78,16 @@ class Online(CostAware):
             raise PolicyError(f"noise must not be negative and refresh at least 1, got {noise} and {refresh}")
         self.labels, self.every = ArmLabels(self.arms, labels), refresh
         found = resolve_weights(weights)
-        self.net = Mlp16(found, self.arms)
+        self.net = Mlp16(found, self.arms, extra)
         d = HIDDEN + 1
         moments = np.eye(d) if found.phi_cov is None else found.phi_cov
         # Units that were never active offline have no precision of their own: a little of the mean keeps A0 regular.
-        precision = strength * (moments + 0.01 * np.trace(moments) / d * np.eye(d))
-        self.head = GaussianHead(found.head, precision, discount, noise)
+        moments = moments + 0.01 * np.trace(moments) / d * np.eye(d)
+        mean = found.head
+        if extra:
+            mean = np.append(mean, (0.0, 0.0))
+            moments = np.block([[moments, np.zeros((d, 2))], [np.zeros((2, d)), 0.05 * np.eye(2)]])
+        self.head = GaussianHead(mean, strength * moments, discount, noise)
         k = len(self.arms)
         self._column = self.gammas[:, None].copy()
         self._rates = np.empty((k, ENSEMBLE))

@@ -2,11 +2,13 @@
 
 river's policies keep Python objects, so they have no arrays to save: a run starts them afresh. Known limits of 0.26.1
 that the adapter works around: Exp3 overflows as its weights grow (they are divided by their maximum now and then, which
-changes no probability); ThompsonSampling needs a reward distribution given; ``burn_in`` breaks LinUCBDisjoint.
+changes no probability); ThompsonSampling needs a reward distribution given; ``burn_in`` breaks LinUCBDisjoint. Its
+ThompsonSampling cannot tell the probability of its choice, so the propensity of that one is given as 1.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -52,21 +54,39 @@ class River(CostAware):
         self._played = [0] * len(self.arms)
 
     def decide(self, context: Context) -> Decision:
-        features = None
-        unplayed = [i for i in self._ids if not self._played[i]]
-        if unplayed and self.name != "exp3":
-            arm = unplayed[0]  # river's means of nothing are zero or undefined
+        ids = self._legal(context)
+        features = _context(context) if self.name == "linucb" else None
+        first = next((i for i in ids if not self._played[i]), None)
+        if first is not None and self.name != "exp3":
+            arm, propensity = first, 1.0  # river's means of nothing are zero or undefined
             self._played[arm] = 1
-        elif self.name == "linucb":
-            arm = self.bandit.pull(self._ids, context=_named(_context(context)))
         else:
-            arm = self.bandit.pull(self._ids)
-        if self.name == "linucb":
-            features = _context(context)
-        propensity = 1.0
-        if self.name == "exp3":
-            propensity = self.bandit._probabilities[arm]
+            share = self._shares(ids)
+            arm = self.bandit.pull(ids) if features is None else self.bandit.pull(ids, context=_named(features))
+            propensity = 1.0 if share is None else float(share[arm])
         return Decision(self.new_id(), min(self.arms[arm], context.max_gamma), False, propensity, 0, features)
+
+    def _legal(self, context: Context) -> list[int]:
+        return self._ids[: max(bisect_right(self.arms, context.max_gamma), 1)]
+
+    def _shares(self, ids: list[int]) -> np.ndarray | None:
+        """Probability of each arm, where river's policy has one that can be written down."""
+        p = np.zeros(len(self.arms))
+        if self.name == "exp3":
+            weights = np.array([self.bandit._weights[i] for i in ids])
+            p[ids] = (1 - self.bandit.gamma) * weights / weights.sum() + self.bandit.gamma / len(weights)
+            return p
+        if self.name == "epsilon-greedy":
+            means = [self.bandit._rewards[i].get() for i in ids]
+            p[ids] = self.bandit.current_epsilon / len(means)
+            p[means.index(max(means))] += 1.0 - self.bandit.current_epsilon
+            return p
+        return None
+
+    def pmf(self, context: Context) -> np.ndarray | None:
+        """Probability of each of ``arms``; None for bandits that cannot tell, and until each arm was played once."""
+        ids = self._legal(context)
+        return self._shares(ids) if self.name == "exp3" or all(self._played[i] for i in ids) else None
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):

@@ -10,10 +10,13 @@ in expectation over the baseline's own luck, up to the probes below, and with th
 acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
 long bad time later.
 
-What the fixed gamma would have produced is known from every step that drafted as many or met a rejection. Where the
-policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on past the point where
-the policy would have stopped, and so measure acceptance just there. (A plain product-limit estimate would flatter the
-fixed gamma, as a good policy stops where acceptance is low.)
+What the fixed gamma would have produced from where a step began is known from every step that drafted as many or met a
+rejection. Where the policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on
+past the point where the policy would have stopped, and so measure acceptance just there. (A plain product-limit
+estimate would flatter the fixed gamma, as a good policy stops where acceptance is low.) Then the steps that the fixed
+gamma would have needed are added up over the text: a stretch of n tokens takes it n / m steps, m its tokens per step
+thereabouts. (A mean of m over the policy's own steps would count easy stretches too often where those steps are short.)
+As probes are few, the estimate may be off by a tenth; steps that are taken over put it right.
 """
 
 from __future__ import annotations
@@ -31,49 +34,66 @@ REVIEW_EVERY = 16
 KEEP = 0.98
 #: The j-th probe comes at step PROBE * j^2.
 PROBE = 8
-#: Steps of the baseline alone cannot overdraw the budget further than this: errors of estimates are not held against
-#: the policy for ever.
-FLOOR = -10.0
+#: Weight of the latest step in the local mean of the fixed gamma's tokens per step.
+LOCAL = 0.2
 
 
 class _Ledger:
-    """One level's budget, counts, and probing schedule."""
+    """One level's budget, what the fixed gamma would have done, and the probing schedule."""
 
     def __init__(self, gamma: int, budget: float) -> None:
         self.steps = 0
         self.budget = budget
         self.interventions = 0
-        # Steps with known min(a, gamma) and their sum; steps censored after s accepted tokens, s < gamma.
-        self.known, self.known_sum = 0.0, 0.0
-        self.censored = [0.0] * gamma
-        # Tokens tested and accepted past the point where the policy would have stopped.
-        self.beyond_tested, self.beyond_passed = 0.0, 0.0
+        # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
+        # Worth two steps at acceptance one half before there is data.
+        self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
+        self.tokens, self.fixed_steps = 2.0 * self.local, 2.0
+        # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
+        # met a rejection there), and how many of the first r were accepted in all.
+        self.seen = [2.0] * gamma
+        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, gamma + 1)]
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
         self.probes, self.due = [0, 0], [0, 0]
         self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
 
     def row(self) -> list[float]:
         """Everything that is saved."""
-        numbers = [self.steps, self.budget, self.interventions, *self.probes, *self.due, self.known, self.known_sum]
-        return [*numbers, self.beyond_tested, self.beyond_passed, *self.censored]
+        counts = [float(x) for x in (self.steps, self.budget, self.interventions, *self.probes, *self.due)]
+        return [*counts, self.local, self.tokens, self.fixed_steps, *self.seen, *self.more]
 
     def fill(self, row: list[float]) -> None:
         """Restore :meth:`row`."""
-        self.steps, self.budget, self.interventions = int(row[0]), row[1], int(row[2])
+        self.steps, self.interventions = int(row[0]), int(row[2])
+        self.budget = row[1]
         self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
-        self.known, self.known_sum, self.beyond_tested, self.beyond_passed = row[7:11]
-        self.censored = row[11:]
+        self.local, self.tokens, self.fixed_steps = row[7:10]
+        gamma = len(self.seen)
+        self.seen, self.more = row[10 : 10 + gamma], row[10 + gamma :]
 
-    def fixed_tokens(self, gamma: int) -> float:
-        """Mean tokens of a step at the fixed gamma."""
-        p = (self.beyond_passed + 1.0) / (self.beyond_tested + 2.0)
-        total, steps = self.known_sum, self.known
-        for s, count in enumerate(self.censored):
-            more = sum(p**i for i in range(1, gamma - s + 1))
-            total += count * (s + more)
-            steps += count
-        prior = sum(0.5**i for i in range(1, gamma + 1))  # worth two steps: nothing is promised before there is data
-        return 1.0 + (total + 2.0 * prior) / (steps + 2.0)
+    def count(self, gamma: int, outcome: Outcome, stop: int) -> None:
+        """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
+        n, k = outcome.accepted, outcome.drafted
+        known = float(min(n, gamma))
+        if outcome.tested == n and k < gamma:  # all of a shorter draft was accepted
+            r = gamma - n - 1
+            known += self.more[r] / self.seen[r]
+        if 0 <= stop <= n and stop < outcome.tested:
+            extra = n - stop
+            for r in range(1, len(self.seen) + 1):
+                if r <= extra or outcome.tested > n:
+                    self.seen[r - 1] += 1.0
+                    self.more[r - 1] += min(extra, r)
+        self.local += LOCAL * (1.0 + known - self.local)
+        self.tokens += outcome.produced
+        self.fixed_steps += outcome.produced / self.local
+
+    def fade(self) -> None:
+        """Let old counts fade; probes get rarer, so theirs more slowly."""
+        self.tokens *= KEEP
+        self.fixed_steps *= KEEP
+        self.seen = [KEEP**0.25 * x for x in self.seen]
+        self.more = [KEEP**0.25 * x for x in self.more]
 
 
 class SafetyGuard(Wrapper):
@@ -145,18 +165,21 @@ class SafetyGuard(Wrapper):
         return decision
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        go_on = self.policy.proceed(decision, drafted, signals)
-        if decision.id not in self._taken:
-            return go_on
-        if not go_on:
-            self._taken[decision.id] = min(self._taken[decision.id], drafted)
+        taken = self._taken.get(decision.id)
+        if taken is None:
+            return self.policy.proceed(decision, drafted, signals)
+        if drafted < taken and not self.policy.proceed(decision, drafted, signals):
+            self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
         self._drafted = decision.id, drafted
-        if decision.id in self._taken:
-            return drafted
-        return self.policy.submit(decision, drafted, signals)
+        taken = self._taken.get(decision.id)
+        if taken is None:
+            return self.policy.submit(decision, drafted, signals)
+        if taken >= drafted:  # it would have gone on to the end
+            self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
+        return drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         seen = decision.id in self.policy._learnt
@@ -165,16 +188,9 @@ class SafetyGuard(Wrapper):
             return
         if not self._shared:
             self.model.observe(outcome)
-        ledger, k, n = self.ledger(outcome.level), outcome.drafted, outcome.accepted
+        ledger, k = self.ledger(outcome.level), outcome.drafted
         stop = self._taken.pop(decision.id, -1)
-        if outcome.tested > n or k >= self.gamma:
-            ledger.known += 1.0
-            ledger.known_sum += min(n, self.gamma)
-        elif stop < 0 and n == k:
-            ledger.censored[k] += 1.0
-        if 0 <= stop <= n and stop < outcome.tested:
-            ledger.beyond_tested += outcome.tested - stop
-            ledger.beyond_passed += n - stop
+        ledger.count(self.gamma, outcome, stop)
         if k == 0:
             self._postpone(ledger, 0)
         elif k >= self.gamma:
@@ -183,9 +199,12 @@ class SafetyGuard(Wrapper):
         wasted = self._drafted[1] - k if self._drafted[0] == decision.id else 0
         seconds = costs.seconds.item(k) + costs.draft * wasted
         ledger.budget += outcome.produced - ledger.rate * seconds
-        ledger.budget = min(max(ledger.budget, FLOOR), 4.0 * self.burn_in)
+        # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
+        ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)
         if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:
             self._review(ledger, costs)
+            if ledger.steps >= REVIEW_EVERY:
+                ledger.fade()
 
     @staticmethod
     def _postpone(ledger: _Ledger, which: int) -> None:
@@ -195,18 +214,11 @@ class SafetyGuard(Wrapper):
             ledger.due[which] = PROBE * ledger.probes[which] ** 2
 
     def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
-        """Find the better baseline anew, and let old counts fade."""
+        """Find the better baseline anew."""
         plain = 1.0 / float(costs.seconds[0])
-        fixed = ledger.fixed_tokens(self.gamma) / float(costs.seconds[self.gamma])
+        fixed = ledger.tokens / ledger.fixed_steps / float(costs.seconds[self.gamma])
         ledger.baseline = self.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
-        if ledger.steps >= REVIEW_EVERY:
-            ledger.known *= KEEP
-            ledger.known_sum *= KEEP
-            ledger.censored = [KEEP * x for x in ledger.censored]
-            # Probes get rarer: forget them more slowly.
-            ledger.beyond_tested *= KEEP**0.25
-            ledger.beyond_passed *= KEEP**0.25
 
     def state_dict(self) -> State:
         found = self.policy.state_dict()
@@ -225,7 +237,7 @@ class SafetyGuard(Wrapper):
         # A level without a ledger in the state (merged statistics have none) keeps the one it has.
         for key in (k for k in own if k.startswith("safety.")):
             row = np.asarray(state[key], dtype=float)
-            if row.shape != (11 + self.gamma,) or not np.isfinite(row).all():
+            if row.shape != (10 + 2 * self.gamma,) or not np.isfinite(row).all():
                 raise PolicyError(
                     f"the state's '{key}' is not a ledger of safety gamma {self.gamma}: use the one it had"
                 )

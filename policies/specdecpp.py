@@ -24,7 +24,7 @@ class SpecDecPlusPlus(Policy):
     least, cap : int
         Bounds; the paper's are 2 and 20, cut to what a step allows.
     acceptance : str
-        An npz of acceptance weights; the shipped ones by default.
+        An npz of acceptance weights; the shipped ones by default, ``none`` for a cold start.
     train : bool
         Whether the head goes on learning; the paper's is frozen after its training.
     """

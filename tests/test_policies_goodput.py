@@ -1,0 +1,184 @@
+"""The acceptance model and the stopping rule of `goodput`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
+from policies.cost import CostPrior, LevelCosts
+from policies.goodput import BINS, Goodput, thresholds
+from policies.hazard import DIM, Hazard, after_features, before_features, probability, token_features
+from tests.policy_env import make_tapes, play
+
+START = [0.0, 0.0, 0.0, 0.5, 0.0]
+
+
+def signals(rng: np.random.Generator, k: int) -> np.ndarray:
+    found = np.zeros((k, 4))
+    found[:, CONFIDENCE] = rng.random(k)
+    found[:, ENTROPY] = 5 * (1 - found[:, CONFIDENCE])
+    found[:, MARGIN] = 6 * found[:, CONFIDENCE]
+    found[:, NGRAM] = rng.integers(-4, 5, k)
+    return found
+
+
+def feed(hazard: Hazard, steps: int, seed: int = 0) -> list[Outcome]:
+    """Steps whose tokens are accepted with probability confidence squared."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(steps):
+        k = int(rng.integers(1, 9))
+        s = signals(rng, k)
+        hits = rng.random(k) < s[:, CONFIDENCE] ** 2
+        n = k if hits.all() else int(hits.argmin())
+        outcome = Outcome(k, n, min(n + 1, k), n + 1, signals=s)
+        hazard.add(START, outcome)
+        found.append(outcome)
+        if i % 16 == 15:
+            hazard.refresh()
+    hazard.refresh()
+    return found
+
+
+def test_learns_acceptance_to_within_a_batch_fit() -> None:
+    """Close to the maximum-likelihood fit of the same rows, in log loss, though it sees each row once."""
+    hazard = Hazard("none", strength=50, discount=1.0)
+    x, y = [], []
+    for o in feed(hazard, 1500):
+        previous = None
+        for j in range(o.tested):
+            own = token_features(o.signals[j].tolist())
+            x.append(after_features(START, own, previous, j))
+            y.append(float(j < o.accepted))
+            previous = own
+    phi, label, w = np.array(x), np.array(y), np.zeros(DIM)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-phi @ w))
+        w += np.linalg.solve((phi * (p * (1 - p))[:, None]).T @ phi + 1e-3 * np.eye(DIM), phi.T @ (label - p))
+
+    def loss(weights: np.ndarray) -> float:
+        p = 1 / (1 + np.exp(-phi @ weights))
+        return float(-(label * np.log(p) + (1 - label) * np.log(1 - p)).mean())
+
+    assert loss(np.array(hazard.after)) < loss(w) + 0.005
+    assert loss(np.array(hazard.after)) < 0.9 * loss(
+        np.array([math.log(label.mean() / (1 - label.mean()))] + [0.0] * 9)
+    )
+
+
+def test_the_prior_is_the_draft_s_own_belief() -> None:
+    hazard, row = Hazard("none"), [1.0, 0.8, 2.0, 0.0]
+    assert probability(hazard.after, after_features(START, token_features(row), None, 0)) == pytest.approx(0.8)
+    start = [2 * 0.7 - 1, 0.0, 0.0, 0.5, 0.0]
+    assert probability(hazard.before, before_features(start, None, 0)) == pytest.approx(1 / (1 + math.exp(-1.2)))
+
+
+def test_merging_adds_up() -> None:
+    """Steps linearised at the same weights: merged sums are one process's to the last digits."""
+    alone, learner, workers = Hazard("none"), Hazard("none"), [Hazard("none") for _ in range(4)]
+    rng = np.random.default_rng(1)
+    for i in range(40):
+        s = signals(rng, 4)
+        outcome = Outcome(4, 2, 3, 3, signals=s)
+        alone.add(START, outcome)
+        workers[i // 10].add(START, outcome)
+    for worker in workers:
+        learner.merge(worker.take_delta())
+    alone.refresh()
+    assert learner.after == pytest.approx(alone.after, abs=1e-9)
+    assert learner.before == pytest.approx(alone.before, abs=1e-9)
+
+
+def test_saved_priors_are_read_back(tmp_path: Path) -> None:
+    hazard = Hazard("none", discount=1.0)
+    feed(hazard, 600)
+    hazard.save_prior(tmp_path / "prior.npz")
+    strong, weak = Hazard(tmp_path / "prior.npz", strength=1e9), Hazard(tmp_path / "prior.npz", strength=10)
+    assert strong.after == pytest.approx(hazard.after)
+    feed(strong, 50, seed=9)
+    feed(weak, 50, seed=9)
+    assert np.abs(np.array(strong.after) - hazard.after).max() < np.abs(np.array(weak.after) - hazard.after).max()
+    np.savez(tmp_path / "bad.npz", before=np.zeros(3), after=np.zeros(DIM))
+    with pytest.raises(PolicyError, match="'before' has shape"):
+        Hazard(tmp_path / "bad.npz")
+    (tmp_path / "x.npz").write_bytes(b"nothing")
+    with pytest.raises(PolicyError, match="no npz"):
+        Hazard(tmp_path / "x.npz")
+
+
+def flat(t_d: float, verify: tuple[float, ...]) -> LevelCosts:
+    return LevelCosts(CostPrior(t_d, verify))
+
+
+def test_one_step_rule_by_hand() -> None:
+    """Costs that grow evenly: go on iff S p >= lambda (t_d + growth), at any k, however far one looks ahead."""
+    costs = flat(0.01, (0.1, 0.11))
+    table = thresholds(costs)
+    p = (np.arange(BINS) + 0.5) / BINS
+    marginal = costs.rate * 0.02
+    for k in range(16):
+        assert table[k] == pytest.approx(marginal / p)
+
+
+def test_looking_ahead_past_a_step_in_the_costs() -> None:
+    """Verifying two tokens costs 40 % more than one, nine no more than two: one alone would not pay, several do."""
+    costs = flat(0.001, (0.10, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14))
+    table, b = thresholds(costs), int(0.7 * BINS)
+    p = (b + 0.5) / BINS
+    gains = [sum(p**i for i in range(1, m + 1)) for m in range(1, 17)]
+    prices = [costs.rate * (0.001 * m + 0.04) for m in range(1, 17)]
+    assert table[0, b] == pytest.approx(min(c / g for c, g in zip(prices, gains, strict=True)))
+    assert table[0, b] < 0.25 < prices[0] / gains[0]
+
+
+def make(level_costs: CostPrior, **options: object) -> Goodput:
+    policy = Goodput(acceptance="none", **options)  # type: ignore[arg-type]
+    policy.set_costs("nf4", level_costs)
+    return policy
+
+
+def test_stops_where_survival_no_longer_pays() -> None:
+    policy = make(CostPrior(0.01, (0.1, 0.11)))
+    sure, unsure = [0.1, 0.97, 9.0, 3.0], [5.0, 0.03, 0.1, -3.0]
+    table = np.array([sure, sure, unsure] + [sure] * 13)
+    decision = policy.decide(Context(level="nf4", acceptance=0.8, step=1, last_drafted=1))
+    assert decision.stops
+    assert [policy.proceed(decision, k, table) for k in (1, 2, 3)] == [True, True, False]
+
+
+def test_the_tail_is_submitted_only_where_a_wider_verify_pays() -> None:
+    sure, unsure = [0.1, 0.97, 9.0, 3.0], [5.0, 0.02, 0.1, -3.0]
+    table = np.array([sure, sure, unsure] + [sure] * 13)
+    for growth, want in ((0.03, 2), (0.0, 3)):
+        policy = make(CostPrior(0.001, (0.1, 0.1 + growth)))
+        decision = policy.decide(Context(level="nf4", acceptance=0.9))
+        assert policy.submit(decision, 3, table) == want
+
+
+def test_wasted_drafting_is_timed() -> None:
+    policy = make(CostPrior(0.01, (0.1, 0.2)))
+    table = np.array([[5.0, 0.02, 0.1, -3.0]] * 16)
+    for _ in range(40):
+        decision = policy.decide(Context(level="nf4", acceptance=0.99, mean_confidence=0.99, step=1, last_drafted=1))
+        decision.gamma = 4
+        k = policy.submit(decision, 4, table)
+        assert k == 0
+        policy.learn(decision, Outcome(0, 0, 0, 1, 0.18, 0.08, 0.1, "nf4", 100))
+    assert policy.costs.level("nf4").draft == pytest.approx(0.02, rel=0.15)
+
+
+def test_gamma_zero_where_drafting_is_dear_and_not_where_it_is_cheap() -> None:
+    for t_d, zero in ((0.2, True), (0.001, False)):
+        policy = make(CostPrior(t_d, (0.1, 0.1)))
+        assert (policy.decide(Context(level="nf4")).gamma == 0) == zero
+
+
+def test_beats_the_best_confidence_threshold_tuned_in_hindsight() -> None:
+    from policies.llamacpp import LlamaCpp
+
+    tapes = make_tapes(61, 25)
+    best = max(play(LlamaCpp(p_min=p), tapes, "nf4").goodput for p in (0.2, 0.3, 0.4, 0.5, 0.6))
+    assert play(Goodput(acceptance="none"), tapes, "nf4").goodput > best

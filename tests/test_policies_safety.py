@@ -1,0 +1,178 @@
+"""The safety guard: holds bad policies to the better baseline, leaves good ones alone, and keeps probing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from policies.base import Context, Decision, Outcome, Policy, PolicyError
+from policies.cost import CostPrior
+from policies.fixed import Fixed
+from policies.guard import FaultGuard
+from policies.online import Online
+from policies.registry import make_policy
+from policies.safety import SafetyGuard
+from tests.policy_env import COSTS, make_tapes, play, trained
+
+
+class Stubborn(Policy):
+    """Always one gamma, and claims to learn."""
+
+    learns = True
+
+    def __init__(self, gamma: int) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def decide(self, context: Context) -> Decision:
+        return Decision(self.new_id(), min(self.gamma, context.max_gamma))
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.first_time(decision.id)
+
+
+class Timid(Stubborn):
+    """Wants 16 tokens, but stops after the first."""
+
+    def decide(self, context: Context) -> Decision:
+        return Decision(self.new_id(), min(16, context.max_gamma), stops=True)
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        return False
+
+
+def told(policy: SafetyGuard, level: str) -> SafetyGuard:
+    """Give a guard the true costs."""
+    t_d, verify, growth = COSTS[level]
+    policy.model.set_prior(level, CostPrior(t_d, (verify, verify + growth), 0.001))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("level", "gamma"), [("fp16", 16), ("fp16", 2), ("int8", 0), ("int8", 16), ("nf4", 16), ("nf4", 0)]
+)
+def test_the_guarantee(level: str, gamma: int) -> None:
+    """Whatever the policy does: tokens >= (1 - epsilon) * best baseline rate * seconds - burn-in - step - probes."""
+    tapes = make_tapes(51, 25)
+    plain, fixed = (play(Fixed(gamma=g), tapes, level, noise=0.0).goodput for g in (0, 4))
+    guard = told(SafetyGuard(Stubborn(gamma), gamma=4, epsilon=0.05, burn_in=30), level)
+    run = play(guard, tapes, level, noise=0.0)
+    assert run.tokens >= 0.95 * max(plain, fixed) * run.seconds - 30 - 10 - _probes(guard, level)
+    if gamma != 2:
+        assert guard.ledger(level).interventions > 50
+
+
+def _probes(guard: SafetyGuard, level: str) -> float:
+    """What the probes may have cost, in tokens: less than two each."""
+    return 2.0 * sum(guard.ledger(level).probes)
+
+
+def test_a_good_policy_is_left_alone() -> None:
+    tapes = make_tapes(52, 20)
+    guard = told(SafetyGuard(Stubborn(2)), "nf4")
+    run = play(guard, tapes, "nf4")
+    assert guard.ledger("nf4").interventions == 0
+    assert np.mean([g == 2 for g in run.gammas]) > 0.9
+
+
+def test_probes_fall_but_never_end() -> None:
+    """j-th probe of either baseline at step 8 j^2, unless the policy itself has played it meanwhile."""
+    guard = told(SafetyGuard(Stubborn(2), epsilon=0.9), "nf4")
+    gammas = []
+    for i in range(3000):
+        decision = guard.decide(Context(level="nf4", step=i))
+        gammas.append(decision.gamma)
+        k = decision.gamma
+        guard.learn(
+            decision, Outcome(k, k, k, k + 1, 0.2 + 0.02 * k, 0.01 * k, 0.2 + 0.01 * k, "nf4", 100, 0, np.zeros((k, 4)))
+        )
+    for gamma in (0, 4):
+        at = np.flatnonzero(np.array(gammas) == gamma)
+        assert len(at) == pytest.approx((3000 / 8) ** 0.5, abs=2)
+        assert at[-1] > 2600
+        assert (np.diff(np.diff(at)[1:]) >= 0).mean() > 0.8
+
+
+def test_a_policy_stuck_at_zero_is_shown_drafting_and_comes_back() -> None:
+    """Warm-started from weights that promise nothing, `online` alone never drafts; guarded, it learns better."""
+    w = trained()
+    gloomy = type(w)(w.W1, w.b1, np.zeros_like(w.W2), np.array([0.02]), w.phi_cov)
+    tapes = make_tapes(53, 30, ease=1.0)
+    alone = Online(weights=gloomy, explore="greedy")
+    guarded = SafetyGuard(Online(weights=gloomy, explore="greedy"))
+    assert set(play(alone, tapes, "int8").gammas) == {0}
+    late = play(guarded, tapes, "int8").gammas[-200:]
+    assert np.mean(late) > 2
+
+
+def test_the_fixed_gammas_tokens_are_not_flattered_by_a_stopping_policy() -> None:
+    """A policy that stops where acceptance is low leaves only easy tokens tested; the estimate sees through that."""
+    tapes = make_tapes(54, 60)
+    want = play(Fixed(gamma=4), tapes, "nf4")
+    for spec in ("llamacpp:0.6", "llamacpp:0.3", "svip"):
+        guard = told(SafetyGuard(make_policy(spec), epsilon=0.5), "nf4")
+        play(guard, tapes, "nf4")
+        ledger = guard.ledger("nf4")
+        assert ledger.tokens / ledger.fixed_steps == pytest.approx(want.tokens / len(want.gammas), rel=0.15)
+
+
+def test_probes_of_a_stopping_policy_draft_on_and_ask_its_opinion() -> None:
+    guard = told(SafetyGuard(Timid(0)), "nf4")
+    for _ in range(2):
+        decision = guard.decide(Context(level="nf4"))
+    assert (decision.gamma, decision.stops) == (4, True)
+    signals = np.zeros((16, 4))
+    assert guard.proceed(decision, 1, signals)
+    assert guard.submit(decision, 4, signals) == 4
+    guard.learn(decision, Outcome(4, 3, 4, 4, 0.3, 0.04, 0.25, "nf4", 100, 0, signals[:4]))
+    ledger = guard.ledger("nf4")
+    # Two of the three tokens past its stop were accepted, the third was not; two pseudo-steps at one half.
+    assert ledger.seen == [3, 3, 3, 3]
+    assert ledger.more == [2 * 0.5 + 1, 2 * 0.75 + 2, 2 * 0.875 + 2, 2 * 0.9375 + 2]
+
+
+def test_budget_stays_within_bounds_and_is_saved(tmp_path: object) -> None:
+    tapes = make_tapes(55, 10)
+    guard = told(SafetyGuard(Stubborn(16)), "fp16")
+    play(guard, tapes, "fp16")
+    ledger = guard.ledger("fp16")
+    assert -guard.burn_in <= ledger.budget <= 4 * guard.burn_in
+    np.savez(f"{tmp_path}/s.npz", **guard.state_dict())
+    again = SafetyGuard(Stubborn(16))
+    with np.load(f"{tmp_path}/s.npz", allow_pickle=False) as file:
+        again.load_state_dict(dict(file))
+    assert again.ledger("fp16").row() == pytest.approx(ledger.row())
+    with pytest.raises(PolicyError, match="not a ledger of safety gamma 4"):
+        again.load_state_dict(guard.state_dict() | {"safety.fp16": np.zeros(3)})
+
+
+def test_merged_statistics_leave_the_ledger_alone() -> None:
+    worker, learner = make_policy("online", weights=trained()), make_policy("online", weights=trained())
+    play(worker, make_tapes(56, 4), "nf4")
+    before = worker.ledger("nf4").row()
+    learner.merge(worker.take_delta())
+    worker.load_state_dict(learner.state_dict())
+    assert worker.ledger("nf4").row() == before
+
+
+def test_learned_policies_are_guarded_by_default() -> None:
+    assert isinstance(make_policy("online", weights=trained()), SafetyGuard)
+    assert isinstance(make_policy("online:safety=off", weights=trained()), Online)
+    guard = make_policy("goodput:safety_gamma=2,safety_epsilon=0.2")
+    assert isinstance(guard, SafetyGuard)
+    assert (guard.gamma, guard.epsilon) == (2, 0.2)
+    assert not isinstance(make_policy("leviathan"), SafetyGuard)
+    with pytest.raises(PolicyError, match="goodput: the safety gamma"):
+        make_policy("goodput:safety_gamma=0")
+    with pytest.raises(PolicyError, match="unknown option 'safety'"):
+        make_policy("fixed:safety=off")
+
+
+def test_faults_of_the_policy_reach_the_fault_guard() -> None:
+    class Broken(Stubborn):
+        def decide(self, context: Context) -> Decision:
+            return Decision(self.new_id(), -3)
+
+    guard = FaultGuard(SafetyGuard(Broken(0)))
+    assert guard.decide(Context()).gamma == 4
+    assert guard.faults == {"impossible gamma": 1}
