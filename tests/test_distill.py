@@ -195,7 +195,7 @@ def test_batches_cover_every_conversation_once() -> None:
 def test_export_round_trips_through_the_loader(target: PreTrainedModel, conversations: Path, tmp_path: Path) -> None:
     draft = _draft(target, load_conversations(conversations)).eval()
     target.save_pretrained(tmp_path / "target")
-    export_draft(draft, SETTINGS, tmp_path / "draft.safetensors")
+    export_draft(draft, "smollm2", tmp_path / "draft.safetensors")
     with safe_open(tmp_path / "draft.safetensors", "pt") as f:
         assert f.metadata() == {"format": "speckv-draft", "version": "1", "target": "smollm2", "kept_layers": "0,2"}
         assert not any("embed" in name or "lm_head" in name for name in f.keys())  # noqa: SIM118

@@ -104,7 +104,7 @@ class Distillation:
         if not self.checkpoint.exists():
             raise UserError(f"no checkpoint in {self.work}: run the stage train first")
         tensors, notes = load_checkpoint(self.checkpoint)
-        draft = Draft(self.target, self.settings.kept_layers, tensors["head_ids"].numpy())
+        draft = Draft(self.target, notes["settings"]["kept_layers"], tensors["head_ids"].numpy())
         draft.load_trained(tensors)
         return draft.eval(), notes
 
@@ -121,7 +121,8 @@ class Distillation:
         _write(self.work / "settings.json", json.dumps(self.settings.as_dict(), indent=1))
         train(
             draft, data, system_prefix(self.tokenizer), self.settings, self.checkpoint,
-            shards=shards, max_seconds=self.args.max_minutes * 60,
+            shards=shards,
+            init=self.args.init.name if self.args.init else "", max_seconds=self.args.max_minutes * 60,
         )  # fmt: skip
 
     def evaluate(self) -> None:
@@ -148,10 +149,9 @@ class Distillation:
         """Write the draft file and its card."""
         draft, notes = self._trained()
         acceptance = self.work / "acceptance.json"
-        export_draft(draft, self.settings, self.out)
+        export_draft(draft, notes["settings"]["pair"], self.out)
         write_card(
             self.out.with_suffix(".json"),
-            self.settings,
             notes,
             json.loads(acceptance.read_text()) if acceptance.exists() else {},
             sha256(self.folder / "model.safetensors"),

@@ -62,8 +62,13 @@ def split(count: int, holdout_every: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def choose_head_ids(data: Conversations, vocabulary: int, size: int, always: Sequence[int]) -> np.ndarray:
-    """Return, sorted, the ids that the draft may propose: ``always`` and the most frequent ones of the answers."""
-    counts = np.bincount(data.ids[data.role == ANSWER], minlength=vocabulary).astype(np.int64)
+    """Return, sorted, the ids that the draft may propose: ``always``, and the most frequent ones of the conversations.
+
+    Answers count double. User turns count too because answers repeat words of the prompt: on unseen prompts this covers
+    more of the tokens of the target than counting answers alone.
+    """
+    counts = 2 * np.bincount(data.ids[data.role == ANSWER], minlength=vocabulary).astype(np.int64)
+    counts += np.bincount(data.ids[data.role == USER], minlength=vocabulary)
     counts[list(always)] = np.iinfo(np.int64).max
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 

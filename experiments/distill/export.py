@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save
 
 from experiments.distill.draft import Draft
-from experiments.distill.settings import Settings
 from speckv_online.files import write_atomically
 
 LICENSE_NOTE = (
@@ -19,14 +18,14 @@ LICENSE_NOTE = (
 )
 
 
-def export_draft(draft: Draft, settings: Settings, path: Path) -> None:
+def export_draft(draft: Draft, pair: str, path: Path) -> None:
     """Write layers, final norm (fp16) and ``head_ids`` (int32) to ``path``, atomically; the embedding is not stored."""
     tensors = {name: p.detach().to(torch.float16).contiguous() for name, p in draft.trained().items()}
     tensors["head_ids"] = draft.head_ids.to(torch.int32)
     header = {
         "format": "speckv-draft",
         "version": "1",
-        "target": settings.pair,
+        "target": pair,
         "kept_layers": ",".join(map(str, draft.kept_layers)),
     }
     blob = save(tensors, header)
@@ -35,23 +34,22 @@ def export_draft(draft: Draft, settings: Settings, path: Path) -> None:
 
 def write_card(
     path: Path,
-    settings: Settings,
     notes: dict[str, Any],
     acceptance: dict[str, Any],
     target_sha256: str,
     draft_sha256: str,
 ) -> None:
-    """Write the draft's card: settings, training log and held-out acceptance, as JSON."""
+    """Write the draft's card as JSON: the settings and log of its training (``notes``), and acceptance on prompts."""
     card = {
         "format": "speckv-draft",
         "version": "1",
         "draft_sha256": draft_sha256,
-        "target": settings.pair,
+        "target": notes["settings"]["pair"],
         "target_sha256": target_sha256,
         "license": "Apache-2.0",
         "license_note": LICENSE_NOTE,
-        "settings": settings.as_dict(),
-        "training": notes,
+        "settings": notes["settings"],
+        "training": {k: v for k, v in notes.items() if k != "settings"},
         "acceptance": acceptance,
     }
     write_atomically(path, lambda f: f.write(json.dumps(card, indent=1) + "\n"))

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from experiments.distill.data import Conversations, epoch_batches, plan_batches, split
+from experiments.distill.data import ANSWER, USER, Conversations, epoch_batches, plan_batches, split
 from experiments.distill.draft import Draft, distillation_loss
 from experiments.distill.settings import Settings
 from speckv_online.files import write_atomically
@@ -78,6 +78,7 @@ def train(
     checkpoint: Path,
     *,
     shards: int = 0,
+    init: str = "",
     max_seconds: float = math.inf,
     save_every: int = 100,
     validate_every: int = 100,
@@ -90,6 +91,8 @@ def train(
         Fresh, or with weights to go on from.
     data : Conversations
         Must be the same data when a checkpoint is resumed: ``shards`` is noted in it.
+    init : str
+        Where the weights of ``draft`` came from, for the notes; empty for the pruned layers.
     prefix : list of int
         Ids of the system turn that precedes every conversation.
     checkpoint : Path
@@ -107,7 +110,19 @@ def train(
     optimizer = torch.optim.AdamW(
         draft.trained().values(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
-    notes: dict[str, Any] = {"step": 0, "total": total, "shards": shards, "tokens": 0, "seconds": 0.0, "log": []}
+    notes: dict[str, Any] = {
+        "settings": settings.as_dict(),
+        "init": init,
+        "shards": shards,
+        "conversations": len(data),
+        "answer_tokens": int((data.role == ANSWER).sum()),
+        "user_tokens": int((data.role == USER).sum()),
+        "step": 0,
+        "total": total,
+        "tokens": 0,
+        "seconds": 0.0,
+        "log": [],
+    }
     if checkpoint.exists():
         tensors, notes = load_checkpoint(checkpoint)
         draft.load_trained(tensors)
