@@ -142,6 +142,7 @@ def test_training_learns_and_resumes(target: PreTrainedModel, conversations: Pat
     resumed = _draft(target, data)
     again = train(resumed, data, PREFIX, SETTINGS, half, save_every=7, validate_every=5)
     assert again["step"] == notes["step"]
+    assert train(resumed, data, PREFIX, SETTINGS, half)["step"] == notes["step"]  # complete: nothing is added
     for name, p in whole.trained().items():
         torch.testing.assert_close(resumed.trained()[name], p, atol=1e-4, rtol=1e-3)
 

@@ -95,7 +95,9 @@ class Distillation:
             stop_file=self.work / "STOP",
         )
 
-    def _draft(self, data: Conversations) -> Draft:
+    def _draft(self, data: Conversations, head_ids: torch.Tensor | None = None) -> Draft:
+        if head_ids is not None:  # going on: the head must stay what it was
+            return Draft(self.target, self.settings.kept_layers, head_ids.numpy())
         special = [i for i in self.tokenizer.all_special_ids if i is not None]
         head = choose_head_ids(data, self.target.config.vocab_size, self.settings.head_size, special)
         return Draft(self.target, self.settings.kept_layers, head)
@@ -110,12 +112,15 @@ class Distillation:
 
     def train(self) -> None:
         """Train from the pruned layers, from ``--init``, or from the checkpoint of a run that was interrupted."""
-        shards = self.args.shards
+        shards = self.args.shards or len(list((self.work / "conversations").glob("shard-*.npz")))
+        tensors: dict[str, torch.Tensor] = {}
         if self.checkpoint.exists():
-            shards = load_checkpoint(self.checkpoint)[1]["shards"]
+            tensors, notes = load_checkpoint(self.checkpoint)
+            shards = notes["shards"]
+            if notes["settings"] != self.settings.as_dict():
+                raise UserError(f"{self.checkpoint} was made with other settings: move it away, or repeat its settings")
         data = load_conversations(self.work / "conversations", shards)
-        shards = shards or len(list((self.work / "conversations").glob("shard-*.npz")))
-        draft = self._draft(data)
+        draft = self._draft(data, tensors.get("head_ids"))
         if self.args.init:
             draft.load_trained(load_checkpoint(self.args.init)[0])
         _write(self.work / "settings.json", json.dumps(self.settings.as_dict(), indent=1))

@@ -121,6 +121,7 @@ def train(
         "total": total,
         "tokens": 0,
         "seconds": 0.0,
+        "done": False,
         "log": [],
     }
     if checkpoint.exists():
@@ -129,6 +130,9 @@ def train(
         if notes["step"]:
             _restore(optimizer, draft, tensors, notes["step"])
         total = notes["total"]
+        if notes["done"]:
+            log.info("this training is complete: move %s away to start another", checkpoint)
+            return notes
         log.info("going on from step %d of %d", notes["step"], total)
     started = time.perf_counter() - notes["seconds"]
     first, running, done, step = notes["step"], 0.0, 0, 0
@@ -155,7 +159,7 @@ def train(
             notes |= {"step": step, "tokens": notes["tokens"] + batch.inputs.numel()}
             notes["seconds"] = time.perf_counter() - started
             running = 0.95 * running + 0.05 * loss.item() if running else loss.item()
-            finished = progress >= 1.0
+            finished = notes["done"] = progress >= 1.0
             if step % 20 == 0:
                 rate, right = done / (time.perf_counter() - opened), hits.float().mean()
                 log.info(
