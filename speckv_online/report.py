@@ -237,7 +237,7 @@ def _ratio(results: Sequence[UnitResult] | None, base: Sequence[UnitResult] | No
 
 def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     prompts, tokens = max(row.prompts for row in rows), sum(row.tokens for row in rows)
-    notes = [f"{prompts} prompts, {tokens} tokens decoded in all; intervals are bootstrapped over prompts."]
+    notes = [f"Prompts: {prompts}; tokens decoded in all: {tokens}; intervals are bootstrapped over prompts."]
     if prompts < 2:
         notes.append("With a single prompt there is no interval, and nothing can be said about other prompts.")
     elif prompts < 10:

@@ -91,8 +91,9 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' bars and bitsandbytes' notes on casts and missing extras out of the output."""
+    """Keep transformers' bars, the hub client's retries and bitsandbytes' notes on casts out of the output."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"MatMul8bitLt: inputs will be cast")

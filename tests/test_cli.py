@@ -121,7 +121,7 @@ def mistakes(tmp_path: Path, tiny_pair: TinyPair) -> dict[str, tuple[list[object
         "policy option": (["--policy", "fixed:40"], "gamma must be from 0 to 16"),
         "level": (["--compression", "int3"], "unknown compression level 'int3'"),
         "pair": (["--pair", "gpt9", "--target", "", "--draft", ""], "gpt9"),
-        "model": (["--target", tmp_path / "absent"], "cannot load"),
+        "model": (["--target", tmp_path / "absent"], "no model folder"),
         "draft alone": (["--target", ""], "go together"),
         "tokenizers": (["--draft", other], "different tokenizers"),
         "shapes": (["--policy", f"mlp16:weights={tmp_path / 'wrong.npz'}"], "W1 has shape (5, 16)"),
@@ -136,9 +136,11 @@ def mistakes(tmp_path: Path, tiny_pair: TinyPair) -> dict[str, tuple[list[object
 
 
 def test_every_mistake_is_one_line_and_exit_code_2(
-    speckv: Run, pair_flags: list[object], tiny_pair: TinyPair, tmp_path: Path
+    speckv: Run, pair_flags: list[object], tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, (flags, message) in mistakes(tmp_path, tiny_pair).items():
+    cases = mistakes(tmp_path, tiny_pair)
+    capsys.readouterr()  # saving a model shows a bar
+    for name, (flags, message) in cases.items():
         good = {"--prompt": "hello", "--policy": "fixed:1", "--max-new-tokens": 4}
         given = good | dict(zip(pair_flags[::2], pair_flags[1::2], strict=True))
         given |= dict(zip(flags[::2], flags[1::2], strict=True))
@@ -208,10 +210,10 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["fp16", "int8", "nf4"])
-def test_the_real_pair_generates(speckv: Run, level: str) -> None:
+@pytest.mark.parametrize(("level", "policy"), [("fp16", "fixed:4"), ("int8", "mlp16"), ("nf4", "online")])
+def test_the_real_pair_generates(speckv: Run, level: str, policy: str) -> None:
     code, out, err = speckv(
-        "generate", "--prompt", "What is the capital of France?", "--compression", level, "--policy", "fixed:4",
+        "generate", "--prompt", "What is the capital of France?", "--compression", level, "--policy", policy,
         "--max-new-tokens", 8, "--json",
     )  # fmt: skip
     assert code == 0, err

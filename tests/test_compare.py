@@ -376,6 +376,17 @@ def test_a_whole_run(
     assert json.loads(capsys.readouterr().out)["rows"] == rows
 
 
+@pytest.mark.slow
+def test_the_default_policies_on_the_real_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--prompts", "1", "--max-new-tokens", "6", "--levels", "nf4", "--local", "--json", "--threads", "1"]
+    assert main([*given, "--out", str(tmp_path / "run")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["policy"] for row in report["rows"]] == list(CompareConfig().policies)
+    assert all(row["tokens"] == 6 for row in report["rows"])
+    assert (tmp_path / "run" / "policy-online-seed-0.npz").exists()
+    assert any("4 bits before" in note for note in report["notes"])
+
+
 def test_mistakes_are_refused_before_a_model_is_loaded(
     config: CompareConfig, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,7 +401,7 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
         (["--out", tmp_path / "file" / "run"], "cannot write to"),
         (["--out", tmp_path], "neither empty nor a run directory"),
         (["--threads", 4096], "--threads 4096 is more than the"),
-        (["--target", tmp_path / "absent"], "cannot load"),
+        (["--target", tmp_path / "absent"], "no model folder"),
     ):
         out = tmp_path / "out"
         code = main(flags(config, "--prompts", prompts_file, "--out", out, *more))

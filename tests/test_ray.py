@@ -108,7 +108,7 @@ def cluster() -> Iterator[dict[str, str]]:
                 time.sleep(0.3)
         yield env | {"RAY_ADDRESS": f"http://127.0.0.1:{port}", "RAY": ray}
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        os.killpg(head.pid, signal.SIGKILL)  # a cluster to throw away: an orderly end takes half a minute
         head.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
