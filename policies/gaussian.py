@@ -16,7 +16,7 @@ PRIOR_NOISE = 0.09
 #: Rows that the assumption is worth.
 PRIOR_ROWS = 100.0
 #: Rows that wait at most before they are folded into the sums.
-BUFFER = 256
+BUFFER = 1024
 
 
 class GaussianHead:
@@ -65,18 +65,19 @@ class GaussianHead:
         """Steps in the sums, discounted."""
         return float(self._total_misc[1])
 
-    def add(self, phi: np.ndarray, y: np.ndarray) -> None:
-        """Add one step's rows phi (m, D) with labels y (m,), m at most :data:`BUFFER`."""
-        m = len(y)
-        used = self._used
+    def add(self, phi: np.ndarray, y: np.ndarray, lengths: list[int] | None = None) -> None:
+        """Add rows phi (m, D) with labels y (m,) of one step, or of several whose numbers of rows are ``lengths``."""
+        m, used = len(y), self._used
         if used + m > BUFFER:
             self.fold()
             used = 0
+            if m > BUFFER:
+                raise ValueError(f"at most {BUFFER} rows at once, got {m}")
         rows = self._rows[used : used + m]
         rows[:, :-1] = phi
         rows[:, -1] = y
         self._used = used + m
-        self._lengths.append(m)
+        self._lengths += [m] if lengths is None else lengths
 
     def fold(self) -> None:
         """Move the latest steps into the sums."""

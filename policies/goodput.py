@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
-from policies.cost import LevelCosts
 from policies.gaussian import check_array
 from policies.hazard import START, Hazard, after_features, before_features, log_odds, probability, token_features
 from policies.learned import CostAware
+from policies.level_cost import LevelCosts
 from policies.mlp16 import FADE
 
 STATE_FORMAT = 1

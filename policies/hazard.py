@@ -21,6 +21,8 @@ DIM = 10
 #: Columns of the features that a step starts from, see :func:`start_features`.
 START = 5
 DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
+#: Steps that wait at most before they become rows.
+WAITING = 64
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.05
 
@@ -114,26 +116,35 @@ class Hazard:
     def add(self, start: list[float], outcome: Outcome) -> None:
         """Note a step: its tested tokens and how many of them were accepted."""
         self._steps.append((start, outcome.signals[: outcome.tested].tolist(), outcome.accepted))
+        if len(self._steps) >= WAITING:
+            self._linearise()
 
     def _linearise(self) -> None:
         """Turn the noted steps into weighted rows of both heads, at the weights in use."""
+        if not self._steps:
+            return
+        before: list[list[float]] = []
+        after: list[list[float]] = []
+        labels: list[float] = []
+        lengths: list[int] = []
         for start, rows, accepted in self._steps:
-            previous, before, after = None, [], []
+            previous = None
             for j, row in enumerate(rows):
                 own = token_features(row)
                 before.append(before_features(start, previous, j))
                 after.append(after_features(start, own, previous, j))
+                labels.append(1.0 if j < accepted else 0.0)
                 previous = own
-            y = (np.arange(len(rows)) < accepted).astype(float)
-            for head, features, weights in zip(
-                self.heads, (before, after), (self._w_before, self._w_after), strict=True
-            ):
-                phi = np.array(features)
-                eta = phi @ weights
-                p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
-                s = np.sqrt(np.maximum(p * (1.0 - p), FLOOR))
-                head.add(phi * s[:, None], s * eta + (y - p) / s)
+            lengths.append(len(rows))
         self._steps.clear()
+        y = np.array(labels)
+        for head, features, weights in zip(self.heads, (before, after), (self._w_before, self._w_after), strict=True):
+            phi = np.array(features)
+            eta = phi @ weights
+            p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
+            s = np.sqrt(np.maximum(p * (1.0 - p), FLOOR))
+            phi *= s[:, None]
+            head.add(phi, s * eta + (y - p) / s, list(lengths))
 
     def refresh(self) -> None:
         """Learn from the noted steps."""

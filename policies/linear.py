@@ -74,7 +74,7 @@ class _Linear(CostAware):
         found = np.zeros(DIM + len(self.arms))
         found[:DIM] = *x, c.max_entropy / 8
         if self.net is not None:
-            found[DIM:] = self.net.predict(c) * self.gammas
+            found[DIM:] = self.net.tokens(c.level, self.net.read(c))
         return found
 
     def begin(self, context: Context) -> None:

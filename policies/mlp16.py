@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -24,7 +24,7 @@ SHAPES = {"W1": (INPUTS, HIDDEN), "b1": (HIDDEN,), "W2": (HIDDEN, 1), "b2": (1,)
 DEFAULT_WEIGHTS = Path(__file__).parent / "data" / "mlp16.npz"
 
 #: What a context holds before anything was drafted, and how fast stale signals fade towards it per step.
-NEUTRAL = np.array([2.0, 0.5, 4.0, 0.25, 0.5])
+NEUTRAL = np.array([2.0, 0.5, 4.0, 0.25, 0.5, 1.0])
 FADE = 0.9
 
 Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
@@ -134,47 +134,52 @@ class Mlp16:
         Trained weights.
     arms : sequence of int
         The gammas to evaluate, K of them.
-    extra : bool
-        Append two features that MLP16 does not have: a and a * gamma / 16, where a is the sequence's exponentially
-        weighted acceptance less one half.
     """
 
-    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS, extra: bool = False) -> None:
+    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS) -> None:
         self.weights, self.arms = weights, arms
-        self._W = np.ascontiguousarray(weights.W1[:4])
         self._gammas = np.array(arms, dtype=float)
-        self._offset: dict[str, np.ndarray] = {}
-        self._s = np.empty(HIDDEN)
-        #: phi(x) = [relu(x W1 + b1), 1] of every arm, shape (K, 17 or 19); overwritten by :meth:`features`.
-        self.phi = np.ones((len(arms), HIDDEN + (3 if extra else 1)))
-        self._extra = self.phi[:, HIDDEN + 1 :] if extra else None
-        self._scale = np.column_stack([np.ones(len(arms)), self._gammas / 16.0])
-        self._hidden = self.phi[:, :HIDDEN]
         self._head = weights.head
-        # Arrays rather than the scalars 0 and 1: numpy converts a scalar operand anew at every call.
-        self._zero, self._zeros, self._ones = np.zeros((len(arms), HIDDEN)), np.zeros(len(arms)), np.ones(len(arms))
-        self._rates = np.empty(len(arms))
+        self._matrices: dict[str, np.ndarray] = {}
+        # An array rather than the scalar 0: numpy converts a scalar operand anew at every call.
+        self._flat, self._zero = np.empty((HIDDEN + 1) * len(arms)), np.zeros((HIDDEN + 1) * len(arms))
+        self._grid = self._flat.reshape(HIDDEN + 1, len(arms))
         self.begin()
 
-    def features(self, level: str, signals: np.ndarray) -> np.ndarray:
-        """Return :attr:`phi` for a level and what :meth:`read` gave (mean H, mean q, max H, min q, acceptance)."""
-        offset = self._offset.get(level)
-        if offset is None:
-            W1, b1 = self.weights.W1, self.weights.b1
-            offset = self._offset[level] = b1 + level_code(level) * W1[4] + np.outer(self._gammas, W1[5])
-        np.dot(signals[:4], self._W, self._s)
-        np.add(offset, self._s, self._hidden)
-        np.maximum(self._hidden, self._zero, self._hidden)
-        if self._extra is not None:
-            np.multiply(self._scale, signals.item(4) - 0.5, self._extra)
-        return self.phi
+    def scaled(self, level: str, x: np.ndarray) -> np.ndarray:
+        """Return gamma * phi of every arm, shape (17, K), overwritten by the next call; ``x`` as :meth:`read` gave it.
+
+        As gamma relu(z) = relu(gamma z), one product and one maximum do for all arms, constant included, and a head's
+        product with the result is in accepted tokens.
+        """
+        matrix = self._matrices.get(level)
+        if matrix is None:
+            W1, b1, g = self.weights.W1, self.weights.b1, self._gammas
+            matrix = np.zeros((6, HIDDEN + 1, len(g)))
+            matrix[:4, :HIDDEN] = W1[:4, :, None] * g
+            matrix[5, :HIDDEN] = ((b1 + level_code(level) * W1[4])[:, None] + np.outer(W1[5], g)) * g
+            matrix[5, HIDDEN] = g
+            matrix = self._matrices[level] = matrix.reshape(6, -1)
+        np.dot(x, matrix, self._flat)
+        np.maximum(self._flat, self._zero, out=self._flat)
+        return self._grid
+
+    def phi(self, levels: Sequence[str], x: np.ndarray) -> np.ndarray:
+        """Return [relu(x W1 + b1), 1] of S decisions' arms, shape (S, K, 17); ``x`` (S, 6) as :meth:`read` gave it."""
+        W1 = self.weights.W1
+        codes = np.array([level_code(level) for level in levels])
+        z = x[:, :4] @ W1[:4] + np.multiply.outer(codes, W1[4]) + self.weights.b1
+        found = np.ones((len(x), len(self.arms), HIDDEN + 1))
+        np.add(z[:, None, :], np.multiply.outer(self._gammas, W1[5]), out=found[:, :, :HIDDEN])
+        np.maximum(found, 0.0, out=found)
+        return found
 
     def begin(self) -> None:
         """Forget the sequence."""
         self._drafted_at = 0
 
     def read(self, context: Context) -> np.ndarray:
-        """Return the context's four signals and its acceptance in a new array of shape (5,).
+        """Return the context's four signals, its acceptance, and a constant 1, in a new array of shape (6,).
 
         While nothing is drafted the lagged signals stay what they were. They would hold a policy at gamma 0 for ever
         after one hard stretch, so with each idle step they fade towards what a context starts with.
@@ -185,6 +190,7 @@ class Mlp16:
             context.max_entropy,
             context.min_confidence,
             context.acceptance,
+            1.0,
         )
         idle = context.step - self._drafted_at
         if context.last_drafted or idle <= 0:
@@ -193,9 +199,15 @@ class Mlp16:
         return NEUTRAL + FADE**idle * (values - NEUTRAL)
 
     def predict(self, context: Context) -> np.ndarray:
-        """Return every arm's predicted acceptance rate, in [0, 1], shape (K,); overwritten by the next call."""
-        rates = np.dot(self.features(context.level, self.read(context)), self._head, self._rates)
-        return np.minimum(np.maximum(rates, self._zeros, rates), self._ones, rates)
+        """Return every arm's predicted acceptance rate, in [0, 1], shape (K,)."""
+        rates: np.ndarray = self.phi([context.level], self.read(context)[None])[0] @ self._head
+        return np.clip(rates, 0.0, 1.0)
+
+    def tokens(self, level: str, x: np.ndarray) -> np.ndarray:
+        """Return every arm's predicted accepted tokens, rate * gamma with the rate in [0, 1], shape (K,)."""
+        found = np.dot(self._head, self.scaled(level, x))
+        np.maximum(found, self._zero[: len(found)], out=found)
+        return np.minimum(found, self._gammas, out=found)
 
 
 class Mlp16Policy(CostAware):
@@ -230,8 +242,7 @@ class Mlp16Policy(CostAware):
         self.net.begin()
 
     def decide(self, context: Context) -> Decision:
-        value = self.net.predict(context)
-        np.multiply(value, self.gammas, value)
+        value = self.net.tokens(context.level, self.net.read(context))
         if self.timed:
             np.subtract(value, self.costs.level(context.level).arm_price, value)
         gamma = self.arms[int(value.argmax())]

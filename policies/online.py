@@ -43,8 +43,6 @@ class Online(CostAware):
         Noise variance of a rate; 0 estimates it.
     refresh : int
         Steps between updates of the posterior that decisions use.
-    extra : bool
-        Add the sequence's lagged acceptance to MLP16's features, with a prior of no influence.
     arms, objective, cost_half_life, seed, worker
         As in :class:`~policies.learned.CostAware`.
     """
@@ -62,8 +60,7 @@ class Online(CostAware):
         labels: Mode = "imputed",
         discount: float = 1.0,
         noise: float = 0.0,
-        refresh: int = 8,
-        extra: bool = False,
+        refresh: int = 16,
         objective: Objective = "tokens_per_second",
         arms: tuple[int, ...] = ARMS,
         **options: Any,
@@ -74,57 +71,70 @@ class Online(CostAware):
             raise PolicyError(f"strength must be above zero, got {strength}")
         if not 0 < discount <= 1:
             raise PolicyError(f"discount must be above 0 and at most 1, got {discount}")
-        if not 0 <= noise < float("inf") or refresh < 1:
-            raise PolicyError(f"noise must not be negative and refresh at least 1, got {noise} and {refresh}")
+        if not 0 <= noise < float("inf") or not 1 <= refresh <= 64:
+            raise PolicyError(f"noise must not be negative and refresh from 1 to 64, got {noise} and {refresh}")
         self.labels, self.every = ArmLabels(self.arms, labels), refresh
         found = resolve_weights(weights)
-        self.net = Mlp16(found, self.arms, extra)
+        self.net = Mlp16(found, self.arms)
         d = HIDDEN + 1
         moments = np.eye(d) if found.phi_cov is None else found.phi_cov
         # Units that were never active offline have no precision of their own: a little of the mean keeps A0 regular.
         moments = moments + 0.01 * np.trace(moments) / d * np.eye(d)
-        mean = found.head
-        if extra:
-            mean = np.append(mean, (0.0, 0.0))
-            moments = np.block([[moments, np.zeros((d, 2))], [np.zeros((2, d)), 0.05 * np.eye(2)]])
-        self.head = GaussianHead(mean, strength * moments, discount, noise)
-        k = len(self.arms)
-        self._column = self.gammas[:, None].copy()
-        self._rates = np.empty((k, ENSEMBLE))
-        self._zeros, self._ones = np.zeros((k, ENSEMBLE)), np.ones((k, ENSEMBLE))
+        self.head = GaussianHead(found.head, strength * moments, discount, noise)
+        self._waiting: list[tuple[str, np.ndarray, int, int, np.ndarray]] = []
+        self._most = np.tile(self.gammas, (ENSEMBLE if self.explore == "thompson" else 1, 1))
+        self._prices: dict[str, tuple[int, np.ndarray]] = {}
         self._refresh()
 
     def _refresh(self) -> None:
+        """Learn from the steps that wait, and draw the heads of the next decisions."""
+        self._fold()
         self.head.refresh()
         if self.explore == "thompson":
-            self._heads = np.ascontiguousarray(self.head.sample(self.rng, ENSEMBLE, self.spread).T)
+            self._heads = self.head.sample(self.rng, ENSEMBLE, self.spread)
             self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
+        else:
+            self._heads = self.head.mean[None]
         self.version += 1
+
+    def _fold(self) -> None:
+        if not self._waiting:
+            return
+        levels, xs, starts, stops, ys = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        arm = np.arange(len(self.arms))
+        taught = (arm >= np.array(starts)[:, None]) & (arm < np.array(stops)[:, None])
+        phi = self.net.phi(levels, np.array(xs))[taught]
+        self.head.add(phi, np.array(ys)[taught], taught.sum(axis=1).tolist())
 
     def begin(self, context: Context) -> None:
         self.net.begin()
 
-    def _values(self, level: str, features: np.ndarray) -> np.ndarray:
-        """Reward of every arm under each sampled head (or the one optimistic or mean head), shape (K, samples)."""
-        phi = self.net.features(level, features)
-        if self.explore == "thompson":
-            rates = np.dot(phi, self._heads, self._rates)
-            np.maximum(rates, self._zeros, rates)
-            np.minimum(rates, self._ones, rates)
-        else:
-            mean = phi @ self.head.mean
-            if self.explore == "ucb":
-                mean += self.spread * np.sqrt(np.square(phi @ self.head.factor.T).sum(axis=1))
-            rates = np.clip(mean, 0.0, 1.0)[:, None]
-        np.multiply(rates, self._column, rates)
+    def _values(self, level: str, x: np.ndarray) -> np.ndarray:
+        """Reward of every arm under each sampled head, or the one optimistic or mean head, shape (samples, K)."""
+        grid = self.net.scaled(level, x)
+        tokens = np.dot(self._heads, grid)
+        if self.explore == "ucb":
+            tokens += self.spread * np.sqrt(np.square(self.head.factor @ grid).sum(axis=0))
+        # No arm accepts more than all; below zero need not be cut off, as gamma 0 is better than such an arm anyway.
+        np.minimum(tokens, self._most, out=tokens)
         if self.timed:
-            np.subtract(rates, self.costs.level(level).arm_price[:, None], rates)
-        return rates
+            np.subtract(tokens, self._price(level), tokens)
+        return tokens
+
+    def _price(self, level: str) -> np.ndarray:
+        """Price of every arm, repeated for each sampled head: numpy is slower with arrays of unequal shapes."""
+        costs = self.costs.level(level)
+        version, price = self._prices.get(level, (-1, self._most))
+        if version != costs.version:
+            price = np.tile(costs.arm_price, (len(self._most), 1))
+            self._prices[level] = costs.version, price
+        return price
 
     def decide(self, context: Context) -> Decision:
         features = self.net.read(context)
         legal = self.labels.count[context.max_gamma] or 1
-        best = self._values(context.level, features)[:legal].argmax(axis=0)
+        best = self._values(context.level, features)[:, :legal].argmax(axis=1)
         if self.explore == "thompson":
             if not self._picks:
                 self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
@@ -138,7 +148,7 @@ class Online(CostAware):
 
     def pmf(self, context: Context) -> np.ndarray:
         legal = self.labels.count[context.max_gamma] or 1
-        best = self._values(context.level, self.net.read(context))[:legal].argmax(axis=0)
+        best = self._values(context.level, self.net.read(context))[:, :legal].argmax(axis=1)
         return np.bincount(best, minlength=len(self.arms)) / len(best)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
@@ -149,14 +159,13 @@ class Online(CostAware):
         if features is None or not outcome.tested:
             return
         start, stop, y = self.labels(outcome, features.item(4))
-        if start >= stop:
-            return
-        phi = self.net.features(outcome.level, features)
-        self.head.add(phi[start:stop], y[start:stop])
-        if self.head.pending >= self.every:
-            self._refresh()
+        if start < stop:
+            self._waiting.append((outcome.level, features, start, stop, y))
+            if len(self._waiting) >= self.every:
+                self._refresh()
 
     def state_dict(self) -> State:
+        self._fold()
         return {"online.format": np.array(STATE_FORMAT)} | self.head.state() | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
@@ -164,14 +173,17 @@ class Online(CostAware):
             raise PolicyError(
                 f"the state is not of format {STATE_FORMAT} of policy online: it was saved by another version"
             )
+        self._waiting.clear()
         self.head.load(state)
         super().load_state_dict(state)
         self._refresh()
 
     def take_delta(self) -> State:
+        self._fold()
         return self.head.take_delta() | super().take_delta()
 
     def merge(self, delta: State) -> None:
+        self._fold()
         self.head.merge(delta)
         super().merge(delta)
         self._refresh()

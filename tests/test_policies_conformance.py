@@ -33,7 +33,7 @@ VARIANTS = {
         "online:explore=ucb:2,discount=0.95,refresh=1",
         "online:explore=greedy,labels=played,strength=5,safety=off",
         "online:labels=one_sided,arms=0/3/7,noise=0.2,safety_gamma=2,safety_epsilon=0.3",
-        "online:explore=thompson:3,extra=on",
+        "online:explore=thompson:3",
         "online:objective=tokens_per_step,arms=4/8,safety=off",
     ],
     "online-sgd": ["online-sgd:0.01,epsilon=0.5", "online-sgd:arms=1/2,safety=off"],

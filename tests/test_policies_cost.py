@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from policies.base import Outcome, PolicyError
-from policies.cost import VAGUE, CostModel, CostPrior, LevelCosts
+from policies.cost import CostModel, CostPrior
+from policies.cost_prior import VAGUE
+from policies.level_cost import LevelCosts
 
 
 def outcome(k: int, verify: float, draft: float, rest: float = 0.001, context: int = 100, n: int = 0) -> Outcome:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
-from policies.cost import CostPrior, LevelCosts
+from policies.cost import CostPrior
 from policies.goodput import BINS, Goodput, thresholds
 from policies.hazard import DIM, Hazard, after_features, before_features, probability, token_features
+from policies.level_cost import LevelCosts
 from tests.policy_env import make_tapes, play
 
 START = [0.0, 0.0, 0.0, 0.5, 0.0]

@@ -1,0 +1,56 @@
+"""What is known of a compression level's times before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.base import MAX_GAMMA, PolicyError
+
+#: Numbers of tokens that a verification may have: 1 to 17.
+WIDTHS = MAX_GAMMA + 1
+
+
+@dataclass(frozen=True, slots=True)
+class CostPrior:
+    """What a calibration, or a cost file, says about one compression level.
+
+    Attributes
+    ----------
+    draft_seconds : float
+        t_d, seconds to draft one token.
+    verify_seconds : tuple of float
+        T_v(w) for w = 1, 2, ...; the last two entries are extended in a straight line up to width 17.
+    overhead_seconds : float
+        t_0, what a step takes besides drafting and verifying.
+    context_seconds : float
+        Growth of T_v per token of context.
+    context_length : float
+        Context length at which the table holds.
+    weight : float
+        How many observed steps the table is worth.
+    """
+
+    draft_seconds: float
+    verify_seconds: tuple[float, ...]
+    overhead_seconds: float = 0.0
+    context_seconds: float = 0.0
+    context_length: float = 0.0
+    weight: float = 20.0
+
+    def __post_init__(self) -> None:
+        times = (self.draft_seconds, self.overhead_seconds, *self.verify_seconds)
+        if not self.verify_seconds or not all(0 <= t < float("inf") for t in times) or min(self.verify_seconds) <= 0:
+            raise PolicyError(f"cost prior needs finite seconds, and verify times above zero: {self}")
+
+    def table(self) -> np.ndarray:
+        """T_v for widths 1 to 17, shape (17,)."""
+        given = np.asarray(self.verify_seconds, dtype=float)[:WIDTHS]
+        slope = max(given[-1] - given[-2], 0.0) if len(given) > 1 else 0.0
+        extra = given[-1] + slope * np.arange(1, WIDTHS - len(given) + 1)
+        return np.concatenate([given, extra])
+
+
+#: Used until something better is known; its scale yields to the first measurements.
+VAGUE = CostPrior(0.010, (0.050, 0.0515), weight=0.01)

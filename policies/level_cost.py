@@ -1,0 +1,238 @@
+"""Seconds per step, learned online: T(k) = t_d k + T_v(k+1) + t_0 for each compression level, and the rate lambda.
+
+Verify times are fitted as ``a P(w) + b (w-1) P(1) + s c`` over width w and context length c, where P is a prior shape
+(a calibration's table, or nearly flat): linear until the data says otherwise, when each width's own mean residual takes
+over with the number of times it was seen. Times are Huber-clipped around the current estimate, so that a stall of the
+machine moves nothing by much while a lasting change is followed. All statistics are sums that forget exponentially, so
+workers can add theirs up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.base import ARMS, Outcome, State
+from policies.cost_prior import VAGUE, WIDTHS, CostPrior
+from policies.gaussian import check_array
+
+#: Steps after which a measurement counts half.
+HALF_LIFE = 400.0
+#: Steps between refits once a level has been seen often.
+REFIT_EVERY = 16
+#: A width's own mean residual counts n / (n + OWN) after n visits.
+OWN = 5.0
+_K = np.arange(WIDTHS)
+
+
+class LevelCosts:
+    """Cost estimates of one compression level.
+
+    Attributes
+    ----------
+    seconds : ndarray, shape (17,)
+        T(k) for k = 0..16 at the usual context length.
+    verify : ndarray, shape (17,)
+        T_v(w) for w = 1..17.
+    draft, first : float
+        t_d, the marginal seconds of one more drafted token, and what the first one takes on top.
+    overhead : float
+        t_0, seconds of a step besides drafting and verifying.
+    rate : float
+        lambda, tokens per second: discounted tokens over discounted seconds.
+    price : ndarray, shape (17,)
+        ``rate * seconds``: what drafting k tokens costs, in tokens.
+    arm_seconds, arm_price : ndarray, shape (K,)
+        ``seconds`` and ``price`` of each arm.
+    """
+
+    def __init__(self, prior: CostPrior = VAGUE, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
+        self._arms = np.array(arms)
+        self._keep = 0.5 ** (1.0 / half_life)
+        self.steps = self.version = 0
+        self.deviation = 0.3
+        # Rows: count, sum of seconds, of context, of its square, of their product; one column per width.
+        self._widths = np.zeros((5, WIDTHS))
+        # Draft: count, k, k squared, d, k d. Rest: count, t_0, tokens, seconds.
+        self._sums = np.zeros(9)
+        self._delta = (np.zeros((5, WIDTHS)), np.zeros(9), 0)
+        self._clear_block()
+        self.set_prior(prior)
+
+    def set_prior(self, prior: CostPrior) -> None:
+        """Start from, or change to, another prior; what was measured is kept."""
+        self.prior = prior
+        p = self._shape = prior.table()
+        q = self._slope = np.arange(WIDTHS) * p[0]
+        self._moments = np.column_stack([p * p, p * q, q * q, p, q, np.ones(WIDTHS)])
+        self._refit()
+
+    def observe(self, outcome: Outcome, drafted: int) -> None:
+        """Take in one step's times; ``drafted`` counts the tokens that the draft seconds paid for."""
+        verify, draft, total = outcome.verify_seconds, outcome.draft_seconds, outcome.seconds
+        if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
+            return
+        self.steps += 1
+        if self.steps == 1 and self.prior is VAGUE:
+            return  # the first call warms caches up and would be the only measure of scale
+        k = outcome.drafted
+        if verify > 0.0:
+            verify = self._clip(verify, self._expected[k] + self._per_token * outcome.context_length)
+            w, c, block = k, float(outcome.context_length), self._block
+            block[w] += 1.0
+            block[WIDTHS + w] += verify
+            block[2 * WIDTHS + w] += c
+            block[3 * WIDTHS + w] += c * c
+            block[4 * WIDTHS + w] += c * verify
+        sums = self._block_sums
+        # A draft that had to read more than its last token first, after steps without drafting, is not typical.
+        if drafted and draft > 0.0 and outcome.caught_up <= 1:
+            draft = min(draft, 3.0 * (self.first + self.draft * drafted)) if self._measured[0] > 3 else draft
+            sums[0] += 1.0
+            sums[1] += drafted
+            sums[2] += drafted * drafted
+            sums[3] += draft
+            sums[4] += drafted * draft
+        rest = max(total - outcome.draft_seconds - outcome.verify_seconds, 0.0)
+        sums[5] += 1.0
+        sums[6] += min(rest, 3.0 * self.overhead) if self._measured[1] > 3 else min(rest, verify)
+        sums[7] += outcome.produced
+        sums[8] += min(total, verify + draft + rest)
+        self._pending += 1
+        if self._pending >= REFIT_EVERY or self.steps < REFIT_EVERY:
+            self.refit()
+
+    def _clip(self, value: float, expected: float) -> float:
+        """Huber-clip a time around its estimate, and widen or narrow the allowance."""
+        if self.steps <= 3 and self.prior is VAGUE:
+            return value
+        allowance = max(4.0 * self.deviation, 0.2)
+        value = min(max(value, expected / (1.0 + allowance)), expected * (1.0 + allowance))
+        self.deviation += 0.05 * (abs(value / expected - 1.0) - self.deviation)
+        return value
+
+    def _clear_block(self) -> None:
+        self._block = [0.0] * (5 * WIDTHS)
+        self._block_sums = [0.0] * 9
+        self._pending = 0
+
+    def refit(self) -> None:
+        """Fold the latest measurements in and solve for the estimates anew."""
+        if not self._pending:
+            return
+        block, block_sums = np.array(self._block).reshape(5, WIDTHS), np.array(self._block_sums)
+        self.add(block, block_sums, self._pending)
+        widths, sums, count = self._delta
+        keep = self._keep**self._pending
+        self._delta = (widths * keep + block, sums * keep + block_sums, count + self._pending)
+        self._clear_block()
+        self._refit()
+
+    def add(self, widths: np.ndarray, sums: np.ndarray, count: int) -> None:
+        """Add sums over ``count`` steps, after forgetting by as much."""
+        keep = self._keep**count
+        self._widths *= keep
+        self._sums *= keep
+        self._widths += widths
+        self._sums += sums
+
+    def _refit(self) -> None:
+        self.version += 1
+        p, q, prior = self._shape, self._slope, self.prior
+        n, v, c = self._widths[:3]
+        (npp, npq, nqq, np_, nq, n_), (_, _, _, vp, vq, v_), (_, _, _, cp, cq, c_), cc, cv = (
+            self._widths @ self._moments
+        ).tolist()
+        # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's: a calibration is
+        # trusted for its shape far more than for its scale.
+        square, s0, centre = float(p[0]) ** 2, prior.context_seconds, prior.context_length
+        if prior is VAGUE and n_ > 0.0:
+            centre = c_ / n_
+        weak = 0.1 * prior.weight * square
+        xp, xq, xx = cp - centre * np_, cq - centre * nq, cc[5] - 2 * centre * c_ + n_ * centre**2 + 1e6
+        a, b, s = solve(
+            (npp + weak, npq, xp, nqq + (160.0 + 80.0 * prior.weight) * square, xq, xx),
+            (vp + weak, vq, cv[5] - centre * v_ + 1e6 * s0),
+        )
+        a, s = max(a, 1e-3), max(s, 0.0)
+        line = a * p + b * q
+        own = (v - n * line - s * (c - n * centre)) / (n + OWN)
+        self._verify = np.maximum(line + own, 0.1 * a * p[0]) - s * centre
+        self._expected, self._per_token = self._verify.tolist(), s
+        self.verify = self._verify + s * (c_ / n_ if n_ > 0.0 else centre)
+        self._refit_draft(a)
+        self._solve_rate()
+
+    def _refit_draft(self, scale: float) -> None:
+        m, k, kk, d, kd, rests, rest, _, _ = self._sums.tolist()
+        self._measured, prior = (m, rests), self.prior
+        w = max(prior.weight, 0.01)
+        # d = first + t_d k; the prior says first = 0, and t_d relative to the target's speed.
+        kk, kd = kk + w, kd + w * prior.draft_seconds * scale
+        m += 5.0
+        det = m * kk - k * k
+        self.first = max((d * kk - k * kd) / det, 0.0)
+        self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
+        w = prior.weight
+        self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
+
+    def _solve_rate(self) -> None:
+        self.seconds = self.draft * _K + self.verify
+        self.seconds += self.overhead
+        self.seconds[1:] += self.first
+        tokens, seconds = float(self._sums[7]), float(self._sums[8])
+        # One token per plain step is what the prior promises until there is data.
+        w = 2.0
+        self.rate = (tokens + w) / (seconds + w * float(self.seconds[0]))
+        self.price = self.rate * self.seconds
+        self.arm_price, self.arm_seconds = self.price[self._arms], self.seconds[self._arms]
+
+    def state(self) -> State:
+        """Sums and the prior, as arrays."""
+        self.refit()
+        prior = self.prior
+        times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
+        return {
+            "widths": self._widths.copy(),
+            "sums": self._sums.copy(),
+            "misc": np.array([self.steps, self.deviation, float(prior is VAGUE)]),
+            "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
+        }
+
+    def load(self, state: State) -> None:
+        """Restore :meth:`state`."""
+        misc = check_array(state, "misc", (3,)).tolist()
+        widths, sums = check_array(state, "widths", (5, WIDTHS)), check_array(state, "sums", (9,))
+        p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
+        vague = bool(misc[2])
+        self._clear_block()
+        self.steps, self.deviation = int(misc[0]), misc[1]
+        self._widths, self._sums = widths.copy(), sums.copy()
+        self._delta = (np.zeros((5, WIDTHS)), np.zeros(9), 0)
+        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), p[1], p[2], p[3], p[4]))
+
+    def take_delta(self) -> State:
+        """Sums gathered since the last call."""
+        self.refit()
+        widths, sums, count = self._delta
+        self._delta = (np.zeros((5, WIDTHS)), np.zeros(9), 0)
+        return {"widths": widths, "sums": sums, "count": np.array(float(count))}
+
+    def merge(self, delta: State) -> None:
+        """Add another copy's sums."""
+        self.refit()
+        count = int(check_array(delta, "count", ()))
+        self.add(check_array(delta, "widths", (5, WIDTHS)), check_array(delta, "sums", (9,)), count)
+        self.steps += count
+        self._refit()
+
+
+def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Solve a symmetric 3 x 3 system, its upper triangle given by rows: quicker than numpy at this size."""
+    m00, m01, m02, m11, m12, m22 = m
+    f, g = m01 / m00, m02 / m00
+    d11, d12, d22 = m11 - f * m01, m12 - f * m02, m22 - g * m02
+    r1, r2 = r[1] - f * r[0], r[2] - g * r[0]
+    h = d12 / d11
+    z = (r2 - h * r1) / (d22 - h * d12)
+    y = (r1 - d12 * z) / d11
+    return (r[0] - m01 * y - m02 * z) / m00, y, z
