@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from policies.base import ARMS, MAX_GAMMA, Decision, Outcome, Policy, PolicyError, State
-from policies.cost import HALF_LIFE, CostModel, CostPrior
+from policies.cost import CostModel, CostPrior
+from policies.level_cost import HALF_LIFE
 
 
 class CostAware(Policy):

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
-from policies.cost import CostModel, LevelCosts
+from policies.cost import CostModel
 from policies.guard import Wrapper
+from policies.level_cost import LevelCosts
 
 REVIEW_EVERY = 16
 #: Weight that the counts of a review keep until the next one.
