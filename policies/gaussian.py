@@ -32,6 +32,8 @@ class GaussianHead:
         rho, what a step's weight is multiplied by at each later step; 1 never forgets.
     noise : float
         Noise variance; 0 estimates it from the residuals.
+    prior_noise : float
+        Where the estimate starts.
 
     Attributes
     ----------
@@ -44,9 +46,16 @@ class GaussianHead:
         number of rows per step: a step counts as one observation in the covariance.
     """
 
-    def __init__(self, mean: np.ndarray, precision: np.ndarray, discount: float = 1.0, noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        mean: np.ndarray,
+        precision: np.ndarray,
+        discount: float = 1.0,
+        noise: float = 0.0,
+        prior_noise: float = PRIOR_NOISE,
+    ) -> None:
         self.prior_mean, self.prior_precision = mean.copy(), precision.copy()
-        self.discount, self.fixed_noise = discount, noise
+        self.discount, self.fixed_noise, self.prior_noise = discount, noise, prior_noise
         d = len(mean)
         # Column d of the sums is r, so that one product updates both; misc: rows, steps, squared residuals.
         self._total, self._total_misc = np.zeros((d, d + 1)), np.zeros(3)
@@ -120,7 +129,7 @@ class GaussianHead:
             self.noise = self.fixed_noise
         else:
             rss = max(squares - 2.0 * float(shift @ r) + float(shift @ A @ shift), 0.0)
-            variance = (PRIOR_NOISE * PRIOR_ROWS + rss) / (PRIOR_ROWS + rows)
+            variance = (self.prior_noise * PRIOR_ROWS + rss) / (PRIOR_ROWS + rows)
             self.noise = variance * (rows / steps if steps else 1.0)
         self.factor *= self.noise**0.5
 

@@ -32,13 +32,17 @@ Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
 
 @dataclass(frozen=True)
 class Weights:
-    """MLP16's weights: W1 (6, 16), b1 (16,), W2 (16, 1), b2 (1,), and optionally the offline data's mean phi phi^T."""
+    """MLP16's weights: W1 (6, 16), b1 (16,), W2 (16, 1), b2 (1,).
+
+    ``phi_cov`` (17, 17) is the offline data's mean phi phi^T and ``noise_var`` its mean squared residual, where known.
+    """
 
     W1: np.ndarray
     b1: np.ndarray
     W2: np.ndarray
     b2: np.ndarray
     phi_cov: np.ndarray | None = None
+    noise_var: float | None = None
 
     @property
     def head(self) -> np.ndarray:
@@ -82,6 +86,7 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
     """Check named arrays and build :class:`Weights`; ``source`` is named in errors."""
     shapes: dict[str, tuple[int, ...]] = dict(SHAPES)
     shapes |= {"phi_cov": (HIDDEN + 1, HIDDEN + 1), "x_mean": (INPUTS,), "x_scale": (INPUTS,)}
+    shapes["noise_var"] = ()
     missing = [key for key in SHAPES if key not in arrays]
     if missing:
         raise PolicyError(f"{source} lacks the arrays {', '.join(missing)}; MLP16 needs W1, b1, W2, b2")
@@ -101,13 +106,17 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
             raise PolicyError(f"{source}: x_scale must be positive")
         W1 = W1 / found["x_scale"][:, None]
         b1 = b1 - found["x_mean"] @ W1
-    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"))
+    noise = float(found["noise_var"]) if "noise_var" in found else None
+    if noise is not None and noise <= 0:
+        raise PolicyError(f"{source}: noise_var must be positive")
+    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"), noise)
 
 
 def save_weights(path: str | Path, weights: Weights) -> None:
     """Write weights to an ``.npz`` that :func:`load_weights` reads, in one move."""
     path = Path(path)
-    arrays = {key: getattr(weights, key) for key in (*SHAPES, "phi_cov") if getattr(weights, key) is not None}
+    keys = (*SHAPES, "phi_cov", "noise_var")
+    arrays = {key: np.asarray(getattr(weights, key)) for key in keys if getattr(weights, key) is not None}
     check_weights(arrays, "weights to save")
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:

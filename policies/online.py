@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
-from policies.gaussian import GaussianHead, check_array
+from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array
 from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
 from policies.mlp16 import HIDDEN, Mlp16, Objective, resolve_weights
@@ -80,7 +80,7 @@ class Online(CostAware):
         moments = np.eye(d) if found.phi_cov is None else found.phi_cov
         # Units that were never active offline have no precision of their own: a little of the mean keeps A0 regular.
         moments = moments + 0.01 * np.trace(moments) / d * np.eye(d)
-        self.head = GaussianHead(found.head, strength * moments, discount, noise)
+        self.head = GaussianHead(found.head, strength * moments, discount, noise, found.noise_var or PRIOR_NOISE)
         self._waiting: list[tuple[str, np.ndarray, int, int, np.ndarray]] = []
         self._most = np.tile(self.gammas, (ENSEMBLE if self.explore == "thompson" else 1, 1))
         self._prices: dict[str, tuple[int, np.ndarray]] = {}

@@ -27,11 +27,12 @@ def arrays(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def test_round_trip(weights: Weights, tmp_path: Path) -> None:
-    full = Weights(weights.W1, weights.b1, weights.W2, weights.b2, np.eye(17))
+    full = Weights(weights.W1, weights.b1, weights.W2, weights.b2, np.eye(17), 0.05)
     save_weights(tmp_path / "w.npz", full)
     again = load_weights(tmp_path / "w.npz")
     for name in ("W1", "b1", "W2", "b2", "phi_cov"):
         assert np.array_equal(getattr(again, name), getattr(full, name))
+    assert again.noise_var == 0.05
     assert [p.name for p in tmp_path.iterdir()] == ["w.npz"]
 
 
@@ -75,6 +76,7 @@ def test_agrees_with_scikit_learn(tmp_path: Path) -> None:
         ({"b2": None}, "lacks the arrays b2"),
         ({"x_mean": np.zeros(6)}, "x_mean and x_scale come together"),
         ({"x_mean": np.zeros(6), "x_scale": np.zeros(6)}, "x_scale must be positive"),
+        ({"noise_var": np.array(0.0)}, "noise_var must be positive"),
         ({"phi_cov": np.eye(16)}, "phi_cov has shape (16, 16)"),
     ],
 )
