@@ -27,9 +27,9 @@ from speckv_online.models import LoadedPair, chat_prompt, load_pair
 from speckv_online.prompts import Prompt, choose
 from speckv_online.session import quiet_libraries
 
-#: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32 on
-#: a CPU. LLM.int8 rounds activations to 8 bits and picks its outlier columns over all rows of a forward, so one token's
-#: result depends on its neighbours; nf4's activations go through bf16 kernels.
+#: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32
+#: on a CPU. LLM.int8 rounds activations to 8 bits and picks its outlier columns over all rows of a forward, so that one
+#: token's result depends on its neighbours. The 4-bit kernels for one row and for several add up in another order.
 EPSILON = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-3, "int8": 0.5, "nf4": 0.25, "fp4": 0.25}
 
 

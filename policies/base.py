@@ -125,8 +125,8 @@ class Outcome:
     context_length : int
         As in the context of the decision.
     caught_up : int
-        Extra context tokens that the drafter had to read first, because it lagged behind: such a step's draft time is not
-        typical.
+        Extra context tokens that the drafter had to read first, because it lagged behind: the draft time of such a step
+        is not typical.
     signals : ndarray, shape (drafted, N_SIGNALS)
         Signals of every drafted token.
     """
@@ -206,7 +206,7 @@ class Policy(ABC):
         """Take in the outcome of a decision; a second call with the same id changes nothing."""
 
     def pmf(self, context: Context) -> np.ndarray | None:
-        """Probability of each arm in :data:`ARMS` (or the policy's own ``arms``); None where the policy has no arms."""
+        """Probability of each of the policy's arms (:data:`ARMS` by default); None where it has no arms."""
         return None
 
     def state_dict(self) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from policies.base import CONFIDENCE, ENTROPY, Context, Outcome
 
 #: Weight of the latest step in the sequence's exponentially weighted acceptance.
