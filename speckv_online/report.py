@@ -93,8 +93,11 @@ def build_report(path: str | Path) -> Report:
 
 
 def write_report(path: str | Path) -> Report:
-    """Build a run's report and write ``report.md``, ``report.json`` and ``plots/goodput.png`` next to its records."""
+    """Build a run's report and write it as Markdown, JSON, HTML and ``plots/goodput.png`` next to its records."""
+    from speckv_online.report_html import to_html  # it is made of this module's parts
+
     path, report = Path(path), build_report(path)
+    write_atomically(path / "report.html", lambda f: f.write(to_html(report)))
     write_atomically(path / "report.md", lambda f: f.write(to_markdown(report)))
     write_atomically(path / "report.json", lambda f: f.write(json.dumps(to_json(report), indent=2) + "\n"))
     write_atomically(path / "plots" / "goodput.png", lambda f: plot(report, f), binary=True)
@@ -103,11 +106,11 @@ def write_report(path: str | Path) -> Report:
 
 def to_text(report: Report) -> str:
     """Return the table, the verdict and the notes for a terminal."""
-    cells = [_HEAD, *(_cells(row) for row in report.rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
+    table = [HEAD, *(cells(row) for row in report.rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
     lines = [f"{report.kind} on {describe(report.manifest)}", ""]
-    for i, row in enumerate(cells):
-        if i and row[0] != cells[i - 1][0]:
+    for i, row in enumerate(table):
+        if i and row[0] != table[i - 1][0]:
             lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
         padded = [c.ljust(w) if j < 2 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
@@ -118,12 +121,12 @@ def to_markdown(report: Report) -> str:
     """Return the report as Markdown."""
     made_on = f"Figures are {report.kind}: {describe(report.manifest)}."
     lines = ["# Comparison of policies", "", report.verdict, "", made_on, ""]
-    lines += ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * 2 + "---:|" * (len(_HEAD) - 2)]
+    lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * 2 + "---:|" * (len(HEAD) - 2)]
     for row in report.rows:
-        cells = _cells(row)
+        texts = cells(row)
         if row.speedup is not None and math.isfinite(row.speedup.p_value) and row.policy != BASELINE:
-            cells = (*cells[:6], f"{cells[6]}, {_p_value(row.speedup.p_value)}", *cells[7:])
-        lines.append("| " + " | ".join(cells) + " |")
+            texts = (*texts[:6], f"{texts[6]}, {_p_value(row.speedup.p_value)}", *texts[7:])
+        lines.append("| " + " | ".join(texts) + " |")
     lines += ["", *(f"- {note}" for note in report.notes), "", "![tokens per second](plots/goodput.png)", ""]
     return "\n".join(lines)
 
@@ -159,12 +162,14 @@ def plot(report: Report, file: Any) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 
-_HEAD = (
+#: Column titles of the table.
+HEAD = (
     "level", "policy", "tokens/s", "tokens/step", "acceptance", "mean γ", "speed-up [95 %]", "µs/decision"
 )  # fmt: skip
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row's cells as text, in the order of :data:`HEAD`."""
     s = row.speedup
     if s is None:
         speedup = "–"
