@@ -29,8 +29,9 @@ from speckv_online.session import quiet_libraries
 
 #: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32
 #: on a CPU. LLM.int8 rounds activations to 8 bits and picks its outlier columns over all rows of a forward, so that one
-#: token's result depends on its neighbours. The 4-bit kernels for one row and for several add up in another order.
-EPSILON = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-3, "int8": 0.5, "nf4": 0.25, "fp4": 0.25}
+#: token's result depends on its neighbours (by how much: docs/decoding.md). The 4-bit kernels for one row and for
+#: several add up in another order.
+EPSILON = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-3, "int8": 1.25, "nf4": 0.25, "fp4": 0.25}
 
 
 @dataclass(frozen=True)
