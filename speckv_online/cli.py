@@ -122,7 +122,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     quiet_libraries()
     print(f"preparing {arguments.pair}", file=sys.stderr, flush=True)
-    print(f"{arguments.pair} is ready in {prepare_pair(arguments.pair)}")
+    print(f"{arguments.pair} is ready in {prepare_pair(arguments.pair, check=True)}")
 
 
 def policies(arguments: argparse.Namespace) -> None:

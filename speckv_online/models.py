@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.drafters import ModelDrafter
 from speckv_online.errors import UserError
@@ -56,11 +56,14 @@ def pick_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for two expected log lines of bitsandbytes on a CPU; one comes with every layer and call."""
+    return not str(record.msg).startswith(("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward"))
+
+
 def _quiet_bitsandbytes() -> None:
-    """Drop two log lines of bitsandbytes on a CPU: one comes with every layer and call, one names an absent extra."""
-    expected = ("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward")
     for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).addFilter(lambda record: not record.msg.startswith(expected))
+        logging.getLogger(name).addFilter(_is_news)  # the same filter is added only once
 
 
 def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
@@ -115,11 +118,11 @@ def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizer
         )
 
 
-def prepare(pair: str) -> Path:
-    """Make the target of a named pair ready in the cache and return its folder."""
+def prepare(pair: str, check: bool = False) -> Path:
+    """Make the target of a named pair ready in the cache and return its folder; ``check`` compares checksums too."""
     if pair != DEFAULT_PAIR:
         raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or give --target and --draft")
-    return prepare_smollm2()
+    return prepare_smollm2(check)
 
 
 def list_pairs() -> list[dict[str, Any]]:
@@ -183,11 +186,6 @@ def load_pair(
 def _revision(model: PreTrainedModel, source: str) -> str:
     commit = getattr(model.config, "_commit_hash", None)
     return f"{source}@{commit}" if commit else source
-
-
-def model_config(source: str | Path) -> Any:
-    """Return the configuration of a model without loading its weights."""
-    return _from_pretrained(AutoConfig, str(source))
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -187,6 +187,20 @@ def test_checksums_find_damage(tmp_path: Path) -> None:
         smollm2.verify(tmp_path)
 
 
+def test_preparing_again_checks_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECKV_CACHE", str(tmp_path))
+    folder = smollm2.smollm2_dir()
+    folder.mkdir(parents=True)
+    (folder / "a").write_bytes(b"abc")
+    sums = {"a": {"bytes": 3, "sha256": smollm2.sha256(folder / "a")}}
+    (folder / smollm2.CHECKSUMS).write_text(json.dumps(sums))
+    assert prepare("smollm2", check=True) == folder
+    (folder / "a").write_bytes(b"abd")
+    assert prepare("smollm2") == folder  # sizes alone do not tell
+    with pytest.raises(UserError, match="damaged"):
+        prepare("smollm2", check=True)
+
+
 @pytest.mark.slow
 def test_the_shipped_draft_belongs_to_the_default_target() -> None:
     pair = load_pair(level="fp32", device="cpu")
