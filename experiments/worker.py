@@ -180,7 +180,9 @@ class Worker:
             spec, seed = key
             policy = make_policy(spec, seed=seed, worker=self.index)
             self.policies[key] = policy
-            self.decoders[key] = SpeculativeDecoder(self.pair.target, self.pair.drafter, policy, self.level)
+            self.decoders[key] = SpeculativeDecoder(
+                self.pair.drafter, policy=policy, target=self.pair.target, level=self.level
+            )
             local = self.out / checkpoint_name(key, self.level)
             merged = (0, read_checkpoint(local)[0]) if local.exists() else self.sync(self.level, -1, {key: {}})[key]
             self._restore(key, merged)

@@ -52,7 +52,7 @@ def calibrate(
     repeats : int
         Timed steps per gamma.
     """
-    decoder = SpeculativeDecoder(target, drafter, _Cycle(gammas), level)
+    decoder = SpeculativeDecoder(drafter, policy=_Cycle(gammas), target=target, level=level)
     warm, wanted = len(gammas), len(gammas) * (1 + repeats)
     steps: list[StepRecord] = []
     while len(steps) < wanted:  # a step gives at least one token, and more where drafts are right

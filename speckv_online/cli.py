@@ -88,7 +88,7 @@ def generate(arguments: argparse.Namespace) -> None:
         target=arguments.target,
         draft=arguments.draft,
     )
-    decoder = SpeculativeDecoder(pair.target, pair.drafter, policy, arguments.compression)
+    decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)
     result = decoder.generate(
         chat_prompt(pair.tokenizer, text), arguments.max_new_tokens, task=arguments.task, on_tokens=streamer

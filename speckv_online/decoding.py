@@ -99,12 +99,12 @@ class SpeculativeDecoder:
 
     Parameters
     ----------
-    target : PreTrainedModel
-        Decoder-only model in eval mode.
     drafter : Drafter or None
         Proposes tokens; None allows only gamma 0.
     policy : Policy
         Sets gamma in every step. It is wrapped in a fault guard: an exception or an impossible answer costs speed only.
+    target : PreTrainedModel
+        Decoder-only model in eval mode.
     level : str
         Name of the target's compression level, shown to the policy.
     max_gamma : int
@@ -113,9 +113,10 @@ class SpeculativeDecoder:
 
     def __init__(
         self,
-        target: PreTrainedModel,
         drafter: Drafter | None,
+        *,
         policy: Policy,
+        target: PreTrainedModel,
         level: str = "fp16",
         max_gamma: int = MAX_GAMMA,
     ) -> None:

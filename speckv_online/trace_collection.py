@@ -70,7 +70,7 @@ def collect_trace(
     steps : list of StepRecord
         The timed steps of the generation, to fit a cost table to.
     """
-    decoder = SpeculativeDecoder(target, drafter, policy or Fixed(gamma=4), level)
+    decoder = SpeculativeDecoder(drafter, policy=policy or Fixed(gamma=4), target=target, level=level)
     generation = decoder.generate(prompt, max_new_tokens, task=task, eos_ids=eos_ids)
     drafts, signals = draft_table(drafter, prompt, generation.tokens, gamma)
     tokens = np.array(generation.tokens, dtype=np.int32)

@@ -68,7 +68,7 @@ def test_greedy_identity(tiny_pair: TinyPair, draft: str, gammas: list[int]) -> 
         "random": lambda: tiny_llama(seed=9, layers=1),
     }[draft]()
     policy = Scripted(gammas)
-    decoder = SpeculativeDecoder(target, ModelDrafter(model, target.config.vocab_size), policy)
+    decoder = SpeculativeDecoder(ModelDrafter(model, target.config.vocab_size), policy=policy, target=target)
     for seed, length in enumerate((1, 2, 40)):
         prompt = prompt_of(length, seed)
         out = decoder.generate(prompt, 36)
@@ -91,7 +91,7 @@ def negated(target: PreTrainedModel) -> PreTrainedModel:
 
 def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
     policy = Scripted([4, 0, 8, 2])
-    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy, level="fp32")
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target, level="fp32")
     prompt = prompt_of(20)
     out = decoder.generate(prompt, 40)
     position = 0
@@ -114,7 +114,7 @@ def test_signals_are_the_drafts_own(tiny_pair: TinyPair) -> None:
     """Entropy, confidence and margin against a direct computation in double precision."""
     policy = Scripted([3])
     prompt = prompt_of(12)
-    SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy).generate(prompt, 1 + 3)
+    SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target).generate(prompt, 1 + 3)
     with torch.inference_mode():
         logits = tiny_pair.draft(torch.tensor([prompt])).logits[0, -1, :].double()
     p = logits.softmax(-1)
@@ -125,7 +125,7 @@ def test_signals_are_the_drafts_own(tiny_pair: TinyPair) -> None:
 
 def test_stopping_policies_and_trimmed_drafts(tiny_pair: TinyPair) -> None:
     policy = Scripted([12], stops=True)
-    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy)
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
     prompt = prompt_of(10, 3)
     assert decoder.generate(prompt, 60).tokens == plain(tiny_pair.target, prompt, 60)
     assert not decoder.policy.faults
@@ -144,7 +144,7 @@ def test_end_of_sequence_anywhere(tiny_pair: TinyPair, gamma: int, at: int) -> N
     expected = reference[: reference.index(eos) + 1]
     policy = Scripted([gamma])
     for model in (tiny_pair.target, tiny_pair.draft):
-        decoder = SpeculativeDecoder(tiny_pair.target, ModelDrafter(model, 260), policy)
+        decoder = SpeculativeDecoder(ModelDrafter(model, 260), policy=policy, target=tiny_pair.target)
         out = decoder.generate(prompt, 30, eos_ids=[eos])
         assert out.tokens == expected
         assert out.finish == "eos"
@@ -155,14 +155,14 @@ def test_end_of_sequence_anywhere(tiny_pair: TinyPair, gamma: int, at: int) -> N
 @given(n=st.integers(1, 40), gamma=st.integers(0, 16), length=st.integers(1, 30))
 def test_budget_is_exact(tiny_pair: TinyPair, n: int, gamma: int, length: int) -> None:
     prompt = prompt_of(length, length)
-    out = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([gamma])).generate(prompt, n)
+    out = SpeculativeDecoder(tiny_pair.drafter(), policy=Scripted([gamma]), target=tiny_pair.target).generate(prompt, n)
     assert len(out.tokens) == n or out.tokens[-1] == EOS
     assert all(s.drafted <= max(0, n - 1) for s in out.steps)
 
 
 def test_context_ends_at_the_models_limit() -> None:
     target = tiny_llama(positions=64)
-    decoder = SpeculativeDecoder(target, ModelDrafter(perturbed(target, 0.1), 260), Scripted([16]))
+    decoder = SpeculativeDecoder(ModelDrafter(perturbed(target, 0.1), 260), policy=Scripted([16]), target=target)
     prompt = prompt_of(40)
     out = decoder.generate(prompt, 500)
     assert len(out.tokens) == 24
@@ -175,7 +175,7 @@ def test_context_ends_at_the_models_limit() -> None:
 
 def test_no_drafter_is_plain_decoding(tiny_pair: TinyPair) -> None:
     prompt = prompt_of(9)
-    out = SpeculativeDecoder(tiny_pair.target, None, Scripted([8])).generate(prompt, 20)
+    out = SpeculativeDecoder(None, policy=Scripted([8]), target=tiny_pair.target).generate(prompt, 20)
     assert out.tokens == plain(tiny_pair.target, prompt, 20)
     assert len(out.steps) == 20
 
@@ -187,7 +187,7 @@ def test_draft_with_a_padded_vocabulary_never_leaves_the_targets() -> None:
         draft.lm_head.weight[260:] *= 50  # without the mask these rows would win
     policy = Scripted([4])
     prompt = prompt_of(8)
-    out = SpeculativeDecoder(target, ModelDrafter(draft, 260), policy).generate(prompt, 24)
+    out = SpeculativeDecoder(ModelDrafter(draft, 260), policy=policy, target=target).generate(prompt, 24)
     assert out.tokens == plain(target, prompt, 24)
 
 
@@ -200,7 +200,7 @@ def test_head_over_some_tokens_only(tiny_pair: TinyPair) -> None:
         model.lm_head.weight.copy_(tiny_pair.target.lm_head.weight[head_ids])
     policy = Scripted([6])
     prompt = prompt_of(8)
-    decoder = SpeculativeDecoder(tiny_pair.target, ModelDrafter(model, 260, head_ids), policy)
+    decoder = SpeculativeDecoder(ModelDrafter(model, 260, head_ids), policy=policy, target=tiny_pair.target)
     out = decoder.generate(prompt, 40)
     assert out.tokens == plain(tiny_pair.target, prompt, 40)
     ends = np.cumsum([s.produced for s in out.steps])
@@ -212,7 +212,7 @@ def test_head_over_some_tokens_only(tiny_pair: TinyPair) -> None:
 def test_streaming_gives_every_token_once(tiny_pair: TinyPair) -> None:
     seen: list[int] = []
     prompt = prompt_of(8)
-    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([5]))
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=Scripted([5]), target=tiny_pair.target)
     out = decoder.generate(prompt, 30, on_tokens=seen.extend)
     assert seen == out.tokens
 

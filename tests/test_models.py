@@ -27,7 +27,9 @@ from tests.test_decoding import Scripted, plain, prompt_of
 def test_every_level_loads_and_decodes(tiny_pair: TinyPair, level: str) -> None:
     pair = load_pair(target=str(tiny_pair.target_dir), draft=str(tiny_pair.draft_dir), level=level, device="cpu")
     prompt = prompt_of(10)
-    out = SpeculativeDecoder(pair.target, pair.drafter, Scripted([4]), level).generate(prompt, 16, eos_ids=())
+    out = SpeculativeDecoder(pair.drafter, policy=Scripted([4]), target=pair.target, level=level).generate(
+        prompt, 16, eos_ids=()
+    )
     assert len(out.tokens) == 16
     check = check_greedy(pair.target, prompt, out.tokens)
     assert check.within(0.5), check
@@ -208,6 +210,6 @@ def test_the_shipped_draft_belongs_to_the_default_target() -> None:
     assert Path(DRAFT_FILE).suffix == ".safetensors"
     prompt = chat_prompt(pair.tokenizer, "Name three rivers in Europe.")
     policy = Scripted([4])
-    out = SpeculativeDecoder(pair.target, pair.drafter, policy, "fp32").generate(prompt, 24)
+    out = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level="fp32").generate(prompt, 24)
     assert out.tokens == plain(pair.target, prompt, 24)
     assert sum(s.accepted for s in out.steps) > 0

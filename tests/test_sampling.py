@@ -92,7 +92,7 @@ def test_decoder_samples_the_targets_distribution(gammas: list[int]) -> None:
         first = target(torch.tensor([prompt])).logits[0, -1].softmax(-1)
         rows = target(torch.tensor([[*prompt, a] for a in range(vocab)])).logits[:, -1].softmax(-1)
     truth = (first[:, None] * rows).numpy()
-    decoder = SpeculativeDecoder(target, ModelDrafter(draft, vocab), Scripted(gammas))
+    decoder = SpeculativeDecoder(ModelDrafter(draft, vocab), policy=Scripted(gammas), target=target)
     sampler = Sampler(seed=11)
     seen = np.zeros((vocab, vocab))
     for _ in range(n):
@@ -105,7 +105,7 @@ def test_decoder_samples_the_targets_distribution(gammas: list[int]) -> None:
 
 def test_zero_temperature_and_processors_stay_greedy(tiny_pair: TinyPair) -> None:
     prompt = prompt_of(12)
-    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([5]))
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=Scripted([5]), target=tiny_pair.target)
     assert decoder.generate(prompt, 30, sampler=Sampler(0)).tokens == plain(tiny_pair.target, prompt, 30)
     # A processor that looks at the prefix must see, at each drafted position, the prefix of that position.
     ids = torch.tensor([prompt])
@@ -119,7 +119,7 @@ def test_zero_temperature_and_processors_stay_greedy(tiny_pair: TinyPair) -> Non
 
 def test_seeded_runs_repeat(tiny_pair: TinyPair) -> None:
     def run(seed: int) -> list[int]:
-        decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([4]))
+        decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=Scripted([4]), target=tiny_pair.target)
         return decoder.generate(prompt_of(8), 30, sampler=Sampler(1.0, top_k=20, top_p=0.9, seed=seed)).tokens
 
     assert run(1) == run(1)
@@ -127,7 +127,7 @@ def test_seeded_runs_repeat(tiny_pair: TinyPair) -> None:
 
 
 def test_top_k_and_top_p_bound_what_is_said(tiny_pair: TinyPair) -> None:
-    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), Scripted([4]))
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=Scripted([4]), target=tiny_pair.target)
     prompt = prompt_of(8)
     assert decoder.generate(prompt, 20, sampler=Sampler(1.0, top_k=1)).tokens == plain(tiny_pair.target, prompt, 20)
     allowed = Sampler(1.0, top_k=3).probabilities(torch.randn(2, 50), []) > 0
@@ -137,7 +137,7 @@ def test_top_k_and_top_p_bound_what_is_said(tiny_pair: TinyPair) -> None:
 def test_drafts_are_not_trimmed_when_sampled(tiny_pair: TinyPair) -> None:
     """Dropping a drawn token for what it is would bias the output."""
     policy = Scripted([6], stops=True)
-    decoder = SpeculativeDecoder(tiny_pair.target, tiny_pair.drafter(), policy)
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
     policy.submit = lambda *_: pytest.fail("submit was asked in sampled decoding")  # type: ignore[method-assign]
     decoder.generate(prompt_of(8), 20, sampler=Sampler(1.0))
     assert not decoder.policy.faults
@@ -148,7 +148,7 @@ def test_stop_condition_cuts_inside_a_draft(tiny_pair: TinyPair) -> None:
     reference = plain(tiny_pair.target, prompt, 30)
     for at in range(1, 12):
         policy = Scripted([7])
-        decoder = SpeculativeDecoder(tiny_pair.target, ModelDrafter(tiny_pair.target, 260), policy)
+        decoder = SpeculativeDecoder(ModelDrafter(tiny_pair.target, 260), policy=policy, target=tiny_pair.target)
         out = decoder.generate(prompt, 30, should_stop=lambda ids, at=at: len(ids) == 8 + at)
         assert (out.tokens, out.finish) == (reference[:at], "stop")
         assert policy.outcomes[-1].produced <= policy.outcomes[-1].tested + 1

@@ -92,7 +92,7 @@ def compare(
     target: PreTrainedModel, drafter: ModelDrafter, traces: list[Trace], name: str, eos_ids: tuple[int, ...] | None
 ) -> None:
     """Decode and replay the same prompts under two equal policies, which carry what they learnt to the next prompt."""
-    decoder = SpeculativeDecoder(target, drafter, POLICIES[name](), "fp32")
+    decoder = SpeculativeDecoder(drafter, policy=POLICIES[name](), target=target, level="fp32")
     simulator = Simulator(POLICIES[name](), COST)
     for trace in traces:
         real = decoder.generate(trace.prompt.tolist(), trace.budget, task="chat", eos_ids=eos_ids)
