@@ -34,6 +34,7 @@ class ProfileConfig:
     pair: str = option("smollm2", "named model pair, see `speckv models`")
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer: an id or a directory")
+    draft_level: str = option("", "compression level of --draft (default: uncompressed)")
     levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels of the target, comma separated")
     prompts: str = option("24", "how many of the bundled prompts, or a JSONL file")
     split: str = option("train", "which split of the prompts: train, test or all")
@@ -128,7 +129,14 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
     from speckv_online.trace_collection import collect_trace, fingerprint, redraft
 
     torch.set_num_threads(config.threads or cores())
-    pair = load_pair(config.pair, level=level, device=config.device, target=config.target, draft=config.draft)
+    pair = load_pair(
+        config.pair,
+        level=level,
+        device=config.device,
+        target=config.target,
+        draft=config.draft,
+        draft_level=config.draft_level or None,
+    )
     meta: dict[str, Any] = {
         "target": pair.revision["target"],
         "draft": pair.revision["draft"],

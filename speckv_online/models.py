@@ -144,6 +144,7 @@ def load_pair(
     device: str = "auto",
     target: str | None = None,
     draft: str | None = None,
+    draft_level: str | None = None,
 ) -> LoadedPair:
     """Load a target at a level, and its draft.
 
@@ -157,6 +158,8 @@ def load_pair(
         ``auto``, ``cpu`` or ``cuda``.
     target, draft : str, optional
         Model ids or folders of any two models with one tokenizer.
+    draft_level : str, optional
+        Compression level of ``draft``; by default it is uncompressed. A target may be drafted by its own 4-bit self.
 
     Raises
     ------
@@ -171,8 +174,7 @@ def load_pair(
         tokenizer = load_tokenizer(target)
         check_tokenizers(tokenizer, load_tokenizer(draft))
         big = load_target(target, level, device)
-        dtype = torch.float32 if where.type == "cpu" else torch.float16
-        small = _from_pretrained(AutoModelForCausalLM, draft, use_safetensors=True, dtype=dtype).to(where).eval()
+        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
         revision = {"target": _revision(big, target), "draft": _revision(small, draft)}
         return LoadedPair(big, ModelDrafter(small, big.config.vocab_size), tokenizer, level, where, revision)
     folder = prepare(pair)
