@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
 from policies.guard import FaultGuard
-from speckv_online.drafters import Drafter
+from speckv_online.drafters import NO_PROPOSAL, Drafter
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.records import StepRecord
@@ -220,7 +220,10 @@ class SpeculativeDecoder:
         lag = drafter.lag if drafter is not None else 0
         if drafter is not None:
             while len(drafts) < gamma:
-                drafts.append(drafter.draft(signals[len(drafts)]))
+                token = drafter.draft(signals[len(drafts)])
+                if token == NO_PROPOSAL:
+                    break
+                drafts.append(token)
                 if decision.stops and len(drafts) < gamma:
                     t = perf_counter()
                     go_on = policy.proceed(decision, len(drafts), signals)

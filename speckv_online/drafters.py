@@ -13,6 +13,9 @@ from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex
 from speckv_online.sampling import Sampler
 
+#: What :meth:`Drafter.draft` returns where it has nothing to propose: the step drafts no further.
+NO_PROPOSAL = -1
+
 _LOG2 = 0.6931471805599453
 
 
@@ -33,7 +36,10 @@ class Drafter(Protocol):
         """Start a sequence with these context tokens, which may grow to about ``capacity``; draw with ``sampler``."""
 
     def draft(self, signals: np.ndarray) -> int:
-        """Propose the token after the context and this step's drafts; write its (N_SIGNALS,) signals."""
+        """Propose the token after the context and this step's drafts, or :data:`NO_PROPOSAL`.
+
+        Writes the proposal's (N_SIGNALS,) signals. In greedy decoding a proposal depends on the tokens before it alone.
+        """
 
     def end(self, accepted: int) -> None:
         """Forget this step's drafts, of which the first ``accepted`` are about to be confirmed by ``extend``."""
