@@ -15,7 +15,8 @@ from experiments.config import CompareConfig
 from experiments.learner import Key, Merged, checkpoint_name, read_checkpoint
 from policies.base import Policy, State
 from policies.registry import make_policy
-from speckv_online.calibrate import as_prior, calibrate
+from speckv_online.calibrate import calibrate
+from speckv_online.cost import as_prior
 from speckv_online.decoding import Generation, SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.manifest import now, weight_hashes

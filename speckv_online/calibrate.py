@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from policies.base import Context, Decision, Policy
-from policies.cost import CostPrior
 from speckv_online.cost import LevelCost, fit_level
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import Drafter
@@ -58,14 +57,3 @@ def calibrate(
     while len(steps) < wanted:  # a step gives at least one token, and more where drafts are right
         steps += decoder.generate(prompt_ids, wanted - len(steps) + max(gammas), eos_ids=()).steps
     return fit_level(steps[warm:wanted])
-
-
-def as_prior(cost: LevelCost) -> CostPrior:
-    """Return a measured cost in the form that policies take."""
-    return CostPrior(
-        draft_seconds=cost.draft_seconds,
-        verify_seconds=cost.verify_seconds,
-        overhead_seconds=cost.overhead_seconds,
-        context_seconds=cost.context_seconds,
-        context_length=cost.context_length,
-    )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from policies.base import MAX_GAMMA
+from policies.cost_prior import CostPrior
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.records import StepRecord
@@ -85,6 +86,17 @@ class LevelCost:
             verify += self.context_seconds * (context - self.context_length)
         catch_up = self.catch_up_seconds * caught_up if drafted else 0.0
         return self.draft_seconds * drafted + catch_up + verify + self.overhead_seconds
+
+
+def as_prior(cost: LevelCost) -> CostPrior:
+    """Return a cost in the form that policies take as what is known beforehand."""
+    return CostPrior(
+        draft_seconds=cost.draft_seconds,
+        verify_seconds=cost.verify_seconds,
+        overhead_seconds=cost.overhead_seconds,
+        context_seconds=cost.context_seconds,
+        context_length=cost.context_length,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from policies.base import MAX_GAMMA
 from speckv_online.cost import CostTable, LevelCost
-from speckv_online.simulate import Replay, replay_fixed
+from speckv_online.simulate import Replay, replay_fixed, replay_plan
 from speckv_online.traces import Trace
 
 
@@ -110,10 +110,6 @@ def _shortest(trace: Trace, cost: LevelCost, max_gamma: int) -> Replay:
 
 def _replay(trace: Trace, choice: dict[int, int], cost: LevelCost) -> Replay:
     """Steps that draft ``choice[t]`` tokens at position t, all of them accepted."""
-    position, k = np.array(list(choice)), np.array(list(choice.values()))
-    produced = np.minimum(k + 1, len(trace) - position)
-    seconds, lag = np.empty(len(k)), len(trace.prompt)
-    for i in range(len(k)):
-        seconds[i] = cost.seconds(int(k[i]), context=len(trace.prompt) + int(position[i]), caught_up=lag - 1)
-        lag = 2 if k[i] else lag + 1
-    return Replay(position, k, k, k, k, produced, k, seconds)
+    plan = np.zeros(len(trace), dtype=int)
+    plan[list(choice)] = list(choice.values())
+    return replay_plan(trace, plan, plan, cost)

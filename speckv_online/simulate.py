@@ -6,7 +6,7 @@ last, submit, learn), so the steps agree with real greedy decoding one by one. I
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,15 +101,23 @@ class Simulator:
         UserError
             If the trace's drafts are shorter than ``max_gamma``, or the cost table lacks its level.
         """
-        if trace.gamma < self.max_gamma:
-            raise UserError(f"the trace drafts {trace.gamma} tokens, too few to replay gamma up to {self.max_gamma}")
-        cost, inner = self.cost.level(trace.level), self.policy.policy
+        cost, inner = self._check(trace), self.policy.policy
         # Nothing that a fixed gamma could observe changes what it does: no need to ask it.
         if isinstance(inner, Fixed) and type(inner).decide is Fixed.decide and type(inner).learn is Policy.learn:
             return replay_fixed(trace, inner.gamma, cost, self.max_gamma)
-        return self._replay(trace, cost)
+        return Replay(*map(np.array, zip(*self._steps(trace, cost), strict=True)))
 
-    def _replay(self, trace: Trace, cost: LevelCost) -> Replay:
+    def steps(self, trace: Trace) -> Iterator[tuple[int, float]]:
+        """Replay one trace step by step, for those who do something in between; yields (tokens, seconds) of each."""
+        for row in self._steps(trace, self._check(trace)):
+            yield row[5], row[7]
+
+    def _check(self, trace: Trace) -> LevelCost:
+        if trace.gamma < self.max_gamma:
+            raise UserError(f"the trace drafts {trace.gamma} tokens, too few to replay gamma up to {self.max_gamma}")
+        return self.cost.level(trace.level)
+
+    def _steps(self, trace: Trace, cost: LevelCost) -> Iterator[tuple[int, int, int, int, int, int, int, float]]:
         policy, buffer, budget = self.policy, self._signals, trace.budget
         decide, proceed, submit, learn = policy.decide, policy.proceed, policy.submit, policy.learn
         end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
@@ -119,7 +127,6 @@ class Simulator:
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
         policy.begin(context)
-        rows: list[tuple[int, int, int, int, int, int, int, float]] = []
         t, lag = 0, len(trace.prompt)
         while t < end:
             context.max_gamma = min(self.max_gamma, budget - t - 1)
@@ -147,12 +154,11 @@ class Simulator:
                 context.context_length, lag - 1 if k else 0, drafts[:k],
             )  # fmt: skip
             learn(decision, outcome)
-            rows.append((t, decision.gamma, k, n, outcome.tested, produced, proposed, seconds))
+            yield t, decision.gamma, k, n, outcome.tested, produced, proposed, seconds
             # The draft has read all it drafted but the last token: with that accepted it lags by two, else by one.
             lag = (2 if n == proposed else 1) if proposed else lag + produced
             history.update(outcome)
             t += produced
-        return Replay(*map(np.array, zip(*rows, strict=True)))
 
 
 def replay(trace: Trace, policy: Policy, cost: CostTable, max_gamma: int = MAX_GAMMA) -> Replay:
@@ -162,24 +168,46 @@ def replay(trace: Trace, policy: Policy, cost: CostTable, max_gamma: int = MAX_G
 
 def replay_fixed(trace: Trace, gamma: int, cost: LevelCost, max_gamma: int = MAX_GAMMA) -> Replay:
     """Replay one trace at a fixed gamma, without a policy object."""
-    accepted, end, last = trace.accepted.tolist(), len(trace), trace.budget - 1
-    gamma = min(gamma, max_gamma)
-    starts, t = [], 0
-    while t < end:
+    plan = np.full(len(trace), min(gamma, max_gamma))
+    return replay_plan(trace, plan, plan, cost)
+
+
+def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost: LevelCost) -> Replay:
+    """Replay one trace under a rule that does not learn, and so is a table over positions.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of L tokens.
+    proposed, submitted : ndarray of int, shape (L,)
+        Tokens that a step beginning at each position drafts, and how many of them it submits. Both are cut where the
+        budget ends.
+    cost : LevelCost
+        Where the seconds come from.
+    """
+    length = len(trace)
+    limit = trace.budget - 1 - np.arange(length)
+    k = np.minimum(submitted, limit)
+    n = np.minimum(trace.accepted, k)
+    produced = np.minimum(n + 1, length - np.arange(length))  # an accepted end of sequence is the last token
+    following, starts, t = (np.arange(length) + produced).tolist(), [], 0
+    while t < length:
         starts.append(t)
-        n = accepted[t]
-        t += 1 + (n if n < gamma else gamma)
-    # The budget cuts only drafts short that would have run past its end, so it moves no start.
-    position = np.array(starts)
-    drafted = np.minimum(gamma, last - position)
-    n = np.minimum(trace.accepted[position].astype(np.int64), drafted)
-    whole = position + n == end
-    produced = n + ~whole
-    tested = np.where(whole, n, np.minimum(n + 1, drafted))
-    lag = np.ones(len(position), dtype=np.int64)
-    lag[1:] = np.where(drafted[:-1] == n[:-1], 2, 1)
-    lag[0] = len(trace.prompt)
-    seconds = cost.draft_seconds * drafted + cost.overhead_seconds + np.array(cost.verify_seconds)[drafted]
-    seconds += cost.context_seconds * (len(trace.prompt) + position - cost.context_length)
-    seconds += np.where(drafted > 0, cost.catch_up_seconds * (lag - 1), 0.0)
-    return Replay(position, drafted, drafted, n, tested, produced, drafted, seconds)
+        t = following[t]
+    at = np.array(starts)
+    j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
+    tested = np.where(at + n == length, n, np.minimum(n + 1, k))
+    seconds = cost.draft_seconds * j + cost.overhead_seconds + np.array(cost.verify_seconds)[k]
+    seconds += cost.context_seconds * (len(trace.prompt) + at - cost.context_length)
+    if cost.catch_up_seconds:
+        seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), j, n, produced))
+    return Replay(at, j, k, n, tested, produced, j, seconds)
+
+
+def _behind(prompt: int, proposed: np.ndarray, accepted: np.ndarray, produced: np.ndarray) -> list[int]:
+    """Context tokens beyond the latest one that the draft has to read in each step; 0 where it drafts nothing."""
+    found, lag = [], prompt
+    for j, n, tokens in zip(proposed.tolist(), accepted.tolist(), produced.tolist(), strict=True):
+        found.append(lag - 1 if j else 0)
+        lag = (2 if n == j else 1) if j else lag + tokens
+    return found
