@@ -57,6 +57,8 @@ class Context:
         Exponentially weighted accepted/tested of this sequence.
     mean_entropy, mean_confidence, max_entropy, min_confidence : float
         Lagged signals (bits, probability).
+    drafters : tuple of str
+        Names that ``Decision.drafter`` may take, the default one first; empty where there is no choice.
     """
 
     level: str = "fp16"
@@ -72,6 +74,7 @@ class Context:
     mean_confidence: float = 0.5
     max_entropy: float = 4.0
     min_confidence: float = 0.25
+    drafters: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -93,7 +96,7 @@ class Decision:
     features : ndarray or None
         What ``learn`` needs to know of the context.
     drafter : str
-        Which drafter to use, empty for the default one.
+        Which of ``context.drafters`` to use in this step, empty for the default one.
     """
 
     id: int
@@ -129,6 +132,8 @@ class Outcome:
         is not typical.
     signals : ndarray, shape (drafted, N_SIGNALS)
         Signals of every drafted token.
+    drafter : str
+        Name of the drafter of this step, empty if there was none to choose.
     """
 
     drafted: int
@@ -142,6 +147,7 @@ class Outcome:
     context_length: int = 0
     caught_up: int = 0
     signals: np.ndarray = field(default_factory=lambda: np.empty((0, N_SIGNALS)))
+    drafter: str = ""
 
     @property
     def rejected(self) -> bool:

@@ -110,6 +110,9 @@ class FaultGuard(Wrapper):
             decision = self.policy.decide(context)
             gamma = decision.gamma
             fine = type(gamma) is int and 0 <= gamma <= context.max_gamma and 0.0 < decision.propensity <= 1.0
+            if decision.drafter and decision.drafter not in context.drafters:
+                self._fault("unknown drafter", f"asked for the drafter {decision.drafter!r}, not of {context.drafters}")
+                decision.drafter = ""
             if not fine:
                 fine = self._repair(decision, context)
         except Exception as error:

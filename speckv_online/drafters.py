@@ -1,4 +1,8 @@
-"""What proposes tokens: a drafter holds one sequence and drafts one token at a time."""
+"""What proposes tokens: a drafter holds one sequence and drafts one token at a time.
+
+Here are the interface, the drafter with a draft model, and the one without, which looks the context's own n-grams up.
+:mod:`speckv_online.hybrid` has the one that picks the better of the two.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from transformers import PreTrainedModel
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
 from speckv_online.kvcache import KVCache
-from speckv_online.ngram import NgramIndex
+from speckv_online.ngram import NgramIndex, Proposal
 from speckv_online.sampling import Sampler
 
 #: What :meth:`Drafter.draft` returns where it has nothing to propose: the step drafts no further.
@@ -24,21 +28,27 @@ class Drafter(Protocol):
 
     #: Most tokens (context and drafts together) that the drafter can hold.
     max_length: int
+    #: What a policy may ask for by ``Decision.drafter``; the first is what it gets without asking.
+    names: tuple[str, ...]
 
     @property
     def lag(self) -> int:
         """Context tokens that the drafter has not read yet; at least 1, the latest, when a step begins."""
 
-    #: For each draft of the step the distribution that it was drawn from, shape (vocab,); None if it was not drawn.
+    #: For each draft of the step the distribution that it was drawn from, shape (vocab,); None for a deterministic one.
     proposals: list[torch.Tensor | None]
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence with these context tokens, which may grow to about ``capacity``; draw with ``sampler``."""
 
+    def use(self, name: str) -> str:
+        """Draft the coming step as the drafter of this name, by default the first; return the name."""
+
     def draft(self, signals: np.ndarray) -> int:
         """Propose the token after the context and this step's drafts, or :data:`NO_PROPOSAL`.
 
-        Writes the proposal's (N_SIGNALS,) signals. In greedy decoding a proposal depends on the tokens before it alone.
+        Writes the proposal's (N_SIGNALS,) signals. In greedy decoding a proposal depends on the tokens before it alone
+        (exact traces rest on that, unless a drafter learns).
         """
 
     def end(self, accepted: int) -> None:
@@ -64,6 +74,8 @@ class ModelDrafter:
         Where the model's head covers only some tokens: the token id of each of its rows.
     """
 
+    names: tuple[str, ...] = ("model",)
+
     def __init__(self, model: PreTrainedModel, vocab_size: int, head_ids: torch.Tensor | None = None) -> None:
         self.model, self.vocab_size = model, vocab_size
         self.rows = vocab_size if head_ids is None else len(head_ids)
@@ -85,6 +97,10 @@ class ModelDrafter:
         """Context tokens that the cache does not hold."""
         return len(self.context) - len(self.cache)
 
+    def use(self, name: str) -> str:
+        """There is one drafter here."""
+        return self.names[0]
+
     def logits(self) -> torch.Tensor:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
         have, n = len(self.cache), len(self.context)
@@ -95,6 +111,14 @@ class ModelDrafter:
 
     def draft(self, signals: np.ndarray) -> int:
         """Draft one token: entropy in bits, confidence, margin in logits, n-gram agreement."""
+        token, logits = self.likeliest(signals)
+        token = self.settle(token, logits)
+        signals[NGRAM] = self.ngrams.signal(self.drafted, token)
+        self.drafted.append(token)
+        return token
+
+    def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
+        """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
         logits = self.logits()
         top, rows = logits.topk(2)
         p = logits.softmax(-1)
@@ -102,17 +126,17 @@ class ModelDrafter:
         # One transfer for everything that the host needs; a row index is exact in fp32.
         wanted = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax()))
         first, second, row, nats, confidence = wanted.tolist()
-        if self.sampler is None:
-            token = int(row) if self.head_ids is None else self.head_ids[int(row)]
-            self.proposals.append(None)
-        else:
-            token = self._sample(logits, self.sampler)
         signals[ENTROPY] = nats / _LOG2
         signals[CONFIDENCE] = confidence
         signals[MARGIN] = first - second
-        signals[NGRAM] = self.ngrams.signal(self.drafted, token)
-        self.drafted.append(token)
-        return token
+        return int(row) if self.head_ids is None else self.head_ids[int(row)], logits
+
+    def settle(self, token: int, logits: torch.Tensor) -> int:
+        """Return the token to propose, the likeliest or a draw, and note the distribution that it was drawn from."""
+        if self.sampler is None:
+            self.proposals.append(None)
+            return token
+        return self._sample(logits, self.sampler)
 
     def _sample(self, logits: torch.Tensor, sampler: Sampler) -> int:
         """Draw a token from the draft's distribution, over the whole vocabulary."""
@@ -133,3 +157,52 @@ class ModelDrafter:
         """Append settled tokens to the context."""
         self.context += tokens
         self.ngrams.extend(tokens)
+
+
+class NgramDrafter:
+    """Drafts what followed the longest suffix of the context when it occurred before: no model, any target.
+
+    Where no suffix occurred before it proposes nothing, and the step drafts no further. Its signals are the estimate's
+    entropy (bits), its confidence, the log-odds of that as margin, and the length of the match.
+    """
+
+    names: tuple[str, ...] = ("ngram",)
+    max_length = 1 << 30
+    #: Nothing is read late: there is no cache to fill.
+    lag = 1
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        """Start a sequence; a sampler changes nothing, as proposals are deterministic."""
+        self.ngrams = NgramIndex(tokens)
+        self.proposals: list[torch.Tensor | None] = []
+
+    def use(self, name: str) -> str:
+        """There is one drafter here."""
+        return self.names[0]
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Propose one token, or nothing."""
+        found = self.ngrams.propose()
+        if found is None:
+            return NO_PROPOSAL
+        write_signals(found, signals)
+        self.ngrams.push(found.token)
+        self.proposals.append(None)
+        return found.token
+
+    def end(self, accepted: int) -> None:
+        """Take this step's drafts out of the index."""
+        self.ngrams.undo()
+        self.proposals = []
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append settled tokens to the context."""
+        self.ngrams.extend(tokens)
+
+
+def write_signals(found: Proposal, signals: np.ndarray) -> None:
+    """Write a lookup's (N_SIGNALS,) signals."""
+    signals[ENTROPY] = found.entropy
+    signals[CONFIDENCE] = found.confidence
+    signals[MARGIN] = found.margin
+    signals[NGRAM] = found.length

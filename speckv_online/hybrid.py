@@ -1,0 +1,122 @@
+"""The hybrid drafter: token by token the better of the draft model's proposal and the n-gram lookup's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from policies.base import NGRAM
+from speckv_online.drafters import NO_PROPOSAL, ModelDrafter, write_signals
+from speckv_online.gate import Gate, gate_features
+from speckv_online.ngram import Proposal
+from speckv_online.sampling import Sampler
+
+#: Where the lookup is this sure to be right, the model is not asked.
+SKIP = 0.8
+
+
+class HybridDrafter(ModelDrafter):
+    """Drafts with a model and with a lookup of the context's own n-grams, whichever a gate thinks is right.
+
+    Where both propose the same token, or the lookup has none, it is the model's. Where the lookup alone is sure enough,
+    the model is not asked; its cache then lags, and catches up in one forward when it is needed. The signals are those
+    of the proposal that was taken; the n-gram signal is the match length, negative if the lookup was overruled.
+
+    A policy may choose in every step: ``hybrid``, ``model`` or ``ngram`` (which may have nothing to propose).
+
+    In sampled decoding the gate sees the model's likeliest token. It chooses before anything is drawn, so that the draw
+    is from the model's distribution, or the proposal is the lookup's one token: either way the output is the target's.
+
+    Parameters
+    ----------
+    model, vocab_size, head_ids
+        As for :class:`~speckv_online.drafters.ModelDrafter`.
+    gate : Gate, optional
+        The one that ships by default.
+    online : bool
+        The gate goes on learning, from positions that the target judged and where the model was asked and disagreed
+        with the lookup. Proposals then depend on what was seen before, so traces need a frozen gate.
+    skip : float
+        Probability from which on the model is not asked; 1 asks it always.
+    """
+
+    names: tuple[str, ...] = ("hybrid", "model", "ngram")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        head_ids: torch.Tensor | None = None,
+        *,
+        gate: Gate | None = None,
+        online: bool = False,
+        skip: float = SKIP,
+    ) -> None:
+        super().__init__(model, vocab_size, head_ids)
+        gate = gate or Gate.load()
+        self.gate = gate.copy() if online else gate
+        self.online, self.skip, self.kind = online, skip, "hybrid"
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        """Start a sequence."""
+        super().begin(tokens, capacity, sampler)
+        # Disagreements of this step: position in the draft, both tokens, the gate's features.
+        self._open: list[tuple[int, int, int, list[float]]] = []
+        self.kind = "hybrid"
+
+    def use(self, name: str) -> str:
+        """Switch between ``hybrid``, ``model`` and ``ngram`` for the coming step."""
+        self.kind = name if name in self.names else self.names[0]
+        return self.kind
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Propose one token; nothing if only the lookup may propose and has nothing."""
+        if self.kind == "model":
+            return super().draft(signals)
+        found = self.ngrams.propose()
+        if self.kind == "ngram":
+            return NO_PROPOSAL if found is None else self._take(found, signals)
+        if found is None:
+            return self._draft(*self.likeliest(signals), 0, signals)
+        if self.skip < 1.0 and self.gate.sure(found) >= self.skip:
+            return self._take(found, signals)
+        token, logits = self.likeliest(signals)
+        if found.token == token:
+            return self._draft(token, logits, found.length, signals)
+        features = gate_features(found, signals)
+        if self.online:
+            self._open.append((len(self.drafted), found.token, token, features))
+        if self.gate.prefers_lookup(features):
+            return self._take(found, signals)
+        return self._draft(token, logits, -found.length, signals)
+
+    def _draft(self, token: int, logits: torch.Tensor, match: int, signals: np.ndarray) -> int:
+        """Propose by the model."""
+        token = self.settle(token, logits)
+        signals[NGRAM] = match
+        return self._append(token)
+
+    def _take(self, found: Proposal, signals: np.ndarray) -> int:
+        """Propose what the lookup found."""
+        write_signals(found, signals)
+        self.proposals.append(None)
+        return self._append(found.token)
+
+    def _append(self, token: int) -> int:
+        self.drafted.append(token)
+        self.ngrams.push(token)
+        return token
+
+    def end(self, accepted: int) -> None:
+        """Drop what belongs to this step's drafts."""
+        super().end(accepted)
+        self.ngrams.undo()
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append settled tokens to the context; they say which proposals were right."""
+        super().extend(tokens)
+        for position, looked_up, modelled, features in self._open:
+            if position < len(tokens) and (tokens[position] == looked_up) != (tokens[position] == modelled):
+                self.gate.update(features, tokens[position] == looked_up)
+        self._open = []
