@@ -1,0 +1,59 @@
+"""k-fold over prompts: what learned policies start from is fitted to the prompts outside of the fold that is played."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from experiments.train import TrainConfig, describe, write_acceptance, write_mlp16
+from speckv_online.errors import UserError
+from speckv_online.traces import Trace
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Prompts that are played (all, if None), and the policies' options that name the weights to start from."""
+
+    prompts: frozenset[str] | None
+    defaults: dict[str, str] = field(default_factory=dict)
+
+    def holds(self, trace: Trace) -> bool:
+        """True if a trace's prompt is in the fold."""
+        return self.prompts is None or trace.prompt_id in self.prompts
+
+
+def split(traces: Sequence[Trace], count: int, seed: int) -> list[frozenset[str]]:
+    """Return the prompt ids of each of ``count`` folds, all tasks spread evenly over them."""
+    tasks: dict[str, set[str]] = {}
+    for trace in traces:
+        tasks.setdefault(trace.task, set()).add(trace.prompt_id)
+    rng = np.random.default_rng(seed)
+    order = [prompt for task in sorted(tasks) for prompt in rng.permutation(sorted(tasks[task])).tolist()]
+    if len(order) < count:
+        raise UserError(f"{len(order)} prompts are too few for {count} folds")
+    return [frozenset(order[i::count]) for i in range(count)]
+
+
+def fit_folds(traces: Sequence[Trace], count: int, seed: int, out: Path) -> list[Fold]:
+    """Fit the weights of every fold and write them below ``out``, each with its cards."""
+    import torch
+
+    from speckv_online.training import data_from_traces
+
+    torch.set_num_threads(1)
+    config = TrainConfig(traces=str(out), seed=seed)
+    folds = []
+    for i, prompts in enumerate(split(traces, count, seed)):
+        folder = out / f"{i + 1}-of-{count}"
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [t for t in traces if t.prompt_id not in prompts]
+        about = {"data": describe(others), "fold": {"number": i + 1, "of": count, "played": sorted(prompts)}}
+        data = data_from_traces(others, config.features, [int(g) for g in config.gammas], seed)
+        write_mlp16(config, folder, data, about)
+        write_acceptance(config, folder, others, about)
+        weights = {"weights": str(folder / "mlp16.npz"), "acceptance": str(folder / "goodput.npz")}
+        folds.append(Fold(prompts, weights))
+    return folds
