@@ -167,7 +167,7 @@ def test_context_ends_at_the_models_limit() -> None:
     out = decoder.generate(prompt, 500)
     assert len(out.tokens) == 24
     assert out.tokens == plain(target, prompt, 24)
-    with pytest.raises(UserError, match="hold only 64"):
+    with pytest.raises(UserError, match="holds only 64"):
         decoder.generate(prompt_of(64), 5)
     with pytest.raises(UserError, match="empty"):
         decoder.generate([], 5)

@@ -1,0 +1,155 @@
+"""A sequence that is being decoded: how its tokens are judged, how it ends, and what is recorded of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from policies.base import Context, Decision, Outcome
+from speckv_online.records import StepRecord
+from speckv_online.sampling import Sampler
+from speckv_online.signals import summarise
+
+
+@dataclass(slots=True)
+class Generation:
+    """What decoding one prompt gave.
+
+    Attributes
+    ----------
+    tokens : list of int
+        New tokens, an end-of-sequence token included.
+    steps : list of StepRecord
+        One record per step; their ``produced`` add up to ``len(tokens)``.
+    prefill_seconds, seconds : float
+        Time to read the prompt, and time of the whole call. In a batch each prompt is charged its share.
+    finish : str
+        ``"eos"``, ``"stop"`` (asked by ``should_stop``) or ``"length"``.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+    finish: str = "length"
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds of all steps together, prefill left out."""
+        return sum(s.seconds for s in self.steps)
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per second of decoding, prefill left out."""
+        return len(self.tokens) / max(self.decode_seconds, 1e-12)
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted over drafted tokens; NaN if nothing was drafted."""
+        drafted = sum(s.drafted for s in self.steps)
+        return sum(s.accepted for s in self.steps) / drafted if drafted else float("nan")
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over all prompts that a decoder has seen."""
+
+    prompts: int = 0
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+
+    def add(self, generation: Generation) -> None:
+        """Count one prompt."""
+        self.prompts += 1
+        self.tokens += len(generation.tokens)
+        self.steps += len(generation.steps)
+        self.drafted += sum(s.drafted for s in generation.steps)
+        self.accepted += sum(s.accepted for s in generation.steps)
+        self.seconds += generation.decode_seconds
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per second of decoding, prefill left out."""
+        return self.tokens / max(self.seconds, 1e-12)
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted over drafted tokens; NaN if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+
+@dataclass(slots=True)
+class TokenSequence:
+    """All tokens of a sequence, the prompt's included, how new ones are drawn, and what ends it.
+
+    Attributes
+    ----------
+    eos : collection of int
+        Tokens that end it.
+    sampler : Sampler or None
+        None is greedy decoding.
+    should_stop : callable or None
+        Called with all tokens after each new one; True ends the sequence there.
+    finish : str
+        Why it ended; empty while it goes on.
+    """
+
+    tokens: list[int]
+    eos: Collection[int]
+    sampler: Sampler | None = None
+    should_stop: Callable[[list[int]], bool] | None = None
+    finish: str = ""
+
+    def verify(
+        self, logits: torch.Tensor, drafts: list[int], proposals: Sequence[torch.Tensor | None]
+    ) -> tuple[int, int]:
+        """Return how many drafts the target accepts, and the token that follows them.
+
+        ``logits`` are the target's, shape (k + 1, vocab), row i after the first i of the k drafts.
+        """
+        if self.sampler is not None:
+            return self.sampler.verify(self.sampler.probabilities(logits, self.tokens, drafts), drafts, proposals)
+        return matching(drafts, logits.argmax(-1).tolist())
+
+    def append(self, tokens: list[int]) -> list[int]:
+        """Append tokens up to the first that ends the sequence, and return those."""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            if token in self.eos:
+                self.finish = "eos"
+            elif self.should_stop is not None and self.should_stop(self.tokens):
+                self.finish = "stop"
+            if self.finish:
+                return tokens[: i + 1]
+        return tokens
+
+
+def matching(drafts: list[int], choices: list[int]) -> tuple[int, int]:
+    """Return the number of leading drafts that are the target's choices too, and the choice after them."""
+    n = 0
+    while n < len(drafts) and drafts[n] == choices[n]:
+        n += 1
+    return n, choices[n]
+
+
+def record_of(
+    context: Context, decision: Decision, outcome: Outcome, decide_seconds: float, seconds: float
+) -> StepRecord:
+    """Return the record of a step that took ``seconds``, ``decide_seconds`` of them in the policy.
+
+    ``context`` is still the one that was decided in.
+    """
+    mean_h, max_h, mean_c, min_c = summarise(outcome.signals)
+    return StepRecord(
+        step=context.step, gamma=decision.gamma, drafted=outcome.drafted, accepted=outcome.accepted,
+        tested=outcome.tested, produced=outcome.produced, mean_draft_entropy=mean_h, mean_draft_confidence=mean_c,
+        max_draft_entropy=max_h, min_draft_confidence=min_c, context_length=outcome.context_length,
+        propensity=decision.propensity, policy_version=decision.policy_version, decision_id=decision.id,
+        decide_seconds=decide_seconds, draft_seconds=outcome.draft_seconds, verify_seconds=outcome.verify_seconds,
+        seconds=seconds,
+    )  # fmt: skip
