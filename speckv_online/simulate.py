@@ -124,20 +124,21 @@ class Simulator:
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
         catch_up = cost.catch_up_seconds
         accepted, table = trace.accepted.tolist(), trace.signals.astype(float)
+        available, reads = trace.available.tolist(), trace.reads
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
         policy.begin(context)
-        t, lag = 0, len(trace.prompt)
+        t, lag = 0, len(trace.prompt) if reads else 1
         while t < end:
             context.max_gamma = min(self.max_gamma, budget - t - 1)
             decision = decide(context)
             gamma = min(decision.gamma, context.max_gamma)
             drafts = table[t]
-            proposed = k = gamma
-            if decision.stops and gamma:
+            proposed = k = most = min(gamma, available[t])
+            if decision.stops and most:
                 # Only what is drafted so far is shown, as in the decoder: later rows hold an earlier step's signals.
                 proposed = 0
-                while proposed < gamma:
+                while proposed < most:
                     buffer[proposed] = drafts[proposed]
                     proposed += 1
                     if proposed < gamma and not proceed(decision, proposed, buffer):
@@ -156,7 +157,8 @@ class Simulator:
             learn(decision, outcome)
             yield t, decision.gamma, k, n, outcome.tested, produced, proposed, seconds
             # The draft has read all it drafted but the last token: with that accepted it lags by two, else by one.
-            lag = (2 if n == proposed else 1) if proposed else lag + produced
+            if reads:
+                lag = (2 if n == proposed else 1) if proposed else lag + produced
             history.update(outcome)
             t += produced
 
@@ -181,12 +183,14 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
         Of L tokens.
     proposed, submitted : ndarray of int, shape (L,)
         Tokens that a step beginning at each position drafts, and how many of them it submits. Both are cut where the
-        budget ends.
+        budget ends, and where the drafter has nothing more to propose.
     cost : LevelCost
         Where the seconds come from.
     """
     length = len(trace)
     limit = trace.budget - 1 - np.arange(length)
+    gamma = np.minimum(proposed, limit)
+    limit = np.minimum(limit, trace.available)
     k = np.minimum(submitted, limit)
     n = np.minimum(trace.accepted, k)
     produced = np.minimum(n + 1, length - np.arange(length))  # an accepted end of sequence is the last token
@@ -199,9 +203,9 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
     tested = np.where(at + n == length, n, np.minimum(n + 1, k))
     seconds = cost.draft_seconds * j + cost.overhead_seconds + np.array(cost.verify_seconds)[k]
     seconds += cost.context_seconds * (len(trace.prompt) + at - cost.context_length)
-    if cost.catch_up_seconds:
+    if cost.catch_up_seconds and trace.reads:
         seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), j, n, produced))
-    return Replay(at, j, k, n, tested, produced, j, seconds)
+    return Replay(at, gamma[at], k, n, tested, produced, j, seconds)
 
 
 def _behind(prompt: int, proposed: np.ndarray, accepted: np.ndarray, produced: np.ndarray) -> list[int]:

@@ -23,6 +23,8 @@ from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 
 FORMAT, VERSION = "speckv-trace", 1
+#: Entry of a drafts table where the drafter has nothing to propose.
+NOTHING = -1
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Trace:
     tokens : ndarray of int32, shape (L,)
         The target's greedy output, an end-of-sequence token included.
     drafts : ndarray of int32, shape (L, G)
-        Tokens that the drafter proposes after ``prompt + tokens[:t]``.
+        Tokens that the drafter proposes after ``prompt + tokens[:t]``; -1 from where it has nothing to propose.
     accepted : ndarray of int16, shape (L,)
         Leading tokens of ``drafts[t]`` that agree with ``tokens[t:]``.
     signals : ndarray of float32, shape (L, G, N_SIGNALS)
@@ -71,6 +73,16 @@ class Trace:
     def gamma(self) -> int:
         """Longest draft of the trace (G)."""
         return int(self.drafts.shape[1])
+
+    @property
+    def available(self) -> np.ndarray:
+        """How many tokens the drafter proposes at each position before it has nothing more, shape (L,)."""
+        return np.logical_and.accumulate(self.drafts != NOTHING, axis=1).sum(axis=1)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the drafter has a cache that may lag behind the context; a mere lookup has none."""
+        return bool(self.meta.get("drafter", "model") != "ngram")
 
     def check(self) -> None:
         """Raise ValueError where shapes or values contradict each other."""
@@ -139,7 +151,7 @@ def agreement(drafts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Return, per position t, how many leading tokens of ``drafts[t]`` equal ``tokens[t:]``, shape (L,) int16."""
     length, gamma = drafts.shape
     index = np.arange(length)[:, None] + np.arange(gamma)
-    follow = np.append(tokens, np.full(gamma, -1, dtype=tokens.dtype))[index]
+    follow = np.append(tokens, np.full(gamma, np.iinfo(np.int32).min, dtype=tokens.dtype))[index]
     return np.logical_and.accumulate(drafts == follow, axis=1).sum(axis=1).astype(np.int16)
 
 
