@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from policies.base import ARMS, Context, Decision, Policy
 from speckv_online.cost import RTX3090_RELEASE, CostTable
+from speckv_online.csv_rows import LARGEST, read_csv
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.signals import summarise
@@ -167,40 +167,48 @@ def read_rows(path: str | Path) -> list[StepRow]:
     Raises
     ------
     UserError
-        If the file cannot be read, lacks one of the release's columns, or a line is broken (named).
+        If the file cannot be read, lacks one of the release's columns, or a line is broken (file, line and column are
+        named).
     """
     path = Path(path)
     rows: list[StepRow] = []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in RELEASE_COLUMNS if c not in (reader.fieldnames or ())]
-            if missing:
-                raise UserError(f"{path} lacks the columns {', '.join(missing)}: it needs {','.join(RELEASE_COLUMNS)}")
-            ours = "prompt_id" in (reader.fieldnames or ())
-            runs: Counter[tuple[str, int, str]] = Counter()
-            for cells in reader:
-                try:
-                    row = StepRow(**{name: _parse(name, cell) for name, cell in cells.items() if name in _KINDS})
-                except (ValueError, TypeError) as error:
-                    raise UserError(f"{path} line {reader.line_num}: {error}") from error
-                if not ours:
-                    run = (row.compression, row.gamma, row.task)
-                    runs[run] += row.step == 0
-                    row.prompt_id, row.drafted = f"{row.task}-{runs[run]}", row.gamma
-                    if row.step:
-                        for lagged, now in LAGGED.items():
-                            setattr(row, lagged, getattr(rows[-1], now))
-                rows.append(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the step records {path}: {error}") from error
+    ours = False
+    runs: Counter[tuple[str, int, str]] = Counter()
+    for line, cells in read_csv(path, _KINDS, RELEASE_COLUMNS, empty=("acceptance_rate",)):
+        row = StepRow(**cells)
+        ours = "prompt_id" in cells
+        _check(row, ours, f"{path} line {line}")
+        if not ours:
+            run = (row.compression, row.gamma, row.task)
+            before = rows[-1] if rows else None
+            if row.step and (before is None or (before.compression, before.gamma, before.task) != run):
+                raise UserError(f"{path} line {line}, column step: a run must start at step 0, got {row.step}")
+            if row.step and before is not None and row.step != before.step + 1:
+                raise UserError(
+                    f"{path} line {line}, column step: expected {before.step + 1} or 0, got {row.step}; "
+                    "rows must be whole and in the order in which they were written"
+                )
+            runs[run] += row.step == 0
+            row.prompt_id, row.drafted = f"{row.task}-{runs[run]}", row.gamma
+            if row.step and before is not None:
+                for lagged, now in LAGGED.items():
+                    setattr(row, lagged, getattr(before, now))
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no step records")
     return rows
 
 
-def _parse(name: str, cell: str) -> Any:
-    return float("nan") if _KINDS[name] is float and not cell else _KINDS[name](cell)
+def _check(row: StepRow, ours: bool, where: str) -> None:
+    """Refuse a row whose numbers contradict each other."""
+    drafted = row.drafted if ours else row.gamma
+    bounds = {"gamma": 64, "drafted": row.gamma, "step": LARGEST, "accepted": drafted, "tokens_produced": drafted + 1}
+    for name, most in bounds.items():
+        if not 0 <= getattr(row, name) <= most:
+            raise UserError(f"{where}, column {name}: must be from 0 to {most}, got {getattr(row, name)}")
+    for name in ("mean_draft_confidence", "min_draft_confidence", *(() if drafted == 0 else ("acceptance_rate",))):
+        if not 0 <= getattr(row, name) <= 1:
+            raise UserError(f"{where}, column {name}: must be from 0 to 1, got {getattr(row, name)}")
 
 
 def column(rows: Sequence[StepRow], name: str) -> np.ndarray:
