@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -59,6 +60,11 @@ class Context:
         Lagged signals (bits, probability).
     drafters : tuple of str
         Names that ``Decision.drafter`` may take, the default one first; empty where there is no choice.
+    tokens, drafts : sequence of int
+        Ids of the tokens in the target's context, and of those drafted so far in this step: live views, to be read and
+        not kept. Empty where the caller does not tell.
+    memory : dict
+        Scratch space of the policy for this sequence; new for every prompt.
     """
 
     level: str = "fp16"
@@ -75,6 +81,9 @@ class Context:
     max_entropy: float = 4.0
     min_confidence: float = 0.25
     drafters: tuple[str, ...] = ()
+    tokens: Sequence[int] = ()
+    drafts: Sequence[int] = ()
+    memory: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -93,8 +102,8 @@ class Decision:
         Probability with which this gamma was chosen, 1 for deterministic policies.
     policy_version : int
         Version of the statistics that made the choice.
-    features : ndarray or None
-        What ``learn`` needs to know of the context.
+    features : object
+        What ``learn`` needs to know of the context, None for nothing; the policy's own affair.
     drafter : str
         Which of ``context.drafters`` to use in this step, empty for the default one.
     """
@@ -104,7 +113,7 @@ class Decision:
     stops: bool = False
     propensity: float = 1.0
     policy_version: int = 0
-    features: np.ndarray | None = None
+    features: Any = None
     drafter: str = ""
 
 

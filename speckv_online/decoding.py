@@ -107,11 +107,18 @@ class SpeculativeDecoder:
         self._clock = StepClock(target.device)
         self._target = target
 
-    def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> Any:
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        stop_strings: str | list[str] | None = None,  # transformers hands on only what is named here
+        task: str = "",
+        **options: Any,
+    ) -> Any:
         """Decode for transformers' ``generate(custom_generate=...)``."""
         from speckv_online.transformers_plugin import run  # a plug-in of this class, so not needed to define it
 
-        return run(self, model, input_ids, **options)
+        return run(self, model, input_ids, stop_strings=stop_strings, task=task, **options)
 
     def decode_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[Generation]:
         """Continue up to 16 prompts at once; see :func:`speckv_online.batch.decode_batch`."""
@@ -131,6 +138,7 @@ class SpeculativeDecoder:
         on_logits: Callable[[torch.Tensor], None] | None = None,
         sampler: Sampler | None = None,
         should_stop: Callable[[list[int]], bool] | None = None,
+        cache: KVCache | None = None,
     ) -> Generation:
         """Continue ``prompt_ids`` by at most ``max_new_tokens`` tokens.
 
@@ -152,6 +160,8 @@ class SpeculativeDecoder:
             How tokens are drawn; greedy decoding without one.
         should_stop : callable, optional
             Called for each new token with the whole sequence up to it; True ends the sequence there.
+        cache : KVCache, optional
+            An empty cache for the target, for callers who want it afterwards; it holds all tokens but the last.
 
         Raises
         ------
@@ -162,7 +172,7 @@ class SpeculativeDecoder:
         prompt = self.check_prompt(prompt_ids)
         budget = min(max_new_tokens, self.max_length - len(prompt))
         capacity = len(prompt) + budget + self.max_gamma + 1
-        cache = KVCache(self.layers, capacity)
+        cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
             self.drafter.begin(prompt, capacity, sampler)
         if len(prompt) > 1:
@@ -171,6 +181,7 @@ class SpeculativeDecoder:
         sequence = TokenSequence(prompt, eos, sampler, should_stop)
         history, out = History(self.level, task, len(prompt)), Generation()
         history.context.drafters = self.drafter.names if self.drafter is not None else ()
+        history.context.tokens = sequence.tokens
         self.policy.begin(history.context)
         out.prefill_seconds = perf_counter() - started
 
@@ -230,6 +241,7 @@ class SpeculativeDecoder:
         clock.draft()
         asked = 0.0  # time spent in the policy after its decision
         drafts: list[int] = []
+        context.drafts = drafts
         lag, used = 0, ""
         if drafter is not None:
             lag, used = drafter.lag, drafter.use(decision.drafter)

@@ -127,23 +127,28 @@ class Simulator:
         available, reads = trace.available.tolist(), trace.reads
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
+        context.tokens = tokens = trace.prompt.tolist()
+        output, proposals = trace.tokens.tolist(), trace.drafts.tolist()
         policy.begin(context)
         t, lag = 0, len(trace.prompt) if reads else 1
         while t < end:
             context.max_gamma = min(self.max_gamma, budget - t - 1)
             decision = decide(context)
             gamma = min(decision.gamma, context.max_gamma)
-            drafts = table[t]
+            drafts, ids = table[t], proposals[t]
             proposed = k = most = min(gamma, available[t])
             if decision.stops and most:
                 # Only what is drafted so far is shown, as in the decoder: later rows hold an earlier step's signals.
                 proposed = 0
+                context.drafts = shown = []
                 while proposed < most:
                     buffer[proposed] = drafts[proposed]
+                    shown.append(ids[proposed])
                     proposed += 1
                     if proposed < gamma and not proceed(decision, proposed, buffer):
                         break
                 k = len(range(proposed)[: submit(decision, proposed, buffer)])
+            context.drafts = ids[:k]
             n = min(accepted[t], k)
             whole = t + n == end  # the draft held the end-of-sequence token
             produced = n if whole else n + 1
@@ -160,6 +165,7 @@ class Simulator:
             if reads:
                 lag = (2 if n == proposed else 1) if proposed else lag + produced
             history.update(outcome)
+            tokens += output[t : t + produced]
             t += produced
 
 
