@@ -122,11 +122,12 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
 
     import torch
 
+    from speckv_online.fingerprints import drafter_fingerprint, fingerprint
     from speckv_online.manifest import cores, software
     from speckv_online.models import chat_prompt, load_pair
     from speckv_online.rundir import StepWriter, Unit
     from speckv_online.step_table import Schedule
-    from speckv_online.trace_collection import collect_trace, fingerprint, redraft
+    from speckv_online.trace_collection import collect_trace, redraft
 
     torch.set_num_threads(config.threads or cores())
     pair = load_pair(
@@ -141,7 +142,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         "target": pair.revision["target"],
         "draft": pair.revision["draft"],
         "target_fingerprint": fingerprint(pair.target),
-        "draft_fingerprint": fingerprint(pair.drafter.model),
+        "draft_fingerprint": drafter_fingerprint(pair.drafter),
         "max_new_tokens": config.max_new_tokens,
         "arithmetic": pair.level.arithmetic(pair.device),
         "software": software(),

@@ -1,12 +1,12 @@
-"""Collecting exact traces: one target generation, one teacher-forced draft pass, and batched rollouts of the draft.
+"""Collecting exact traces: one target generation, one teacher-forced draft pass, and rollouts of the draft.
 
 Up to its first mismatch a draft is what teacher forcing over the output gives, and beyond it depends only on where that
-mismatch is. So rollouts are needed only from the mismatches of the teacher-forced pass, and those run as one batch.
+mismatch is. So rollouts are needed only from the mismatches of the teacher-forced pass. Those of a draft model run as
+one batch; other drafters draft them one by one, through the calls that the decoder makes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM, Policy
 from policies.fixed import Fixed
 from speckv_online.decoding import SpeculativeDecoder
-from speckv_online.drafters import ModelDrafter
+from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex
@@ -31,7 +31,7 @@ BATCH = 48
 
 def collect_trace(
     target: PreTrainedModel,
-    drafter: ModelDrafter,
+    drafter: Drafter,
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
@@ -49,7 +49,7 @@ def collect_trace(
     Parameters
     ----------
     target, drafter
-        The pair; the drafter is a draft model.
+        The pair. A drafter that learns cannot be traced: its drafts depend on what it has seen before.
     prompt : sequence of int
         Prompt tokens.
     max_new_tokens : int
@@ -86,13 +86,13 @@ def collect_trace(
         signals=signals,
         budget=min(max_new_tokens, decoder.max_length - len(prompt)),
         finish=generation.finish,
-        meta={"prompt_sha256": prompt_hash(prompt)} | dict(meta or {}),
+        meta={"prompt_sha256": prompt_hash(prompt), "drafter": drafter.names[0]} | dict(meta or {}),
     )
     return trace, generation.steps
 
 
 def redraft(
-    drafter: ModelDrafter,
+    drafter: Drafter,
     trace: Trace,
     *,
     task: str,
@@ -110,42 +110,27 @@ def redraft(
         task=task,
         prompt_id=prompt_id,
         split=split,
-        meta={"prompt_sha256": prompt_hash(trace.prompt.tolist())} | dict(meta or {}),
+        meta={"prompt_sha256": prompt_hash(trace.prompt.tolist()), "drafter": drafter.names[0]} | dict(meta or {}),
     )
-
-
-def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
-    """Return a short hash of a model's tensors: names, types, shapes and an even sample of the bytes of each.
-
-    A sample, since hashing all of a large model takes longer than tracing a prompt; retrained or requantized weights
-    differ in every tensor.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{getattr(value, 'dtype', '')}:{tuple(getattr(value, 'shape', ()))};".encode())
-        if isinstance(value, torch.Tensor) and value.numel():
-            flat = value.detach().reshape(-1)
-            flat = flat[:: max(1, flat.numel() // sample)].contiguous().cpu()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()
 def draft_table(
-    drafter: ModelDrafter, prompt: Sequence[int], tokens: Sequence[int], gamma: int = MAX_GAMMA
+    drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], gamma: int = MAX_GAMMA
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draft ``gamma`` tokens greedily from every position of an output.
 
     Parameters
     ----------
-    drafter : ModelDrafter
-        Its model must hold ``len(prompt) + len(tokens) + gamma`` tokens.
+    drafter : Drafter
+        It must hold ``len(prompt) + len(tokens) + gamma`` tokens.
     prompt, tokens : sequence of int
         The context before the output, and the output, of L tokens.
 
     Returns
     -------
     drafts : ndarray of int32, shape (L, gamma)
+        -1 from where the drafter has nothing to propose.
     signals : ndarray of float32, shape (L, gamma, N_SIGNALS)
     """
     start, length = len(prompt), len(tokens)
@@ -154,6 +139,10 @@ def draft_table(
             f"a trace of {start} + {length} tokens and drafts of {gamma} does not fit into the draft's context of "
             f"{drafter.max_length}: shorten the prompt or the output"
         )
+    if getattr(drafter, "online", False):
+        raise UserError("a drafter that learns has no exact trace: freeze its gate")
+    if type(drafter) is not ModelDrafter:
+        return _fill(*_one_by_one(drafter, prompt, tokens, gamma), gamma)
     layers = int(drafter.model.config.num_hidden_layers)
     cache = KVCache(layers, start + length)
     ids = torch.tensor([[*prompt, *tokens]], device=drafter.model.device)
@@ -165,6 +154,31 @@ def draft_table(
     tails = [_roll_out(drafter, cache, start + w, first[w], gamma - 1) for w in batches]
     tail_tokens, tail_signals = (np.concatenate(part) for part in zip(*tails, strict=True))
 
+    drafts, signals = _fill(wrong, first, first_signals, tail_tokens, tail_signals, gamma)
+    signals[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
+    return drafts, signals
+
+
+def _fill(
+    wrong: np.ndarray,
+    first: np.ndarray,
+    first_signals: np.ndarray,
+    tail_tokens: np.ndarray,
+    tail_signals: np.ndarray,
+    gamma: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put a table together from the first proposal at every position, and how drafts go on after a wrong one.
+
+    Parameters
+    ----------
+    wrong : ndarray of int, shape (m,)
+        Positions whose first proposal is not the output's token, the end L of the output among them.
+    first, first_signals : ndarray, shape (L + 1,) and (L + 1, N_SIGNALS)
+    tail_tokens, tail_signals : ndarray, shape (m, gamma - 1) and (m, gamma - 1, N_SIGNALS)
+    gamma : int
+        Longest draft.
+    """
+    length = len(first) - 1
     drafts = np.empty((length, gamma), dtype=np.int32)
     signals = np.empty((length, gamma, N_SIGNALS), dtype=np.float32)
     for t in range(length):
@@ -172,8 +186,32 @@ def draft_table(
         same = min(int(wrong[stop]) + 1 - t, gamma)
         drafts[t, :same], signals[t, :same] = first[t : t + same], first_signals[t : t + same]
         drafts[t, same:], signals[t, same:] = tail_tokens[stop, : gamma - same], tail_signals[stop, : gamma - same]
-    signals[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
     return drafts, signals
+
+
+def _one_by_one(drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], gamma: int) -> tuple[np.ndarray, ...]:
+    """Return what :func:`_fill` takes, from a drafter's own calls: each proposal depends on its prefix alone."""
+    length = len(tokens)
+    first = np.empty(length + 1, dtype=np.int64)
+    first_signals = np.zeros((length + 1, N_SIGNALS))
+    wrong, tails, tail_signals = [], [], []
+    drafter.begin(list(prompt), len(prompt) + length + gamma + 1)
+    for t in range(length + 1):
+        drafter.use("")
+        first[t] = drafter.draft(first_signals[t])
+        if t == length or first[t] != tokens[t]:
+            tail, signals = np.full(gamma - 1, NO_PROPOSAL), np.zeros((gamma - 1, N_SIGNALS))
+            j, token = 0, first[t]
+            while token != NO_PROPOSAL and j < gamma - 1:
+                tail[j] = token = drafter.draft(signals[j])
+                j += 1
+            wrong.append(t)
+            tails.append(tail)
+            tail_signals.append(signals)
+        drafter.end(0)
+        if t < length:
+            drafter.extend([int(tokens[t])])
+    return np.array(wrong), first, first_signals, np.array(tails), np.array(tail_signals)
 
 
 def _choose(drafter: ModelDrafter, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PreTra
 from policies.base import N_SIGNALS
 from speckv_online.drafters import ModelDrafter
 from speckv_online.errors import UserError
+from speckv_online.fingerprints import fingerprint
 from speckv_online.models import LoadedPair, chat_prompt
-from speckv_online.trace_collection import collect_trace, draft_table, fingerprint
+from speckv_online.trace_collection import collect_trace, draft_table
 from speckv_online.traces import Trace, load_traces
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 

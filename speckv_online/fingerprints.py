@@ -1,0 +1,36 @@
+"""Short hashes of models and drafters, so that traces of different ones are never mixed."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from speckv_online.drafters import Drafter, ModelDrafter
+from speckv_online.hybrid import HybridDrafter
+from speckv_online.ngram import MAX_N, SMOOTHING
+
+
+def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
+    """Return a short hash of a model's tensors: names, types, shapes and an even sample of the bytes of each.
+
+    A sample, since hashing all of a large model takes longer than tracing a prompt; retrained or requantized weights
+    differ in every tensor.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{getattr(value, 'dtype', '')}:{tuple(getattr(value, 'shape', ()))};".encode())
+        if isinstance(value, torch.Tensor) and value.numel():
+            flat = value.detach().reshape(-1)
+            flat = flat[:: max(1, flat.numel() // sample)].contiguous().cpu()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def drafter_fingerprint(drafter: Drafter) -> str:
+    """Return a short hash of everything that a drafter's proposals depend on."""
+    if isinstance(drafter, HybridDrafter):
+        return f"{fingerprint(drafter.model)}-gate-{drafter.gate.digest}-skip-{drafter.skip:g}"
+    if isinstance(drafter, ModelDrafter):
+        return fingerprint(drafter.model)
+    return f"{drafter.names[0]}-{MAX_N}-{SMOOTHING:g}"
