@@ -53,9 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     add.set_defaults(command=policies)
     add.add_argument("--json", action="store_true", help="print JSON")
 
-    add = commands.add_parser("report", help="write and show the report of a run")
+    add = commands.add_parser("report", help="write and show the report of a run, or of several side by side")
     add.set_defaults(command=report)
-    add.add_argument("run", metavar="RUN_DIR", help="directory that a run wrote")
+    add.add_argument("run", metavar="RUN_DIR", nargs="+", help="directory that a run wrote")
+    add.add_argument("--out", metavar="DIR", help="where the report of several runs goes (default: report)")
     add.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -140,10 +141,22 @@ def policies(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Run ``speckv report``."""
-    from speckv_online.report import to_json, to_text, write_report
+    from speckv_online.report import text_table, to_json, to_text, write_report, write_reports
+    from speckv_online.report_table import side_by_side
 
-    found = write_report(arguments.run)
-    print(json.dumps(to_json(found)) if arguments.json else to_text(found))
+    if len(arguments.run) == 1:
+        if arguments.out:
+            raise UserError("--out is for several runs: the report of one goes into its own directory")
+        found = write_report(arguments.run[0])
+        print(json.dumps(to_json(found)) if arguments.json else to_text(found))
+        return
+    out = arguments.out or "report"
+    several = write_reports(arguments.run, out)
+    if arguments.json:
+        print(json.dumps([to_json(one) for one in several]))
+    else:
+        print("\n".join(text_table(side_by_side(several))))
+        print("".join(f"\n{one.name}: {one.verdict}" for one in several) + f"\nReport: {out}")
 
 
 if __name__ == "__main__":
