@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from speckv_online.drafters import ModelDrafter
 from speckv_online.errors import UserError
 from speckv_online.levels import Level, get_level
+from speckv_online.packed import pack
 from speckv_online.shipped_draft import load_shipped_draft
 from speckv_online.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
 
@@ -146,7 +147,7 @@ def load_pair(
     draft: str | None = None,
     draft_level: str | None = None,
 ) -> LoadedPair:
-    """Load a target at a level, and its draft.
+    """Load a target at a level, and its draft, both packed for decoding where they run on a CPU.
 
     Parameters
     ----------
@@ -175,11 +176,15 @@ def load_pair(
         check_tokenizers(tokenizer, load_tokenizer(draft))
         big = load_target(target, level, device)
         small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
+        pack(big)
+        pack(small)
         revision = {"target": _revision(big, target), "draft": _revision(small, draft)}
         return LoadedPair(big, ModelDrafter(small, big.config.vocab_size), tokenizer, level, where, revision)
     folder = prepare(pair)
     big = load_target(folder, level, device)
     small, head_ids, draft_hash = load_shipped_draft(folder, where)
+    pack(big)
+    pack(small)
     revision = {"target": f"{pair}:{folder.name}", "draft": f"{pair}:sha256:{draft_hash[:16]}"}
     drafter = ModelDrafter(small, big.config.vocab_size, head_ids)
     return LoadedPair(big, drafter, load_tokenizer(str(folder)), level, where, revision)
