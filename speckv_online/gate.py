@@ -96,7 +96,7 @@ class Gate:
         """Write an ``.npz`` file, and its card as JSON beside it."""
         path = Path(path)
         head = json.dumps({"format": FORMAT, "version": VERSION, "features": FEATURES, "card": self.card})
-        arrays = {"weights": np.array(self.weights), "sure": np.array(self.sure_weights)}
+        arrays: dict[str, Any] = {"weights": np.array(self.weights), "sure": np.array(self.sure_weights)}
         arrays |= {"information": self.information, "head": np.array(head)}
         write_atomically(path, lambda f: np.savez(f, **arrays), binary=True)
         card = {"format": FORMAT, "version": VERSION, "digest": self.digest} | self.card
@@ -120,9 +120,7 @@ class Gate:
         except FileNotFoundError:
             raise UserError(f"no gate {path}: fit one with python -m experiments.gate") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} is no usable gate: {error}; fit one with python -m experiments.gate"
-            ) from error
+            raise UserError(f"{path} is no usable gate: {error}; fit one with python -m experiments.gate") from error
 
 
 def lookup_features(found: Proposal) -> list[float]:

@@ -13,7 +13,7 @@ from speckv_online.ngram import Proposal
 from speckv_online.sampling import Sampler
 
 #: Where the lookup is this sure to be right, the model is not asked.
-SKIP = 0.8
+SKIP = 0.6
 
 
 class HybridDrafter(ModelDrafter):

@@ -142,7 +142,7 @@ def draft_table(
     if getattr(drafter, "online", False):
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
     if type(drafter) is not ModelDrafter:
-        return _fill(*_one_by_one(drafter, prompt, tokens, gamma), gamma)
+        return _one_by_one(drafter, prompt, tokens, gamma)
     layers = int(drafter.model.config.num_hidden_layers)
     cache = KVCache(layers, start + length)
     ids = torch.tensor([[*prompt, *tokens]], device=drafter.model.device)
@@ -189,8 +189,10 @@ def _fill(
     return drafts, signals
 
 
-def _one_by_one(drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], gamma: int) -> tuple[np.ndarray, ...]:
-    """Return what :func:`_fill` takes, from a drafter's own calls: each proposal depends on its prefix alone."""
+def _one_by_one(
+    drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], gamma: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the table from a drafter's own calls, relying on each proposal to depend on its prefix alone."""
     length = len(tokens)
     first = np.empty(length + 1, dtype=np.int64)
     first_signals = np.zeros((length + 1, N_SIGNALS))
@@ -211,7 +213,7 @@ def _one_by_one(drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], 
         drafter.end(0)
         if t < length:
             drafter.extend([int(tokens[t])])
-    return np.array(wrong), first, first_signals, np.array(tails), np.array(tail_signals)
+    return _fill(np.array(wrong), first, first_signals, np.array(tails), np.array(tail_signals), gamma)
 
 
 def _choose(drafter: ModelDrafter, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
