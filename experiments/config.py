@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from speckv_online.drafter_spec import HELP as DRAFTERS
+from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
 
 T = TypeVar("T")
@@ -27,6 +29,7 @@ class CompareConfig:
     pair: str = option("smollm2", "named model pair, see `speckv models`")
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer: an id or a directory")
+    drafter: str = option("model", DRAFTERS)
     levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels of the target, comma separated")
     policies: tuple[str, ...] = option(
         ("autoregressive", "fixed:4", "mlp16", "online"), "policies to compare, comma separated, see `speckv policies`"
@@ -55,8 +58,7 @@ class CompareConfig:
         for name, least in (("max_new_tokens", 1), ("orders", 1), ("threads", 0), ("limit", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if (self.target is None) != (self.draft is None):
-            raise UserError("--target and --draft go together: give both, or --pair")
+        parse_drafter(self.drafter).check_models(self.target, self.draft)
 
 
 def split_specs(text: str) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from experiments.compare import bundled
 from experiments.config import option, parse
 from speckv_online.commands import run_command
+from speckv_online.drafter_spec import HELP as DRAFTERS
+from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt, choose, read_prompts
 
@@ -35,6 +37,7 @@ class ProfileConfig:
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer: an id or a directory")
     draft_level: str = option("", "compression level of --draft (default: uncompressed)")
+    drafter: str = option("model", DRAFTERS)
     levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels of the target, comma separated")
     prompts: str = option("24", "how many of the bundled prompts, or a JSONL file")
     split: str = option("train", "which split of the prompts: train, test or all")
@@ -55,8 +58,7 @@ class ProfileConfig:
         for name, least in (("max_new_tokens", 1), ("threads", 0), ("limit", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if (self.target is None) != (self.draft is None):
-            raise UserError("--target and --draft go together: give both, or --pair")
+        parse_drafter(self.drafter).check_models(self.target, self.draft)
         if not self.levels:
             raise UserError("--levels is empty: name at least one")
         if not self.gammas or not all(g.isdigit() and int(g) <= 16 for g in self.gammas):
@@ -137,6 +139,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         target=config.target,
         draft=config.draft,
         draft_level=config.draft_level or None,
+        drafter=config.drafter,
     )
     meta: dict[str, Any] = {
         "target": pair.revision["target"],

@@ -100,7 +100,7 @@ class Worker:
         started = now()
         clock = perf_counter()
         c = self.config
-        pair = load_pair(c.pair, level=self.level, device=c.device, target=c.target, draft=c.draft)
+        pair = load_pair(c.pair, level=self.level, device=c.device, target=c.target, draft=c.draft, drafter=c.drafter)
         self.pair = pair
         self.ids = {prompt.id: self._tokenize(prompt) for prompt in self.prompts}
         loaded = perf_counter() - clock

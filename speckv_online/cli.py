@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import speckv_online
 from speckv_online.commands import run_command
+from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.errors import UserError
 
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--pair", default="smollm2", help="named model pair (default: %(default)s)")
     add.add_argument("--target", help="target model: a Hugging Face id or a directory (with --draft)")
     add.add_argument("--draft", help="draft model with the same tokenizer")
+    add.add_argument("--drafter", default="model", metavar="NAME", help=f"{DRAFTERS} (default: %(default)s)")
     add.add_argument("--compression", default="fp16", help="compression level of the target (default: %(default)s)")
     add.add_argument("--policy", default="online", help="policy, see `speckv policies` (default: %(default)s)")
     add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens (default: 64)")
@@ -88,6 +90,7 @@ def generate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         target=arguments.target,
         draft=arguments.draft,
+        drafter=arguments.drafter,
     )
     decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)

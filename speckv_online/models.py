@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from speckv_online.drafters import ModelDrafter
+from speckv_online.drafter_spec import parse_drafter
+from speckv_online.drafters import Drafter
 from speckv_online.errors import UserError
 from speckv_online.levels import Level, get_level
 from speckv_online.packed import pack
@@ -28,7 +29,7 @@ class LoadedPair:
     Attributes
     ----------
     target : PreTrainedModel
-    drafter : ModelDrafter
+    drafter : Drafter
     tokenizer : PreTrainedTokenizerBase
     level : Level
     device : torch.device
@@ -37,7 +38,7 @@ class LoadedPair:
     """
 
     target: PreTrainedModel
-    drafter: ModelDrafter
+    drafter: Drafter
     tokenizer: PreTrainedTokenizerBase
     level: Level
     device: torch.device
@@ -146,6 +147,7 @@ def load_pair(
     target: str | None = None,
     draft: str | None = None,
     draft_level: str | None = None,
+    drafter: str = "model",
 ) -> LoadedPair:
     """Load a target at a level, and its draft, both packed for decoding where they run on a CPU.
 
@@ -158,19 +160,27 @@ def load_pair(
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     target, draft : str, optional
-        Model ids or folders of any two models with one tokenizer.
+        Model ids or folders of any two models with one tokenizer; for ``drafter="ngram"`` the target alone.
     draft_level : str, optional
         Compression level of ``draft``; by default it is uncompressed. A target may be drafted by its own 4-bit self.
+    drafter : str
+        ``model``, ``ngram`` (no draft is loaded) or ``hybrid``, see :mod:`speckv_online.drafter_spec`.
 
     Raises
     ------
     UserError
-        Unknown pair or level, a model that cannot be loaded, two different tokenizers.
+        Unknown pair, level or drafter, a model that cannot be loaded, two different tokenizers.
     """
     level = get_level(level) if isinstance(level, str) else level
-    where = pick_device(device)
-    if (target is None) != (draft is None):
-        raise UserError("--target and --draft go together: give both or neither")
+    where, spec = pick_device(device), parse_drafter(drafter)
+    spec.check_models(target, draft)
+    if spec.kind == "ngram":
+        source = target or str(prepare(pair))
+        big = load_target(source, level, device)
+        pack(big)
+        revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": "ngram"}
+        nothing = spec.build(None, big.config.vocab_size)
+        return LoadedPair(big, nothing, load_tokenizer(source), level, where, revision)
     if target is not None and draft is not None:
         tokenizer = load_tokenizer(target)
         check_tokenizers(tokenizer, load_tokenizer(draft))
@@ -179,15 +189,15 @@ def load_pair(
         pack(big)
         pack(small)
         revision = {"target": _revision(big, target), "draft": _revision(small, draft)}
-        return LoadedPair(big, ModelDrafter(small, big.config.vocab_size), tokenizer, level, where, revision)
+        return LoadedPair(big, spec.build(small, big.config.vocab_size), tokenizer, level, where, revision)
     folder = prepare(pair)
     big = load_target(folder, level, device)
     small, head_ids, draft_hash = load_shipped_draft(folder, where)
     pack(big)
     pack(small)
     revision = {"target": f"{pair}:{folder.name}", "draft": f"{pair}:sha256:{draft_hash[:16]}"}
-    drafter = ModelDrafter(small, big.config.vocab_size, head_ids)
-    return LoadedPair(big, drafter, load_tokenizer(str(folder)), level, where, revision)
+    proposer = spec.build(small, big.config.vocab_size, head_ids)
+    return LoadedPair(big, proposer, load_tokenizer(str(folder)), level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:
