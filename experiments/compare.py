@@ -21,9 +21,11 @@ from typing import Any
 
 from experiments.config import CompareConfig, parse
 from experiments.display import Display
+from experiments.ledger import Ledger, earlier_workers
 from speckv_online import manifest
 from speckv_online.commands import run_command
 from speckv_online.errors import UserError
+from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
 from speckv_online.rundir import RunDir
 
@@ -40,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: CompareConfig) -> int:
-    """Run a comparison and print its report. Everything that can be refused is refused before a model is loaded."""
+    """Run a comparison and print its report. Everything that can be refused is refused before a model is loaded.
+
+    Returns
+    -------
+    int
+        Exit code: 0 if every unit was decoded, 1 if a level failed; the report then says what is missing.
+    """
     prompts = select_prompts(config)
     path = run_path(config)
     digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
@@ -48,44 +56,45 @@ def compare(config: CompareConfig) -> int:
     check_names(config)
 
     # Imported late: torch and transformers take seconds, and mistakes should show at once.
-    from experiments.runner import Job, connect, plan, run_local, run_ray
+    from experiments.ray_runner import RayRun, connect
+    from experiments.runner import run_local
+    from experiments.schedule import Node, plan
+    from experiments.work import Job
     from speckv_online.models import prepare
-    from speckv_online.report import to_json, to_text, write_report
 
-    with Display(config, len(prompts)) as display:
+    with exclusive(path), Display(config, len(prompts)) as display:
+        for left in path.glob(".*.part"):  # a killed run was writing it
+            left.unlink()
         if config.target is None:
             display.say(f"preparing the model pair {config.pair}")
             prepare(config.pair)
         if not config.local:
-            display.say("starting Ray" if "RAY_ADDRESS" not in os.environ else "connecting to Ray")
+            cluster = config.address or os.environ.get("RAY_ADDRESS")
+            display.say("connecting to Ray" if cluster else "starting Ray")
         names = {key: _name(getattr(config, key)) for key in ("target", "draft", "prompts")}
-        with contextlib.nullcontext([manifest.cores()]) if config.local else connect() as nodes:
-            schedule = plan(config.threads, 1 if config.local else len(config.levels), nodes)
+        with contextlib.nullcontext([Node(manifest.cores())]) if config.local else connect(config.address) as nodes:
+            schedule = plan(config, nodes, len(prompts) * config.orders)
             facts = manifest.collect(
                 command="python -m experiments.compare " + shlex.join(_flags(config)),
-                config=asdict(config) | {"out": ""} | names,
+                config=asdict(config) | {"out": "", "address": ""} | names,
                 prompts={"count": len(prompts), "sha256": digest, "ids": [p.id for p in prompts]},
                 seeds=[config.seed + i for i in range(config.orders)],
-                schedule=schedule.describe(len(config.levels)) | {"actors": "none" if config.local else "ray"},
+                schedule=schedule.describe() | {"actors": "none" if config.local else "ray"},
                 notes=[note for pair, note in PAIR_NOTES.items() if pair == config.pair and not config.target],
-                workers={},
+                workers=earlier_workers(path),
+                failed={},
             )
-            run.write_manifest(facts)
-            job = Job(config, prompts, path, schedule.threads)
-            events = run_local(job) if config.local else run_ray(job, schedule.slots)
+            ledger = Ledger(run, facts, display)
+            ledger.save()
+            job = Job(config, prompts, path, schedule)
             try:
-                for event in events:
+                for event in run_local(job) if config.local else RayRun(job).events():
                     display.show(event)
-                    if event.facts:
-                        facts["workers"].setdefault(event.level, {}).update(event.facts)
-                        run.write_manifest(facts)
+                    ledger.note(event)
             except BaseException:
-                display.say(f"stopped; the same command with --out {path} goes on from here")
+                display.say(f"stopped; go on from here with --resume {path}")
                 raise
-    run.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
-    report = write_report(path)
-    print(json.dumps(to_json(report) | {"run": str(path)}) if config.json else f"\n{to_text(report)}\nRun: {path}")
-    return 0
+        return ledger.finish(as_json=config.json)
 
 
 def select_prompts(config: CompareConfig) -> list[Prompt]:
@@ -132,7 +141,11 @@ def _flags(config: CompareConfig) -> Iterator[str]:
     """The flags that make this config again; the paths of models and output are cut to their last part."""
     default = CompareConfig()
     for key, value in asdict(config).items():
-        if value == getattr(default, key) or key == "out":
+        if value == getattr(default, key) or key in ("out", "address"):
+            continue
+        if key == "resources":
+            for level, own in value.items():
+                yield from (f"--set=resources.{level}.{k}={v}" for k, v in own.items() if v)
             continue
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,26 @@ T = TypeVar("T")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Declare a config field with its default and one line of help."""
+    """Declare a config field with its default and a line of help; with default None it holds text or ``type``."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the workers of a compression level may use."""
+
+    workers: int = option(0, "workers that share this level's prompts, on Ray (0: as --workers)")
+    threads: int = option(0, "CPU threads per worker (0: as --threads)")
+    gpus: float | None = option(None, "GPUs per worker, also a fraction (default: 1 where there are any)", type=float)
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "gpus"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"resources: {name} must not be negative, got {getattr(self, name)}")
+
+
+#: Who learns together: nobody, the workers of one level, or all.
+SHARING = ("none", "per-level", "global")
 
 
 @dataclass(frozen=True)
@@ -39,14 +57,26 @@ class CompareConfig:
     max_new_tokens: int = option(32, "tokens to decode per prompt")
     orders: int = option(1, "how many seeded orders of the prompts to run; learning policies start afresh in each")
     seed: int = option(0, "seed of the prompt choice, the orders and the policies")
-    threads: int = option(0, "CPU threads per worker; levels run side by side if the cores allow it (0: all cores)")
+    sharing: str = option("global", "who learns together: none (each worker alone), per-level, or global (all levels)")
+    sync_every: int = option(32, "steps after which a worker sends what a policy learnt and pulls the merged one")
+    workers: int = option(1, "workers per level, on Ray")
+    threads: int = option(0, "CPU threads per worker; workers run side by side if the cores allow it (0: all cores)")
+    resources: dict[str, Resources] = field(
+        default_factory=dict,
+        metadata={"help": "workers, threads and gpus by level; `default` for the rest", "of": Resources},
+    )
     device: str = option("auto", "auto, cpu or cuda")
     out: str = option("", "run directory, continued if it holds the same run (default: runs/compare__SEED__TIME)")
+    address: str = option("", "Ray cluster (default: RAY_ADDRESS or that of the surrounding job, else one of its own)")
     local: bool = option(False, "run in this process, without Ray")
     json: bool = option(False, "print the report as JSON instead of text")
 
-    #: Flags that may change when a run is continued.
-    VOLATILE = ("out", "json", "local", "threads")
+    #: Settings that may change when a run is continued.
+    VOLATILE = ("out", "json", "local", "threads", "workers", "resources", "address")
+    #: ``--resume RUN_DIR`` takes the settings of an earlier run.
+    RESUMES = True
+    #: What a run's ``config.yaml`` holds besides.
+    EXTRA = ("prompts_sha256",)
 
     def __post_init__(self) -> None:
         for name in ("levels", "policies"):
@@ -55,10 +85,20 @@ class CompareConfig:
                 raise UserError(f"--{name} is empty: name at least one")
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} names something twice: {', '.join(values)}")
-        for name, least in (("max_new_tokens", 1), ("orders", 1), ("threads", 0), ("limit", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        least = {"max_new_tokens": 1, "orders": 1, "sync_every": 1, "workers": 1, "threads": 0, "limit": 0, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(self, name)}")
+        if self.sharing not in SHARING:
+            raise UserError(f"--sharing must be one of {', '.join(SHARING)}, got {self.sharing!r}")
+        if unknown := set(self.resources) - {*self.levels, "default"}:
+            raise UserError(f"resources: {', '.join(sorted(unknown))} is none of the levels {', '.join(self.levels)}")
         parse_drafter(self.drafter).check_models(self.target, self.draft)
+
+    def for_level(self, level: str) -> Resources:
+        """Return what a level's workers may use, the general settings filled in."""
+        own = self.resources.get(level) or self.resources.get("default") or Resources()
+        return Resources(own.workers or self.workers, own.threads or self.threads, own.gpus)
 
 
 def split_specs(text: str) -> tuple[str, ...]:
@@ -76,10 +116,16 @@ def split_specs(text: str) -> tuple[str, ...]:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add a flag for every field of a config class, and ``--config`` for a YAML file with the same names."""
+    """Add a flag for every plain field of a config class, ``--config`` for a YAML file, and ``--set`` for any field."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags given here win over it")
+    text = "set anything that the YAML file may hold, e.g. resources.nf4.gpus=0.5; may be repeated"
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help=text)
+    if getattr(cls, "RESUMES", False):
+        parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run that was stopped or killed")
     for f in fields(cls):
         text = f.metadata["help"]
+        if "of" in f.metadata:
+            continue  # no flag could say it: YAML or --set
         if "default:" not in text:
             text += f" (default: {_show(f)})"
         flag, kwargs = f"--{f.name.replace('_', '-')}", {"default": argparse.SUPPRESS, "help": text}
@@ -87,23 +133,64 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **kwargs)
         elif isinstance(f.default, tuple):
             parser.add_argument(flag, type=split_specs, metavar="A,B,…", **kwargs)
-        elif isinstance(f.default, int):
-            parser.add_argument(flag, type=int, metavar="N", **kwargs)
+        elif isinstance(f.default, int | float):
+            parser.add_argument(flag, type=type(f.default), metavar="N", **kwargs)
         else:
             parser.add_argument(flag, metavar=f.name.upper(), **kwargs)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
-    """Read the command line into a config; raises :class:`UserError` for values that make no sense."""
+    """Read the command line into a config; raises :class:`UserError` for values that make no sense.
+
+    Later ones win: defaults, ``--resume`` or ``--config``, ``--set``, the other flags.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     add_options(parser, cls)
     given = vars(parser.parse_args(argv))
-    file = given.pop("config", None)
-    return cls(**((load_yaml(cls, file) if file else {}) | given))
+    file, folder, sets = given.pop("config", None), given.pop("resume", None), given.pop("set")
+    if folder:
+        if file or "out" in given:
+            raise UserError("--resume takes the settings and the directory of a run: leave --config and --out away")
+        file, given["out"] = Path(folder) / "config.yaml", str(folder)
+    values = _read(file) if file else {}
+    check(cls, values, str(file))
+    for text in sets:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: must be of the form name=value")
+        *path, last = [part if i else part.replace("-", "_") for i, part in enumerate(name.strip().split("."))]
+        inner = values
+        for part in path:
+            inner = inner.setdefault(part, {}) if isinstance(inner, dict) else inner
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {text}: {'.'.join(path)} holds no settings of its own")
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UserError(f"--set {text}: not a valid value") from e
+    return cls(**(check(cls, values, "--set" if sets else str(file)) | given))
 
 
 def load_yaml(cls: type, file: str | Path) -> dict[str, Any]:
     """Read settings of a config class from YAML, with their types checked."""
+    return check(cls, _read(file), str(file))
+
+
+def check(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return settings as a config class wants them; raises :class:`UserError` for unknown names and wrong types."""
+    known = {f.name: f for f in fields(cls)}
+    result = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in getattr(cls, "EXTRA", ()):
+            continue
+        if name not in known:
+            raise UserError(f"{where}: unknown setting {key!r}; known are {', '.join(known)}")
+        result[name] = _checked(known[name], value, where)
+    return result
+
+
+def _read(file: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except OSError as e:
@@ -112,33 +199,27 @@ def load_yaml(cls: type, file: str | Path) -> dict[str, Any]:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a mapping of settings to values")
-    known = {f.name: f for f in fields(cls)}
-    result = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise UserError(f"{file}: unknown setting {key!r}; known are {', '.join(known)}")
-        result[name] = _checked(known[name], value, file)
-    return result
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def resolved(config: Any) -> dict[str, Any]:
-    """Return a config as a plain dict."""
-    return asdict(config)
-
-
-def _checked(f: Field[Any], value: Any, file: str | Path) -> Any:
+def _checked(f: Field[Any], value: Any, where: str) -> Any:
+    if cls := f.metadata.get("of"):
+        if isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()):
+            return {str(k): cls(**check(cls, v, f"{where}: {f.name}.{k}")) for k, v in value.items()}
+        raise UserError(f"{where}: {f.name} must hold settings by name, e.g. {{nf4: {{threads: 2}}}}")
     if isinstance(f.default, tuple):
         if isinstance(value, str):
             return split_specs(value)
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise UserError(f"{file}: {f.name} must be a list of names")
+        raise UserError(f"{where}: {f.name} must be a list of names")
     if f.name == "prompts" and type(value) is int:  # the count needs no quotes in YAML
         return str(value)
-    wanted = str if f.default is None else type(f.default)
+    wanted = f.metadata.get("type") or (str if f.default is None else type(f.default))
+    if wanted is float and type(value) is int:
+        return float(value)
     if type(value) is not wanted and not (f.default is None and value is None):
-        raise UserError(f"{file}: {f.name} must be of type {wanted.__name__}, got {value!r}")
+        raise UserError(f"{where}: {f.name} must be of type {wanted.__name__}, got {value!r}")
     return value
 
 

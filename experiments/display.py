@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from experiments.config import CompareConfig
 
 if TYPE_CHECKING:
-    from experiments.runner import Event
+    from experiments.work import Event
 
 
 class Display:
@@ -62,13 +62,15 @@ class Display:
     def show(self, event: Event) -> None:
         """Show an event of the run."""
         if event.kind == "loading":
-            text = "loading, warming up and calibrating"
+            text = "starting a worker: it loads, warms up and calibrates when it is its turn"
             if self.bars is not None:
                 self.bars.start_task(self.tasks[event.level])
         elif event.kind == "ready":
             text = f"ready: {(event.facts or {}).get('arithmetic', '')}"
         elif event.kind == "finished":
             text = "finished"
+        elif event.kind in ("failed", "trouble"):
+            text = f"failed: {event.text}" if event.kind == "failed" else event.text
         elif event.progress is not None:
             p = event.progress
             text = f"{p.unit.policy} on {p.unit.prompt}: {p.tokens} tokens, {p.tokens / p.seconds:.1f} tokens/s"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,19 +15,70 @@ from policies.base import Policy, State
 from policies.registry import make_policy
 from speckv_online.rundir import load_arrays, save_arrays
 
-#: A policy in one seeded order of the prompts: (spec, seed).
-Key = tuple[str, int]
-#: Version (batches merged so far) and state of a policy.
-Merged = tuple[int, State]
+
+class Key(NamedTuple):
+    """A policy in one seeded order of the prompts; ``scope`` is who learns together: all (empty), a level, a worker."""
+
+    spec: str
+    seed: int
+    scope: str = ""
+
+
+class Merged(NamedTuple):
+    """Version (batches merged so far) and state of a policy."""
+
+    version: int
+    state: State
+
+
+class Batches:
+    """Which batches were added: by source, how many from 0 on without a gap, and those that came ahead of others.
+
+    Adding and asking take the same time however many there are.
+    """
+
+    def __init__(self, packed: Mapping[str, list[int]] | None = None) -> None:
+        self.counts = {source: first for source, (first, *_) in (packed or {}).items()}
+        self.ahead = {source: set(rest) for source, (_, *rest) in (packed or {}).items() if rest}
+        self.total = sum(self.counts.values()) + sum(map(len, self.ahead.values()))
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __contains__(self, batch: tuple[str, int]) -> bool:
+        source, i = batch
+        return 0 <= i < self.counts.get(source, 0) or i in self.ahead.get(source, ())
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        for source, (first, *rest) in self.packed().items():
+            yield from ((source, i) for i in [*range(first), *rest])
+
+    def add(self, source: str, i: int) -> None:
+        """Note a batch that was not there."""
+        self.total += 1
+        first, ahead = self.counts.get(source, 0), self.ahead.setdefault(source, set())
+        ahead.add(i)
+        while first in ahead:
+            ahead.remove(first)
+            first += 1
+        self.counts[source] = first
+        if not ahead:
+            del self.ahead[source]
+
+    def packed(self) -> dict[str, list[int]]:
+        """Return what makes this object again, ready for JSON."""
+        return {source: [first, *sorted(self.ahead.get(source, ()))] for source, first in self.counts.items()}
+
+
 #: Marks the learner's own arrays in a checkpoint, beside those of the policy.
 _OWN = "learner."
 
 
 class Learner:
-    """Merges the statistics of all workers, and writes a checkpoint after each batch.
+    """Merges the statistics of all workers, and writes a checkpoint before it confirms a batch.
 
-    A batch is named by its worker and a sequence number, so that a batch which is sent twice (a worker that was
-    restarted, a call that was retried) counts once.
+    A batch is named by its source (a level and a prompt) and a sequence number, so that a batch which is sent twice
+    (a call that was retried, a prompt that another worker decoded again) counts once.
 
     Parameters
     ----------
@@ -37,17 +89,19 @@ class Learner:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.policies: dict[Key, Policy] = {}
-        self.applied: dict[Key, set[tuple[str, int]]] = {}
+        self.applied: dict[Key, Batches] = {}
 
-    def sync(self, worker: str, sequence: int, deltas: Mapping[Key, State]) -> dict[Key, Merged]:
-        """Add a worker's batch, unless it was added before, and return the merged state of every policy in it.
+    def sync(self, source: str, sequence: int, deltas: Mapping[Any, State], whole: bool = False) -> dict[Key, Merged]:
+        """Add a batch, unless it was added before, and return the merged state of every policy in it.
 
         Parameters
         ----------
-        worker, sequence : str, int
+        source, sequence : str, int
             Name of the batch.
-        deltas : mapping of (spec, seed) to State
+        deltas : mapping of (spec, seed[, scope]) to State
             What :meth:`~policies.base.Policy.take_delta` gave; empty to ask for the state only.
+        whole : bool
+            The arrays are whole states that replace what is there, not sums that are added to it.
 
         Returns
         -------
@@ -56,48 +110,55 @@ class Learner:
             :meth:`~policies.base.Policy.load_state_dict`, which is ``{}`` at version 0.
         """
         merged: dict[Key, Merged] = {}
-        for key, delta in deltas.items():
+        for given, delta in deltas.items():
+            key = Key(*given)
+            if not delta and key not in self.policies and not (self.folder / checkpoint_name(key)).exists():
+                merged[key] = Merged(0, {})
+                continue
             policy, applied = self._policy(key), self.applied[key]
-            if delta and (worker, sequence) not in applied:
-                policy.merge(delta)
-                applied.add((worker, sequence))
+            if delta and (source, sequence) not in applied:
+                (policy.load_state_dict if whole else policy.merge)(delta)
+                applied.add(source, sequence)
                 self._save(key)
-            merged[key] = len(applied), policy.state_dict() if applied else {}
+            merged[key] = Merged(len(applied), policy.state_dict() if applied else {})
         return merged
 
     def versions(self) -> dict[str, int]:
-        """Return the number of batches merged so far, per policy and seed."""
-        return {f"{spec} seed {seed}": len(applied) for (spec, seed), applied in self.applied.items()}
+        """Return the number of batches merged so far, per policy, seed and scope."""
+        return {f"{k.spec} seed {k.seed} {k.scope}".rstrip(): len(applied) for k, applied in self.applied.items()}
 
     def _policy(self, key: Key) -> Policy:
         if key not in self.policies:
-            spec, seed = key
-            self.policies[key], self.applied[key] = make_policy(spec, seed=seed), set()
+            policy, applied = make_policy(key.spec, seed=key.seed), Batches()
             file = self.folder / checkpoint_name(key)
             if file.exists():
                 state, applied = read_checkpoint(file)
-                self.policies[key].load_state_dict(state)
-                self.applied[key] = {(str(worker), int(sequence)) for worker, sequence in applied}
+                policy.load_state_dict(state)
+            self.policies[key], self.applied[key] = policy, applied
         return self.policies[key]
 
     def _save(self, key: Key) -> None:
-        names = json.dumps(sorted(self.applied[key]))
-        own = {f"{_OWN}applied": np.frombuffer(names.encode(), np.uint8)}
-        save_arrays(self.folder / checkpoint_name(key), self.policies[key].state_dict() | own)
+        own = {f"{_OWN}applied": np.frombuffer(json.dumps(self.applied[key].packed()).encode(), np.uint8)}
+        try:
+            save_arrays(self.folder / checkpoint_name(key), self.policies[key].state_dict() | own)
+        except BaseException:
+            # What is in memory and what is on disk differ now: start again from the checkpoint when asked next.
+            del self.policies[key], self.applied[key]
+            raise
 
 
-def checkpoint_name(key: Key, level: str = "") -> str:
-    """Return the file name of a policy's checkpoint; ``level`` for policies whose workers share nothing."""
-    spec, seed = key
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", spec).strip("-")
-    if name != spec:  # two specs may read alike once their punctuation is gone
-        name += f"-{zlib.crc32(spec.encode()):08x}"
-    return f"policy-{name}-{level + '-' if level else ''}seed-{seed}.npz"
+def checkpoint_name(key: tuple[str, int] | Key) -> str:
+    """Return the file name of a policy's checkpoint."""
+    key = Key(*key)
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", key.spec).strip("-")
+    if name != key.spec:  # two specs may read alike once their punctuation is gone
+        name += f"-{zlib.crc32(key.spec.encode()):08x}"
+    return f"policy-{name}-{key.scope + '-' if key.scope else ''}seed-{key.seed}.npz"
 
 
-def read_checkpoint(path: str | Path) -> tuple[State, list[tuple[str, int]]]:
+def read_checkpoint(path: str | Path) -> tuple[State, Batches]:
     """Return a policy's state from a checkpoint, and the names of the batches that went into it."""
     arrays = load_arrays(path)
     own = arrays.get(f"{_OWN}applied")
-    applied = json.loads(own.tobytes().decode()) if own is not None else []
-    return {k: v for k, v in arrays.items() if not k.startswith(_OWN)}, [(w, s) for w, s in applied]
+    batches = Batches(json.loads(own.tobytes().decode()) if own is not None else None)
+    return {k: v for k, v in arrays.items() if not k.startswith(_OWN)}, batches

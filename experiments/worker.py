@@ -1,54 +1,65 @@
-"""The worker: one model pair at one compression level, decoding every prompt under every policy."""
+"""The worker: one model pair at one compression level, decoding one prompt after the other under any policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from experiments.config import CompareConfig
-from experiments.learner import Key, Merged, checkpoint_name, read_checkpoint
+from experiments.learner import Key, Merged
 from policies.base import Policy, State
 from policies.registry import make_policy
 from speckv_online.calibrate import calibrate
 from speckv_online.cost import as_prior
-from speckv_online.decoding import Generation, SpeculativeDecoder
+from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.manifest import now, weight_hashes
 from speckv_online.models import chat_prompt, load_pair
 from speckv_online.prompts import Prompt
-from speckv_online.rundir import StepWriter, Unit, save_arrays
+from speckv_online.records import StepRecord
+from speckv_online.rundir import Unit
 from speckv_online.session import quiet_libraries
 
-#: Adds this worker's statistics to the learner's and returns the merged ones: (worker, sequence, deltas) -> merged.
-Sync = Callable[[str, int, Mapping[Key, State]], dict[Key, Merged]]
+#: :meth:`experiments.learner.Learner.sync`, here or on another machine.
+Sync = Callable[[str, int, Mapping[Key, State], bool], dict[Key, Merged]]
 
 WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One finished unit, as a progress display wants it."""
+@dataclass(slots=True)
+class Decoded:
+    """A finished unit: its step records, what its last line says besides, and its seconds of decoding."""
 
-    level: str
     unit: Unit
-    done: int
-    total: int
-    tokens: int
+    steps: list[StepRecord]
+    facts: dict[str, Any]
     seconds: float
 
 
-class Worker:
-    """Decodes all prompts under all policies at one level, interleaved prompt by prompt.
+@dataclass(slots=True)
+class Seat:
+    """A policy at work in one seeded order, and which version of the merged statistics it has."""
 
-    Policies take turns in going first, so that a drift of the machine hits all alike. Finished units go to
-    ``steps-LEVEL.jsonl``; those that the file already holds are skipped. After each prompt the statistics of the
-    policies that learn go to the learner and come back merged.
+    policy: Policy
+    decoder: SpeculativeDecoder
+    key: Key
+    version: int = 0
+    #: What the unit at hand has to say: steps since the last exchange, exchanges, and (step, version, lag) of each.
+    steps: int = 0
+    sent: int = 0
+    pulls: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class Worker:
+    """Decodes what it is given, and learns locally; every so many steps it exchanges statistics with the learner.
+
+    What a policy learnt from a unit is sent before the unit counts as finished, under a name made of the unit, so that
+    a unit which has to be decoded again (its worker died in between) teaches once.
 
     Parameters
     ----------
@@ -57,44 +68,24 @@ class Worker:
     level : str
         Compression level of the target.
     index : int
-        Number of the worker, from 0.
+        Number of the worker within its level, from 0.
     threads : int
         CPU threads that it may use.
-    prompts : list of Prompt
-        What to decode.
-    out : str or Path
-        Run directory.
+    prompts : sequence of Prompt
+        All prompts of the run.
     sync : callable
         See :data:`Sync`.
     """
 
     def __init__(
-        self,
-        config: CompareConfig,
-        level: str,
-        index: int,
-        threads: int,
-        prompts: list[Prompt],
-        out: str | Path,
-        sync: Sync,
+        self, config: CompareConfig, level: str, index: int, threads: int, prompts: Sequence[Prompt], sync: Sync
     ) -> None:
         self.config, self.level, self.index, self.threads = config, level, index, threads
-        self.prompts, self.out, self.sync = prompts, Path(out), sync
-        self.writer = StepWriter(self.out / f"steps-{level}.jsonl")
-        self.units = list(self._plan())
-        self.position = 0
-        self.facts: dict[str, Any] = {}
-        self.policies: dict[Key, Policy] = {}
-        self.versions: dict[Key, int] = {}
-        self.decoders: dict[Key, SpeculativeDecoder] = {}
+        self.prompts, self.sync = prompts, sync
+        self.seats: dict[tuple[str, int], Seat] = {}
 
     def load(self) -> dict[str, Any]:
-        """Load the pair, warm up and calibrate, once; return facts for the manifest."""
-        if not self.facts:
-            self.facts = self._load()
-        return self.facts
-
-    def _load(self) -> dict[str, Any]:
+        """Load the pair, warm up and calibrate; return facts for the manifest."""
         quiet_libraries()
         torch.set_num_threads(self.threads)
         started = now()
@@ -102,7 +93,7 @@ class Worker:
         c = self.config
         pair = load_pair(c.pair, level=self.level, device=c.device, target=c.target, draft=c.draft, drafter=c.drafter)
         self.pair = pair
-        self.ids = {prompt.id: self._tokenize(prompt) for prompt in self.prompts}
+        self.ids = [self._tokenize(prompt) for prompt in self.prompts]
         loaded = perf_counter() - clock
         self.cost = calibrate(pair.target, pair.drafter, self.level, chat_prompt(pair.tokenizer, WARM_UP))
         models: dict[str, Any] = dict(pair.revision)
@@ -124,47 +115,37 @@ class Worker:
             },
         }
 
-    def advance(self) -> Progress | None:
-        """Decode the next unit that is not done yet; None when there is none."""
-        self.load()  # again, where an actor was restarted
-        while self.position < len(self.units):
-            index = self.position
-            unit, prompt = self.units[index]
-            self.position += 1
-            progress = None
-            if unit.key not in self.writer.done:
-                progress = self._decode(unit, prompt)
-            if (index + 1) % len(self.config.policies) == 0:
-                self._share(unit.seed, index // len(self.config.policies))
-            if progress is not None:
-                return progress
-        return None
+    def decode(self, unit: Unit, prompt: int) -> Decoded:
+        """Decode a unit, whose prompt has the given number, and exchange what was learnt."""
+        seat = self._seat(unit.policy, unit.seed)
+        seat.steps = seat.sent = 0
+        seat.pulls = []
+        version, ids = seat.version, self.ids[prompt]
+
+        def after_step(tokens: list[int]) -> None:  # not part of the step's time
+            seat.steps += 1
+            if seat.steps == self.config.sync_every:
+                self._share(seat, unit)
+
+        result = seat.decoder.generate(ids, self.config.max_new_tokens, task=unit.task, on_tokens=after_step)
+        if seat.steps:
+            self._share(seat, unit)
+        facts = {
+            "output": result.tokens,
+            "finish": result.finish,
+            "prompt_tokens": len(ids),
+            "prefill_seconds": result.prefill_seconds,
+            "worker": self.index,
+            "merged_version": version,
+            "version_lag": max((lag for _, _, lag in seat.pulls), default=0),
+            "pulls": seat.pulls,
+        }
+        return Decoded(unit, result.steps, facts, result.decode_seconds)
 
     def finish(self) -> dict[str, Any]:
-        """Close the records and return facts for the manifest."""
-        self.writer.close()
-        faults = {f"{spec} seed {seed}": d.policy.faults.total() for (spec, seed), d in self.decoders.items()}
+        """Return facts for the manifest at the end."""
+        faults = {f"{spec} seed {seed}": s.decoder.policy.faults.total() for (spec, seed), s in self.seats.items()}
         return {"finished": now(), "faults": {name: count for name, count in faults.items() if count}}
-
-    def _plan(self) -> Iterator[tuple[Unit, Prompt]]:
-        """Yield all units in order: seeded orders of the prompts, within a prompt the policies, rotated."""
-        policies = self.config.policies
-        for order in range(self.config.orders):
-            seed = self.config.seed + order
-            for i, p in enumerate(np.random.default_rng(seed).permutation(len(self.prompts))):
-                prompt = self.prompts[p]
-                for j in range(len(policies)):
-                    policy = policies[(i + j) % len(policies)]
-                    yield Unit(self.level, policy, prompt.id, prompt.task, seed), prompt
-
-    def _decode(self, unit: Unit, prompt: Prompt) -> Progress:
-        key = (unit.policy, unit.seed)
-        decoder = self._decoder(key)
-        ids = self.ids[prompt.id]
-        result = decoder.generate(ids, self.config.max_new_tokens, task=prompt.task)
-        self.writer.write(unit, result.steps, _facts(result, len(ids)) | {"merged_version": self.versions[key]})
-        done = len(self.writer.done)
-        return Progress(self.level, unit, done, len(self.units), len(result.tokens), result.decode_seconds)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens; refuse one that does not fit, before anything is decoded."""
@@ -175,48 +156,39 @@ class Worker:
             raise UserError(f"prompt {prompt.id} has {len(ids)} tokens, but the models hold only {room}: shorten it")
         return ids
 
-    def _decoder(self, key: Key) -> SpeculativeDecoder:
-        """The decoder of a policy in one seeded order, made at first use and started from what is known by then."""
-        if key not in self.decoders:
-            spec, seed = key
+    def _seat(self, spec: str, seed: int) -> Seat:
+        """The policy of a spec in one seeded order, made at first use and started from what is known by then."""
+        if (spec, seed) not in self.seats:
             policy = make_policy(spec, seed=seed, worker=self.index)
-            self.policies[key] = policy
-            self.decoders[key] = SpeculativeDecoder(
-                self.pair.drafter, policy=policy, target=self.pair.target, level=self.level
-            )
-            local = self.out / checkpoint_name(key, self.level)
-            merged = (0, read_checkpoint(local)[0]) if local.exists() else self.sync(self.level, -1, {key: {}})[key]
-            self._restore(key, merged)
-        return self.decoders[key]
+            decoder = SpeculativeDecoder(self.pair.drafter, policy=policy, target=self.pair.target, level=self.level)
+            own = Key(spec, seed, f"{self.level}.{self.index}")
+            shared = Key(spec, seed, {"none": own.scope, "per-level": self.level, "global": ""}[self.config.sharing])
+            known = self.sync("", -1, {shared: {}, own: {}}, False)
+            # A policy that cannot share left its state under this worker's own name.
+            key = own if known[own].version else shared
+            self.seats[spec, seed] = Seat(policy, decoder, key)
+            self._take_over(self.seats[spec, seed], known[key])
+        return self.seats[spec, seed]
 
-    def _restore(self, key: Key, merged: Merged) -> None:
-        policy = self.policies[key]
-        self.versions[key], state = merged
-        if state:
-            policy.load_state_dict(state)
-        if hasattr(policy, "set_costs"):  # the calibration is this worker's own and not part of what is shared
-            policy.set_costs(self.level, as_prior(self.cost))
+    def _take_over(self, seat: Seat, merged: Merged) -> None:
+        seat.version = merged.version
+        if merged.state:
+            seat.policy.load_state_dict(merged.state)
+        if hasattr(seat.policy, "set_costs"):  # the calibration is this worker's own and not part of what is shared
+            seat.policy.set_costs(self.level, as_prior(self.cost))
 
-    def _share(self, seed: int, sequence: int) -> None:
-        """Send the statistics of the prompt that has just ended, and take the merged ones over."""
-        deltas: dict[Key, State] = {}
-        for key, policy in self.policies.items():
-            if key[1] != seed:
-                continue
-            if delta := policy.take_delta():
-                deltas[key] = delta
-            elif state := policy.state_dict():
-                # It learns, but not in a form that adds up: it stays this worker's own.
-                save_arrays(self.out / checkpoint_name(key, self.level), state)
-        if deltas:
-            for key, merged in self.sync(self.level, sequence, deltas).items():
-                self._restore(key, merged)
-
-
-def _facts(result: Generation, prompt_tokens: int) -> dict[str, Any]:
-    return {
-        "output": result.tokens,
-        "finish": result.finish,
-        "prompt_tokens": prompt_tokens,
-        "prefill_seconds": result.prefill_seconds,
-    }
+    def _share(self, seat: Seat, unit: Unit) -> None:
+        """Send what the policy learnt since the last exchange, and take the merged statistics over."""
+        step = seat.steps + (self.config.sync_every * seat.sent)
+        seat.steps = 0
+        delta, whole = seat.policy.take_delta(), False
+        if not delta:
+            # It does not learn, or not in a form that adds up: then it stays this worker's own.
+            delta, whole = seat.policy.state_dict(), True
+            seat.key = seat.key._replace(scope=f"{self.level}.{self.index}")
+        if delta:
+            merged = self.sync(f"{self.level} {unit.prompt}", seat.sent, {seat.key: delta}, whole)[seat.key]
+            lag = max(0, merged.version - seat.version - 1)  # batches of others that this policy did without
+            self._take_over(seat, merged)
+            seat.pulls.append((step, merged.version, lag))
+        seat.sent += 1

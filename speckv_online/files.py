@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,3 +51,29 @@ def write_atomically(path: str | Path, write: Callable[[IO[Any]], Any], *, binar
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Hold a directory for this process alone; the hold ends with the process, however it dies.
+
+    Where the file system or the operating system has no locks, nothing is held.
+
+    Raises
+    ------
+    UserError
+        If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is writing {folder}: wait for it, or choose another --out") from error
+        except OSError:
+            pass
+        yield

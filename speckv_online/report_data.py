@@ -206,7 +206,9 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     for level, worker in manifest.get("workers", {}).items():
         for policy, faults in worker.get("faults", {}).items():
             notes.append(f"{level}: policy {policy} failed and fell back {faults} times.")
-    if manifest.get("status") != "finished":
+    for level, reason in manifest.get("failed", {}).items():
+        notes.append(f"Not everything was decoded at {level}: {reason}. What is missing is not in any figure here.")
+    if manifest.get("status") not in ("finished", "incomplete"):
         notes.append("The run is not finished.")
     return notes
 

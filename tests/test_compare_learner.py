@@ -1,0 +1,108 @@
+"""The learner: every batch counts once, in any order, also after a restart; the merged statistics are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.learner import Batches, Key, Learner, Merged, checkpoint_name, read_checkpoint
+from policies.base import Context, Outcome, State
+from policies.registry import make_policy
+from speckv_online.errors import UserError
+from tests.compare_env import COUNTER, HERMIT, write_weights
+
+
+def delta(total: float) -> State:
+    return {"total": np.array(total)}
+
+
+def test_a_batch_counts_once_however_often_it_arrives(tmp_path: Path) -> None:
+    key = Key(COUNTER, 0)
+    learner = Learner(tmp_path)
+    assert learner.sync("", -1, {key: {}}) == {key: (0, {})}
+    assert learner.sync("fp16", 0, {key: delta(3)})[key] == (1, {"total": 3.0})
+    assert learner.sync("fp16", 0, {key: delta(3)})[key] == (1, {"total": 3.0})
+    assert learner.sync("nf4", 0, {key: delta(4)})[key] == (2, {"total": 7.0})
+    assert learner.sync("nf4", 2, {key: delta(1)})[key] == (3, {"total": 8.0})  # out of order
+    assert learner.sync("nf4", 1, {key: delta(1)})[key] == (4, {"total": 9.0})
+    assert learner.sync("nf4", 0, {Key(COUNTER, 1): delta(1)})[Key(COUNTER, 1)] == (1, {"total": 1.0})  # another order
+
+    again = Learner(tmp_path)  # restarted: takes its checkpoints up and still knows what it has added
+    assert again.sync("fp16", 0, {key: delta(3)})[key] == (4, {"total": 9.0})
+    state, applied = read_checkpoint(tmp_path / checkpoint_name(key))
+    assert (state, len(applied)) == ({"total": 9.0}, 4)
+
+
+def test_merged_statistics_of_online_are_those_of_one_process(tmp_path: Path) -> None:
+    spec = f"online:weights={write_weights(tmp_path / 'w.npz')},explore=greedy,safety=off"
+    alone, learner = make_policy(spec), Learner(tmp_path)
+    workers = {level: make_policy(spec, worker=i) for i, level in enumerate(("fp16", "nf4"))}
+    rng = np.random.default_rng(0)
+    merged = Merged(0, {})
+    for batch in range(4):
+        for level, policy in workers.items():
+            for _ in range(5):
+                context = Context(level=level, mean_entropy=float(rng.uniform(0, 4)), acceptance=float(rng.uniform()))
+                k = int(rng.integers(1, 8))
+                n = int(rng.integers(0, k + 1))
+                outcome = Outcome(k, n, min(n + 1, k), n + 1, 0.1, 0.02, 0.07, level)
+                for p in (policy, alone):
+                    decision = p.decide(context)
+                    p.learn(decision, outcome)
+            merged = learner.sync(level, batch, {Key(spec, 0): policy.take_delta()})[Key(spec, 0)]
+    assert merged[0] == 8
+    expected = alone.state_dict()
+    assert set(merged[1]) == set(expected)
+    for key, value in expected.items():
+        if key.startswith("head."):
+            np.testing.assert_allclose(merged[1][key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_checkpoint_names_are_file_names_and_differ() -> None:
+    keys = [("online", 0), ("online", 1), ("online:strength=2", 0), ("online:strength,2", 0), ("a/b:../c", 0)]
+    names = [checkpoint_name(key) for key in keys] + [checkpoint_name(Key("online", 0, "nf4"))]
+    assert len(set(names)) == len(names)
+    assert names[0] == "policy-online-seed-0.npz"
+    assert all("/" not in name for name in names)
+
+
+def test_batches_are_kept_small_and_exact(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    batches, reference = Batches(), set()
+    for source, i in {(f"w{rng.integers(3)}", int(rng.integers(12))) for _ in range(60)}:
+        batches.add(source, i)
+        reference.add((source, i))
+    again = Batches(json.loads(json.dumps(batches.packed())))
+    for found in (batches, again):
+        assert len(found) == len(reference)
+        assert set(found) == reference
+        assert all(((s, i) in found) == ((s, i) in reference) for s in ("w0", "w1", "w2", "w3") for i in range(-1, 14))
+    filled = Batches()
+    for i in range(1000):
+        filled.add("w", i)
+    assert filled.packed() == {"w": [1000]}  # what is kept does not grow with what was sent
+
+
+def test_a_state_that_does_not_add_up_replaces_the_one_before(tmp_path: Path) -> None:
+    key = Key(HERMIT, 0, "fp16.0")
+    learner = Learner(tmp_path)
+    assert learner.sync("a", 0, {key: delta(3)}, True)[key] == (1, {"total": 3.0})
+    assert learner.sync("b", 0, {key: delta(5)}, True)[key] == (2, {"total": 5.0})
+    assert learner.sync("a", 0, {key: delta(9)}, True)[key] == (2, {"total": 5.0})
+    assert Learner(tmp_path).sync("", -1, {key: {}})[key] == (2, {"total": 5.0})
+
+
+def test_a_batch_that_cannot_be_saved_does_not_count(tmp_path: Path) -> None:
+    key = Key(COUNTER, 0)
+    learner = Learner(tmp_path)
+    learner.sync("a", 0, {key: delta(3)})
+    learner.folder = tmp_path / "gone"
+    learner.folder.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot write"):
+        learner.sync("b", 0, {key: delta(4)})
+    learner.folder = tmp_path
+    assert learner.sync("", -1, {key: {}})[key] == (1, {"total": 3.0})
+    assert learner.sync("b", 0, {key: delta(4)})[key] == (2, {"total": 7.0})
