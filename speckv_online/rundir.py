@@ -105,7 +105,7 @@ class RunDir:
                     f"{path} holds a run with other settings ({', '.join(changed)}): "
                     "give the same ones to continue it, or another --out"
                 )
-        elif any(path.iterdir()):
+        elif any(not file.name.startswith(".") for file in path.iterdir()):  # a killed run may have left those
             raise UserError(f"{path} is neither empty nor a run directory: give another --out")
         write_atomically(path / "config.yaml", lambda f: yaml.safe_dump(config, f, sort_keys=False))
         return cls(path, config, resumed)
