@@ -60,6 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("run", metavar="RUN_DIR", nargs="+", help="directory that a run wrote")
     add.add_argument("--out", metavar="DIR", help="where the report of several runs goes (default: report)")
     add.add_argument("--json", action="store_true", help="print JSON")
+
+    add = commands.add_parser("watch", help="show a run while it goes on")
+    add.set_defaults(command=watch)
+    add.add_argument("run", metavar="RUN_DIR", help="directory that a run is writing")
+    add.add_argument("--once", action="store_true", help="show what there is and return")
+    add.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    add.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)")
+    add.add_argument("--tensorboard", default="", metavar="DIR", help="write TensorBoard events there too")
     return parser
 
 
@@ -160,6 +168,19 @@ def report(arguments: argparse.Namespace) -> None:
     else:
         print("\n".join(text_table(side_by_side(several))))
         print("".join(f"\n{one.name}: {one.verdict}" for one in several) + f"\nReport: {out}")
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    """Run ``speckv watch``."""
+    from speckv_online.watch import watch as show
+
+    show(
+        arguments.run,
+        once=arguments.once,
+        as_json=arguments.json,
+        interval=arguments.interval,
+        tensorboard=arguments.tensorboard,
+    )
 
 
 if __name__ == "__main__":

@@ -137,9 +137,8 @@ class StepWriter:
         self.done: set[tuple[str, str, str, int]] = set()
         keep = 0
         if self.path.exists():
-            for result, keep in _read_file(self.path):  # noqa: B007  keep is the end of the last complete unit
-                if result is not None:
-                    self.done.add(result.unit.key)
+            for result, keep in read_from(self.path):  # noqa: B007  keep is the end of the last complete unit
+                self.done |= {result.unit.key} if result is not None else set()
         try:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  lives as long as the writer
             if os.path.getsize(self.path) > keep:
@@ -201,7 +200,7 @@ def read_units(path: str | Path) -> list[UnitResult]:
         raise UserError(f"{path} holds no step records (steps-*.jsonl): give the directory of a run")
     units: dict[tuple[str, str, str, int], UnitResult] = {}
     for file in files:
-        for result, _ in _read_file(file):
+        for result, _ in read_from(file):
             if result is not None:
                 units.setdefault(result.unit.key, result)
     return list(units.values())
@@ -246,23 +245,26 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a readable .npz file: {str(e).splitlines()[0]}") from e
 
 
-def _read_file(path: Path) -> Iterator[tuple[UnitResult | None, int]]:
-    """Yield (unit, offset behind it) for every complete unit, and (None, offset) behind the header.
+def read_from(path: str | Path, start: int = 0) -> Iterator[tuple[UnitResult | None, int]]:
+    """Yield (unit, offset behind it) for every complete unit of a file, and (None, offset) behind the header.
 
-    Lines after the last complete unit are not judged: a worker may be writing them right now.
+    Lines after the last complete unit are not judged: a worker may be writing them right now. ``start`` is an offset
+    that was yielded before, to go on from there.
     """
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as f:
+            f.seek(start)
+            data = f.read()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     pending: dict[tuple[Any, ...], list[StepRecord]] = {}
-    offset = 0
+    offset = start
     for number, raw in enumerate(data.split(b"\n")[:-1], start=1):
         offset += len(raw) + 1
         try:
             row = json.loads(raw)
-            if number == 1:
-                _check_header(row, path)
+            if number == 1 and not start:
+                _check_header(row, Path(path))
                 yield None, offset
             elif "done" in row:
                 unit = Unit(**row.pop("done"))
@@ -277,7 +279,8 @@ def _read_file(path: Path) -> Iterator[tuple[UnitResult | None, int]]:
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}:{number}: broken step record ({type(e).__name__}: {e})") from e
+            where = f"{path}, {number} lines behind byte {start}" if start else f"{path}:{number}"
+            raise UserError(f"{where}: broken step record ({type(e).__name__}: {e})") from e
 
 
 def _check_header(row: Any, path: Path) -> None:
