@@ -1,12 +1,14 @@
-"""Compression levels of the target. Another format is one more entry in :data:`LEVELS`."""
+"""Compression levels of the target: the named ones, and any quantization of transformers by a spec string."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 
 from speckv_online.errors import UserError
 
@@ -55,7 +57,7 @@ class Level:
             return f"weights rounded to {self.name}, arithmetic in fp32"
         if self.quantization is not None:
             compute = "fp16" if device.type == "cuda" else "fp32"
-            return f"bitsandbytes {self.name}, activations in {compute}"
+            return f"{'' if ':' in self.name else 'bitsandbytes '}{self.name}, activations in {compute}"
         return f"weights and arithmetic in {self.name}"
 
 
@@ -88,8 +90,54 @@ LEVELS = {
 
 
 def get_level(name: str) -> Level:
-    """Return the level called ``name``; raises :class:`UserError` if there is none."""
-    try:
+    """Return a level.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`LEVELS`, or ``METHOD:key=value,key=value``: a quantization method of transformers (``hqq``,
+        ``quanto``, ``torchao``, ``bitsandbytes_4bit``, ...) and the arguments of its config, values as in YAML. For
+        example ``bitsandbytes_4bit:bnb_4bit_quant_type=fp4,bnb_4bit_use_double_quant=true``.
+
+    Raises
+    ------
+    UserError
+        If there is no such level, or the method's config refuses an argument.
+    """
+    if name in LEVELS:
         return LEVELS[name]
-    except KeyError:
-        raise UserError(f"unknown compression level {name!r}: choose from {', '.join(LEVELS)}") from None
+    method, _, text = name.partition(":")
+    if ":" not in name:
+        raise UserError(f"unknown compression level {name!r}: choose from {', '.join(LEVELS)}, or METHOD:key=value,...")
+    return Level(name, f"transformers' {method}", _bits(text), torch.float16, _by_spec(method, text))
+
+
+def _bits(text: str) -> float:
+    """Guess the bits per weight from a spec's digits, e.g. of ``nbits=4`` or ``weights=int2``; 4 if it has none."""
+    found = re.search(r"(?:bits=|int|float|fp|nf)(\d+)", text)
+    return float(found[1]) if found else 4.0
+
+
+def _by_spec(method: str, text: str) -> Callable[[torch.dtype], Any]:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING
+    if method not in known:
+        raise UserError(f"unknown quantization method {method!r}: transformers has {', '.join(sorted(known))}")
+    arguments = {}
+    for piece in filter(None, text.split(",")):
+        key, equals, value = piece.partition("=")
+        if not equals:
+            raise UserError(f"{method}:{text}: {piece!r} is no key=value")
+        arguments[key.strip()] = yaml.safe_load(value)
+    if method.startswith("bitsandbytes"):
+        arguments.setdefault("load_in_8bit" if method.endswith("8bit") else "load_in_4bit", True)
+
+    def make(compute: torch.dtype) -> Any:
+        own = {"bnb_4bit_compute_dtype": compute} if "load_in_4bit" in arguments else {}
+        try:
+            return known[method](**(own | arguments))
+        except (TypeError, ValueError, ImportError) as e:
+            raise UserError(f"{method} does not take {text!r}: {' '.join(str(e).split())[:200]}") from e
+
+    return make

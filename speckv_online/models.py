@@ -74,7 +74,7 @@ def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
         raise UserError(f"there is no model folder {source}: check --target and --draft")
     try:
         return kind.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source, **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"cannot load {source!r}: {reason[:300]}") from e
 

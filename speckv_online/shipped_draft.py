@@ -17,7 +17,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_shipped_draft(
-    target: Path, device: torch.device, path: Path | None = None
+    target: Path, device: torch.device, path: Path | None = None, full_head: bool = False
 ) -> tuple[PreTrainedModel, torch.Tensor, str]:
     """Build the draft from its own layers and the target's embedding.
 
@@ -29,6 +29,9 @@ def load_shipped_draft(
         fp16 on CUDA, fp32 on a CPU.
     path : Path, optional
         Another draft file of the same format than the one in the package.
+    full_head : bool
+        Give the draft all rows of the target's head, as transformers' own ``assistant_model=`` needs: slower, and able
+        to propose any token.
 
     Returns
     -------
@@ -52,6 +55,8 @@ def load_shipped_draft(
     with safe_open(target / "model.safetensors", "pt") as f:
         embedding = f.get_tensor(_EMBEDDING)
     head_ids = tensors.pop("head_ids").long()
+    if full_head:
+        head_ids = torch.arange(len(embedding))
     config = AutoConfig.from_pretrained(target)
     config.num_hidden_layers = len(header["kept_layers"].split(","))
     config.tie_word_embeddings = False

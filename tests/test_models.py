@@ -40,6 +40,32 @@ def test_every_level_loads_and_decodes(tiny_pair: TinyPair, level: str) -> None:
         assert layer.weight.quant_type == level
 
 
+def test_any_quantization_by_a_spec_string(tiny_pair: TinyPair) -> None:
+    level = "bitsandbytes_4bit:bnb_4bit_quant_type=fp4,bnb_4bit_use_double_quant=true"
+    pair = load_pair(target=str(tiny_pair.target_dir), draft=str(tiny_pair.draft_dir), level=level, device="cpu")
+    prompt = [3, 4, 5, 6]
+    plain = SpeculativeDecoder(None, policy=Scripted([0]), target=pair.target).generate(prompt, 12, eos_ids=())
+    out = SpeculativeDecoder(pair.drafter, policy=Scripted([4]), target=pair.target).generate(prompt, 12, eos_ids=())
+    assert out.tokens == plain.tokens
+    weight = pair.target.model.layers[0].mlp.up_proj.weight
+    assert weight.quant_type == "fp4"
+    assert pair.target.config.quantization_config.bnb_4bit_use_double_quant
+    assert get_level(level).bits == 4
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        ("gptk:bits=4", "unknown quantization method 'gptk'.*gptq"),
+        ("bitsandbytes_4bit:double", "'double' is no key=value"),
+        ("bitsandbytes_4bit:bnb_4bit_quant_type=7", "must be a string"),
+    ],
+)
+def test_bad_quantization_specs_are_refused(tiny_pair: TinyPair, level: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_target(tiny_pair.target_dir, level, "cpu")
+
+
 def test_sixteen_bit_levels_round_the_weights(tiny_pair: TinyPair) -> None:
     exact = tiny_pair.target.model.layers[0].mlp.up_proj.weight
     for level, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):

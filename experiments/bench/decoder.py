@@ -1,0 +1,187 @@
+"""The decoder beside transformers' assisted generation, with the same models at the same gamma, in one run.
+
+Both decode every prompt in turn, the order of the two swapped from prompt to prompt. A rate is tokens over the seconds
+of whole calls, prompt included. The draft has all rows of the head in the first comparison, as transformers needs it;
+the column "small head" is our decoder with the draft as it ships. transformers runs stock layers, ours packed ones.
+Below it are the shares of a step, and the seconds of a forward by width before and after packing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from experiments.compare import bundled
+from experiments.config import option, parse
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+from speckv_online.prompts import choose
+from speckv_online.stats import goodput
+
+WIDTHS = (1, 2, 3, 5, 9, 17)
+CONTEXT = 100
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Settings of ``python -m experiments.bench.decoder``."""
+
+    pair: str = option("smollm2", "named model pair")
+    levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels, comma separated")
+    gammas: tuple[str, ...] = option(("2", "4", "8"), "gammas, comma separated; gamma 0 always runs too")
+    prompts: int = option(4, "how many of the bundled held-out prompts")
+    max_new_tokens: int = option(40, "tokens to decode per prompt")
+    threads: int = option(0, "CPU threads (0: all cores)")
+    device: str = option("auto", "auto, cpu or cuda")
+    json: bool = option(False, "print JSON instead of tables")
+
+    def __post_init__(self) -> None:
+        if not self.gammas or not all(g.isdigit() and 1 <= int(g) <= 16 for g in self.gammas):
+            raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
+        if self.prompts < 1 or self.max_new_tokens < 1:
+            raise UserError("--prompts and --max-new-tokens must be at least 1")
+
+
+def forward_seconds(model: Any, repeats: int = 9) -> dict[int, float]:
+    """Return the median seconds of a forward of some tokens after a context of 100, by number of tokens."""
+    import torch
+
+    from speckv_online.kvcache import KVCache
+
+    cache = KVCache(int(model.config.num_hidden_layers), CONTEXT + max(WIDTHS))
+    times: dict[int, list[float]] = {w: [] for w in WIDTHS}
+    ids = torch.arange(100, 100 + CONTEXT + max(WIDTHS), device=model.device)[None]
+    with torch.inference_mode():
+        model(input_ids=ids[:, :CONTEXT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for _ in range(repeats + 1):
+            for width in WIDTHS:  # interleaved, so that a busy machine is busy for all
+                started = perf_counter()
+                out = model(input_ids=ids[:, CONTEXT : CONTEXT + width], past_key_values=cache, use_cache=True)
+                float(out.logits[0, -1, 0])  # waits for a GPU
+                times[width].append(perf_counter() - started)
+                cache.truncate(CONTEXT)
+    return {width: float(np.median(ts[1:])) for width, ts in times.items()}
+
+
+def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
+    """Run one level; seconds are wall clock."""
+    import torch
+
+    from experiments.peers import Schedule, Stock, stock_draft
+    from speckv_online.decoding import SpeculativeDecoder
+    from speckv_online.drafters import ModelDrafter
+    from speckv_online.manifest import cores
+    from speckv_online.models import chat_prompt, load_pair, prepare
+    from speckv_online.packed import pack
+    from speckv_online.session import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(config.threads or cores())
+    stock = Stock(config.pair, level, config.device)
+    ours = load_pair(config.pair, level=level, device=config.device)
+    whole = stock_draft(prepare(config.pair), ours.device)
+    widths = {"target": {"stock": forward_seconds(stock.target), "packed": forward_seconds(ours.target)}}
+    widths["draft"] = {"stock": forward_seconds(whole)}
+    pack(whole)
+    widths["draft"]["packed"] = forward_seconds(whole)
+    widths["shipped draft"] = {"packed": forward_seconds(ours.drafter.model)}  # type: ignore[attr-defined]
+    drafter = ModelDrafter(whole, ours.target.config.vocab_size)
+    prompts = [chat_prompt(ours.tokenizer, p.text) for p in choose(bundled("test"), config.prompts, seed=0)]
+    rows: dict[tuple[int, str], list[tuple[int, float]]] = defaultdict(list)
+    shares: dict[int, list[Any]] = defaultdict(list)
+    outputs: dict[int, list[int]] = {}
+    different = 0
+    for number, prompt in enumerate(prompts):
+        for gamma in (0, *map(int, config.gammas)):
+            runs: list[tuple[str, Callable[[], tuple[list[int], float]]]] = [
+                ("theirs", partial(stock.generate, prompt, config.max_new_tokens, Schedule("", gamma)))
+            ]
+            for name, d in (("ours", drafter), ("small head", ours.drafter)):
+                decoder = SpeculativeDecoder(d, policy=f"fixed:{gamma}", target=ours.target, level=level)
+                runs.append((name, partial(ours_call, decoder, prompt, config, shares[gamma])))
+            for name, call in runs if number % 2 else runs[::-1]:
+                if number == 0:
+                    call()  # warm-up
+                tokens, seconds = call()
+                rows[gamma, name].append((len(tokens), seconds))
+                if name == "theirs":
+                    outputs[number] = tokens
+            different += outputs[number] != tokens
+        print(f"{level}: prompt {number + 1}/{len(prompts)}", file=sys.stderr, flush=True)
+    rates = {key: goodput(*zip(*values, strict=True)) for key, values in rows.items()}
+    return {"level": level, "rates": rates, "widths": widths, "shares": {g: share(s) for g, s in shares.items()}}
+
+
+def ours_call(decoder: Any, prompt: list[int], config: BenchConfig, steps: list[Any]) -> tuple[list[int], float]:
+    """Decode with ours; keep the steps."""
+    result = decoder.generate(prompt, config.max_new_tokens)
+    steps += result.steps
+    return result.tokens, result.seconds
+
+
+def share(steps: Sequence[Any]) -> dict[str, float]:
+    """Return what part of all steps' seconds went where; ``python`` is what no clock of a part covers."""
+    total = sum(s.seconds for s in steps)
+    parts = {name: sum(getattr(s, f"{name}_seconds") for s in steps) / total for name in ("draft", "verify", "decide")}
+    return parts | {"python": 1 - sum(parts.values())}
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the tables (measured)."""
+    print("tokens/s of whole calls, measured side by side")
+    print(f"{'level':6} {'gamma':>5} {'theirs':>8} {'ours':>8} {'ratio':>6} {'small head':>10} {'ratio':>6}")
+    ratios: dict[str, list[float]] = {"ours": [], "small head": []}
+    for r in results:
+        for gamma in sorted({g for g, _ in r["rates"]}):
+            theirs, ours, small = (r["rates"][gamma, name] for name in ("theirs", "ours", "small head"))
+            print(
+                f"{r['level']:6} {gamma:5} {theirs:8.2f} {ours:8.2f} {ours / theirs:6.2f} {small:10.2f} "
+                f"{small / theirs:6.2f}"
+            )
+            if gamma:
+                ratios["ours"].append(ours / theirs)
+                ratios["small head"].append(small / theirs)
+    for name, values in ratios.items():
+        print(f"{name}: {np.exp(np.mean(np.log(values))):.3f} of transformers in the geometric mean over gamma > 0, "
+              f"worst cell {min(values):.3f}")  # fmt: skip
+    print("\nshare of a step's seconds")
+    for r in results:
+        for gamma, parts in sorted(r["shares"].items()):
+            print(f"{r['level']:6} {gamma:5}  " + "  ".join(f"{name} {100 * x:5.2f} %" for name, x in parts.items()))
+    print("\nmilliseconds of a forward by its number of tokens")
+    for r in results:
+        for model, kinds in r["widths"].items():
+            for kind, times in kinds.items():
+                cells = "  ".join(f"{w}: {1e3 * t:.1f}" for w, t in times.items())
+                print(f"{r['level']:6} {model:13} {kind:6}  {cells}  (5/1 {times[5] / times[1]:.2f}, "
+                      f"9/1 {times[9] / times[1]:.2f})")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    prog = "python -m experiments.bench.decoder"
+    return run_command("bench.decoder", lambda: bench(parse(BenchConfig, argv, prog, (__doc__ or "").split("\n\n")[0])))
+
+
+def bench(config: BenchConfig) -> int:
+    """Run all levels and print them."""
+    results = [bench_level(config, level) for level in config.levels]
+    if config.json:
+        for r in results:
+            r["rates"] = [{"gamma": g, "who": who, "tokens_per_second": x} for (g, who), x in r["rates"].items()]
+        print(json.dumps(results, indent=1))
+    else:
+        show(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
