@@ -33,7 +33,7 @@ POLICIES = (
     "ucbspec:tokens_per_second",
     *RIVER,
 )
-BEGIN, END = "<!-- replays: begin -->", "<!-- replays: end -->"
+MARKER = "replays"
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,20 @@ class ReplaysConfig:
     out: str = option("runs/replays", "directory of the tables")
 
     def __post_init__(self) -> None:
-        names = [text.partition("=")[0] for text in self.traces]
-        if not self.traces or not all("=" in text for text in self.traces) or len(set(names)) < len(names):
-            raise UserError("--traces wants NAME=DIRECTORY, each name once, e.g. default=runs/test,high=runs/high")
+        check_traces(self.traces)
         if not self.costs or not self.policies:
             raise UserError("--costs and --policies must each name at least one")
         if self.split not in ("train", "test", "all"):
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
         if self.orders < 1 or self.folds < 0 or self.folds == 1:
             raise UserError("--orders must be at least 1, --folds 0 or at least 2")
+
+
+def check_traces(traces: Sequence[str]) -> None:
+    """Raise :class:`UserError` unless every item is NAME=DIRECTORY with a name of its own."""
+    names = [text.partition("=")[0] for text in traces]
+    if not traces or not all("=" in text for text in traces) or len(set(names)) < len(names):
+        raise UserError("--traces wants NAME=DIRECTORY, each name once, e.g. default=runs/test,high=runs/high")
 
 
 @dataclass
@@ -100,7 +105,7 @@ def replays(config: ReplaysConfig) -> int:
     write_atomically(out / "replays.json", lambda f: f.write(document))
     write_atomically(out / "replays.md", lambda f: f.write(text))
     if config.doc:
-        insert(Path(config.doc), text)
+        insert(Path(config.doc), text, MARKER)
     print(text)
     return 0
 
@@ -158,19 +163,20 @@ def is_learned(spec: str) -> bool:
     return bool(getattr(make_policy(spec), "guarded", False))
 
 
-def insert(path: Path, text: str) -> None:
-    """Replace what is between the markers of a document."""
+def insert(path: Path, text: str, name: str) -> None:
+    """Replace what is between a document's markers of a name, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
     from speckv_online.files import write_atomically
 
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     try:
         old = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no document {path}: make one with the lines {BEGIN} and {END}") from None
-    if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
-        raise UserError(f"{path} lacks the lines {BEGIN} and {END} that the tables go between")
-    head, rest = old.split(BEGIN, 1)
-    new = f"{head}{BEGIN}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
-    write_atomically(path, lambda f: f.write(new))
+        raise UserError(f"no document {path}: make one with the lines {begin} and {end}") from None
+    head, found, rest = old.partition(begin)
+    _, closed, rest = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path} lacks the lines {begin} and {end} that the tables go between")
+    write_atomically(path, lambda f: f.write(f"{head}{begin}\n\n{text}\n{end}{rest}"))
 
 
 if __name__ == "__main__":

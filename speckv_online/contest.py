@@ -80,7 +80,7 @@ def score(name: str, kind: str, orders: Sequence[Sequence[Replay]], **more: Any)
     """Sum replays up: ``orders[r][p]`` is prompt p's replay in order r."""
     tokens = np.array([replay.tokens for replay in orders[0]], dtype=float)
     seconds = np.array([[float(replay.seconds.sum()) for replay in replays] for replays in orders])
-    sums = {
+    sums: dict[str, Any] = {
         column: sum(float(getattr(replay, column).sum()) for replays in orders for replay in replays) / len(orders)
         for column in ("drafted", "accepted", "proposed")
     }

@@ -1,0 +1,68 @@
+"""Plots of ``python -m experiments.replays_streams``; all figures in them are modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.stream_drift import Drift
+    from experiments.stream_start import Start
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
+    """A figure with panels side by side; no global state, no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_start(found: Mapping[tuple[str, str], Start], path: Path) -> None:
+    """Goodput relative to the final one by steps, a panel for warm and one for cold starts."""
+    from experiments.stream_start import BIN, SHARE
+
+    figure, panels = _figure(5, 3.6, 2)
+    for panel, name in zip(panels, ("warm", "cold"), strict=True):
+        for (where, _), start in found.items():
+            curve = start.warm_curve if name == "warm" else start.cold_curve
+            panel.plot((np.arange(len(curve)) + 0.5) * BIN, curve, label=where)
+        panel.axhline(SHARE, color="grey", linestyle=":")
+        policies = ", ".join(dict.fromkeys(spec for _, spec in found))
+        panel.set(title=f"{policies}, {name} start", xlabel="steps", ylabel="goodput / final goodput (modelled)")
+        panel.set_ylim(min(0.6, *(float(s.cold_curve.min()) for s in found.values())), 1.1)
+    panels[1].legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def plot_drift(found: Mapping[tuple[str, str], Drift], policies: Sequence[str], path: Path) -> None:
+    """Goodput relative to the settled copy by steps after a change, a panel per policy, a line per stream."""
+    from experiments.stream_drift import BIN, SHARE, WITHIN
+
+    figure, panels = _figure(5, 3.6, len(policies))
+    for panel, spec in zip(panels, policies, strict=True):
+        for (where, name), drift in found.items():
+            if name == spec:
+                panel.plot((np.arange(len(drift.relative)) + 0.5) * BIN, drift.relative, label=where)
+        panel.axhline(SHARE, color="grey", linestyle=":")
+        panel.axvline(WITHIN, color="grey", linestyle=":")
+        panel.set(title=spec, xlabel="steps after a change", ylabel="goodput / settled goodput (modelled)")
+    panels[-1].legend(fontsize=5)
+    figure.savefig(path, dpi=110)
+
+
+def plot_merge(found: Mapping[str, np.ndarray], workers: Sequence[int], every: Sequence[int], path: Path) -> None:
+    """Goodput by steps between merges, a line per number of workers, a panel per policy."""
+    figure, panels = _figure(5, 3.6, len(found))
+    for panel, (spec, rates) in zip(panels, found.items(), strict=True):
+        for count, line in zip(workers, rates, strict=True):
+            panel.plot(every, line, marker="o", label=f"{count} worker{'s' * (count > 1)}")
+        panel.set(title=f"{spec}, cold start", xlabel="steps between merges", ylabel="tokens/s (modelled)")
+        panel.set_xscale("log")
+    panels[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
