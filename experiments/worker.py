@@ -19,6 +19,7 @@ from speckv_online.cost import as_prior
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.manifest import now, weight_hashes
+from speckv_online.metrics import Meter
 from speckv_online.models import chat_prompt, load_pair
 from speckv_online.prompts import Prompt
 from speckv_online.records import StepRecord
@@ -83,6 +84,7 @@ class Worker:
         self.config, self.level, self.index, self.threads = config, level, index, threads
         self.prompts, self.sync = prompts, sync
         self.seats: dict[tuple[str, int], Seat] = {}
+        self.meter = Meter(level)
 
     def load(self) -> dict[str, Any]:
         """Load the pair, warm up and calibrate; return facts for the manifest."""
@@ -121,6 +123,7 @@ class Worker:
         seat.steps = seat.sent = 0
         seat.pulls = []
         version, ids = seat.version, self.ids[prompt]
+        faults = seat.decoder.policy.faults.total()
 
         def after_step(tokens: list[int]) -> None:  # not part of the step's time
             seat.steps += 1
@@ -130,6 +133,7 @@ class Worker:
         result = seat.decoder.generate(ids, self.config.max_new_tokens, task=unit.task, on_tokens=after_step)
         if seat.steps:
             self._share(seat, unit)
+        self.meter.add(unit.policy, result.steps, seat.decoder.policy.faults.total() - faults)
         facts = {
             "output": result.tokens,
             "finish": result.finish,
