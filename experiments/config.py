@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from speckv_online.commands import split_specs
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
@@ -99,20 +100,6 @@ class CompareConfig:
         """Return what a level's workers may use, the general settings filled in."""
         own = self.resources.get(level) or self.resources.get("default") or Resources()
         return Resources(own.workers or self.workers, own.threads or self.threads, own.gpus)
-
-
-def split_specs(text: str) -> tuple[str, ...]:
-    """Split a comma-separated list whose items may hold commas themselves, as in ``fixed:4,online:seed=3,strength=9``.
-
-    A piece that has a ``=`` but no ``:`` before it is one more option of the item to its left.
-    """
-    items: list[str] = []
-    for piece in (p.strip() for p in text.split(",")):
-        if items and "=" in piece and ":" not in piece.split("=")[0] and ":" in items[-1]:
-            items[-1] += f",{piece}"
-        elif piece:
-            items.append(piece)
-    return tuple(items)
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:

@@ -38,6 +38,20 @@ def run_command(prog: str, command: Callable[[], Any]) -> int:
         return EXIT_USER_ERROR
 
 
+def split_specs(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list whose items may hold commas themselves, as in ``fixed:4,online:seed=3,strength=9``.
+
+    A piece that has a ``=`` but no ``:`` before it is one more option of the item to its left.
+    """
+    items: list[str] = []
+    for piece in (p.strip() for p in text.split(",")):
+        if items and "=" in piece and ":" not in piece.split("=")[0] and ":" in items[-1]:
+            items[-1] += f",{piece}"
+        elif piece:
+            items.append(piece)
+    return tuple(items)
+
+
 def user_message(error: BaseException) -> str | None:
     """Return the line to show for an error that a user can put right, None for every other error."""
     remote = getattr(error, "cause", None)  # Ray wraps what an actor raises, and its text holds a traceback

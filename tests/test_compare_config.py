@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.config import CompareConfig, Resources, add_options, load_yaml, parse, split_specs
+from experiments.config import CompareConfig, Resources, add_options, load_yaml, parse
 from experiments.schedule import Node, plan
+from speckv_online.commands import split_specs
 from speckv_online.errors import UserError
 from tests.compare_env import ROOT
 
