@@ -11,6 +11,8 @@ import speckv_online
 from speckv_online.commands import run_command
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.errors import UserError
+from speckv_online.simulation import add_arguments as simulation_arguments
+from speckv_online.simulation import run as simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("policies", help="list policies")
     add.set_defaults(command=policies)
     add.add_argument("--json", action="store_true", help="print JSON")
+
+    add = commands.add_parser("simulate", help="replay policies on traces, with what hindsight knows beside them")
+    add.set_defaults(command=simulate)
+    simulation_arguments(add)
 
     add = commands.add_parser("report", help="write and show the report of a run, or of several side by side")
     add.set_defaults(command=report)
