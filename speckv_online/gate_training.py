@@ -79,7 +79,7 @@ def fit_gate(data: Positions) -> Gate:
     """Fit both logistic models by Newton's method; raises :class:`UserError` if the data cannot tell."""
     rows, found = data.decisive, data.found
     if len(set(data.lookup[rows].tolist())) < 2 or len(set(data.lookup[found].tolist())) < 2:
-        raise UserError(f"{len(rows)} positions hold too little to fit a gate: collect more traces of the draft model")
+        raise UserError(f"{int(rows.sum())} decisive positions hold too little to fit a gate: collect more traces of the draft model")
     weights, information = _logistic(data.features[rows], data.lookup[rows])
     sure, _ = _logistic(data.features[found][:, : len(LOOKUP_FEATURES)], data.lookup[found])
     return Gate(weights, sure, information / int(rows.sum()))
