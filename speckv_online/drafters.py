@@ -82,6 +82,9 @@ class ModelDrafter:
         self._head_ids = None if head_ids is None else head_ids.to(model.device)
         self.head_ids = None if head_ids is None else head_ids.tolist()
         self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        #: Largest id that the model can read, where that is less than the target may say: others are read as it.
+        self.last_id = embedded - 1 if embedded < vocab_size else None
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence; nothing is fed to the model before the first draft."""
@@ -106,6 +109,8 @@ class ModelDrafter:
         have, n = len(self.cache), len(self.context)
         missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
         ids = torch.tensor([missing], device=self.model.device)
+        if self.last_id is not None:
+            ids.clamp_(max=self.last_id)
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1, : self.rows].float()
 
@@ -140,13 +145,17 @@ class ModelDrafter:
 
     def _sample(self, logits: torch.Tensor, sampler: Sampler) -> int:
         """Draw a token from the draft's distribution, over the whole vocabulary."""
-        if self._head_ids is not None or len(logits) < self.vocab_size:
-            full = logits.new_full((self.vocab_size,), float("-inf"))
-            where = torch.arange(len(logits), device=logits.device) if self._head_ids is None else self._head_ids
-            logits = full.index_copy_(0, where, logits)
-        proposal = sampler.probabilities(logits[None], [*self.context, *self.drafted])[0]
+        proposal = sampler.probabilities(self.whole(logits)[None], [*self.context, *self.drafted])[0]
         self.proposals.append(proposal)
         return sampler.draw(proposal)
+
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """Spread the logits of the head's rows over the whole vocabulary, shape (vocab_size,)."""
+        if self._head_ids is None and len(logits) == self.vocab_size:
+            return logits
+        full = logits.new_full((self.vocab_size,), float("-inf"))
+        where = torch.arange(len(logits), device=logits.device) if self._head_ids is None else self._head_ids
+        return full.index_copy_(0, where, logits)
 
     def end(self, accepted: int) -> None:
         """Drop the cache entries of rejected drafts."""

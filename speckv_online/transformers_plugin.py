@@ -7,7 +7,6 @@ answer is what its own greedy or sampled decoding would have given.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from transformers import (
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
@@ -29,9 +27,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from speckv_online.batch import MAX_BATCH, decode_batch
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
-from speckv_online.sampling import Sampler
+from speckv_online.plugin_rows import Row, of_row
 from speckv_online.sequences import Generation
 
 if TYPE_CHECKING:
@@ -96,9 +95,12 @@ def run(
     wanted = bool(generation_config.return_dict_in_generate)
     keep_logits = wanted and bool(generation_config.output_scores or generation_config.output_logits)
     rows = [
-        _Row(ids, pads, logits_processor, StoppingCriteriaList(rest), generation_config, model.device, keep_logits)
-        for ids, pads in _split(input_ids, model_kwargs.get("attention_mask"))
-    ]
+        Row(
+            ids, pads, of_row(logits_processor, i, len(input_ids)), StoppingCriteriaList(rest), generation_config,
+            model.device, keep_logits,
+        )
+        for i, (ids, pads) in enumerate(_split(input_ids, model_kwargs.get("attention_mask")))
+    ]  # fmt: skip
     cache: KVCache | None = None
     if len(rows) == 1:
         row = rows[0]
@@ -112,10 +114,14 @@ def run(
         if keep_logits or streamer is not None:
             what = "output_scores and output_logits need" if keep_logits else "a streamer needs"
             raise UserError(f"{what} a single sequence, but there are {len(rows)}")
-        decoder.decode_batch(
-            [row.prompt for row in rows], budget, tasks=[task] * len(rows), eos_ids=eos,
-            samplers=[row.sampler for row in rows], should_stop=[row.should_stop for row in rows] if rest else None,
-        )  # fmt: skip
+        found: list[Generation] = []
+        for i in range(0, len(rows), MAX_BATCH):
+            part = rows[i : i + MAX_BATCH]
+            found += decode_batch(
+                decoder, [row.prompt for row in part], budget, tasks=[task] * len(part), eos_ids=eos,
+                samplers=[row.sampler for row in part], should_stop=[row.should_stop for row in part] if rest else None,
+            )  # fmt: skip
+        decoder.last = found
     if streamer is not None:
         streamer.end()
     answers = decoder.last if isinstance(decoder.last, list) else [decoder.last]
@@ -176,80 +182,6 @@ def _split(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[lis
             raise UserError("the attention mask hides tokens after the first visible one: pad prompts on the left")
         found.append((row[pads:], row[:pads]))
     return found
-
-
-class _Row:
-    """One prompt of a call: its sampler, its stopping criteria, and its logits if they are asked for."""
-
-    def __init__(
-        self,
-        prompt: list[int],
-        pads: list[int],
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        device: torch.device,
-        keep_logits: bool,
-    ) -> None:
-        self.prompt, self.pads, self.criteria = prompt, pads, criteria
-        # Processors and criteria see the padding, as they do in transformers: some of them count tokens.
-        self.processors = LogitsProcessorList(_padded(p, pads) for p in processors) if pads else processors
-        greedy = not config.do_sample
-        generator = (
-            torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-        )
-        self.sampler: Sampler | None = None
-        if processors or not greedy:
-            self.sampler = Sampler(0.0 if greedy else 1.0, processors=self.processors, seed=generator)
-        self.device = device
-        self.logits: list[torch.Tensor] = []
-        self._pending = torch.empty(0)
-        self._keep, self._scores = keep_logits, list[torch.Tensor]()
-        self._want_scores = keep_logits and bool(config.output_scores)
-
-    def see(self, logits: torch.Tensor) -> None:
-        """Take in the logits of a step, before its tokens are known."""
-        self._pending = logits.float().clone()
-
-    def on_tokens(self, streamer: BaseStreamer | None) -> Any:
-        """Return what to call after each step, or None."""
-        if streamer is None and not self._keep:
-            return None
-
-        def take(tokens: list[int]) -> None:
-            if self._keep:
-                self.logits += self._pending[: len(tokens)].split(1)
-                self._pending = self._pending[:0]
-            if streamer is not None:
-                streamer.put(torch.tensor(tokens))
-
-        return take
-
-    def scores(self, tokens: Sequence[int]) -> list[torch.Tensor]:
-        """Return the processed scores, each of shape (1, vocab), that new tokens were chosen by."""
-        rows = [*self.logits, *self._pending.split(1)] if len(self._pending) else self.logits
-        ids = torch.tensor([[*self.prompt, *tokens]], device=self.device)
-        for i in range(len(self._scores), len(tokens)):
-            prefix: Any = ids[:, : len(self.prompt) + i]
-            self._scores.append(self.processors(prefix, rows[i].clone()))
-        return self._scores
-
-    def should_stop(self, tokens: list[int]) -> bool:
-        """Ask the stopping criteria about a sequence."""
-        ids = torch.tensor([[*self.pads, *tokens]], device=self.device)
-        scores = tuple(self.scores(tokens[len(self.prompt) :])) if self._want_scores else None
-        return bool(self.criteria(ids, scores).any())
-
-
-class _padded(LogitsProcessor):
-    """A processor that sees the padding before the prompt."""
-
-    def __init__(self, inner: LogitsProcessor, pads: list[int]) -> None:
-        self.inner, self.pads = inner, torch.tensor([pads])
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        pads = self.pads.to(input_ids.device)
-        return self.inner(torch.cat((pads, input_ids), dim=1), scores)
 
 
 def _join(input_ids: torch.Tensor, answers: list[Generation], config: GenerationConfig) -> torch.Tensor:

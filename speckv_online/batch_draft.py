@@ -1,0 +1,150 @@
+"""Drafting for several sequences at once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
+from speckv_online.batch_model import BatchModel
+from speckv_online.drafters import Drafter, ModelDrafter
+from speckv_online.ngram import NgramIndex
+from speckv_online.sampling import Sampler
+
+_LOG2 = 0.6931471805599453
+
+
+class RowDrafter(Protocol):
+    """Drafts for rows of a batch; as :class:`~speckv_online.drafters.Drafter`, with a row number."""
+
+    def use(self, row: int, name: str) -> str:
+        """Draft the row's coming step as the drafter of this name, by default the first; return the name."""
+
+    def lag(self, row: int) -> int:
+        """Context tokens of a row that are not read yet."""
+
+    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
+        """Propose one more token, or ``NO_PROPOSAL``, for each of these rows, and write its signals."""
+
+    def proposals(self, row: int) -> list[torch.Tensor | None]:
+        """Return the distributions that the row's drafts of this step were drawn from."""
+
+    def end(self, row: int, accepted: int, tokens: list[int]) -> None:
+        """Forget the row's drafts but the first ``accepted``, and append the tokens that were settled on."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+
+
+def row_drafter(
+    drafter: Drafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
+) -> RowDrafter:
+    """Return a drafter for a batch: one forward for all rows where it is a plain model, else one copy for each row."""
+    if type(drafter) is ModelDrafter:
+        return ModelRows(drafter, prompts, capacity, samplers)
+    return Copies(drafter, prompts, capacity, samplers)
+
+
+class Copies:
+    """A copy of a drafter for every row; what it has learnt or loaded is shared."""
+
+    def __init__(
+        self, drafter: Drafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
+    ) -> None:
+        self.drafters = [copy.copy(drafter) for _ in prompts]
+        for own, prompt, sampler in zip(self.drafters, prompts, samplers, strict=True):
+            own.begin(prompt, capacity, sampler)
+
+    def use(self, row: int, name: str) -> str:
+        """See :class:`RowDrafter`."""
+        return self.drafters[row].use(name)
+
+    def lag(self, row: int) -> int:
+        """See :class:`RowDrafter`."""
+        return self.drafters[row].lag
+
+    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
+        """See :class:`RowDrafter`."""
+        return [self.drafters[row].draft(own) for row, own in zip(rows, signals, strict=True)]
+
+    def proposals(self, row: int) -> list[torch.Tensor | None]:
+        """See :class:`RowDrafter`."""
+        return self.drafters[row].proposals
+
+    def end(self, row: int, accepted: int, tokens: list[int]) -> None:
+        """See :class:`RowDrafter`."""
+        self.drafters[row].end(accepted)
+        self.drafters[row].extend(tokens)
+
+    def keep(self, rows: list[int]) -> None:
+        """See :class:`RowDrafter`."""
+        self.drafters = [self.drafters[r] for r in rows]
+
+
+class ModelRows:
+    """Drafts with a model, one forward for all rows; rows that do not draft any more in a step sit it out."""
+
+    def __init__(
+        self, drafter: ModelDrafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
+    ) -> None:
+        self.drafter, self.samplers = drafter, samplers
+        self.model = BatchModel(drafter.model, len(prompts), capacity, drafter.last_id)
+        self.contexts = [list(p) for p in prompts]
+        self.drafted: list[list[int]] = [[] for _ in prompts]
+        self.drawn: list[list[torch.Tensor | None]] = [[] for _ in prompts]
+        self.ngrams = [NgramIndex(p) for p in prompts]
+
+    def use(self, row: int, name: str) -> str:
+        """There is one drafter here."""
+        return self.drafter.names[0]
+
+    def lag(self, row: int) -> int:
+        """See :class:`RowDrafter`."""
+        return len(self.contexts[row]) - self.model.cached[row]
+
+    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
+        """See :class:`RowDrafter`."""
+        feed: list[list[int]] = [[] for _ in self.contexts]
+        for row in rows:
+            context, have = self.contexts[row], self.model.cached[row]
+            feed[row] = context[have:] + self.drafted[row][max(have - len(context), 0) :]
+        logits = self.model.feed(feed, last=True)[rows, 0, : self.drafter.rows].float()
+        top, best = logits.topk(2)
+        p = logits.softmax(-1)
+        entropy = torch.special.entr(p).sum(-1)
+        wanted = torch.stack((top[:, 0], top[:, 1], best[:, 0].float(), entropy, p.amax(-1)), dim=1)
+        tokens = []
+        for i, (first, second, index, nats, confidence) in enumerate(wanted.tolist()):  # one transfer for all rows
+            row, head_ids, sampler = rows[i], self.drafter.head_ids, self.samplers[rows[i]]
+            token = int(index) if head_ids is None else head_ids[int(index)]
+            proposal = None
+            if sampler is not None:
+                prefix = [*self.contexts[row], *self.drafted[row]]
+                proposal = sampler.probabilities(self.drafter.whole(logits[i])[None], prefix)[0]
+                token = sampler.draw(proposal)
+            signals[i][[ENTROPY, CONFIDENCE, MARGIN]] = nats / _LOG2, confidence, first - second
+            signals[i][NGRAM] = self.ngrams[row].signal(self.drafted[row], token)
+            self.drafted[row].append(token)
+            self.drawn[row].append(proposal)
+            tokens.append(token)
+        return tokens
+
+    def proposals(self, row: int) -> list[torch.Tensor | None]:
+        """See :class:`RowDrafter`."""
+        return self.drawn[row]
+
+    def end(self, row: int, accepted: int, tokens: list[int]) -> None:
+        """See :class:`RowDrafter`."""
+        self.model.cached[row] = min(self.model.cached[row], len(self.contexts[row]) + accepted)
+        self.drafted[row], self.drawn[row] = [], []
+        self.contexts[row] += tokens
+        self.ngrams[row].extend(tokens)
+
+    def keep(self, rows: list[int]) -> None:
+        """See :class:`RowDrafter`."""
+        self.model.keep(rows)
+        for name in ("contexts", "drafted", "drawn", "ngrams", "samplers"):
+            setattr(self, name, [getattr(self, name)[r] for r in rows])
