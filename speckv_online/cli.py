@@ -11,12 +11,18 @@ import speckv_online
 from speckv_online.commands import run_command
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.errors import UserError
+from speckv_online.evaluation import add_arguments as evaluation_arguments
+from speckv_online.evaluation import run as evaluate
+from speckv_online.jobs import JOBS, run_job
 from speckv_online.simulation import add_arguments as simulation_arguments
 from speckv_online.simulation import run as simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in JOBS:
+        return run_command("speckv", lambda: run_job(argv[0], argv[1:]))
     arguments = build_parser().parse_args(argv)
     return run_command("speckv", lambda: arguments.command(arguments))
 
@@ -56,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("policies", help="list policies")
     add.set_defaults(command=policies)
     add.add_argument("--json", action="store_true", help="print JSON")
+
+    add = commands.add_parser("evaluate", help="evaluate SpecKV on records or traces, as published or honestly")
+    add.set_defaults(command=evaluate)
+    evaluation_arguments(add)
+
+    for name, summary in JOBS.items():  # listed here; main() hands them over before their flags are parsed
+        commands.add_parser(name, help=summary, add_help=False)
 
     add = commands.add_parser("simulate", help="replay policies on traces, with what hindsight knows beside them")
     add.set_defaults(command=simulate)

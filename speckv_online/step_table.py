@@ -161,8 +161,8 @@ def read_rows(path: str | Path) -> list[StepRow]:
     """Read a CSV of steps, ours or the release's.
 
     The release does not say where one prompt ends, but its ``step`` restarts at zero, and every combination of level
-    and gamma ran the same prompts in one order: prompts are numbered by that, ``drafted`` is taken to be gamma, and the
-    lagged signals are those of the row before.
+    and gamma ran the same prompts in one order: prompts are numbered by that, ``drafted`` follows from the acceptance
+    rate, and the lagged signals are those of the row before.
 
     Raises
     ------
@@ -177,7 +177,9 @@ def read_rows(path: str | Path) -> list[StepRow]:
     for line, cells in read_csv(path, _KINDS, RELEASE_COLUMNS, empty=("acceptance_rate",)):
         row = StepRow(**cells)
         ours = "prompt_id" in cells
-        _check(row, ours, f"{path} line {line}")
+        if not ours:
+            row.drafted = _drafted(row)
+        _check(row, f"{path} line {line}")
         if not ours:
             run = (row.compression, row.gamma, row.task)
             before = rows[-1] if rows else None
@@ -189,7 +191,7 @@ def read_rows(path: str | Path) -> list[StepRow]:
                     "rows must be whole and in the order in which they were written"
                 )
             runs[run] += row.step == 0
-            row.prompt_id, row.drafted = f"{row.task}-{runs[run]}", row.gamma
+            row.prompt_id = f"{row.task}-{runs[run]}"
             if row.step and before is not None:
                 for lagged, now in LAGGED.items():
                     setattr(row, lagged, getattr(before, now))
@@ -199,16 +201,26 @@ def read_rows(path: str | Path) -> list[StepRow]:
     return rows
 
 
-def _check(row: StepRow, ours: bool, where: str) -> None:
+def _drafted(row: StepRow) -> int:
+    """Tokens that a step of the release drafted: fewer than gamma where its budget ended, which its rate tells."""
+    if row.accepted > 0 and 0 < row.acceptance_rate <= 1:
+        return min(round(row.accepted / row.acceptance_rate), row.gamma)
+    return row.gamma
+
+
+def _check(row: StepRow, where: str) -> None:
     """Refuse a row whose numbers contradict each other."""
-    drafted = row.drafted if ours else row.gamma
-    bounds = {"gamma": 64, "drafted": row.gamma, "step": LARGEST, "accepted": drafted, "tokens_produced": drafted + 1}
+    k = row.drafted
+    bounds = {"gamma": 64, "drafted": row.gamma, "step": LARGEST, "accepted": k, "tokens_produced": k + 1}
     for name, most in bounds.items():
         if not 0 <= getattr(row, name) <= most:
             raise UserError(f"{where}, column {name}: must be from 0 to {most}, got {getattr(row, name)}")
-    for name in ("mean_draft_confidence", "min_draft_confidence", *(() if drafted == 0 else ("acceptance_rate",))):
+    for name in ("mean_draft_confidence", "min_draft_confidence"):
         if not 0 <= getattr(row, name) <= 1:
             raise UserError(f"{where}, column {name}: must be from 0 to 1, got {getattr(row, name)}")
+    if k and not abs(row.acceptance_rate - row.accepted / k) < 1e-3:
+        text = f"{row.accepted} of {k} tokens accepted is {row.accepted / k:.4g}, got {row.acceptance_rate}"
+        raise UserError(f"{where}, column acceptance_rate: {text}")
 
 
 def column(rows: Sequence[StepRow], name: str) -> np.ndarray:

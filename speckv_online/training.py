@@ -38,19 +38,20 @@ class Data:
         Mean entropy (bits), mean confidence, max entropy, min confidence, compression code, gamma.
     y : ndarray, shape (N,)
         Acceptance rate n/k, or min(a, gamma)/gamma for a gamma that was not played.
-    prompt, level : ndarray of str, shape (N,)
+    prompt, level, task : ndarray of str, shape (N,)
     """
 
     x: np.ndarray
     y: np.ndarray
     prompt: np.ndarray
     level: np.ndarray
+    task: np.ndarray
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, mask: np.ndarray) -> Data:
-        return Data(self.x[mask], self.y[mask], self.prompt[mask], self.level[mask])
+        return Data(self.x[mask], self.y[mask], self.prompt[mask], self.level[mask], self.task[mask])
 
     def sha256(self) -> str:
         """Return a hash of inputs and labels."""
@@ -72,7 +73,7 @@ def data_from_rows(rows: Iterable[StepRow], features: str = "causal") -> Data:
     else:
         names = ("mean_draft_entropy", "mean_draft_confidence", "max_draft_entropy", "min_draft_confidence")
     x = [[*(getattr(r, name) for name in names), level_code(r.compression), r.drafted] for r in kept]
-    return _data(x, [r.accepted / r.drafted for r in kept], [(r.prompt_id, r.compression) for r in kept])
+    return _data(x, [r.accepted / r.drafted for r in kept], [(r.prompt_id, r.compression, r.task) for r in kept])
 
 
 def data_from_traces(
@@ -85,7 +86,7 @@ def data_from_traces(
     """
     x: list[list[float]] = []
     y: list[float] = []
-    names: list[tuple[str, str]] = []
+    names: list[tuple[str, str, str]] = []
     schedules = [_Reader(drawn, seed=seed + i) for i, drawn in enumerate(schedule_gammas().values())]
     for trace in traces:
         code, cost = level_code(trace.level), CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
@@ -101,7 +102,7 @@ def data_from_traces(
                         signals = [mean_h, mean_c, max_h, min_c]
                     x.append([*signals, code, gamma])
                     y.append(min(int(trace.accepted[t]), gamma) / gamma)
-                    names.append((trace.prompt_id, trace.level))
+                    names.append((trace.prompt_id, trace.level, trace.task))
     return _data(x, y, names)
 
 
@@ -123,11 +124,11 @@ class _Reader(Schedule):
         return super().decide(context)
 
 
-def _data(x: list[list[float]], y: list[float], names: list[tuple[str, str]]) -> Data:
+def _data(x: list[list[float]], y: list[float], names: list[tuple[str, str, str]]) -> Data:
     if not x:
         raise UserError("no step drafted anything, so there is nothing to train on: profile with gamma above 0")
-    prompts, levels = zip(*names, strict=True)
-    return Data(np.array(x, dtype=float), np.array(y, dtype=float), np.array(prompts), np.array(levels))
+    prompts, levels, tasks = map(np.array, zip(*names, strict=True))
+    return Data(np.array(x, dtype=float), np.array(y, dtype=float), prompts, levels, tasks)
 
 
 def split_by_prompt(prompt: np.ndarray, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

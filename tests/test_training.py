@@ -151,7 +151,7 @@ def test_an_input_that_never_varied_has_no_say(traces: list[Trace]) -> None:
 
 def test_metrics_are_those_of_the_rows() -> None:
     x = np.array([[0.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 1, 1]])
-    data = Data(x, np.array([1.0, 0.5, 0.0]), np.array(["a", "b", "b"]), np.array(["fp16", "fp16", "int8"]))
+    data = Data(x, np.array([1.0, 0.5, 0.0]), np.array(["a", "b", "b"]), np.array(["fp16", "fp16", "int8"]), np.array(["chat"] * 3))
     weights = train_mlp16(data, epochs=1, seeds=[0]).weights
     p = weights.predict(x)
     found = evaluate(weights, data, data)
