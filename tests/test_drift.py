@@ -1,0 +1,117 @@
+"""The drift experiment: a stream that changes level, draft and tasks on tiny models, its alarms, and resuming."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.drift import Phase, main
+from experiments.drift_models import first_layers
+from experiments.drift_report import find_alarms
+from speckv_online.errors import UserError
+from speckv_online.rundir import read_manifest, read_units
+from tests.conftest import TinyPair, tiny_llama
+from tests.test_rundir import STEP
+
+
+@pytest.fixture
+def flags(tiny_pair: TinyPair, tmp_path: Path) -> list[str]:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"{task}{i}", "task": task, "prompt": f"{task} {i}"} for task in ("chat", "code") for i in range(3)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "target": tiny_pair.target_dir, "draft": tiny_pair.draft_dir, "prompts": prompts, "per-phase": 2,
+        "max-new-tokens": 10, "device": "cpu", "threads": 1, "policies": "autoregressive,fixed:2,online",
+        "phases": "chat@fp32,code@fp32@layers:1,chat+code@fp16@ngram,chat@fp32", "out": tmp_path / "run",
+    }  # fmt: skip
+    return [x for key, value in values.items() for x in (f"--{key}", str(value))]
+
+
+def test_a_stream_is_decoded_resumed_and_drawn(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(flags) == 0
+    units = read_units(run)
+    assert len({u.unit.key for u in units}) == len(units) == 4 * 2 * 3
+    outputs: dict[str, set[tuple[int, ...]]] = {}
+    for u in units:
+        outputs.setdefault(u.unit.prompt, set()).add(tuple(u.facts["output"]))
+    assert all(len(same) == 1 for prompt, same in outputs.items() if not prompt.startswith("2."))  # fp32 is exact
+    found = json.loads((run / "drift.json").read_text())
+    assert [p["policy"] for p in found["policies"]] == ["autoregressive", "fixed:2", "online"]
+    assert all(len(p["tokens_per_second"]) == 8 and len(p["phases"]) == 4 for p in found["policies"])
+    assert set(found["policies"][0]["acceptance"]) == {None}
+    assert (run / "drift.png").read_bytes().startswith(b"\x89PNG")
+    assert set(read_manifest(run)["workers"]) == {"fp32", "fp16"}
+    table = capsys.readouterr().out
+
+    # A kill in the last unit: what is left of it is cut off, and only it is decoded again.
+    file = run / "steps-drift.jsonl"
+    whole = file.read_text().splitlines()
+    last = max(i for i, line in enumerate(whole[:-1]) if '"done"' in line) + 1
+    file.write_text("\n".join(whole[: last + 1]) + "\n")
+    assert main(["--resume", str(run)]) == 0
+    resumed = read_units(run)
+    assert [u.unit for u in resumed] == [u.unit for u in units]
+    assert resumed[:-1] == units[:-1]
+    assert capsys.readouterr().out.splitlines()[0] == table.splitlines()[0]
+    assert set(read_manifest(run)["workers"]) == {"fp32", "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("code", "TASK"), ("code@fp16@layers:0", "layers:N"), ("code@fp16@what", "ngram"), ("@fp16", "TASK"),
+        ("code@fp16@own@x", "TASK"),
+    ],
+)  # fmt: skip
+def test_phases_that_make_no_sense_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Phase.read(text)
+
+
+def test_unknown_task_is_refused_before_models_load(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags[flags.index("--phases") + 1] = "poems@fp32"
+    assert main(flags) == 2
+    assert "no prompts of task poems: choose from chat, code" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_first_layers_share_weights_and_leave_the_target_alone() -> None:
+    target = tiny_llama(layers=3)
+    ids = torch.arange(5, 15)[None]
+    with torch.inference_mode():
+        before = target(ids).logits
+        small = first_layers(target, 1)
+        short = small(ids).logits
+        assert torch.equal(first_layers(target, 3)(ids).logits, before)
+        assert torch.equal(target(ids).logits, before)
+    assert not torch.allclose(short, before)
+    assert small.lm_head.weight is target.lm_head.weight
+    assert (small.config.num_hidden_layers, target.config.num_hidden_layers) == (1, 3)
+    with pytest.raises(UserError, match="the target has 3 layers"):
+        first_layers(target, 4)
+
+
+def test_alarms_come_after_a_change_and_not_without_one() -> None:
+    rng = np.random.default_rng(0)
+
+    def prompts(rate: float, count: int) -> list[list]:
+        return [[replace(STEP, accepted=int(rng.random() < rate), tested=1) for _ in range(50)] for _ in range(count)]
+
+    calm = prompts(0.7, 20)
+    assert find_alarms(calm, [0] * 20, 10.0) == []
+    alarms = find_alarms([*calm, *prompts(0.1, 10)], [0] * 20 + [1] * 10, 10.0)
+    assert {a.detector for a in alarms} == {"ADWIN", "Page-Hinkley"}
+    assert all(a.phase == 1 for a in alarms)
+    assert all(1000 < a.step <= 1200 for a in {a.detector: a for a in reversed(alarms)}.values())
+    idle = [[replace(STEP, drafted=0, accepted=0, tested=0)] * 500]
+    assert find_alarms(idle, [0], 10.0) == []
