@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from speckv_online.traces import Trace
+    from speckv_online.training import Data, Fit
 
 
 #: How many other choices of held-out prompts a card reports, and what of them.
@@ -43,6 +44,7 @@ class TrainConfig:
     gammas: tuple[str, ...] = option(("1", "2", "4", "6", "8", "12", "16"), "gammas to label at each step of a trace")
     seeds: int = option(5, "starts from different initial weights; the best on held-out prompts is kept")
     holdout: int = option(25, "percentage of the prompts to hold out")
+    compare: bool = option(False, "also train Ridge, MLP-32, RF-10 and RF-100, and put their scores into the card")
     epochs: int = option(200, "most passes over the data")
     seed: int = option(0, "seed of the split, the schedules and the first start")
     out: str = option("", "directory of the weights (default: where the policies look for theirs)")
@@ -77,8 +79,11 @@ def train(config: TrainConfig) -> int:
     from speckv_online.step_table import read_rows
     from speckv_online.traces import load_traces
     from speckv_online.training import data_from_rows, data_from_traces
+    from speckv_online.training_estimators import require_sklearn
 
     out = Path(config.out).expanduser() if config.out else DEFAULT_WEIGHTS.parent
+    if config.compare:
+        require_sklearn()  # before the training, which takes a while
     splits = () if config.split == "all" else (config.split, "")
     common: dict[str, Any] = {
         "made": manifest.now(),
@@ -105,7 +110,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def write_mlp16(config: TrainConfig, out: Path, data: Any, common: dict[str, Any]) -> None:
+def write_mlp16(config: TrainConfig, out: Path, data: Data, common: dict[str, Any]) -> None:
     """Train MLP16 and write ``mlp16.npz`` and its card."""
     from speckv_online.training import train_mlp16
 
@@ -129,6 +134,8 @@ def write_mlp16(config: TrainConfig, out: Path, data: Any, common: dict[str, Any
         "noise_var": fit.noise_var,
         "starts": fit.runs,
     }
+    if config.compare:
+        card["compared"] = compare(config, data, fit)
     card["data"] = card["data"] | {
         "rows": len(data),
         "prompts": len(set(data.prompt.tolist())),
@@ -139,6 +146,26 @@ def write_mlp16(config: TrainConfig, out: Path, data: Any, common: dict[str, Any
     mse, plain, correlation = (" ".join(f"{v:.3f}" for v in scores[name]) for name in SCORES)
     print(f"MLP16: {len(data)} rows; on held-out prompts, by {1 + SPLITS} splits: mean squared error {mse}")
     print(f"  (mean rate per level and gamma alone: {plain}), correlation {correlation}")
+
+
+def compare(config: TrainConfig, data: Data, fit: Fit) -> list[dict[str, Any]]:
+    """Score the publication's other estimators on the prompts that MLP16's card holds out, and print them."""
+    import numpy as np
+
+    from speckv_online.training import split_by_prompt
+    from speckv_online.training_estimators import ROWS, compare_estimators
+
+    inside, outside = split_by_prompt(data.prompt, config.holdout / 100, config.seed)
+    train, held = data[inside], data[outside]
+    some = np.random.default_rng(config.seed).permutation(len(train))[:ROWS]
+    gammas = sorted({int(g) for g in data.x[:, -1]})
+    others = compare_estimators((train.x[some], train.y[some]), (held.x, held.y), gammas)
+    rows = [{"model": "MLP16 (torch)", "rows": len(train), "mse": fit.metrics["mse"]}]
+    rows[0]["correlation"] = fit.metrics["correlation"]
+    rows += [{"model": s.model, "rows": len(some), "mse": s.mse, "correlation": s.correlation} for s in others]
+    for row in rows:
+        print(f"  {row['model']:<14} mean squared error {row['mse']:.4f}, correlation {row['correlation'] or 0:.3f}")
+    return rows
 
 
 def write_acceptance(config: TrainConfig, out: Path, traces: list[Trace], common: dict[str, Any]) -> None:

@@ -14,13 +14,11 @@ import numpy as np
 from policies.mlp16 import Weights
 from speckv_online.tables import Table
 from speckv_online.training import Data, train_mlp16
-from speckv_online.training_estimators import compare_estimators, error_and_correlation, require_sklearn
+from speckv_online.training_estimators import ROWS, compare_estimators, error_and_correlation, require_sklearn
 from speckv_online.training_splits import held_out_splits
 
 INPUTS = ("mean entropy", "mean confidence", "max entropy", "min confidence", "compression", "gamma")
 BINS = 10
-#: Most rows for the forests, drawn at random: they take long and need no more.
-FOREST_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ def cross_fit(data: Data, epochs: int = 200, say: Callable[[str], object] = prin
         for out in masks:
             inside, outside = data[~out], data[out]
             # A batch of the usual size would be too few steps a pass for a few thousand rows.
-            batch = 1024 if len(data) > 50_000 else 128
-            fit = train_mlp16(inside, seeds=(0, 1), epochs=epochs, batch=batch)
+            batch, seeds = (1024, (0,)) if len(data) > 50_000 else (128, (0, 1))
+            fit = train_mlp16(inside, seeds=seeds, epochs=epochs, batch=batch)
             w = fit.weights
             fits.append((out, Weights(w.W1, w.b1, w.W2, w.b2, w.phi_cov, fit.noise_var)))
             rows.append(np.flatnonzero(out))
@@ -139,7 +137,7 @@ def importance_table(
     table = Table("importance", title, ("features", "input", "Gini", "permutation"), digits=4)
     for features, d in data.items():
         rng = np.random.default_rng(seed)
-        some = rng.permutation(len(d))[:FOREST_ROWS]
+        some = rng.permutation(len(d))[:ROWS]
         label = d.y[some] > 0.5
         gini = RandomForestClassifier(100, random_state=42).fit(d.x[some], label).feature_importances_
         for i, name in enumerate(INPUTS):
@@ -159,7 +157,7 @@ def estimator_table(data: Data, gammas: tuple[int, ...], seed: int = 0) -> Table
     """Compare the publication's estimators with one fold of prompts held out."""
     out = held_out_splits(data)["prompts"][0]
     rng = np.random.default_rng(seed)
-    train = rng.permutation(np.flatnonzero(~out))[:FOREST_ROWS]
+    train = rng.permutation(np.flatnonzero(~out))[:ROWS]
     test = np.flatnonzero(out)
     scores = compare_estimators((data.x[train], data.y[train]), (data.x[test], data.y[test]), gammas)
     table = Table(
