@@ -1,0 +1,95 @@
+"""Greedy identity for model families with other positions, attention and heads than Llama's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from speckv_online.decoding import SpeculativeDecoder
+from tests.conftest import perturbed
+from tests.test_decoding import Scripted, plain, prompt_of
+
+WINDOW = 8
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2, **_HEADS},
+    "qwen2": {"num_hidden_layers": 2, **_HEADS},
+    "qwen2-sliding": {
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+        **_HEADS,
+    },
+    "qwen3": {"num_hidden_layers": 2, **_HEADS},
+    "mistral": {"num_hidden_layers": 2, "sliding_window": None, **_HEADS},
+    "mistral-sliding": {"num_hidden_layers": 2, "sliding_window": WINDOW, **_HEADS},
+    "gemma2": {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, **_HEADS},
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 16,
+        "sliding_window_pattern": 2,
+        **_HEADS,
+    },
+    "gpt2": {"n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+def family(name: str, **options: Any) -> PreTrainedModel:
+    """A tiny random model of a family; names in ``-sliding`` see the latest 8 tokens only in some layers or all."""
+    kind = name.removesuffix("-sliding")
+    torch.manual_seed(3)
+    settings = {"vocab_size": 260, "hidden_size": 64, "max_position_embeddings": 128, "initializer_range": 0.15}
+    settings |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
+    config = CONFIG_MAPPING[kind](**settings | FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config, **options).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, 0
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_identity(name: str) -> None:
+    """Token by token against ``generate``, far beyond the sliding window, alone and in a batch."""
+    target = family(name)
+    config = target.config
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    assert (sliding or name == "mistral-sliding") == (name in ("gemma2", "gemma3_text") or "-sliding" in name)
+    policy = Scripted([4, 0, 9, 2, 16, 0, 0, 0, 5])
+    decoder = SpeculativeDecoder(perturbed(target, 0.05), policy=policy, target=target)
+    prompts = [prompt_of(n, n) for n in (1, 20)]
+    expected = [plain(target, p, 32) for p in prompts]
+    assert len({t for tokens in expected for t in tokens}) > 5
+    assert [decoder.generate(p, 32).tokens for p in prompts] == expected
+    assert [out.tokens for out in decoder.decode_batch(prompts, 32)] == expected
+    assert 0 < decoder.totals.accepted < decoder.totals.drafted
+    assert not decoder.policy.faults
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2"])
+def test_eager_attention(name: str) -> None:
+    target = family(name, attn_implementation="eager")
+    decoder = SpeculativeDecoder(perturbed(target, 0.05), policy=Scripted([5, 0, 3]), target=target)
+    prompts = [prompt_of(n, n) for n in (20, 3)]
+    expected = [plain(target, p, 24) for p in prompts]
+    assert [decoder.generate(p, 24).tokens for p in prompts] == expected
+    assert [out.tokens for out in decoder.decode_batch(prompts, 24)] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-sliding"])
+def test_up_to_the_last_position(name: str) -> None:
+    """The longest prompt that leaves room for a token, and answers that end with the model's context."""
+    target = family(name)
+    decoder = SpeculativeDecoder(perturbed(target, 0.05), policy=Scripted([8, 3]), target=target)
+    for length in (127, 126, 110):
+        prompt = prompt_of(length, length)
+        assert decoder.generate(prompt, 99).tokens == plain(target, prompt, 128 - length)
+    prompts = [prompt_of(127, 127), prompt_of(90, 90)]
+    found = decoder.decode_batch(prompts, 99)
+    assert [out.tokens for out in found] == [plain(target, p, 128 - len(p)) for p in prompts]
