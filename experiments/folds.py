@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,21 +40,25 @@ def split(traces: Sequence[Trace], count: int, seed: int) -> list[frozenset[str]
 
 def fit_folds(traces: Sequence[Trace], count: int, seed: int, out: Path) -> list[Fold]:
     """Fit the weights of every fold and write them below ``out``, each with its cards."""
+    folds = []
+    for i, prompts in enumerate(split(traces, count, seed)):
+        others = [t for t in traces if t.prompt_id not in prompts]
+        about = {"fold": {"number": i + 1, "of": count, "played": sorted(prompts)}}
+        folds.append(Fold(prompts, fit_weights(others, seed, out / f"{i + 1}-of-{count}", about)))
+    return folds
+
+
+def fit_weights(traces: Sequence[Trace], seed: int, folder: Path, about: dict[str, Any]) -> dict[str, str]:
+    """Fit to some traces what learned policies start from, and return the policies' options that name it."""
     import torch
 
     from speckv_online.training import data_from_traces
 
     torch.set_num_threads(1)
-    config = TrainConfig(traces=str(out), seed=seed)
-    folds = []
-    for i, prompts in enumerate(split(traces, count, seed)):
-        folder = out / f"{i + 1}-of-{count}"
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [t for t in traces if t.prompt_id not in prompts]
-        about = {"data": describe(others), "fold": {"number": i + 1, "of": count, "played": sorted(prompts)}}
-        data = data_from_traces(others, config.features, [int(g) for g in config.gammas], seed)
-        write_mlp16(config, folder, data, about)
-        write_acceptance(config, folder, others, about)
-        weights = {"weights": str(folder / "mlp16.npz"), "acceptance": str(folder / "goodput.npz")}
-        folds.append(Fold(prompts, weights))
-    return folds
+    config = TrainConfig(traces=str(folder), seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"data": describe(list(traces))} | about
+    data = data_from_traces(traces, config.features, [int(g) for g in config.gammas], seed)
+    write_mlp16(config, folder, data, about)
+    write_acceptance(config, folder, list(traces), about)
+    return {"weights": str(folder / "mlp16.npz"), "acceptance": str(folder / "goodput.npz")}
