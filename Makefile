@@ -1,5 +1,6 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
 # make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-m 'not slow and not ray'"
+# make results  measures everything that docs/results.md shows (hours): make results ARGS="--prompts 8"
 # make clean removes the environment; caches of models stay (see `speckv models`)
 
 PYTHON ?= python3.11
@@ -7,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
-.PHONY: run test setup clean
+.PHONY: run test results setup clean
 
 run: setup
 	@echo "== preparing the default model pair"
@@ -24,6 +25,11 @@ test: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
+
+results: setup
+	@$(BIN)/speckv models prepare smollm2
+	@echo "== transformers, our decoder and every policy on the clock"
+	@$(BIN)/python -m experiments.results --doc docs/results.md --plot docs/img/results.png $(ARGS)
 
 setup: $(READY)
 

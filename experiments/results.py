@@ -1,0 +1,224 @@
+"""The main claim on the clock: our decoder and policies beside transformers' own assisted generation, on real models.
+
+At every level each prompt is decoded by every contender in turn, the order rotated from prompt to prompt, in this one
+process: transformers' ``generate`` with its schedules; every policy in our decoder with the draft model; and, after
+``+``, with another drafter (``goodput+hybrid`` is the whole product). Goodput is tokens over the seconds of whole
+calls, prompt included. A run that was stopped goes on where it was. With ``--doc`` the tables go into a document.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.compare import bundled
+from experiments.config import option, parse
+from policies.base import Policy
+from policies.registry import make_policy
+from speckv_online.commands import run_command
+from speckv_online.drafter_spec import parse_drafter
+from speckv_online.errors import UserError
+from speckv_online.prompts import Prompt, choose
+
+if TYPE_CHECKING:
+    from speckv_online.cost import LevelCost
+    from speckv_online.models import LoadedPair
+
+#: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by.
+LEADING = (
+    "transformers", "transformers:constant-4", "transformers:heuristic", "transformers:default",
+    "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16:tokens_per_step", "mlp16", "online", "goodput",
+    "goodput+hybrid",
+)  # fmt: skip
+OTHERS = ("fixed:8", "hf-heuristic", "hf-confidence", "svip", "adaedl", "ucbspec", "vllm", "sglang", "fixed:2+hybrid")
+PEER = "transformers"
+WARM_UP = "Write a short note that thanks a colleague for their help with a project."
+
+
+@dataclass(frozen=True)
+class ResultsConfig:
+    """Settings of ``python -m experiments.results``."""
+
+    pair: str = option("smollm2", "named model pair")
+    levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels, comma separated")
+    leading: tuple[str, ...] = option(LEADING, "contenders that decode all prompts, comma separated")
+    others: tuple[str, ...] = option(OTHERS, "contenders that decode the first --some prompts only")
+    prompts: int = option(40, "how many of the bundled held-out prompts")
+    some: int = option(20, "how many of them the others decode")
+    max_new_tokens: int = option(64, "tokens to decode per prompt")
+    seed: int = option(0, "seed of the prompt choice and of the policies")
+    threads: int = option(0, "CPU threads (0: all cores)")
+    device: str = option("auto", "auto, cpu or cuda")
+    doc: str = option("", "document to put the tables into, between its markers")
+    plot: str = option("", "PNG file of the plot (default: results.png in --out)")
+    out: str = option("runs/results", "run directory; a run that is there is continued")
+
+    #: Settings that may change when a run is continued.
+    VOLATILE = ("doc", "plot", "out", "prompts", "some", "leading", "others", "levels")
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "some", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = (__doc__ or "").split("\n\n")[0]
+    prog = "python -m experiments.results"
+    return run_command("results", lambda: results(parse(ResultsConfig, argv, prog, description)))
+
+
+def results(config: ResultsConfig) -> int:
+    """Decode what is missing, then write the tables."""
+    from experiments.peers import SCHEDULES
+    from speckv_online import manifest
+    from speckv_online.rundir import RunDir
+
+    for name in (*config.leading, *config.others):
+        spec, _, drafter = name.partition("+")
+        if spec.partition(":")[0] == PEER:
+            if name not in SCHEDULES:
+                raise UserError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
+        else:
+            make_policy(spec)  # a typo should show at once
+            parse_drafter(drafter or "model")
+    run = RunDir.open(config.out, asdict(config), volatile=ResultsConfig.VOLATILE)
+    prompts = choose(bundled("test"), config.prompts, config.seed)
+    facts = [Bench(config, level, run.path).run(prompts) for level in config.levels]
+    run.write_manifest(manifest.collect(levels=facts))
+    from experiments.results_tables import publish
+
+    print(publish(run.path, config.doc, config.plot))
+    return 0
+
+
+class Bench:
+    """All contenders at one level."""
+
+    def __init__(self, config: ResultsConfig, level: str, out: Path) -> None:
+        self.config, self.level, self.out = config, level, out
+        self.policies: dict[str, Policy] = {}
+        self.calls: dict[str, Callable[[list[int]], tuple[list[int], float, list[Any]]]] = {}
+        self.pair: LoadedPair | None = None
+
+    def run(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """Decode every unit that is missing; return facts for the manifest."""
+        from tqdm import tqdm
+
+        from speckv_online.rundir import StepWriter, Unit, save_arrays
+
+        c = self.config
+        writer = StepWriter(self.out / f"steps-{self.level}.jsonl")
+        plan = []
+        for i, prompt in enumerate(prompts):
+            names = c.leading if i >= c.some else (*c.leading, *c.others)
+            turn = i % len(names)  # each goes first in its turn, so that a drift of the machine hits all alike
+            plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in names[turn:] + names[:turn]]
+        missing = [item for item in plan if item[0].key not in writer.done]
+        facts: dict[str, Any] = {"level": self.level, "units": len(plan)}
+        if missing:
+            facts |= self.load()
+        bar = tqdm(missing, desc=self.level, unit="call", disable=not sys.stderr.isatty(), file=sys.stderr)
+        for number, (unit, prompt) in enumerate(bar, start=1):
+            tokens, seconds, steps = self.call(unit.policy)(self.prompt_ids(prompt))
+            writer.write(unit, steps, {"output": tokens, "call_seconds": seconds})
+            policy = self.policies.get(unit.policy)
+            if policy is not None and (state := policy.state_dict()):
+                save_arrays(self.checkpoint(unit.policy), state)
+            if bar.disable and number % 20 == 0:
+                print(f"{self.level}: {number} of {len(missing)} calls", file=sys.stderr, flush=True)
+        writer.close()
+        self.calls.clear()
+        self.pair = None
+        gc.collect()  # the next level's models must not have to fit beside these
+        return facts
+
+    def load(self) -> dict[str, Any]:
+        """Load the models, theirs and ours, and calibrate our costs."""
+        import torch
+
+        from experiments.peers import SCHEDULES, Stock
+        from speckv_online.calibrate import calibrate
+        from speckv_online.manifest import cores
+        from speckv_online.models import chat_prompt, load_pair
+        from speckv_online.session import quiet_libraries
+
+        c = self.config
+        quiet_libraries()
+        torch.set_num_threads(c.threads or cores())
+        self.pair = pair = load_pair(c.pair, level=self.level, device=c.device)
+        warm = chat_prompt(pair.tokenizer, WARM_UP)
+        self.cost: LevelCost = calibrate(pair.target, pair.drafter, self.level, warm)
+        if any(n.partition(":")[0] == PEER for n in (*c.leading, *c.others)):
+            self.stock = Stock(c.pair, self.level, c.device)
+            for name in SCHEDULES:  # warm-up calls are no data
+                self.stock.generate(warm, 8, SCHEDULES[name])
+        return {
+            "threads": torch.get_num_threads(),
+            "arithmetic": pair.level.arithmetic(pair.device),
+            "models": dict(pair.revision),
+            "calibration": asdict(self.cost),
+        }
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's tokens in the target's chat format."""
+        from speckv_online.models import chat_prompt
+
+        assert self.pair is not None
+        return chat_prompt(self.pair.tokenizer, prompt.text)
+
+    def checkpoint(self, name: str) -> Path:
+        """Return where a contender's policy is kept."""
+        return self.out / f"policy-{self.level}-{name.replace(':', '-').replace('+', '-')}.npz"
+
+    def call(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:
+        """Return what decodes for a contender, made at its first use."""
+        if name not in self.calls:
+            peer = name.partition(":")[0] == PEER
+            self.calls[name] = self._peer(name) if peer else self._ours(name)
+        return self.calls[name]
+
+    def _peer(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:
+        from experiments.peers import SCHEDULES
+
+        def decode(ids: list[int]) -> tuple[list[int], float, list[Any]]:
+            return *self.stock.generate(ids, self.config.max_new_tokens, SCHEDULES[name]), []
+
+        return decode
+
+    def _ours(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:
+        import torch
+
+        from speckv_online.cost import as_prior
+        from speckv_online.decoding import SpeculativeDecoder
+        from speckv_online.rundir import load_arrays
+
+        assert self.pair is not None
+        pair = self.pair
+        spec, _, other = name.partition("+")
+        drafter: Any = pair.drafter
+        if other:
+            rows = None if drafter.head_ids is None else torch.tensor(drafter.head_ids)
+            drafter = parse_drafter(other).build(drafter.model, pair.target.config.vocab_size, rows)
+        policy = make_policy(spec, seed=self.config.seed)
+        if self.checkpoint(name).exists():
+            policy.load_state_dict(load_arrays(self.checkpoint(name)))
+        if hasattr(policy, "set_costs"):
+            policy.set_costs(self.level, as_prior(self.cost))
+        decoder = SpeculativeDecoder(drafter, policy=policy, target=pair.target, level=self.level)
+        self.policies[name] = policy
+
+        def decode(ids: list[int]) -> tuple[list[int], float, list[Any]]:
+            result = decoder.generate(ids, self.config.max_new_tokens)
+            return result.tokens, result.seconds, result.steps
+
+        return decode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
