@@ -75,33 +75,48 @@ class HybridDrafter(ModelDrafter):
         if self.kind == "model":
             return super().draft(signals)
         found = self.ngrams.propose()
-        if self.kind == "ngram":
-            return NO_PROPOSAL if found is None else self._take(found, signals)
-        if found is None:
-            return self._draft(*self.likeliest(signals), 0, signals)
-        if self.skip < 1.0 and self.gate.sure(found) >= self.skip:
-            return self._take(found, signals)
+        if found is None and self.kind == "ngram":
+            return NO_PROPOSAL
+        if found is not None and (self.kind == "ngram" or self._sure(found)):
+            write_signals(found, signals)
+            self.proposals.append(None)
+            return self._append(found.token)
         token, logits = self.likeliest(signals)
-        if found.token == token:
-            return self._draft(token, logits, found.length, signals)
-        features = gate_features(found, signals)
-        if self.online:
-            self._open.append((len(self.drafted), found.token, token, features))
-        if self.gate.prefers_lookup(features):
-            return self._take(found, signals)
-        return self._draft(token, logits, -found.length, signals)
+        if self.online and found is not None and found.token != token:
+            self._open.append((len(self.drafted), found.token, token, gate_features(found, signals)))
+        chosen = self.choose(found, token, signals)
+        if chosen != token:
+            self.proposals.append(None)
+            return self._append(chosen)
+        return self._append(self.settle(token, logits))
 
-    def _draft(self, token: int, logits: torch.Tensor, match: int, signals: np.ndarray) -> int:
-        """Propose by the model."""
-        token = self.settle(token, logits)
-        signals[NGRAM] = match
-        return self._append(token)
+    def choose(self, found: Proposal | None, token: int, signals: np.ndarray) -> int:
+        """Return the better of the lookup's and the model's proposals, and make the signals those of the chosen one.
 
-    def _take(self, found: Proposal, signals: np.ndarray) -> int:
-        """Propose what the lookup found."""
-        write_signals(found, signals)
-        self.proposals.append(None)
-        return self._append(found.token)
+        Parameters
+        ----------
+        found : Proposal or None
+            The lookup's.
+        token : int
+            The model's likeliest token.
+        signals : ndarray, shape (N_SIGNALS,)
+            The model's signals; overwritten.
+        """
+        if found is None:
+            signals[NGRAM] = 0.0
+            return token
+        sure = self._sure(found)
+        if found.token == token and not sure:
+            signals[NGRAM] = found.length
+        elif sure or self.gate.prefers_lookup(gate_features(found, signals)):
+            write_signals(found, signals)
+            return found.token
+        else:
+            signals[NGRAM] = -found.length
+        return token
+
+    def _sure(self, found: Proposal) -> bool:
+        return self.skip < 1.0 and self.gate.sure(found) >= self.skip
 
     def _append(self, token: int) -> int:
         self.drafted.append(token)

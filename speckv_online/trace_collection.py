@@ -1,8 +1,8 @@
 """Collecting exact traces: one target generation, one teacher-forced draft pass, and rollouts of the draft.
 
 Up to its first mismatch a draft is what teacher forcing over the output gives, and beyond it depends only on where that
-mismatch is. So rollouts are needed only from the mismatches of the teacher-forced pass. Those of a draft model run as
-one batch; other drafters draft them one by one, through the calls that the decoder makes.
+mismatch is. So rollouts are needed only from the mismatches of the teacher-forced pass. Those of drafters with a model
+run as one batch; other drafters draft them one by one, through the calls that the decoder makes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from policies.fixed import Fixed
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter
 from speckv_online.errors import UserError
+from speckv_online.hybrid import HybridDrafter
 from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex
 from speckv_online.records import StepRecord
@@ -141,21 +142,28 @@ def draft_table(
         )
     if getattr(drafter, "online", False):
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
-    if type(drafter) is not ModelDrafter:
+    if not isinstance(drafter, ModelDrafter):
         return _one_by_one(drafter, prompt, tokens, gamma)
     layers = int(drafter.model.config.num_hidden_layers)
     cache = KVCache(layers, start + length)
     ids = torch.tensor([[*prompt, *tokens]], device=drafter.model.device)
     logits = drafter.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=length + 1).logits[0]
     first, first_signals = _choose(drafter, logits)
+    if isinstance(drafter, HybridDrafter):
+        index = NgramIndex(prompt)
+        for t, follows in enumerate([*tokens, 0]):
+            first[t] = drafter.choose(index.propose(), int(first[t]), first_signals[t])
+            index.extend([int(follows)])
     # The table's last row, position L, has no output to agree with: it is where drafts go on past an accepted end.
     wrong = np.append(np.flatnonzero(first[:length] != np.asarray(tokens)), length)
     batches = np.array_split(wrong, -(-len(wrong) // BATCH))
-    tails = [_roll_out(drafter, cache, start + w, first[w], gamma - 1) for w in batches]
+    text = [*prompt, *tokens]
+    tails = [_roll_out(drafter, cache, text, start + w, first[w], gamma - 1) for w in batches]
     tail_tokens, tail_signals = (np.concatenate(part) for part in zip(*tails, strict=True))
 
     drafts, signals = _fill(wrong, first, first_signals, tail_tokens, tail_signals, gamma)
-    signals[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
+    if not isinstance(drafter, HybridDrafter):
+        signals[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
     return drafts, signals
 
 
@@ -231,14 +239,14 @@ def _choose(drafter: ModelDrafter, logits: torch.Tensor) -> tuple[np.ndarray, np
 
 
 def _roll_out(
-    drafter: ModelDrafter, shared: KVCache, lengths: np.ndarray, seeds: np.ndarray, steps: int
+    drafter: ModelDrafter, shared: KVCache, text: list[int], lengths: np.ndarray, seeds: np.ndarray, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Continue several prefixes of one sequence, each with its own next token, as one left-padded batch.
 
     Parameters
     ----------
     shared : KVCache
-        Keys and values of the whole sequence.
+        Keys and values of the whole sequence, ``text``.
     lengths, seeds : ndarray of int, shape (m,)
         Tokens of each prefix, and the token that follows it.
     steps : int
@@ -262,6 +270,8 @@ def _roll_out(
     mask = torch.from_numpy((source >= 0).astype(np.int64)).to(device)
     tokens = np.empty((rows, steps), dtype=np.int64)
     signals = np.empty((rows, steps, N_SIGNALS), dtype=np.float32)
+    prefixes = zip(lengths, seeds, strict=True) if isinstance(drafter, HybridDrafter) else ()
+    indexes = [NgramIndex([*text[:n], int(seed)]) for n, seed in prefixes]
     last = seeds
     for j in range(steps):
         mask = torch.cat([mask, mask.new_ones((rows, 1))], dim=1)
@@ -274,6 +284,9 @@ def _roll_out(
             logits_to_keep=1,
         ).logits[:, -1]
         last, signals[:, j] = _choose(drafter, logits)
+        for i, lookup in enumerate(indexes):  # of a hybrid drafter
+            last[i] = drafter.choose(lookup.propose(), int(last[i]), signals[i, j])  # type: ignore[attr-defined]
+            lookup.extend([int(last[i])])
         tokens[:, j] = last
     return tokens, signals
 
