@@ -17,7 +17,7 @@ from speckv_online.cost import RTX3090_RELEASE
 from speckv_online.errors import UserError
 from speckv_online.simulate import Simulator
 from speckv_online.step_table import COLUMNS, RELEASE_COLUMNS, StepRow, read_rows, trace_rows, write_rows
-from speckv_online.traces import Trace, agreement, load_traces
+from speckv_online.traces import Trace, load_traces
 from speckv_online.training import Data, data_from_rows, data_from_traces, evaluate, split_by_prompt, train_mlp16
 from speckv_online.training_acceptance import (
     auc,
@@ -26,25 +26,9 @@ from speckv_online.training_acceptance import (
     tokens_from_traces,
     train_acceptance,
 )
+from tests.made_traces import made_trace
 
 RELEASE = Path(__file__).parents[2] / "shared" / "speckv_release" / "phase2_step_results.csv"
-
-
-def made_trace(prompt: int, level: str = "fp16", length: int = 40, task: str = "chat") -> Trace:
-    """A trace whose prompts differ in how easy they are, and whose confidence gives that away."""
-    rng = np.random.default_rng([prompt, len(level)])
-    ease = 0.1 + 0.8 * (prompt % 10) / 9
-    tokens = np.arange(1, length + 1, dtype=np.int32)
-    wanted = np.append(tokens, np.full(16, -1, dtype=np.int32))
-    right = rng.random((length, 16)) < ease
-    drafts = np.stack([np.where(right[t], wanted[t : t + 16], -5) for t in range(length)]).astype(np.int32)
-    signals = np.zeros((length, 16, 4), dtype=np.float32)
-    signals[..., 1] = np.clip(ease + 0.1 * rng.standard_normal((length, 16)), 0.01, 0.99)
-    signals[..., 0] = 4 * (1 - signals[..., 1])
-    return Trace(
-        level, task, f"p{prompt}", np.arange(8, dtype=np.int32), tokens, drafts, agreement(drafts, tokens), signals,
-        length, "length", "train", {"draft": "made"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +135,13 @@ def test_an_input_that_never_varied_has_no_say(traces: list[Trace]) -> None:
 
 def test_metrics_are_those_of_the_rows() -> None:
     x = np.array([[0.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 1, 1]])
-    data = Data(x, np.array([1.0, 0.5, 0.0]), np.array(["a", "b", "b"]), np.array(["fp16", "fp16", "int8"]), np.array(["chat"] * 3))
+    data = Data(
+        x,
+        np.array([1.0, 0.5, 0.0]),
+        np.array(["a", "b", "b"]),
+        np.array(["fp16", "fp16", "int8"]),
+        np.array(["chat"] * 3),
+    )
     weights = train_mlp16(data, epochs=1, seeds=[0]).weights
     p = weights.predict(x)
     found = evaluate(weights, data, data)
