@@ -50,7 +50,7 @@ class Ledger:
                 entry.update(event.facts)
             entry["faults"] = faults
         elif event.kind == "failed" and event.error is not None:
-            self.facts["failed"][event.level] = event.text
+            self.facts["failed"][event.level] = event.text.replace(f"{self.run.path}/", "")  # no path in a manifest
             self.errors.append(event.error)
         else:
             return

@@ -16,6 +16,8 @@ from speckv_online.evaluation import run as evaluate
 from speckv_online.jobs import JOBS, run_job
 from speckv_online.simulation import add_arguments as simulation_arguments
 from speckv_online.simulation import run as simulate
+from speckv_online.submit import add_arguments as submit_arguments
+from speckv_online.submit import run as submit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("simulate", help="replay policies on traces, with what hindsight knows beside them")
     add.set_defaults(command=simulate)
     simulation_arguments(add)
+
+    add = commands.add_parser("submit", help="run a comparison as a job on a Ray cluster and bring its results back")
+    add.set_defaults(command=submit)
+    submit_arguments(add)
 
     add = commands.add_parser("report", help="write and show the report of a run, or of several side by side")
     add.set_defaults(command=report)

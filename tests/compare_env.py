@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,6 +68,29 @@ class Faulty(Counter):
 
     def decide(self, context: Context) -> Decision:
         raise RuntimeError("no idea")
+
+
+class Vandal(Counter):
+    """Breaks a model's weights while it decodes, so that the next level cannot load them."""
+
+    def __init__(self, *, file: str = "", seed: int = 0, worker: int = 0) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.file = Path(file)
+
+    def decide(self, context: Context) -> Decision:
+        broken = self.file.with_suffix(".broken")
+        if broken.exists():
+            broken.replace(self.file)  # a new file: the model at work may still read the old one
+        return super().decide(context)
+
+
+class Brim(Counter):
+    """Has the system refuse larger files while fp32 is decoded: a disk that is full, and free again later."""
+
+    def decide(self, context: Context) -> Decision:
+        limit = 9000 if context.level == "fp32" else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return super().decide(context)
 
 
 COUNTER, HERMIT, FAULTY = (f"tests.compare_env:{name}" for name in ("Counter", "Hermit", "Faulty"))

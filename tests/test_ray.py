@@ -17,34 +17,11 @@ from typing import Any
 
 import pytest
 
-from experiments.learner import checkpoint_name, read_checkpoint
-from policies.base import Context, Decision
 from speckv_online.rundir import read_manifest, read_units
+from tests.compare_env import ROOT, environment
 from tests.conftest import TinyPair
-from tests.test_compare import Counter
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parents[1]
-
-
-class Crasher(Counter):
-    """Takes its whole process down in its fifth step, once: the marker says that it has happened."""
-
-    def __init__(self, *, marker: str = "", seed: int = 0, worker: int = 0) -> None:
-        super().__init__(seed=seed, worker=worker)
-        self.marker, self.decided = Path(marker), 0
-
-    def decide(self, context: Context) -> Decision:
-        self.decided += 1
-        if self.decided == 5 and not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().decide(context)
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)} | more
 
 
 @pytest.fixture
@@ -60,33 +37,13 @@ def flags(tiny_pair: TinyPair, tmp_path: Path) -> list[str]:
     return [x for key, value in values.items() for x in (f"--{key}", str(value))]
 
 
-def test_a_local_ray_survives_the_death_of_a_worker(flags: list[str], tmp_path: Path) -> None:
-    spec = f"tests.test_ray:Crasher:marker={tmp_path / 'crashed'}"
-    command = [sys.executable, "-m", "experiments.compare", *flags, "--levels", "fp32", "--threads", "1"]
-    command += ["--policies", f"autoregressive,{spec}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "crashed").exists()
-    assert "fp32 6/6 " in done.stderr
-    assert "Traceback" not in done.stderr
-
-    results = read_units(tmp_path / "run")
-    assert len({r.unit.key for r in results}) == len(results) == 6
-    state, applied = read_checkpoint(tmp_path / "run" / checkpoint_name((spec, 0)))
-    assert sorted(applied) == [("fp32", 0), ("fp32", 1), ("fp32", 2)]
-    assert float(state["total"]) == sum(r.tokens for r in results if r.unit.policy == spec)
-    manifest = read_manifest(tmp_path / "run")
-    assert manifest["status"] == "finished"
-    assert manifest["workers"]["fp32"]["threads"] == 1
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """``ray start --head`` on the loopback interface, in a folder of its own; gives the environment of its clients."""
     folder, port = tempfile.mkdtemp(prefix="ray", dir="/tmp"), free_port()  # sockets need a short path
@@ -123,8 +80,34 @@ def test_a_submitted_job(cluster: dict[str, str], flags: list[str], tmp_path: Pa
     assert len(read_units(tmp_path / "run")) == 12
     manifest = read_manifest(tmp_path / "run")
     assert manifest["status"] == "finished"
+    share = {"workers": 1, "threads": 1, "gpus": 0.0}
     assert manifest["schedule"] == {
         "levels": "one after the other", "threads_per_worker": 1, "cores": 1, "actors": "ray",
+        "shares": {"fp32": share, "fp16": share},
     }  # fmt: skip
     spans = [(w["started"], w["finished"]) for w in manifest["workers"].values()]
     assert spans[0][1] <= spans[1][0]  # the cluster's one core was never shared
+
+
+def test_speckv_submit(cluster: dict[str, str], flags: list[str], tmp_path: Path) -> None:
+    settings = {
+        key.removeprefix("--").replace("-", "_"): value for key, value in zip(flags[::2], flags[1::2], strict=True)
+    }
+    settings |= {"max_new_tokens": 12, "levels": ["fp32"], "policies": ["autoregressive", "fixed:2"]}
+    (tmp_path / "small.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    back = tmp_path / "back"
+    command = [sys.executable, "-m", "speckv_online.cli", "submit", str(tmp_path / "small.yaml")]
+    command += ["--python", sys.executable, "--out", str(back), "--set", "sync_every=5"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=cluster, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fp32 6/6 " in done.stdout
+    assert "files came back" in done.stderr
+    for name in ("run.json", "config.yaml", "steps-fp32.jsonl", "report.html", "plots/goodput.png"):
+        assert (back / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert "sync_every: 5" in (back / "config.yaml").read_text()
+
+    command += ["--set", "policies=fixd", "--remote-out", str(tmp_path / "other"), "--no-fetch"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=cluster, timeout=300)
+    assert done.returncode == 2, done.stdout + done.stderr  # the exit code of the job's own command
+    assert "unknown policy 'fixd'" in done.stdout
+    assert "ended with status FAILED" in done.stderr

@@ -1,0 +1,229 @@
+"""``speckv submit``: run a comparison as a job on a Ray cluster, follow it, and bring its run directory back.
+
+Only the cluster's job server (the dashboard, port 8265) is talked to. The code of the three packages, the config and
+the prompts file that it names are uploaded, so the cluster needs the dependencies but not this project. The run
+directory lies on the cluster's head node; it comes back through the log of a second, tiny job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import importlib.util
+import io
+import re
+import shlex
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speckv_online.errors import UserError
+from speckv_online.manifest import git_state
+
+PACKAGES = ("experiments", "speckv_online", "policies")
+#: A packed run directory that is larger stays where it is.
+MOST_BYTES = 64_000_000
+_BEGIN, _END = "-----BEGIN SPECKV RUN-----", "-----END SPECKV RUN-----"
+#: Where runs go on the cluster's head node, unless the config or a flag says otherwise.
+REMOTE = "~/speckv-runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``speckv submit``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML settings of experiments.compare")
+    parser.add_argument("--address", metavar="URL", help="job server, e.g. http://HEAD:8265 (default: RAY_ADDRESS)")
+    parser.add_argument("--name", default="", help="name of the run (default: CONFIG__TIME); one that exists goes on")
+    parser.add_argument("--out", metavar="DIR", help="where the run directory goes here (default: runs/NAME)")
+    parser.add_argument("--remote-out", metavar="DIR", help=f"where it goes on the cluster (default: {REMOTE}/NAME)")
+    parser.add_argument("--add", action="append", default=[], metavar="PATH",
+                        help="upload a file or folder as well, e.g. your policy.py; may be repeated")  # fmt: skip
+    parser.add_argument("--python", default="python", help="Python on the cluster (default: %(default)s)")
+    parser.add_argument("--no-fetch", action="store_true", help="leave the run directory on the cluster")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as for experiments.compare")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``speckv submit``; return the exit code of the job."""
+    config = Path(arguments.config)
+    settings = _settings(config)
+    name = arguments.name or f"{config.stem}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise UserError(f"--name {name!r}: use letters, digits, dots, hyphens and underscores")
+    remote = arguments.remote_out or settings.get("out") or f"{REMOTE}/{name}"
+    if not remote.startswith(("/", "~/")):
+        raise UserError(f"{remote} is not absolute: a job runs in a copy of the code that is deleted later")
+    client = _connect(arguments.address)
+    with tempfile.TemporaryDirectory(prefix="speckv-submit-") as folder:
+        _stage(Path(folder), config, settings, arguments.add)
+        commit = git_state().get("commit")
+        runtime = {"working_dir": folder, "env_vars": {"SPECKV_GIT_COMMIT": commit} if commit else {}}
+        words = [arguments.python, "-m", "experiments.compare", "--config", "config.yaml"]
+        command = shlex.join([*words, *(f"--set={text}" for text in arguments.set)]) + f" --out {_quoted(remote)}"
+        _say(f"submitting {name}: {command}")
+        job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
+        code = _follow(client, job)
+        if arguments.no_fetch:
+            _say(f"the run directory is {remote} on the cluster's head node")
+            return code
+        packer = f"{shlex.quote(arguments.python)} -m speckv_online.submit {_quoted(remote)}"
+        _fetch(client, packer, runtime, remote, Path(arguments.out or f"runs/{name}"))
+    return code
+
+
+def pack(folder: str | Path) -> str:
+    """Return a folder as base64 text of a compressed tar archive, between two marker lines."""
+    folder, buffer = Path(folder).expanduser(), io.BytesIO()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: the job ended before it wrote anything")
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                archive.add(file, str(file.relative_to(folder)))
+    if len(buffer.getvalue()) > MOST_BYTES:
+        raise UserError(f"{folder} has {len(buffer.getvalue()) // 1_000_000} MB packed: fetch it by other means")
+    return f"{_BEGIN}\n{base64.encodebytes(buffer.getvalue()).decode()}{_END}"
+
+
+def unpack(text: str, folder: str | Path) -> int:
+    """Write what :func:`pack` returned into a folder, and return the number of files.
+
+    Raises
+    ------
+    UserError
+        If the text holds no complete archive, or the archive holds anything but plain files inside of the folder.
+    """
+    begin, end = text.find(_BEGIN), text.rfind(_END)
+    if begin < 0 or end < begin:
+        raise UserError("the run directory did not come through")
+    try:
+        data = base64.b64decode(text[begin + len(_BEGIN) : end])
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+            members = archive.getmembers()
+            if not all(member.isfile() for member in members):
+                raise UserError("the archive of the run directory holds more than plain files")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            archive.extractall(folder, filter="data")
+    except (binascii.Error, tarfile.TarError, EOFError, ValueError) as e:
+        raise UserError(f"the run directory came through broken ({type(e).__name__})") from e
+    return len(members)
+
+
+def _settings(config: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the config {config}: {e.strerror or e}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{config} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(settings, dict):
+        raise UserError(f"{config} is not a mapping of settings to values")
+    return settings
+
+
+def _connect(address: str | None) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    if address is not None and not address.startswith(("http://", "https://")):
+        raise UserError(f"--address {address}: give the job server's address, e.g. http://HEAD:8265")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        where = f"at {address}" if address else "here"
+        raise UserError(
+            f"no Ray job server answers {where} ({' '.join(str(e).split())[:120]}): "
+            "start one with `ray start --head`, or give --address http://HEAD:8265"
+        ) from e
+
+
+def _stage(folder: Path, config: Path, settings: dict[str, Any], more: Sequence[str]) -> None:
+    """Put together what is uploaded: the packages, the config, its prompts file, and what the user adds."""
+    for package in PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise UserError(f"the {package} package is not installed here: install speckv_online from its repository")
+        source = found.submodule_search_locations[0]
+        shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    prompts = Path(str(settings.get("prompts", "")))
+    if prompts.suffix == ".jsonl":
+        # As experiments.compare would read it: from where the user is.
+        _copy(prompts, folder / "prompts.jsonl")
+        settings = settings | {"prompts": "prompts.jsonl"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    for path in map(Path, more):
+        if path.name in {*PACKAGES, "config.yaml", "prompts.jsonl"}:
+            raise UserError(f"--add {path}: the name {path.name} is taken")
+        _copy(path, folder / path.name)
+
+
+def _copy(source: Path, destination: Path) -> None:
+    try:
+        if source.is_dir():
+            shutil.copytree(source, destination, ignore=shutil.ignore_patterns("__pycache__", ".git", ".venv"))
+        else:
+            shutil.copyfile(source, destination)
+    except OSError as e:
+        raise UserError(f"cannot read {source}: {e.strerror or e}") from e
+
+
+def _follow(client: Any, job: str) -> int:
+    """Print a job's log as it comes; return the exit code of its command, or 1 if it was never started or stopped."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    try:
+        asyncio.run(tail())
+        info = _wait(client, job)
+    except KeyboardInterrupt:
+        _say(f"the job goes on; its log: ray job logs {job}; to stop it: ray job stop {job}")
+        raise
+    status = str(getattr(info.status, "value", info.status))
+    if status != "SUCCEEDED":
+        _say(f"the job {job} ended with status {status}: {' '.join(str(info.message).split())[:300]}")
+    return 0 if status == "SUCCEEDED" else int(info.driver_exit_code or 1)
+
+
+def _wait(client: Any, job: str) -> Any:
+    """Return the facts of a job once it has ended."""
+    while not (info := client.get_job_info(job)).status.is_terminal():
+        time.sleep(0.5)
+    return info
+
+
+def _fetch(client: Any, command: str, runtime: dict[str, Any], remote: str, out: Path) -> None:
+    """Bring the run directory here, or say where it lies."""
+    job = client.submit_job(entrypoint=command, runtime_env=runtime)
+    info = _wait(client, job)
+    log = client.get_job_logs(job)
+    try:
+        count = unpack(log, out)
+    except UserError as error:
+        reason = log.strip().splitlines()[-1] if info.driver_exit_code and log.strip() else str(error)
+        _say(f"{reason}; if anything was written, it lies in {remote} on the cluster's head node")
+        return
+    _say(f"{count} files came back: {out}; on the cluster's head node they lie in {remote}")
+
+
+def _quoted(path: str) -> str:
+    """Quote a path for the shell, which is to expand a leading tilde."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from speckv_online.commands import run_command
+
+    sys.exit(run_command("submit", lambda: print(pack(sys.argv[1]))))

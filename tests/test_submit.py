@@ -1,0 +1,98 @@
+"""``speckv submit``: what it refuses, what it uploads, and how a run directory travels. Real jobs: test_ray.py."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from speckv_online import submit
+from speckv_online.cli import main
+from speckv_online.errors import UserError
+from tests.test_ray import free_port
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text("levels: [nf4]\nprompts: 2\n")
+    return path
+
+
+def test_a_run_directory_travels_as_text(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "plots").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "plots" / "a.png").write_bytes(os.urandom(100_000))
+    (run / ".lock").touch()
+    log = f"some line\n{submit.pack(run)}\nanother line\n"
+    assert submit.unpack(log, tmp_path / "back") == 2
+    assert (tmp_path / "back" / "plots" / "a.png").read_bytes() == (run / "plots" / "a.png").read_bytes()
+    assert sorted(f.name for f in (tmp_path / "back").iterdir()) == ["plots", "run.json"]
+    for broken, message in (
+        ("nothing", "did not come through"),
+        (log.replace("-----END", "END"), "did not come through"),
+        (log.replace(log.splitlines()[5], ""), "came through broken"),
+    ):
+        with pytest.raises(UserError, match=message):
+            submit.unpack(broken, tmp_path / "other")
+    with pytest.raises(UserError, match="is not there"):
+        submit.pack(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["outside", "link"])
+def test_an_archive_cannot_write_elsewhere(tmp_path: Path, kind: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        member = tarfile.TarInfo("../escaped" if kind == "outside" else "link")
+        if kind == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member, io.BytesIO())
+    text = f"{submit._BEGIN}\n{base64.encodebytes(buffer.getvalue()).decode()}{submit._END}"
+    with pytest.raises(UserError):
+        submit.unpack(text, tmp_path / "back")
+    assert not (tmp_path / "escaped").exists()
+    assert not list((tmp_path / "back").glob("*"))
+
+
+def test_what_is_uploaded(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"task": "chat", "prompt": "hello"}\n')
+    Path("twice.py").write_text("x = 1\n")
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    submit._stage(folder, config, {"levels": ["nf4"], "prompts": "mine.jsonl"}, ["twice.py"])
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml", "experiments", "policies", "prompts.jsonl", "speckv_online", "twice.py",
+    ]  # fmt: skip
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"levels": ["nf4"], "prompts": "prompts.jsonl"}
+    assert (folder / "experiments" / "compare.py").exists()
+    assert list((folder / "speckv_online" / "data").iterdir())
+    assert not list(folder.rglob("__pycache__"))
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 100_000_000  # what a job server takes
+
+
+def test_mistakes_are_one_line(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "broken.yaml").write_text("a: [")
+    server = f"http://127.0.0.1:{free_port()}"
+    for arguments, message in (
+        ([str(config), "--address", server], f"no Ray job server answers at {server}"),
+        ([str(config), "--address", "127.0.0.1:6379"], "give the job server's address"),
+        ([str(tmp_path / "absent.yaml")], "cannot read the config"),
+        ([str(tmp_path / "broken.yaml")], "is not valid YAML"),
+        ([str(config), "--name", "a b"], "use letters"),
+        ([str(config), "--remote-out", "runs/x"], "is not absolute"),
+    ):
+        assert main(["submit", *arguments]) == 2
+        shown = capsys.readouterr()
+        (line,) = shown.err.splitlines()
+        assert line.startswith("speckv: error: ")
+        assert message in line
