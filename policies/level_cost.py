@@ -74,29 +74,31 @@ class LevelCosts:
         self.steps += 1
         if self.steps == 1 and self.prior is VAGUE:
             return  # the first call warms caches up and would be the only measure of scale
-        k = outcome.drafted
+        # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
+        k, g = outcome.drafted, self._gain
+        self._gain = g / self._keep
         if verify > 0.0:
             verify = self._clip(verify, self._expected[k] + self._per_token * outcome.context_length)
             w, c, block = k, float(outcome.context_length), self._block
-            block[w] += 1.0
-            block[WIDTHS + w] += verify
-            block[2 * WIDTHS + w] += c
-            block[3 * WIDTHS + w] += c * c
-            block[4 * WIDTHS + w] += c * verify
+            block[w] += g
+            block[WIDTHS + w] += g * verify
+            block[2 * WIDTHS + w] += g * c
+            block[3 * WIDTHS + w] += g * c * c
+            block[4 * WIDTHS + w] += g * c * verify
         sums = self._block_sums
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
             draft = min(draft, 3.0 * (self.first + self.draft * drafted)) if self._measured[0] > 3 else draft
-            sums[0] += 1.0
-            sums[1] += drafted
-            sums[2] += drafted * drafted
-            sums[3] += draft
-            sums[4] += drafted * draft
+            sums[0] += g
+            sums[1] += g * drafted
+            sums[2] += g * drafted * drafted
+            sums[3] += g * draft
+            sums[4] += g * drafted * draft
         rest = max(total - outcome.draft_seconds - outcome.verify_seconds, 0.0)
-        sums[5] += 1.0
-        sums[6] += min(rest, 3.0 * self.overhead) if self._measured[1] > 3 else min(rest, verify)
-        sums[7] += outcome.produced
-        sums[8] += min(total, verify + draft + rest)
+        sums[5] += g
+        sums[6] += g * (min(rest, 3.0 * self.overhead) if self._measured[1] > 3 else min(rest, verify))
+        sums[7] += g * outcome.produced
+        sums[8] += g * min(total, verify + draft + rest)
         self._pending += 1
         if self._pending >= REFIT_EVERY or self.steps < REFIT_EVERY:
             self.refit()
@@ -113,13 +115,14 @@ class LevelCosts:
     def _clear_block(self) -> None:
         self._block = [0.0] * (5 * WIDTHS)
         self._block_sums = [0.0] * 9
-        self._pending = 0
+        self._pending, self._gain = 0, 1.0
 
     def refit(self) -> None:
         """Fold the latest measurements in and solve for the estimates anew."""
         if not self._pending:
             return
-        block, block_sums = np.array(self._block).reshape(5, WIDTHS), np.array(self._block_sums)
+        scale = self._keep ** (self._pending - 1)
+        block, block_sums = np.array(self._block).reshape(5, WIDTHS) * scale, np.array(self._block_sums) * scale
         self.add(block, block_sums, self._pending)
         widths, sums, count = self._delta
         keep = self._keep**self._pending
