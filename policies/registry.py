@@ -33,6 +33,7 @@ GROUP = "speckv_online.policies"
 BUILTIN: dict[str, str] = {
     "adaedl": "policies.adaedl:AdaEdl",
     "autoregressive": "policies.fixed:Autoregressive",
+    "best-drafter": "policies.best_drafter:BestDrafter",
     "exp3spec": "policies.banditspec:Exp3Spec",
     "fixed": "policies.fixed:Fixed",
     "goodput": "policies.goodput:Goodput",

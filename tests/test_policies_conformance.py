@@ -19,6 +19,7 @@ from tests.policy_env import COSTS, Tape, make_tapes, play, step, trained
 VARIANTS = {
     "adaedl": ["adaedl:0.6,cap=4", "adaedl:target=0.5"],
     "autoregressive": [],
+    "best-drafter": ["best-drafter:leviathan", "best-drafter:svip,block=3"],
     "exp3spec": ["exp3spec:tokens_per_second,arms=1/3/7"],
     "fixed": ["fixed:0", "fixed:16"],
     "goodput": ["goodput:strength=50,discount=1,refresh=1,cap=5", "goodput:objective=tokens_per_step,safety=off"],

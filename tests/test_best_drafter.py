@@ -1,0 +1,87 @@
+"""The policy that chooses a drafter: it finds the best one per level, and its statistics add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from policies.base import N_SIGNALS, Context, Decision, Outcome, PolicyError
+from policies.best_drafter import BestDrafter
+from policies.registry import make_policy
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.hybrid import HybridDrafter
+from tests.conftest import TinyPair
+from tests.test_decoding import plain
+from tests.test_drafters import REPEATING
+
+NAMES = ("hybrid", "model", "ngram")
+
+
+def play(policy: BestDrafter, level: str, best: str, steps: int, seed: int = 0) -> list[tuple[Decision, Outcome]]:
+    """Steps whose tokens are the same with every drafter, and whose seconds are less with one."""
+    rng, found = np.random.default_rng(seed), []
+    context = Context(level=level, drafters=NAMES)
+    policy.begin(context)
+    for _ in range(steps):
+        decision = policy.decide(context)
+        n = int(rng.integers(0, 3))
+        seconds = (1.0 if decision.drafter == best else 1.3) * rng.uniform(0.8, 1.2)
+        outcome = Outcome(
+            2, n, min(n + 1, 2), n + 1, seconds, 0.1, 0.5, level, signals=np.zeros((2, N_SIGNALS)),
+            drafter=decision.drafter,
+        )  # fmt: skip
+        policy.learn(decision, outcome)
+        policy.learn(decision, outcome)  # a second time changes nothing
+        found.append((decision, outcome))
+    return found
+
+
+def test_it_finds_the_best_drafter_of_each_level() -> None:
+    policy = BestDrafter(policy="fixed/2", seed=1)
+    for level, best in (("fp16", "ngram"), ("nf4", "model")):
+        drafters = [d.drafter for d, _ in play(policy, level, best, 1500)]
+        assert set(drafters[:100]) == set(NAMES)
+        assert drafters[-600:].count(best) > 400
+        assert all(d.gamma == 2 for d, _ in play(policy, level, best, 3))
+
+
+def test_statistics_round_trip_and_add_up() -> None:
+    one, other, whole = (BestDrafter(policy="leviathan", seed=1, worker=w) for w in range(3))
+    play(one, "fp16", "ngram", 60)
+    before = one.state_dict()
+    again = BestDrafter(policy="leviathan", seed=1)
+    again.load_state_dict(before)
+    assert before.keys() == again.state_dict().keys()
+    for key, value in again.state_dict().items():
+        np.testing.assert_allclose(value, before[key])
+    play(other, "fp16", "ngram", 60, seed=1)
+    whole.merge(one.take_delta())
+    whole.merge(other.take_delta())
+    assert not [key for key in one.take_delta() if key.startswith("rates/")]
+    counts = {name: whole.state_dict()[f"rates/fp16/{name}"][0] for name in NAMES}
+    assert sum(counts.values()) == pytest.approx(2 * 55, rel=0.1)  # all but the first step of each block
+    assert len({d.id for p in (one, other) for d, _ in play(p, "fp16", "ngram", 40)}) == 80
+
+
+def test_with_one_drafter_it_is_the_inner_policy(tiny_pair: TinyPair) -> None:
+    decoder = SpeculativeDecoder(
+        tiny_pair.drafter(), policy=make_policy("best-drafter:fixed/3"), target=tiny_pair.target
+    )
+    out = decoder.generate(REPEATING, 20)
+    assert {s.gamma for s in out.steps} <= {0, 1, 2, 3}
+    assert not decoder.policy.faults
+
+
+def test_it_stays_lossless(tiny_pair: TinyPair) -> None:
+    policy = make_policy("best-drafter:leviathan,block=3")
+    decoder = SpeculativeDecoder(HybridDrafter(tiny_pair.draft, 260), policy=policy, target=tiny_pair.target)
+    for _ in range(2):
+        assert decoder.generate(REPEATING, 40).tokens == plain(tiny_pair.target, REPEATING, 40)
+    assert not decoder.policy.faults
+    assert {name for name in policy.inner if name} == set(NAMES)
+
+
+def test_mistakes_are_named() -> None:
+    for spec in ("best-drafter:best-drafter", "best-drafter:nothing", "best-drafter:block=1"):
+        with pytest.raises(PolicyError, match="best-drafter"):
+            make_policy(spec)
