@@ -62,7 +62,7 @@ class Display:
     def show(self, event: Event) -> None:
         """Show an event of the run."""
         if event.kind == "loading":
-            text = "starting a worker: it loads, warms up and calibrates when it is its turn"
+            text = f"worker {event.worker} loads, warms up and calibrates as soon as there is room"
             if self.bars is not None:
                 self.bars.start_task(self.tasks[event.level])
         elif event.kind == "ready":

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from policies.base import Policy, State
 from policies.registry import make_policy
+from speckv_online.errors import UserError
 from speckv_online.rundir import load_arrays, save_arrays
 
 
@@ -80,6 +83,9 @@ class Learner:
     A batch is named by its source (a level and a prompt) and a sequence number, so that a batch which is sent twice
     (a call that was retried, a prompt that another worker decoded again) counts once.
 
+    Several threads may call at a time. While one of them writes a checkpoint, others merge; the next checkpoint then
+    confirms all of theirs (group commit), so that a busy learner does not wait for the disk once per batch.
+
     Parameters
     ----------
     folder : Path
@@ -90,6 +96,11 @@ class Learner:
         self.folder = Path(folder)
         self.policies: dict[Key, Policy] = {}
         self.applied: dict[Key, Batches] = {}
+        self._merging, self._saving = Lock(), Lock()
+        self._merges = 0  # of all policies
+        self._saved = 0  # how many of them are on disk, or known to be lost
+        self._lost: deque[tuple[int, int, UserError]] = deque(maxlen=64)  # first and last merge, and why
+        self._dirty: set[Key] = set()
 
     def sync(self, source: str, sequence: int, deltas: Mapping[Any, State], whole: bool = False) -> dict[Key, Merged]:
         """Add a batch, unless it was added before, and return the merged state of every policy in it.
@@ -110,17 +121,24 @@ class Learner:
             :meth:`~policies.base.Policy.load_state_dict`, which is ``{}`` at version 0.
         """
         merged: dict[Key, Merged] = {}
-        for given, delta in deltas.items():
-            key = Key(*given)
-            if not delta and key not in self.policies and not (self.folder / checkpoint_name(key)).exists():
-                merged[key] = Merged(0, {})
-                continue
-            policy, applied = self._policy(key), self.applied[key]
-            if delta and (source, sequence) not in applied:
-                (policy.load_state_dict if whole else policy.merge)(delta)
-                applied.add(source, sequence)
-                self._save(key)
-            merged[key] = Merged(len(applied), policy.state_dict() if applied else {})
+        ticket = 0
+        with self._merging:
+            for given, delta in deltas.items():
+                key = Key(*given)
+                if not delta and key not in self.policies and not (self.folder / checkpoint_name(key)).exists():
+                    merged[key] = Merged(0, {})
+                    continue
+                policy, applied = self._policy(key), self.applied[key]
+                if delta and (source, sequence) not in applied:
+                    (policy.load_state_dict if whole else policy.merge)(delta)
+                    applied.add(source, sequence)
+                    self._dirty.add(key)
+                    self._merges += 1
+                merged[key] = Merged(len(applied), self._state(key) if applied else {})
+            if any(deltas.values()):  # also a batch that was there before may not be on disk yet
+                ticket = self._merges
+        if ticket:
+            self._confirm(ticket)
         return merged
 
     def versions(self) -> dict[str, int]:
@@ -137,14 +155,39 @@ class Learner:
             self.policies[key], self.applied[key] = policy, applied
         return self.policies[key]
 
-    def _save(self, key: Key) -> None:
-        own = {f"{_OWN}applied": np.frombuffer(json.dumps(self.applied[key].packed()).encode(), np.uint8)}
+    def _state(self, key: Key) -> State:
+        """A policy's state, which later merges leave alone."""
+        return {name: np.array(value) for name, value in self.policies[key].state_dict().items()}
+
+    def _confirm(self, ticket: int) -> None:
+        """Return once the first ``ticket`` merges are on disk; raises :class:`UserError` if they cannot be."""
+        with self._saving:
+            if ticket > self._saved:
+                self._save()
+            for first, last, error in self._lost:
+                if first <= ticket <= last:
+                    raise error
+
+    def _save(self) -> None:
+        """Write checkpoints of all policies that changed."""
+        with self._merging:
+            first, last = self._saved + 1, self._merges
+            states = {}
+            for key in sorted(self._dirty):
+                names = json.dumps(self.applied[key].packed()).encode()
+                states[key] = self._state(key) | {f"{_OWN}applied": np.frombuffer(names, np.uint8)}
+            self._dirty.clear()
         try:
-            save_arrays(self.folder / checkpoint_name(key), self.policies[key].state_dict() | own)
-        except BaseException:
-            # What is in memory and what is on disk differ now: start again from the checkpoint when asked next.
-            del self.policies[key], self.applied[key]
-            raise
+            for key, state in states.items():
+                save_arrays(self.folder / checkpoint_name(key), state)
+        except UserError as error:
+            with self._merging:  # memory and disk differ now: start again from the checkpoints
+                last = self._merges
+                self._lost.append((first, last, error))
+                self.policies.clear()
+                self.applied.clear()
+                self._dirty.clear()
+        self._saved = last
 
 
 def checkpoint_name(key: tuple[str, int] | Key) -> str:

@@ -29,6 +29,8 @@ from speckv_online.rundir import Unit
 OBJECT_STORE_BYTES = 100_000_000
 #: Times that a worker may die in a row, without having finished a unit in between, before it is not replaced.
 DEATHS = 3
+#: Workers that the learner serves at a time; those that wait for the disk share a checkpoint.
+CALLS = 64
 #: Name of the learner actor; Ray keeps the names of different jobs apart.
 LEARNER = "learner"
 
@@ -123,7 +125,7 @@ class RayRun:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        learner: Any = ray.remote(Learner).options(name=LEARNER, **options).remote(self.job.out)
+        learner: Any = ray.remote(Learner).options(name=LEARNER, max_concurrency=CALLS, **options).remote(self.job.out)
         self.prompts = ray.put(list(self.job.prompts))
         yield from self._open()
         while self.running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,42 @@ def test_a_batch_that_cannot_be_saved_does_not_count(tmp_path: Path) -> None:
     learner.folder = tmp_path
     assert learner.sync("", -1, {key: {}})[key] == (1, {"total": 3.0})
     assert learner.sync("b", 0, {key: delta(4)})[key] == (2, {"total": 7.0})
+
+
+def test_threads_share_checkpoints_and_lose_nothing(tmp_path: Path) -> None:
+    key, learner = Key(COUNTER, 0), Learner(tmp_path)
+
+    def worker(name: int) -> list[tuple[int, float]]:
+        found = []
+        for i in range(20):
+            (merged,) = learner.sync(f"w{name}", i, {key: delta(name + 1)}).values()
+            state, batches = read_checkpoint(tmp_path / checkpoint_name(key))
+            assert (f"w{name}", i) in batches  # what is confirmed is on disk
+            assert float(state["total"]) >= float(merged.state["total"])
+            found.append((merged.version, float(merged.state["total"])))
+        return found
+
+    with ThreadPoolExecutor(6) as pool:
+        versions = [pair for found in pool.map(worker, range(6)) for pair in found]
+    assert sorted(version for version, _ in versions) == list(range(1, 121))
+    state, batches = read_checkpoint(tmp_path / checkpoint_name(key))
+    assert (float(state["total"]), len(batches)) == (20 * sum(range(1, 7)), 120)
+    assert Learner(tmp_path).sync("w0", 3, {key: delta(1)})[key] == (120, state)
+
+
+def test_a_full_disk_fails_every_batch_that_waited_for_it(tmp_path: Path) -> None:
+    key, learner = Key(COUNTER, 0), Learner(tmp_path / "gone")
+    (tmp_path / "gone").write_text("a file where the folder should be")
+
+    def worker(name: int) -> bool:
+        try:
+            learner.sync(f"w{name}", 0, {key: delta(1)})
+        except UserError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(worker, range(8)))
+        learner.folder = tmp_path
+        assert all(pool.map(worker, range(4, 12)))
+    assert learner.sync("", -1, {key: {}})[key] == (8, {"total": 8.0})
