@@ -123,20 +123,21 @@ class Simulator:
         end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
         catch_up = cost.catch_up_seconds
-        accepted, table = trace.accepted.tolist(), trace.signals.astype(float)
-        available, reads = trace.available.tolist(), trace.reads
+        output, proposals, accepted, available, table = trace.rows
+        reads, longest = trace.reads, self.max_gamma
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
         context.tokens = tokens = trace.prompt.tolist()
-        output, proposals = trace.tokens.tolist(), trace.drafts.tolist()
         policy.begin(context)
         t, lag = 0, len(trace.prompt) if reads else 1
         while t < end:
-            context.max_gamma = min(self.max_gamma, budget - t - 1)
+            # Conditions instead of min() here: a call costs more than all that it compares.
+            left = budget - t - 1
+            limit = context.max_gamma = longest if longest < left else left
             decision = decide(context)
-            gamma = min(decision.gamma, context.max_gamma)
-            drafts, ids = table[t], proposals[t]
-            proposed = k = most = min(gamma, available[t])
+            gamma = decision.gamma if decision.gamma < limit else limit
+            drafts, ids, there = table[t], proposals[t], available[t]
+            proposed = k = most = gamma if gamma < there else there
             if decision.stops and most:
                 # Only what is drafted so far is shown, as in the decoder: later rows hold an earlier step's signals.
                 proposed = 0
@@ -147,20 +148,21 @@ class Simulator:
                     proposed += 1
                     if proposed < gamma and not proceed(decision, proposed, buffer):
                         break
-                k = len(range(proposed)[: submit(decision, proposed, buffer)])
+                k = submit(decision, proposed, buffer)
             context.drafts = ids[:k]
-            n = min(accepted[t], k)
+            n = accepted[t] if accepted[t] < k else k
             whole = t + n == end  # the draft held the end-of-sequence token
             produced = n if whole else n + 1
             draft_seconds = t_d * proposed + catch_up * (lag - 1) if proposed else 0.0
             verify_seconds = t_v[k] + slope * (context.context_length - usual)
             seconds = draft_seconds + verify_seconds + t_0
+            tested = n if whole or n == k else n + 1
             outcome = Outcome(
-                k, n, n if whole else min(n + 1, k), produced, seconds, draft_seconds, verify_seconds, level,
-                context.context_length, lag - 1 if k else 0, drafts[:k],
+                k, n, tested, produced, seconds, draft_seconds, verify_seconds, level, context.context_length,
+                lag - 1 if k else 0, drafts[:k],
             )  # fmt: skip
             learn(decision, outcome)
-            yield t, decision.gamma, k, n, outcome.tested, produced, proposed, seconds
+            yield t, decision.gamma, k, n, tested, produced, proposed, seconds
             # The draft has read all it drafted but the last token: with that accepted it lags by two, else by one.
             if reads:
                 lag = (2 if n == proposed else 1) if proposed else lag + produced

@@ -13,8 +13,9 @@ import json
 import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,16 @@ from speckv_online.files import write_atomically
 FORMAT, VERSION = "speckv-trace", 1
 #: Entry of a drafts table where the drafter has nothing to propose.
 NOTHING = -1
+
+
+class Rows(NamedTuple):
+    """Plain numbers, which Python reads faster than arrays of few entries; fields as in :class:`Trace`."""
+
+    tokens: list[int]
+    drafts: list[list[int]]
+    accepted: list[int]
+    available: list[int]
+    signals: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Trace:
         """Longest draft of the trace (G)."""
         return int(self.drafts.shape[1])
 
-    @property
+    @cached_property
     def available(self) -> np.ndarray:
         """How many tokens the drafter proposes at each position before it has nothing more, shape (L,)."""
         return np.logical_and.accumulate(self.drafts != NOTHING, axis=1).sum(axis=1)
@@ -83,6 +94,12 @@ class Trace:
     def reads(self) -> bool:
         """Whether the drafter has a cache that may lag behind the context; a mere lookup has none."""
         return bool(self.meta.get("drafter", "model") != "ngram")
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The trace as a replay reads it; made once, since a trace is replayed many times."""
+        lists = (x.tolist() for x in (self.tokens, self.drafts, self.accepted, self.available))
+        return Rows(*lists, self.signals.astype(float))
 
     def check(self) -> None:
         """Raise ValueError where shapes or values contradict each other."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from policies.base import ARMS, CONFIDENCE, MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy
 from policies.fixed import Autoregressive, Fixed
+from policies.registry import make_policy
 from speckv_online.cost import RTX3090_RELEASE, CostTable, LevelCost, fit_level, load_cost
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import ModelDrafter
@@ -92,8 +93,9 @@ def compare(
     target: PreTrainedModel, drafter: ModelDrafter, traces: list[Trace], name: str, eos_ids: tuple[int, ...] | None
 ) -> None:
     """Decode and replay the same prompts under two equal policies, which carry what they learnt to the next prompt."""
-    decoder = SpeculativeDecoder(drafter, policy=POLICIES[name](), target=target, level="fp32")
-    simulator = Simulator(POLICIES[name](), COST)
+    make = POLICIES.get(name, lambda: make_policy(name))
+    decoder = SpeculativeDecoder(drafter, policy=make(), target=target, level="fp32")
+    simulator = Simulator(make(), COST)
     for trace in traces:
         real = decoder.generate(trace.prompt.tolist(), trace.budget, task="chat", eos_ids=eos_ids)
         replay = simulator.replay(trace)
@@ -267,8 +269,17 @@ def test_cost_files(tmp_path: Path) -> None:
         fit_level([step(1, 10, 0.1, 0.0)])
 
 
+#: Seeded policies that learn from acceptances, and stopping rules: what they do does not depend on a clock.
+LEARNED = (
+    "adaedl",
+    "hf-confidence",
+    "online:objective=tokens_per_step,safety=off,seed=3",
+    "lints:objective=tokens_per_step,safety=off,seed=3",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fixed:4", "random", "stopping"])
+@pytest.mark.parametrize("name", ["fixed:4", "random", "stopping", *LEARNED])
 def test_simulator_agrees_with_the_decoder_on_the_real_pair(real_pair: LoadedPair, name: str) -> None:
     prompts = [chat_prompt(real_pair.tokenizer, text) for text in ("What is a prime number?", "Write a haiku.")]
     target, drafter = real_pair.target, real_pair.drafter
