@@ -36,7 +36,7 @@ class GateConfig:
     levels: tuple[str, ...] = option((), "compression levels, comma separated (default: all there are)")
     costs: tuple[str, ...] = option((), "cost tables for the modelled part: files or built-in names, comma separated")
     skips: tuple[str, ...] = option(
-        ("0.7", "0.8", "0.9", "1"), "how sure the lookup has to be for the model not to be asked (1: always ask)"
+        ("0.6", "0.8", "1"), "also judge these: how sure the lookup has to be for the model not to be asked (1: always)"
     )
     out: str = option("runs/gate/gate-smollm2.npz", "file of the gate; its card is written beside it")
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: GateConfig) -> int:
     """Fit, judge, print, save."""
     from speckv_online.cost import load_cost
-    from speckv_online.gate_training import choose, cross_fit, fit_gate, positions, prompts_of, rates
+    from speckv_online.gate_training import choose, cross_fit, fit_gate, positions, prompts_of, rates, tune_skip
     from speckv_online.manifest import git_state, now
     from speckv_online.traces import load_traces
 
@@ -71,12 +71,15 @@ def run(config: GateConfig) -> int:
     costs = [load_cost(spec) for spec in config.costs]
     data = positions(train)
     gate = fit_gate(data)
+    gate.skip = tune_skip(data)
     judged = positions(held_out) if config.test else data
     how = f"{len(prompts_of(held_out))} held-out prompts" if config.test else "10-fold cross-validation over prompts"
-    chosen = {s: choose(gate, judged, float(s)) if config.test else cross_fit(data, float(s)) for s in config.skips}
+    skips = sorted({f"{gate.skip:g}", *config.skips})
+    chosen = {s: choose(gate, judged, float(s)) if config.test else cross_fit(data, float(s)) for s in skips}
     levels = sorted({t.level for t in held_out})
 
-    print(f"fitted to {int(data.decisive.sum())} positions of {len(train)} traces; right per position, {how}:")
+    print(f"fitted to {int(data.decisive.sum())} positions of {len(train)} traces; not asked from {gate.skip}")
+    print(f"right per position, {how}:")
     card: dict[str, Any] = {"judged on": how, "right per position": {}}
     for level in [*levels, "all"]:
         rows = _rows(held_out, judged, level)

@@ -32,7 +32,7 @@ class DrafterSpec:
     online : bool
         The hybrid's gate goes on learning.
     skip : float or None
-        How sure the hybrid's lookup has to be for the model not to be asked; None for the default.
+        How sure the hybrid's lookup has to be for the model not to be asked; None for what the gate says.
     gate : str
         File of the hybrid's gate, empty for the one that ships.
     """
@@ -62,7 +62,7 @@ class DrafterSpec:
         """
         from speckv_online.drafters import ModelDrafter, NgramDrafter
         from speckv_online.gate import Gate
-        from speckv_online.hybrid import SKIP, HybridDrafter
+        from speckv_online.hybrid import HybridDrafter
 
         if self.kind == "ngram":
             return NgramDrafter()
@@ -70,8 +70,8 @@ class DrafterSpec:
             raise ValueError(f"the {self.kind} drafter needs a model")
         if self.kind == "model":
             return ModelDrafter(model, vocab_size, head_ids)
-        gate, skip = Gate.load(self.gate or None), SKIP if self.skip is None else self.skip
-        return HybridDrafter(model, vocab_size, head_ids, gate=gate, online=self.online, skip=skip)
+        gate = Gate.load(self.gate or None)
+        return HybridDrafter(model, vocab_size, head_ids, gate=gate, online=self.online, skip=self.skip)
 
 
 def parse_drafter(text: str) -> DrafterSpec:

@@ -43,11 +43,15 @@ class Gate:
         Of :data:`LOOKUP_FEATURES`: log-odds that the lookup is right.
     information : array_like, shape (8, 8)
         Fisher information of ``weights`` per training record: what :meth:`update` starts from.
+    skip : float
+        How sure the lookup has to be for the model not to be asked at all; 1 asks it always.
     card : dict, optional
         What it was fitted to.
     """
 
-    def __init__(self, weights: Any, sure: Any, information: Any, card: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, weights: Any, sure: Any, information: Any, skip: float = 1.0, card: dict[str, Any] | None = None
+    ) -> None:
         arrays = {"weights": np.array(weights, float), "sure": np.array(sure, float)}
         arrays["information"] = np.array(information, float)
         n, m = len(FEATURES), len(LOOKUP_FEATURES)
@@ -56,7 +60,9 @@ class Gate:
                 raise ValueError(f"{name} has shape {array.shape} or is not finite, expected {shape}")
         self.weights: list[float] = arrays["weights"].tolist()
         self.sure_weights: list[float] = arrays["sure"].tolist()
-        self.information, self.card = arrays["information"], card or {}
+        if not 0.0 <= skip <= 1.0:
+            raise ValueError(f"skip must be a probability, got {skip}")
+        self.information, self.skip, self.card = arrays["information"], float(skip), card or {}
         # A small ridge keeps directions that the training data never showed from moving without bound.
         self._covariance = np.linalg.inv(PRIOR_RECORDS * self.information + 0.1 * np.eye(n))
         self.updates = 0
@@ -85,7 +91,7 @@ class Gate:
 
     def copy(self) -> Gate:
         """Return a gate with these weights that learns on its own."""
-        return Gate(self.weights, self.sure_weights, self.information, dict(self.card))
+        return Gate(self.weights, self.sure_weights, self.information, self.skip, dict(self.card))
 
     @property
     def digest(self) -> str:
@@ -95,11 +101,12 @@ class Gate:
     def save(self, path: str | Path) -> Path:
         """Write an ``.npz`` file, and its card as JSON beside it."""
         path = Path(path)
-        head = json.dumps({"format": FORMAT, "version": VERSION, "features": FEATURES, "card": self.card})
+        facts = {"features": FEATURES, "skip": self.skip, "card": self.card}
+        head = json.dumps({"format": FORMAT, "version": VERSION} | facts)
         arrays: dict[str, Any] = {"weights": np.array(self.weights), "sure": np.array(self.sure_weights)}
         arrays |= {"information": self.information, "head": np.array(head)}
         write_atomically(path, lambda f: np.savez(f, **arrays), binary=True)
-        card = {"format": FORMAT, "version": VERSION, "digest": self.digest} | self.card
+        card = {"format": FORMAT, "version": VERSION, "digest": self.digest, "skip": self.skip} | self.card
         write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(card, indent=1) + "\n"))
         return path
 
@@ -116,7 +123,7 @@ class Gate:
                     raise ValueError(f"expected {FORMAT} version {VERSION}")
                 if tuple(head["features"]) != FEATURES:
                     raise ValueError("it was fitted to other features")
-                return cls(file["weights"], file["sure"], file["information"], head["card"])
+                return cls(file["weights"], file["sure"], file["information"], head["skip"], head["card"])
         except FileNotFoundError:
             raise UserError(f"no gate {path}: fit one with python -m experiments.gate") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:

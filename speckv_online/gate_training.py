@@ -21,6 +21,10 @@ from speckv_online.traces import Trace
 #: Ridge of both logistic fits, on standardised features.
 RIDGE = 1.0
 
+#: Thresholds that :func:`tune_skip` tries, and how much of the right proposals it may cost not to ask the model.
+SKIPS = tuple(round(0.3 + 0.05 * i, 2) for i in range(14))
+TOLERANCE = 0.002
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -79,7 +83,9 @@ def fit_gate(data: Positions) -> Gate:
     """Fit both logistic models by Newton's method; raises :class:`UserError` if the data cannot tell."""
     rows, found = data.decisive, data.found
     if len(set(data.lookup[rows].tolist())) < 2 or len(set(data.lookup[found].tolist())) < 2:
-        raise UserError(f"{int(rows.sum())} decisive positions hold too little to fit a gate: collect more traces of the draft model")
+        raise UserError(
+            f"{int(rows.sum())} decisive positions are too few to fit a gate: collect more traces of the draft model"
+        )
     weights, information = _logistic(data.features[rows], data.lookup[rows])
     sure, _ = _logistic(data.features[found][:, : len(LOOKUP_FEATURES)], data.lookup[found])
     return Gate(weights, sure, information / int(rows.sum()))
@@ -169,6 +175,12 @@ def fixed_goodput(
             tokens += produced
             t += produced
     return tokens / seconds
+
+
+def tune_skip(data: Positions) -> float:
+    """Return the lowest threshold that costs at most :data:`TOLERANCE` of the positions, by cross-validation."""
+    always = cross_fit(data)[0].mean()
+    return next((skip for skip in SKIPS if cross_fit(data, skip)[0].mean() >= always - TOLERANCE), 1.0)
 
 
 def rates(data: Positions, right: np.ndarray, asked: np.ndarray) -> dict[str, float]:

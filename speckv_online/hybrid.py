@@ -12,9 +12,6 @@ from speckv_online.gate import Gate, gate_features
 from speckv_online.ngram import Proposal
 from speckv_online.sampling import Sampler
 
-#: Where the lookup is this sure to be right, the model is not asked.
-SKIP = 0.6
-
 
 class HybridDrafter(ModelDrafter):
     """Drafts with a model and with a lookup of the context's own n-grams, whichever a gate thinks is right.
@@ -37,8 +34,8 @@ class HybridDrafter(ModelDrafter):
     online : bool
         The gate goes on learning, from positions that the target judged and where the model was asked and disagreed
         with the lookup. Proposals then depend on what was seen before, so traces need a frozen gate.
-    skip : float
-        Probability from which on the model is not asked; 1 asks it always.
+    skip : float, optional
+        How sure the lookup has to be for the model not to be asked, by default as the gate has it; 1 asks it always.
     """
 
     names: tuple[str, ...] = ("hybrid", "model", "ngram")
@@ -51,12 +48,13 @@ class HybridDrafter(ModelDrafter):
         *,
         gate: Gate | None = None,
         online: bool = False,
-        skip: float = SKIP,
+        skip: float | None = None,
     ) -> None:
         super().__init__(model, vocab_size, head_ids)
         gate = gate or Gate.load()
         self.gate = gate.copy() if online else gate
-        self.online, self.skip, self.kind = online, skip, "hybrid"
+        self.skip = self.gate.skip if skip is None else skip
+        self.online, self.kind = online, "hybrid"
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence."""
