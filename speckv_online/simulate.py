@@ -6,6 +6,7 @@ last, submit, learn), so the steps agree with real greedy decoding one by one. I
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -85,7 +86,8 @@ class Simulator:
     """
 
     def __init__(self, policy: Policy, cost: CostTable, max_gamma: int = MAX_GAMMA) -> None:
-        self.policy = policy if isinstance(policy, FaultGuard) else FaultGuard(policy)
+        # A slow decision is no fault here: a replay must not depend on how busy the machine is.
+        self.policy = policy if isinstance(policy, FaultGuard) else FaultGuard(policy, stall_seconds=math.inf)
         self.cost, self.max_gamma = cost, max_gamma
         self._signals = np.zeros((max(max_gamma, 1), N_SIGNALS))
 
