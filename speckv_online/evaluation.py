@@ -27,6 +27,7 @@ def evaluate(
     out: str | Path = "",
     seed: int = 0,
     resamples: int = 10_000,
+    epochs: int = 100,
 ) -> dict[str, Any]:
     """Run an evaluation and write its tables and figures.
 
@@ -41,8 +42,8 @@ def evaluate(
         Cost table of a replay; by default ``cost.json`` in the directory of traces.
     out : str or Path
         Directory of the results; by default ``runs/evaluate-PROTOCOL``.
-    seed, resamples : int
-        Of the honest protocol. The paper protocol has the publication's own.
+    seed, resamples, epochs : int
+        Of the honest protocol: bootstrap samples, and most passes when training. The paper protocol has its own.
 
     Returns
     -------
@@ -61,8 +62,8 @@ def evaluate(
 
     if protocol not in PROTOCOLS:
         raise UserError(f"--protocol must be {' or '.join(PROTOCOLS)}, got {protocol!r}")
-    if resamples < 100 or seed < 0:
-        raise UserError("--resamples must be at least 100 and --seed not negative")
+    if resamples < 100 or seed < 0 or epochs < 1:
+        raise UserError("--resamples must be at least 100, --epochs at least 1 and --seed not negative")
     require_sklearn()
     source, folder = Path(source), Path(out or f"runs/evaluate-{protocol}").expanduser()
     result: dict[str, Any] = {"protocol": protocol, "out": str(folder)}
@@ -71,9 +72,9 @@ def evaluate(
             raise UserError(f"{source} is a directory: the paper protocol needs the release's CSV of step records")
         tables, notes = _paper(source, experiment, result)
     elif source.is_dir():
-        tables, notes = _traces(source, cost, seed, resamples)
+        tables, notes = _traces(source, cost, seed, resamples, epochs)
     else:
-        tables, notes = _released(source, experiment, seed, resamples)
+        tables, notes = _released(source, experiment, seed, resamples, epochs)
     check_writable(folder)
     _say("drawing figures")
     figures = draw(tables, folder)
@@ -116,7 +117,9 @@ def _paper(source: Path, experiment: str | Path | None, result: dict[str, Any]) 
     return tables, notes
 
 
-def _released(source: Path, experiment: str | Path | None, seed: int, resamples: int) -> tuple[list[Table], list[str]]:
+def _released(
+    source: Path, experiment: str | Path | None, seed: int, resamples: int, epochs: int
+) -> tuple[list[Table], list[str]]:
     from speckv_online.evaluation_policies import policy_tables
     from speckv_online.evaluation_predictors import cross_fit, estimator_table, importance_table, prediction_tables
     from speckv_online.evaluation_released import fixed_policies, matched_policies, step_seconds
@@ -129,7 +132,7 @@ def _released(source: Path, experiment: str | Path | None, seed: int, resamples:
     runs = read_runs(experiment or _beside(source))
     step_seconds(rows, runs)  # that the two files belong together should show before an hour of training
     data = {features: data_from_rows(rows, features) for features in ("step-mean", "causal")}
-    fits = {features: cross_fit(d, say=_say) for features, d in data.items()}
+    fits = {features: cross_fit(d, epochs, _say) for features, d in data.items()}
     found = fixed_policies(runs) + matched_policies(rows, runs, data, fits)
     tasks = {r.prompt_id: r.task for r in rows}
     gammas = tuple(sorted({r.gamma for r in rows}))
@@ -143,7 +146,9 @@ def _released(source: Path, experiment: str | Path | None, seed: int, resamples:
     ]
 
 
-def _traces(source: Path, cost: str | Path | None, seed: int, resamples: int) -> tuple[list[Table], list[str]]:
+def _traces(
+    source: Path, cost: str | Path | None, seed: int, resamples: int, epochs: int
+) -> tuple[list[Table], list[str]]:
     from speckv_online import evaluation_replayed as replayed
     from speckv_online.cost import load_cost
     from speckv_online.evaluation_policies import policy_tables
@@ -157,7 +162,7 @@ def _traces(source: Path, cost: str | Path | None, seed: int, resamples: int) ->
         costs.level(level)
     _say(f"{len(traces)} traces; replaying them for rows to train on")
     data = {f: data_from_traces(traces, f, replayed.LABELLED, seed) for f in ("step-mean", "causal")}
-    fits = {features: cross_fit(d, epochs=30, say=_say) for features, d in data.items()}
+    fits = {features: cross_fit(d, epochs, _say) for features, d in data.items()}
     found = replayed.fixed_policies(traces, costs)
     found += replayed.fitted_policies(traces, costs, data["causal"], fits["causal"], seed, _say)
     tasks = {t.prompt_id: t.task for t in traces}
@@ -202,11 +207,12 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--out", default="", metavar="DIR", help="where results go (default: runs/evaluate-PROTOCOL)")
     parser.add_argument("--seed", type=int, default=0, help="seed of replays and samples (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=10_000, metavar="N", help="bootstrap samples (default: 10000)")
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="most passes when training (default: 100)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: Any) -> None:
     """Run ``speckv evaluate`` from parsed flags."""
-    given: Sequence[str] = ("experiment", "cost", "out", "seed", "resamples")
+    given: Sequence[str] = ("experiment", "cost", "out", "seed", "resamples", "epochs")
     result = evaluate(arguments.protocol, arguments.source, **{name: getattr(arguments, name) for name in given})
     show(result, arguments.json)

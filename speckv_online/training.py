@@ -111,12 +111,11 @@ class _Reader(Schedule):
 
     def __init__(self, gammas: Sequence[int], *, seed: int = 0) -> None:
         super().__init__(gammas, seed=seed)
-        zeros = (np.zeros((INPUTS, HIDDEN)), np.zeros(HIDDEN), np.zeros((HIDDEN, 1)), np.zeros(1))
-        self.net = Mlp16(Weights(*zeros))  # reading needs no weights
 
     def begin(self, context: Context) -> None:
         super().begin(context)
-        self.net.begin()
+        # Reading needs no weights, and remembers nothing of an earlier sequence.
+        self.net = Mlp16(Weights(np.zeros((INPUTS, HIDDEN)), np.zeros(HIDDEN), np.zeros((HIDDEN, 1)), np.zeros(1)))
         self.read: list[list[float]] = []
 
     def decide(self, context: Context) -> Decision:
