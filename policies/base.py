@@ -54,6 +54,8 @@ class Context:
         Most tokens that this step may draft (less near the end of the budget).
     last_drafted, last_accepted : int
         Outcome of the step before; zero at the first step.
+    idle : int
+        Steps since anything was drafted: how old the lagged signals are.
     acceptance : float
         Exponentially weighted accepted/tested of this sequence.
     mean_entropy, mean_confidence, max_entropy, min_confidence : float
@@ -75,6 +77,7 @@ class Context:
     max_gamma: int = MAX_GAMMA
     last_drafted: int = 0
     last_accepted: int = 0
+    idle: int = 0
     acceptance: float = 0.5
     mean_entropy: float = 2.0
     mean_confidence: float = 0.5

@@ -15,20 +15,18 @@ import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
-from policies.hazard import START, Hazard, after_features, before_features, log_odds, probability, token_features
+from policies.hazard import Hazard
 from policies.learned import CostAware
 from policies.level_cost import LevelCosts
-from policies.mlp16 import FADE
+from policies.step_features import Step
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 BINS = 32
 #: G[b, m - 1] = p + p^2 + ... + p^m at the middle of bin b.
 _GAIN = np.cumsum(((np.arange(BINS) + 0.5) / BINS)[:, None] ** np.arange(1, MAX_GAMMA + 1), axis=1)
-_K, _M = np.arange(MAX_GAMMA)[:, None], np.arange(1, MAX_GAMMA + 1)
-_INSIDE = _K + _M <= MAX_GAMMA
-_WIDTH = np.minimum(_K + _M, MAX_GAMMA)
-# Layout of Decision.features: what the step started from, tokens described so far, their joint survival after each.
-_COUNT, _SURVIVAL = START, START + 1
+_M = np.arange(1, MAX_GAMMA + 1)
+#: Version of the costs that a level's rule was made from, least survivals by k, and price of a verify by k.
+Rule = tuple[int, dict[int, list[float]], list[float]]
 
 
 class Goodput(CostAware):
@@ -61,7 +59,7 @@ class Goodput(CostAware):
         acceptance: str = "",
         strength: float = 500.0,
         discount: float = 0.9995,
-        refresh: int = 16,
+        refresh: int = 32,
         cap: int = MAX_GAMMA,
         **options: Any,
     ) -> None:
@@ -70,91 +68,63 @@ class Goodput(CostAware):
             raise PolicyError(f"refresh must be at least 1 and cap from 0 to {MAX_GAMMA}, got {refresh} and {cap}")
         self.every, self.cap = refresh, cap
         self.hazard = Hazard(acceptance, strength, discount)
-        self._tables: dict[str, tuple[int, list[list[float]]]] = {}
-        self._drafted_at = 0
+        self._rules: dict[str, Rule] = {}
 
-    def begin(self, context: Context) -> None:
-        self._drafted_at = 0
-
-    def table(self, level: str) -> list[list[float]]:
-        """Least survival S_k that pays for drafting on, by k and by the bin of p."""
+    def _rule(self, level: str) -> Rule:
+        """Return the level's rule under its latest costs."""
         costs = self.costs.level(level)
-        version, table = self._tables.get(level, (-1, []))
-        if version != costs.version:
-            table = thresholds(costs).tolist() if self.timed else [[0.0] * BINS] * MAX_GAMMA
-            self._tables[level] = costs.version, table
-        return table
+        found = self._rules.get(level)
+        if found is None or found[0] != costs.version:
+            price = (costs.rate * (costs.verify - costs.verify[0])).tolist()
+            found = self._rules[level] = costs.version, {}, price
+        return found
 
-    def _start(self, context: Context) -> list[float]:
-        """Describe the context; while nothing is drafted its lagged part fades, see :class:`~policies.mlp16.Mlp16`."""
-        whole = 1.0 if 0 < context.last_drafted == context.last_accepted else 0.0
-        values = [
-            2.0 * context.acceptance - 1.0,
-            whole,
-            log_odds(context.mean_confidence),
-            0.25 * context.mean_entropy,
-            0.0,
-        ]
-        idle = context.step - self._drafted_at
-        if context.last_drafted or idle <= 0:
-            self._drafted_at = context.step
-            return values
-        f = FADE**idle
-        return [f * values[0], whole, f * values[2], 0.5 + f * (values[3] - 0.5), 0.0]
+    def _pays(self, level: str, k: int, step: Step) -> bool:
+        """Whether to draft on after k tokens of a step."""
+        if not self.timed:
+            return True
+        rows = self._rule(level)[1]
+        row = rows.get(k)
+        if row is None:
+            row = rows[k] = thresholds(self.costs.level(level), k).tolist()
+        p = step.chance()
+        return step.survival[k] >= row[int(p * BINS) if p < 1.0 else BINS - 1]
 
     def decide(self, context: Context) -> Decision:
-        start = self._start(context)
+        step = Step(context, self.hazard)
         gamma = min(self.cap, context.max_gamma)
-        if gamma:
-            p = probability(self.hazard.before, before_features(start, None, 0))
-            if self.table(context.level)[0][min(int(p * BINS), BINS - 1)] > 1.0:
-                gamma = 0
-        features = np.zeros(_SURVIVAL + MAX_GAMMA + 1)
-        features[:START] = start
-        features[_SURVIVAL] = 1.0
-        self._level = context.level
-        return Decision(self.new_id(), gamma, gamma > 0, 1.0, self.version, features)
-
-    def _describe(self, decision: Decision, drafted: int, signals: np.ndarray) -> tuple[list[float], tuple[float, ...]]:
-        """Extend the joint survival to ``drafted`` tokens; return (the step's start, the last token's description)."""
-        f = decision.features
-        assert f is not None
-        start, done = f[:START].tolist(), int(f[_COUNT])
-        previous = token_features(signals[done - 1].tolist()) if done else None
-        for j in range(done, drafted):
-            own = token_features(signals[j].tolist())
-            p = probability(self.hazard.after, after_features(start, own, previous, j))
-            f[_SURVIVAL + j + 1] = f[_SURVIVAL + j] * p
-            previous = own
-        f[_COUNT] = drafted
-        assert previous is not None
-        return start, previous
+        if gamma and not self._pays(context.level, 0, step):
+            gamma = 0
+        return Decision(self.new_id(), gamma, gamma > 0, 1.0, self.version, step)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        start, previous = self._describe(decision, drafted, signals)
-        p = probability(self.hazard.before, before_features(start, previous, drafted))
-        survival = decision.features.item(_SURVIVAL + drafted)  # type: ignore[union-attr]
-        return survival >= self.table(self._level)[drafted][min(int(p * BINS), BINS - 1)]
+        step: Step = decision.features
+        step.extend(drafted, signals)
+        return self._pays(step.level, drafted, step)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        self._describe(decision, drafted, signals)
+        step: Step = decision.features
+        step.extend(drafted, signals)
         if not self.timed:
             return drafted
-        survival = decision.features[_SURVIVAL + 1 : _SURVIVAL + 1 + drafted]  # type: ignore[index]
-        costs = self.costs.level(self._level)
-        value = np.cumsum(survival) - costs.rate * (costs.verify[1 : drafted + 1] - costs.verify[0])
-        best = int(value.argmax())
-        return best + 1 if value[best] > 0.0 else 0
+        price = self._rule(step.level)[2]
+        best = worth = 0.0
+        count = 0
+        for k in range(1, drafted + 1):
+            worth += step.survival[k]
+            if worth - price[k] > best:
+                best, count = worth - price[k], k
+        return count
 
-    def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id):
-            return
-        f = decision.features
-        drafted = outcome.drafted if f is None else max(int(f[_COUNT]), outcome.drafted)
-        self.costs.observe(outcome, drafted)
-        if f is None or not outcome.tested:
-            return
-        self.hazard.add(f[:START].tolist(), outcome)
+    def drafted(self, decision: Decision, outcome: Outcome) -> int:
+        step: Step | None = decision.features
+        return outcome.drafted if step is None else max(len(step.after), outcome.drafted)
+
+    def teach(self, decision: Decision, outcome: Outcome) -> None:
+        step: Step = decision.features
+        # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
+        step.extend(outcome.tested, outcome.signals)
+        self.hazard.add(step, outcome.tested, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits.
         if self.hazard.pending >= min(self.every, 1 + self.hazard.heads[0].steps // 8):
             self.hazard.refresh()
@@ -168,7 +138,7 @@ class Goodput(CostAware):
             raise PolicyError(f"the state is not of format {STATE_FORMAT} of goodput: it was saved by another version")
         self.hazard.load(state)
         super().load_state_dict(state)
-        self._tables.clear()
+        self._rules.clear()
         self.version += 1
 
     def take_delta(self) -> State:
@@ -187,10 +157,11 @@ class Goodput(CostAware):
         self.hazard.restore_delta(delta)
 
 
-def thresholds(costs: LevelCosts) -> np.ndarray:
-    """Least survival that pays for drafting on, shape (16, BINS): min over m of lambda * cost / (p + ... + p^m)."""
-    verify = costs.verify
-    cost = costs.rate * (_M * costs.draft + verify[_WIDTH] - verify[:MAX_GAMMA, None])
-    cost[0] += costs.rate * costs.first
-    cost[~_INSIDE] = np.inf
-    return (cost[:, None, :] / _GAIN).min(axis=2)
+def thresholds(costs: LevelCosts, k: int) -> np.ndarray:
+    """Least survival that pays for drafting on after k tokens, shape (BINS,): min over m of lambda * cost / gain."""
+    verify, m = costs.verify, _M[: MAX_GAMMA - k]
+    cost = costs.rate * (m * costs.draft + verify[k + 1 :] - verify[k])
+    if not k:
+        cost += costs.rate * costs.first
+    found: np.ndarray = (cost / _GAIN[:, : len(m)]).min(axis=1)
+    return found

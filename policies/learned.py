@@ -54,8 +54,18 @@ class CostAware(Policy):
         self.costs.set_prior(level, prior)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if self.first_time(decision.id):
-            self.costs.observe(outcome)
+        if not self.first_time(decision.id):
+            return
+        self.costs.observe(outcome, self.drafted(decision, outcome))
+        if decision.features is not None and outcome.tested:
+            self.teach(decision, outcome)
+
+    def drafted(self, decision: Decision, outcome: Outcome) -> int:
+        """How many tokens the step's draft seconds paid for."""
+        return outcome.drafted
+
+    def teach(self, decision: Decision, outcome: Outcome) -> None:
+        """Learn from a step that tested at least one token; asked once per decision that kept features."""
 
     def state_dict(self) -> State:
         return self.costs.state()

@@ -17,8 +17,8 @@ from policies.gaussian import check_array
 
 #: Steps after which a measurement counts half.
 HALF_LIFE = 400.0
-#: Steps between refits once a level has been seen often.
-REFIT_EVERY = 16
+#: Steps between refits, once a level has been seen as often as the second says.
+REFIT_EVERY, REFIT_ALWAYS = 32, 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
 OWN = 5.0
 _K = np.arange(WIDTHS)
@@ -100,7 +100,7 @@ class LevelCosts:
         sums[7] += g * outcome.produced
         sums[8] += g * min(total, verify + draft + rest)
         self._pending += 1
-        if self._pending >= REFIT_EVERY or self.steps < REFIT_EVERY:
+        if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self.refit()
 
     def _clip(self, value: float, expected: float) -> float:

@@ -77,10 +77,6 @@ class _Linear(CostAware):
             found[DIM:] = self.net.tokens(c.level, self.net.read(c))
         return found
 
-    def begin(self, context: Context) -> None:
-        if self.net is not None:
-            self.net.begin()
-
     def _fold(self) -> None:
         steps = len(self._waiting)
         if not steps:
@@ -122,12 +118,7 @@ class _Linear(CostAware):
         root = x @ self._root
         return mean, self.spread * (float(root @ root) ** 0.5 * self.alpha) * (self.gammas > 0)
 
-    def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id):
-            return
-        self.costs.observe(outcome)
-        if decision.features is None or not outcome.tested:
-            return
+    def teach(self, decision: Decision, outcome: Outcome) -> None:
         start, stop, y = self.labels(outcome, 0.5 * (decision.features.item(1) + 1.0))
         if stop < len(self.arms):  # an end of sequence: the larger arms have no label
             return

@@ -153,7 +153,6 @@ class Mlp16:
         # An array rather than the scalar 0: numpy converts a scalar operand anew at every call.
         self._flat, self._zero = np.empty((HIDDEN + 1) * len(arms)), np.zeros((HIDDEN + 1) * len(arms))
         self._grid = self._flat.reshape(HIDDEN + 1, len(arms))
-        self.begin()
 
     def scaled(self, level: str, x: np.ndarray) -> np.ndarray:
         """Return gamma * phi of every arm, shape (17, K), overwritten by the next call; ``x`` as :meth:`read` gave it.
@@ -183,10 +182,6 @@ class Mlp16:
         np.maximum(found, 0.0, out=found)
         return found
 
-    def begin(self) -> None:
-        """Forget the sequence."""
-        self._drafted_at = 0
-
     def read(self, context: Context) -> np.ndarray:
         """Return the context's four signals, its acceptance, and a constant 1, in a new array of shape (6,).
 
@@ -201,11 +196,9 @@ class Mlp16:
             context.acceptance,
             1.0,
         )
-        idle = context.step - self._drafted_at
-        if context.last_drafted or idle <= 0:
-            self._drafted_at = context.step
+        if not context.idle:
             return np.array(values)
-        return NEUTRAL + FADE**idle * (values - NEUTRAL)
+        return NEUTRAL + FADE**context.idle * (values - NEUTRAL)
 
     def predict(self, context: Context) -> np.ndarray:
         """Return every arm's predicted acceptance rate, in [0, 1], shape (K,)."""
@@ -246,9 +239,6 @@ class Mlp16Policy(CostAware):
     ) -> None:
         super().__init__(arms=arms, objective=objective, **options)
         self.net = Mlp16(resolve_weights(weights), self.arms)
-
-    def begin(self, context: Context) -> None:
-        self.net.begin()
 
     def decide(self, context: Context) -> Decision:
         value = self.net.tokens(context.level, self.net.read(context))

@@ -107,9 +107,6 @@ class Online(CostAware):
         phi = self.net.phi(levels, np.array(xs))[taught]
         self.head.add(phi, np.array(ys)[taught], taught.sum(axis=1).tolist())
 
-    def begin(self, context: Context) -> None:
-        self.net.begin()
-
     def _values(self, level: str, x: np.ndarray) -> np.ndarray:
         """Reward of every arm under each sampled head, or the one optimistic or mean head, shape (samples, K)."""
         grid = self.net.scaled(level, x)
@@ -151,13 +148,8 @@ class Online(CostAware):
         best = self._values(context.level, self.net.read(context))[:, :legal].argmax(axis=1)
         return np.bincount(best, minlength=len(self.arms)) / len(best)
 
-    def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id):
-            return
-        self.costs.observe(outcome)
+    def teach(self, decision: Decision, outcome: Outcome) -> None:
         features = decision.features
-        if features is None or not outcome.tested:
-            return
         start, stop, y = self.labels(outcome, features.item(4))
         if start < stop:
             self._waiting.append((outcome.level, features, start, stop, y))

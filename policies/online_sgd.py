@@ -55,9 +55,6 @@ class OnlineSgd(CostAware):
         """The weights as they are now."""
         return Weights(self._W1.copy(), self._b1.copy(), self._W2.copy()[:, None], self._b2.copy())
 
-    def begin(self, context: Context) -> None:
-        self._reader.begin()
-
     def _forward(self, level: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return inputs (K, 6), hidden units (K, 16) and rates (K,), not clipped."""
         x = self._inputs
@@ -94,12 +91,7 @@ class OnlineSgd(CostAware):
         p[self._greedy(context.level, self._reader.read(context), legal)] += 1.0 - self._share
         return p
 
-    def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id):
-            return
-        self.costs.observe(outcome)
-        if decision.features is None or not outcome.tested:
-            return
+    def teach(self, decision: Decision, outcome: Outcome) -> None:
         start, stop, y = self.labels(outcome, decision.features.item(4))
         if start < stop:
             self._train(outcome.level, decision.features, start, stop, y)

@@ -33,8 +33,10 @@ from policies.level_cost import LevelCosts
 REVIEW_EVERY = 16
 #: Weight that the counts of a review keep until the next one.
 KEEP = 0.98
-#: The j-th probe comes at step PROBE * j^2.
-PROBE = 8
+#: The j-th probe comes at step PROBE * j^2, or CLEAR times as late where a baseline is clearly worse.
+PROBE, CLEAR = 8, 4
+#: A baseline is clearly worse below this share of the policy's own rate.
+CLOSE = 0.9
 #: Weight of the latest step in the local mean of the fixed gamma's tokens per step.
 LOCAL = 0.2
 
@@ -55,7 +57,7 @@ class _Ledger:
         self.seen = [2.0] * gamma
         self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, gamma + 1)]
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
-        self.probes, self.due = [0, 0], [0, 0]
+        self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
         self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
 
     def row(self) -> list[float]:
@@ -101,7 +103,8 @@ class SafetyGuard(Wrapper):
     """Modelled goodput at least (1 - epsilon) of the better of autoregressive and ``fixed:gamma``, past a burn-in.
 
     Gamma 0 and the fixed gamma are both re-probed for ever, at a falling rate: the j-th probe of either comes at step
-    8 j^2 of a level unless the policy has played it by itself since the probe before. So no estimate that the
+    8 j^2 of a level (32 j^2 while its estimated rate is below nine tenths of the best, so that a dear probe is a rare
+    one) unless the policy has played it by itself since the probe before. So no estimate that the
     comparison rests on goes stale, and a policy that has stopped drafting gets to see whether drafting pays by now.
 
     Parameters
@@ -129,7 +132,7 @@ class SafetyGuard(Wrapper):
         self._ledgers: dict[str, _Ledger] = {}
         # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
         self._taken: dict[int, int] = {}
-        self._drafted = (0, 0)  # id and drafted tokens of the latest step that was asked what to submit
+        self._drafted: dict[int, int] = {}  # drafted tokens of steps that were asked what to submit
 
     def ledger(self, level: str) -> _Ledger:
         """Return a level's ledger, made on first use."""
@@ -149,7 +152,7 @@ class SafetyGuard(Wrapper):
         which = 0 if ledger.steps >= ledger.due[0] else 1 if ledger.steps >= ledger.due[1] else -1
         if which >= 0 and limit >= self.gamma:
             ledger.probes[which] += 1
-            ledger.due[which] = max(PROBE * ledger.probes[which] ** 2, ledger.steps + 1)
+            ledger.due[which] = max(ledger.spacing[which] * ledger.probes[which] ** 2, ledger.steps + 1)
             return self._take(decision, self.gamma if which else 0)
         if ledger.budget < 0.0:
             ledger.interventions += 1
@@ -174,7 +177,9 @@ class SafetyGuard(Wrapper):
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        self._drafted = decision.id, drafted
+        if len(self._drafted) >= 1024:
+            self._drafted.clear()
+        self._drafted[decision.id] = drafted
         taken = self._taken.get(decision.id)
         if taken is None:
             return self.policy.submit(decision, drafted, signals)
@@ -197,7 +202,7 @@ class SafetyGuard(Wrapper):
         elif k >= self.gamma:
             self._postpone(ledger, 1)
         costs = self.model.level(outcome.level)
-        wasted = self._drafted[1] - k if self._drafted[0] == decision.id else 0
+        wasted = self._drafted.pop(decision.id, k) - k
         seconds = costs.seconds.item(k) + costs.draft * wasted
         ledger.budget += outcome.produced - ledger.rate * seconds
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
@@ -210,9 +215,9 @@ class SafetyGuard(Wrapper):
     @staticmethod
     def _postpone(ledger: _Ledger, which: int) -> None:
         """The policy played by itself what a probe is for: count it as the next probe if that is due."""
-        if ledger.steps >= PROBE * ledger.probes[which] ** 2:
+        if ledger.steps >= ledger.spacing[which] * ledger.probes[which] ** 2:
             ledger.probes[which] += 1
-            ledger.due[which] = PROBE * ledger.probes[which] ** 2
+            ledger.due[which] = ledger.spacing[which] * ledger.probes[which] ** 2
 
     def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
         """Find the better baseline anew."""
@@ -220,6 +225,8 @@ class SafetyGuard(Wrapper):
         fixed = ledger.tokens / ledger.fixed_steps / float(costs.seconds[self.gamma])
         ledger.baseline = self.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
+        near = CLOSE * max(plain, fixed, costs.rate)
+        ledger.spacing = [PROBE if rate >= near else PROBE * CLEAR for rate in (plain, fixed)]
 
     def state_dict(self) -> State:
         found = self.policy.state_dict()

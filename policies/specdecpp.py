@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
-from policies.hazard import START, Hazard, after_features, log_odds, probability, token_features
+from policies.base import Context, Decision, Outcome, Policy, PolicyError, State
+from policies.hazard import Hazard
+from policies.step_features import Step
 
 
 class SpecDecPlusPlus(Policy):
@@ -51,30 +52,19 @@ class SpecDecPlusPlus(Policy):
         self.hazard = Hazard(acceptance, discount=1.0)
 
     def decide(self, context: Context) -> Decision:
-        features = np.zeros(START + MAX_GAMMA + 1)
-        whole = 1.0 if 0 < context.last_drafted == context.last_accepted else 0.0
-        features[:4] = (
-            2.0 * context.acceptance - 1.0,
-            whole,
-            log_odds(context.mean_confidence),
-            0.25 * context.mean_entropy,
-        )
-        features[START] = 1.0
+        features = Step(context, self.hazard)
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True, features=features)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        f = decision.features
-        assert f is not None
-        previous = token_features(signals[drafted - 2].tolist()) if drafted > 1 else None
-        own = token_features(signals[drafted - 1].tolist())
-        a = probability(self.hazard.after, after_features(f[:START].tolist(), own, previous, drafted - 1))
-        f[START + drafted] = f[START + drafted - 1] * a
-        return drafted < self.least or 1.0 - f.item(START + drafted) <= self.threshold
+        step: Step = decision.features
+        step.extend(drafted, signals)
+        return drafted < self.least or 1.0 - step.survival[drafted] <= self.threshold
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id) or not self.train or decision.features is None or not outcome.tested:
             return
-        self.hazard.add(decision.features[:START].tolist(), outcome)
+        decision.features.extend(outcome.tested, outcome.signals)
+        self.hazard.add(decision.features, outcome.tested, outcome.accepted)
         if self.hazard.pending >= 16:
             self.hazard.refresh()
             self.version += 1

@@ -33,7 +33,9 @@ class History:
         c.last_drafted, c.last_accepted = outcome.drafted, outcome.accepted
         if outcome.tested:
             c.acceptance += ACCEPTANCE_WEIGHT * (outcome.accepted / outcome.tested - c.acceptance)
+        c.idle += 1
         if outcome.drafted:
+            c.idle = 0
             c.mean_entropy, c.max_entropy, c.mean_confidence, c.min_confidence = summarise(s)
 
 

@@ -2,92 +2,143 @@
 
 Two heads, as :mod:`policies.hazard` defines them: ``before`` predicts the acceptance of the next token from what is
 known before it is drafted, ``after`` knows its own signals too. Rows are the tested tokens of every step start (those
-before the first rejection, and the rejected one), over replays of exact traces under several schedules of gamma.
+before the first rejection, and the rejected one), over replays of exact traces under several schedules of gamma. The
+table of token histories is filled from the same rows; a prompt's own drafts are left out of the table that its rows
+see, as those of a new prompt will not be in the table that ships.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from policies.base import Context, Decision
-from policies.goodput import Goodput
-from policies.hazard import START, after_features, before_features, prior_means, token_features
+from policies.base import Context, Decision, Outcome
+from policies.hazard import HEADS, Hazard, prior_means
+from policies.step_features import Step
+from policies.token_history import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES, buckets
 from speckv_online.cost import RTX3090_RELEASE, CostTable
 from speckv_online.errors import UserError
 from speckv_online.simulate import Simulator
 from speckv_online.step_table import Schedule, schedule_gammas
 from speckv_online.traces import Trace
 
-HEADS = ("before", "after")
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
 RIDGE = 1.0
+COLUMNS = ("before", "after", "y", "prompt", "buckets")
 
 
 class _Starts(Schedule):
-    """A schedule that notes how the goodput policy describes each step's start."""
+    """A schedule that describes, at each step's start, all tokens that a long draft would have tested."""
 
     def __init__(self, gammas: Sequence[int], *, seed: int = 0) -> None:
         super().__init__(gammas, seed=seed)
-        self.policy = Goodput()  # what it decides plays no part
-
-    def begin(self, context: Context) -> None:
-        super().begin(context)
-        self.policy.begin(context)
-        self.starts: list[list[float]] = []
+        self.hazard = Hazard("none")  # what it predicts plays no part
+        self.tokens = _Rows()
 
     def decide(self, context: Context) -> Decision:
-        features = self.policy.decide(context).features
-        assert features is not None
-        self.starts.append(features[:START].tolist())
-        return super().decide(context)
+        trace, t = self.trace, context.position
+        accepted = int(trace.accepted[t])
+        # What the budget would have cut off is no label, and nothing follows an accepted end.
+        tested = min(accepted + 1, trace.gamma, trace.budget - t - 1, len(trace) - t)
+        step = Step(context, self.hazard)
+        context.drafts = trace.drafts[t].tolist()
+        step.extend(tested, trace.signals[t])
+        self.tokens.add(step, tested, accepted, trace.prompt_id)
+        decision = super().decide(context)
+        decision.features = step
+        return decision
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        decision.features.note(outcome.tested, outcome.accepted)
+
+    def run(self, trace: Trace) -> None:
+        """Replay one trace."""
+        self.trace = trace
+        cost = CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})  # seconds play no part here
+        Simulator(self, cost).replay(trace)
+
+
+class _Rows:
+    """Rows that are being collected."""
+
+    def __init__(self) -> None:
+        self.before: list[list[float]] = []
+        self.after: list[list[float]] = []
+        self.y: list[bool] = []
+        self.prompt: list[str] = []
+        self.buckets: list[tuple[int, int]] = []
+
+    def add(self, step: Step, tested: int, accepted: int, prompt: str) -> None:
+        self.before += step.before[:tested]
+        self.after += step.after[:tested]
+        self.y += [j < accepted for j in range(tested)]
+        self.prompt += [prompt] * tested
+        self.buckets += [buckets(tail) for tail in step.tails[:tested]]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows to train on: features (N, 10) of each head, labels (N,) and the prompts that they come from (N,)."""
+    """Rows to train on: features (N, 16) and (N, 10) of the heads, labels (N,), the prompts that they come from (N,),
+    and the buckets (N, 2) of the table of token histories that they belong to."""
 
     before: np.ndarray
     after: np.ndarray
     y: np.ndarray
     prompt: np.ndarray
+    buckets: np.ndarray
+    #: What a row counts in the table: several schedules give near copies of each.
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, mask: np.ndarray) -> Tokens:
-        return Tokens(self.before[mask], self.after[mask], self.y[mask], self.prompt[mask])
+        return replace(self, **{name: getattr(self, name)[mask] for name in COLUMNS})
+
+    def counts(self) -> np.ndarray:
+        """Tested and accepted drafts per bucket, see :class:`policies.token_history.TokenHistory`."""
+        found = np.zeros(SHAPE)
+        for index in self.buckets.T:
+            known = index >= 0
+            np.add.at(found[0], index[known], self.weight)
+            np.add.at(found[1], index[known], self.weight * self.y[known])
+        return found
+
+    def with_history(self, table: np.ndarray, leave_out: bool) -> Tokens:
+        """Return the rows with what the table knows of their tokens; ``leave_out`` their own prompts' drafts."""
+        before = self.before.copy()
+        for prompt in np.unique(self.prompt) if leave_out else [""]:
+            mine = self.prompt == prompt if leave_out else np.ones(len(self), dtype=bool)
+            known = np.maximum(table - self[mine].counts(), 0.0) if leave_out else table
+            before[mine, -2:] = excess(known, self.buckets[mine])
+        return replace(self, before=before)
+
+
+def excess(table: np.ndarray, buckets: np.ndarray) -> np.ndarray:
+    """Return the last two features of :meth:`policies.token_history.TokenHistory.look` for buckets (N, 2)."""
+    tested, accepted = table[0][buckets], table[1][buckets]
+    mean = table[1, :SINGLES].sum() / max(table[0, :SINGLES].sum(), 1e-9)
+    shrunk = (accepted - mean * tested) / (tested + np.array([SHRINK_SINGLE, SHRINK_PAIR]))
+    return np.where(buckets >= 0, shrunk, 0.0)
 
 
 def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
-    """Make one row per tested token of every step start."""
-    before: list[list[float]] = []
-    after: list[list[float]] = []
-    y: list[bool] = []
-    prompt: list[str] = []
+    """Make one row per tested token of every step start; the columns of the table are left at zero."""
     schedules = [_Starts(gammas, seed=seed + i) for i, gammas in enumerate(schedule_gammas().values())]
+    positions = 0
     for trace in traces:
-        cost = CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})  # seconds play no part here
+        positions += len(trace)
         for schedule in schedules:
-            replay = Simulator(schedule, cost).replay(trace)
-            for t, start in zip(replay.position.tolist(), schedule.starts, strict=True):
-                accepted = int(trace.accepted[t])
-                # What the budget would have cut off is no label, and nothing follows an accepted end.
-                tested = min(accepted + 1, trace.gamma, trace.budget - t - 1, len(trace) - t)
-                previous = None
-                for j in range(tested):
-                    own = token_features(trace.signals[t, j].tolist())
-                    before.append(before_features(start, previous, j))
-                    after.append(after_features(start, own, previous, j))
-                    y.append(j < accepted)
-                    prompt.append(trace.prompt_id)
-                    previous = own
-    if not y:
+            schedule.run(trace)
+    rows = [schedule.tokens for schedule in schedules]
+    before, after, y, prompt, index = (np.array([v for r in rows for v in getattr(r, name)]) for name in COLUMNS)
+    if not len(y):
         raise UserError("the traces hold no tested token to train on: profile with more new tokens")
-    return Tokens(np.array(before), np.array(after), np.array(y, dtype=float), np.array(prompt))
+    # In one replay each position is tested about once.
+    return Tokens(before, after, y.astype(float), prompt, index, min(1.0, positions / len(y)))
 
 
 def fit_logistic(
@@ -135,14 +186,17 @@ def fit_logistic(
 
 def train_acceptance(tokens: Tokens) -> dict[str, np.ndarray]:
     """Return the arrays of a file of acceptance weights, see :class:`policies.hazard.Hazard`."""
-    arrays = {}
+    table = tokens.counts()
+    rows = tokens.with_history(table, leave_out=True)
+    arrays = {"history": table.astype(np.float32)}
     for name, prior in zip(HEADS, prior_means(), strict=True):
-        arrays[name], arrays[f"{name}_precision"] = fit_logistic(getattr(tokens, name), tokens.y, prior)
+        arrays[name], arrays[f"{name}_precision"] = fit_logistic(getattr(rows, name), rows.y, prior)
     return arrays
 
 
 def evaluate_acceptance(arrays: dict[str, np.ndarray], tokens: Tokens) -> dict[str, Any]:
-    """Return area under the ROC curve and log loss (nats) of both heads, and the loss of the mean rate alone."""
+    """Return area under the ROC curve and log loss (nats) of both heads on prompts that they were not fitted to, and
+    the loss of the mean rate alone."""
     rate = float(np.clip(tokens.y.mean(), 1e-6, 1 - 1e-6))
     found: dict[str, Any] = {
         "tokens": len(tokens),
@@ -150,8 +204,9 @@ def evaluate_acceptance(arrays: dict[str, np.ndarray], tokens: Tokens) -> dict[s
         "accepted": rate,
         "log_loss_of_mean": float(-(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))),
     }
+    rows = tokens.with_history(arrays["history"], leave_out=False)
     for name in HEADS:
-        eta = getattr(tokens, name) @ arrays[name]
+        eta = getattr(rows, name) @ arrays[name]
         loss = float(np.mean(np.logaddexp(0.0, eta) - tokens.y * eta))
         found[name] = {"auc": auc(eta, tokens.y), "log_loss": loss}
     return found

@@ -11,11 +11,10 @@ import pytest
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
 from policies.cost import CostPrior
 from policies.goodput import BINS, Goodput, thresholds
-from policies.hazard import DIM, Hazard, after_features, before_features, probability, token_features
+from policies.hazard import Hazard
 from policies.level_cost import LevelCosts
+from policies.step_features import AFTER, Step, probability
 from tests.policy_env import make_tapes, play
-
-START = [0.0, 0.0, 0.0, 0.5, 0.0]
 
 
 def signals(rng: np.random.Generator, k: int) -> np.ndarray:
@@ -27,6 +26,12 @@ def signals(rng: np.random.Generator, k: int) -> np.ndarray:
     return found
 
 
+def described(hazard: Hazard, outcome: Outcome) -> Step:
+    step = Step(Context(), hazard)
+    step.extend(outcome.tested, outcome.signals)
+    return step
+
+
 def feed(hazard: Hazard, steps: int, seed: int = 0) -> list[Outcome]:
     """Steps whose tokens are accepted with probability confidence squared."""
     rng, found = np.random.default_rng(seed), []
@@ -36,7 +41,7 @@ def feed(hazard: Hazard, steps: int, seed: int = 0) -> list[Outcome]:
         hits = rng.random(k) < s[:, CONFIDENCE] ** 2
         n = k if hits.all() else int(hits.argmin())
         outcome = Outcome(k, n, min(n + 1, k), n + 1, signals=s)
-        hazard.add(START, outcome)
+        hazard.add(described(hazard, outcome), outcome.tested, outcome.accepted)
         found.append(outcome)
         if i % 16 == 15:
             hazard.refresh()
@@ -49,16 +54,12 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
     hazard = Hazard("none", strength=50, discount=1.0)
     x, y = [], []
     for o in feed(hazard, 1500):
-        previous = None
-        for j in range(o.tested):
-            own = token_features(o.signals[j].tolist())
-            x.append(after_features(START, own, previous, j))
-            y.append(float(j < o.accepted))
-            previous = own
-    phi, label, w = np.array(x), np.array(y), np.zeros(DIM)
+        x += described(hazard, o).after
+        y += [float(j < o.accepted) for j in range(o.tested)]
+    phi, label, w = np.array(x), np.array(y), np.zeros(AFTER)
     for _ in range(30):
         p = 1 / (1 + np.exp(-phi @ w))
-        w += np.linalg.solve((phi * (p * (1 - p))[:, None]).T @ phi + 1e-3 * np.eye(DIM), phi.T @ (label - p))
+        w += np.linalg.solve((phi * (p * (1 - p))[:, None]).T @ phi + 1e-3 * np.eye(AFTER), phi.T @ (label - p))
 
     def loss(weights: np.ndarray) -> float:
         p = 1 / (1 + np.exp(-phi @ weights))
@@ -71,10 +72,10 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
 
 
 def test_the_prior_is_the_draft_s_own_belief() -> None:
-    hazard, row = Hazard("none"), [1.0, 0.8, 2.0, 0.0]
-    assert probability(hazard.after, after_features(START, token_features(row), None, 0)) == pytest.approx(0.8)
-    start = [2 * 0.7 - 1, 0.0, 0.0, 0.5, 0.0]
-    assert probability(hazard.before, before_features(start, None, 0)) == pytest.approx(1 / (1 + math.exp(-1.2)))
+    step = Step(Context(acceptance=0.7), Hazard("none"))
+    assert step.chance() == pytest.approx(1 / (1 + math.exp(-1.2)))
+    step.extend(1, np.array([[1.0, 0.8, 2.0, 0.0]]))
+    assert step.survival == [1.0, pytest.approx(0.8)]
 
 
 def test_merging_adds_up() -> None:
@@ -84,8 +85,8 @@ def test_merging_adds_up() -> None:
     for i in range(40):
         s = signals(rng, 4)
         outcome = Outcome(4, 2, 3, 3, signals=s)
-        alone.add(START, outcome)
-        workers[i // 10].add(START, outcome)
+        for hazard in (alone, workers[i // 10]):
+            hazard.add(described(hazard, outcome), 3, 2)
     for worker in workers:
         learner.merge(worker.take_delta())
     alone.refresh()
@@ -102,7 +103,7 @@ def test_saved_priors_are_read_back(tmp_path: Path) -> None:
     feed(strong, 50, seed=9)
     feed(weak, 50, seed=9)
     assert np.abs(np.array(strong.after) - hazard.after).max() < np.abs(np.array(weak.after) - hazard.after).max()
-    np.savez(tmp_path / "bad.npz", before=np.zeros(3), after=np.zeros(DIM))
+    np.savez(tmp_path / "bad.npz", before=np.zeros(3), after=np.zeros(AFTER))
     with pytest.raises(PolicyError, match="'before' has shape"):
         Hazard(tmp_path / "bad.npz")
     (tmp_path / "x.npz").write_bytes(b"nothing")
@@ -117,22 +118,21 @@ def flat(t_d: float, verify: tuple[float, ...]) -> LevelCosts:
 def test_one_step_rule_by_hand() -> None:
     """Costs that grow evenly: go on iff S p >= lambda (t_d + growth), at any k, however far one looks ahead."""
     costs = flat(0.01, (0.1, 0.11))
-    table = thresholds(costs)
     p = (np.arange(BINS) + 0.5) / BINS
     marginal = costs.rate * 0.02
     for k in range(16):
-        assert table[k] == pytest.approx(marginal / p)
+        assert thresholds(costs, k) == pytest.approx(marginal / p)
 
 
 def test_looking_ahead_past_a_step_in_the_costs() -> None:
     """Verifying two tokens costs 40 % more than one, nine no more than two: one alone would not pay, several do."""
     costs = flat(0.001, (0.10, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14))
-    table, b = thresholds(costs), int(0.7 * BINS)
+    row, b = thresholds(costs, 0), int(0.7 * BINS)
     p = (b + 0.5) / BINS
     gains = [sum(p**i for i in range(1, m + 1)) for m in range(1, 17)]
     prices = [costs.rate * (0.001 * m + 0.04) for m in range(1, 17)]
-    assert table[0, b] == pytest.approx(min(c / g for c, g in zip(prices, gains, strict=True)))
-    assert table[0, b] < 0.25 < prices[0] / gains[0]
+    assert row[b] == pytest.approx(min(c / g for c, g in zip(prices, gains, strict=True)))
+    assert row[b] < 0.25 < prices[0] / gains[0]
 
 
 def make(level_costs: CostPrior, **options: object) -> Goodput:

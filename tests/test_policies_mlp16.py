@@ -160,15 +160,12 @@ def test_gamma_zero_is_not_for_ever() -> None:
     policy = make_policy("mlp16", weights=trained())
     policy.set_costs("nf4", CostPrior(0.03, (0.1, 0.1)))
     context = Context(level="nf4", mean_entropy=4, mean_confidence=0.05, max_entropy=4.5, min_confidence=0.01, step=3)
-    context.last_drafted = 1
-    policy.begin(context)
     gammas = []
     for _ in range(60):
         gammas.append(policy.decide(context).gamma)
-        context.last_drafted = gammas[-1]
         if gammas[-1]:
             break
-        context.step += 1
+        context.idle += 1
     assert gammas[0] == 0
     assert gammas[-1] > 0
 

@@ -1,0 +1,139 @@
+"""What is known of a step token by token, before and after each is drafted, as rows of two regressions."""
+
+from __future__ import annotations
+
+import math
+from operator import mul
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context
+from policies.mlp16 import FADE
+from policies.token_history import FEATURES, TAIL, Tail
+
+if TYPE_CHECKING:
+    from policies.hazard import Hazard
+
+#: Numbers of features before and after a token is drafted.
+BEFORE, AFTER = 10 + FEATURES, 10
+
+Token = tuple[float, float, float, float, float]
+
+
+def log_odds(confidence: float) -> float:
+    """Log-odds of a probability, kept within -4 and 6, in thirds."""
+    if confidence <= 0.0180:
+        return -4.0 / 3.0
+    if confidence >= 0.9975:
+        return 2.0
+    return math.log(confidence / (1.0 - confidence)) / 3.0
+
+
+def token_features(row: list[float]) -> Token:
+    """Describe a drafted token by its signals: log-odds, entropy, log margin, n-gram agreement and disagreement."""
+    n = row[NGRAM]
+    return (
+        log_odds(row[CONFIDENCE]),
+        0.25 * row[ENTROPY],
+        0.5 * math.log1p(max(row[MARGIN], 0.0)),
+        0.5 + 0.125 * n if n > 0.0 else 0.0,
+        0.5 - 0.125 * n if n < 0.0 else 0.0,
+    )
+
+
+def start_features(context: Context) -> list[float]:
+    """Describe the context of a step: acceptance, whether all was accepted last, lagged log-odds and entropy.
+
+    While nothing is drafted all but the second fade towards neutral values.
+    """
+    whole = 1.0 if 0 < context.last_drafted == context.last_accepted else 0.0
+    acceptance, odds, entropy = 2.0 * context.acceptance - 1.0, log_odds(context.mean_confidence), context.mean_entropy
+    if not context.idle:
+        return [acceptance, whole, odds, 0.25 * entropy]
+    f = FADE**context.idle
+    return [f * acceptance, whole, f * odds, 0.5 + f * (0.25 * entropy - 0.5)]
+
+
+def before_features(start: list[float], previous: Token | None, j: int, seen: tuple[float, ...]) -> list[float]:
+    """Features of the j-th token (from 0) before it is drafted.
+
+    ``previous`` describes the one before it, ``seen`` what :class:`~policies.token_history.TokenHistory` knows.
+    """
+    acceptance, whole, odds, entropy = start
+    if previous is None:
+        return [1.0, odds, entropy, 0.0, 0.0, 0.0, acceptance, whole, 0.0, 1.0, *seen]
+    return [1.0, *previous, acceptance, whole, j * 0.125 if j < 8 else 1.0, 0.0, *seen]
+
+
+def after_features(start: list[float], own: Token, previous: Token | None, j: int) -> list[float]:
+    """Features of the j-th token (from 0) once it is drafted."""
+    last = start[2] if previous is None else previous[0]
+    return [1.0, *own, start[0], last, j * 0.125 if j < 8 else 1.0, start[1] if previous is None else 0.0]
+
+
+class Step:
+    """A step under way, described as far as it has got; what a policy keeps as ``Decision.features``.
+
+    Attributes
+    ----------
+    before, after : list of list of float
+        Features of the tokens so far, before and after they were drafted.
+    survival : list of float
+        Estimated chance that all of the first k tokens are accepted, k = 0, 1, ...
+    level : str
+        The context's compression level.
+    tails : list of tuple of int
+        The last tokens, up to four, that each token follows; empty tuples where they are not known.
+    """
+
+    __slots__ = ("_context", "_hazard", "_number", "_start", "_tokens", "after", "before", "level", "survival", "tails")
+
+    def __init__(self, context: Context, hazard: Hazard) -> None:
+        self._context, self._number, self._hazard = context, context.step, hazard
+        self.level, self._start = context.level, start_features(context)
+        self.before: list[list[float]] = []
+        self.after: list[list[float]] = []
+        self.survival = [1.0]
+        self._tokens: list[Token] = []
+        self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
+
+    def chance(self) -> float:
+        """Chance that the next token is accepted if those before it are."""
+        self._look()
+        return probability(self._hazard.before, self.before[-1])
+
+    def _look(self) -> None:
+        """Describe the next token before it is drafted."""
+        tokens = self._tokens
+        j = len(tokens)
+        if len(self.before) == j:
+            seen = self._hazard.history.look(self._context.memory, self.tails[j])
+            self.before.append(before_features(self._start, tokens[j - 1] if j else None, j, seen))
+
+    def extend(self, drafted: int, signals: np.ndarray) -> None:
+        """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
+        tokens, context = self._tokens, self._context
+        drafts = context.drafts if context.step == self._number else ()
+        for j in range(len(tokens), drafted):
+            self._look()
+            own = token_features(signals[j].tolist())
+            features = after_features(self._start, own, tokens[j - 1] if j else None, j)
+            self.after.append(features)
+            tokens.append(own)
+            self.survival.append(self.survival[j] * probability(self._hazard.after, features))
+            tail = self.tails[j]
+            self.tails.append((*tail[1 - TAIL :], drafts[j]) if tail and j < len(drafts) else ())
+
+    def note(self, tested: int, accepted: int) -> None:
+        """Note in the history which of the tested tokens were accepted."""
+        for j in range(tested):
+            self._hazard.history.note(self._context.memory, self.tails[j], j < accepted)
+
+
+def probability(weights: list[float], features: list[float]) -> float:
+    """Logistic regression's probability."""
+    eta = sum(map(mul, weights, features))
+    if eta > 30.0:
+        return 1.0
+    return 1.0 / (1.0 + math.exp(-eta)) if eta > -30.0 else 0.0

@@ -1,0 +1,177 @@
+"""How often drafts were accepted after the same tokens: lately in this text, and on the whole in all texts.
+
+Before a token is drafted its own signals do not exist, but the tokens that come before it do. Of those this file
+remembers (a) in the sequence's own scratch space, for every suffix of 1 to 4 tokens, whether the latest draft after it
+was accepted, and (b) over all texts, for the last token and for the last two, how many drafts were tested and accepted:
+hashed into a table of sums that forget exponentially and add up over workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from policies.base import PolicyError, State
+from policies.gaussian import check_array
+
+#: Longest suffix.
+TAIL = 4
+#: Buckets of the last token, and of the last two.
+SINGLES, PAIRS = 4096, 8192
+SHAPE = (2, SINGLES + PAIRS)
+#: A bucket's acceptance counts n / (n + SHRINK) after n tested drafts: of the last token, of the last two.
+SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
+#: Number of features, see :meth:`TokenHistory.look`.
+FEATURES = TAIL + 2
+
+_SUFFIXES = [slice(-n, None) for n in range(1, TAIL + 1)]
+_MISSED = [tuple(-1.0 if i == n else 0.0 for i in range(TAIL)) for n in range(TAIL)]
+_HIT = [tuple(1.0 if i == n else 0.0 for i in range(TAIL)) for n in range(TAIL)]
+_UNSEEN = (0.0,) * TAIL
+
+Tail = tuple[int, ...]
+
+
+def buckets(tail: Tail) -> tuple[int, int]:
+    """Return where the last token, and the last two, are counted; -1 where there is no such token."""
+    if len(tail) < 2:
+        return ((tail[0] * 2654435761 & 0xFFFFFFFF) >> 20, -1) if tail else (-1, -1)
+    hashed = tail[-1] * 2654435761
+    return (hashed & 0xFFFFFFFF) >> 20, SINGLES + ((hashed + tail[-2] * 2246822519 & 0xFFFFFFFF) >> 19)
+
+
+class TokenHistory:
+    """The table over all texts, and what is read from and noted in it and in a sequence's scratch space.
+
+    Parameters
+    ----------
+    table : ndarray, shape (2, SINGLES + PAIRS), optional
+        Tested and accepted drafts per bucket that are known beforehand.
+    discount : float
+        Forgetting per step.
+    """
+
+    def __init__(self, table: np.ndarray | None = None, discount: float = 1.0) -> None:
+        self._prior = np.zeros(SHAPE) if table is None else table.astype(float)
+        self.discount = discount
+        self.forget()
+
+    def forget(self) -> None:
+        """Return to what was known beforehand; what was not handed out yet is dropped too."""
+        self._weight, self._steps = 1.0, 0
+        self._fill(self._prior)
+        self._shared = self._prior
+
+    def _fill(self, table: np.ndarray) -> None:
+        """Put counts into the table. Entries are stored times ``_weight``, which grows as they fade."""
+        self._tested, self._accepted = table.tolist()
+        self._totals = [float(row[:SINGLES].sum()) for row in table]
+
+    def _table(self) -> np.ndarray:
+        return np.array([self._tested, self._accepted])
+
+    def step(self) -> None:
+        """Let everything fade by one step."""
+        self._steps += 1
+        self._weight /= self.discount
+        if self._weight > 1e6:
+            self._fill(self._table() / self._weight)
+            self._shared = self._shared / self._weight
+            self._weight = 1.0
+
+    def look(self, memory: dict[Any, Any], tail: Tail) -> tuple[float, ...]:
+        """Describe what is known of drafts after ``tail``, the last tokens up to four; all zero for an empty one.
+
+        Returns, for suffixes of 1 to 4 tokens, 1 or -1 where that is the longest one seen before in this sequence and
+        the draft after it was accepted or not; then the shrunk excess acceptance after the last token and the last two.
+        """
+        found = -1
+        # A suffix was seen before only if all shorter ones were.
+        for suffix in _SUFFIXES if len(tail) == TAIL else _SUFFIXES[: len(tail)]:
+            hit = memory.get(tail[suffix])
+            if hit is None:
+                break
+            found += 1
+            latest = hit
+        seen = _UNSEEN if found < 0 else (_HIT if latest else _MISSED)[found]
+        i, j = buckets(tail)
+        weight, (tested, accepted) = self._weight, self._totals
+        mean = accepted / tested if tested else 0.0
+        one = two = 0.0
+        if i >= 0:
+            n = self._tested[i]
+            one = (self._accepted[i] - mean * n) / (n + SHRINK_SINGLE * weight)
+        if j >= 0:
+            n = self._tested[j]
+            two = (self._accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
+        return (*seen, one, two)
+
+    def note(self, memory: dict[Any, Any], tail: Tail, hit: bool) -> None:
+        """Note whether the draft after ``tail`` was accepted."""
+        for suffix in _SUFFIXES[: len(tail)]:
+            memory[tail[suffix]] = hit
+        i, j = buckets(tail)
+        weight, totals = self._weight, self._totals
+        if i >= 0:
+            self._tested[i] += weight
+            totals[0] += weight
+            if hit:
+                self._accepted[i] += weight
+                totals[1] += weight
+        if j >= 0:
+            self._tested[j] += weight
+            if hit:
+                self._accepted[j] += weight
+
+    def state(self) -> State:
+        """The table, as an array."""
+        return {"history.table": self._table() / self._weight}
+
+    def load(self, state: State) -> None:
+        """Restore :meth:`state`."""
+        table = check_array(state, "history.table", SHAPE)
+        self._weight, self._steps = 1.0, 0
+        self._fill(table)
+        self._shared = table.copy()
+
+    def take_delta(self) -> State:
+        """Buckets that changed since the last call, by how much, and over how many steps."""
+        table = self._table()
+        delta = (table - self._shared) / self._weight
+        index = np.flatnonzero(np.abs(delta[0]) > 1e-12)
+        steps, self._steps, self._shared = self._steps, 0, table
+        return {"history.index": index, "history.sums": delta[:, index], "history.count": np.array(float(steps))}
+
+    def merge(self, delta: State) -> None:
+        """Add what another copy handed out, as if its steps had come after this one's."""
+        index, sums, count = _read(delta)
+        table = self._table()
+        own = table - self._shared
+        table *= self.discount**count
+        table[:, index] += sums * self._weight
+        self._fill(table)
+        self._shared = table - own
+
+    def restore_delta(self, delta: State) -> None:
+        """Hand a taken delta back, so that the next :meth:`take_delta` includes it."""
+        index, sums, count = _read(delta)
+        self._shared = self._shared.copy()
+        self._shared[:, index] -= sums * self._weight
+        self._steps += int(count)
+
+
+def _read(delta: State) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return buckets, sums and the number of steps of a delta; nothing for one without them."""
+    if "history.index" not in delta:
+        return np.empty(0, dtype=int), np.empty((2, 0)), 0.0
+    index = np.asarray(delta["history.index"])
+    if (
+        index.ndim != 1
+        or index.dtype.kind not in "iu"
+        or (len(index) and not 0 <= index.min() <= index.max() < SHAPE[1])
+    ):
+        raise PolicyError(
+            "the delta's 'history.index' holds no buckets of the table: merge deltas of the same policy only"
+        )
+    return index, check_array(delta, "history.sums", (2, len(index))), float(check_array(delta, "history.count", ()))
