@@ -1,0 +1,193 @@
+"""Scaling: real workers on this machine, simulated ones on traces, and the arithmetic of messages and the learner.
+
+``real`` runs ``experiments.compare`` with each number of workers, one thread each, and adds their goodputs up
+(measured). ``simulated`` lets workers start from nothing, each on its own stream of traces, merging every so many steps
+through a learner whose answers lack what others sent in the latest ``delay`` steps (modelled). ``arithmetic`` weighs a
+batch and a state of each policy, times a merge here, and says where one learner saturates (calculated).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.config import CompareConfig, option, parse
+from experiments.replays import check_traces
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+
+PARTS = ("real", "simulated", "arithmetic")
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """Settings of ``python -m experiments.scale``."""
+
+    parts: tuple[str, ...] = option(("simulated", "arithmetic"), f"what to do: {', '.join(PARTS)}, comma separated")
+    policies: tuple[str, ...] = option(("online", "goodput"), "policies that learn, comma separated")
+    real: tuple[str, ...] = option(("1", "2"), "real: numbers of workers, comma separated")
+    level: str = option("int8", "real and simulated: compression level")
+    prompts: str = option("8", "real: how many of the bundled held-out prompts, or a JSONL file")
+    max_new_tokens: int = option(32, "real: tokens to decode per prompt")
+    target: str | None = option(None, "real: target model (with --draft)")
+    draft: str | None = option(None, "real: draft model")
+    traces: str = option("", "simulated: directory of traces")
+    cost: str = option("rtx3090-release", "simulated: cost table, a file or a built-in name")
+    workers: tuple[str, ...] = option(("1", "4", "16", "64", "256", "1024"), "simulated: numbers of workers")
+    delays: tuple[str, ...] = option(("0", "100"), "simulated: steps until a batch is in what others get")
+    every: int = option(32, "steps between exchanges with the learner")
+    steps: int = option(320, "simulated: steps of each worker")
+    rate: float = option(20.0, "arithmetic: decoding steps per second of a worker")
+    seed: int = option(0, "seed of the streams")
+    out: str = option("runs/scale", "directory of scale.json, scale.png and the runs")
+
+    VOLATILE = ("out",)
+
+    def __post_init__(self) -> None:
+        if not self.parts or not set(self.parts) <= set(PARTS) or not self.policies:
+            raise UserError(f"--parts and --policies must name at least one; parts are {', '.join(PARTS)}")
+        for name, least in (("real", 1), ("workers", 1), ("delays", 0)):
+            if not all(text.isdigit() and int(text) >= least for text in getattr(self, name)) or not getattr(
+                self, name
+            ):
+                raise UserError(f"--{name} must be whole numbers of at least {least}")
+        if min(self.every, self.steps, self.max_new_tokens) < 1 or not self.rate > 0:
+            raise UserError("--every, --steps and --max-new-tokens must be at least 1, --rate above zero")
+        if "simulated" in self.parts:
+            check_traces((f"traces={self.traces}",) if self.traces else ())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = (__doc__ or "").split("\n\n")[0]
+    return run_command("scale", lambda: scale(parse(ScaleConfig, argv, "python -m experiments.scale", description)))
+
+
+def scale(config: ScaleConfig) -> int:
+    """Do the parts; print their tables, write ``scale.json`` and, of what was simulated, ``scale.png``."""
+    from policies.registry import make_policy
+    from speckv_online.files import write_atomically
+    from speckv_online.report import text_table
+    from speckv_online.rundir import check_writable
+
+    for spec in config.policies:
+        if not make_policy(spec).take_delta():
+            raise UserError(f"{spec} shares nothing with other workers: choose policies that learn")
+    out = Path(config.out).expanduser().resolve()
+    check_writable(out)
+    file = out / "scale.json"
+    document: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for part, do in (("real", _real), ("simulated", _simulated), ("arithmetic", _arithmetic)):
+        if part in config.parts:
+            rows, kind = do(config, out)
+            document[part] = {"kind": kind, "config": asdict(config) | {"out": "", "traces": ""}, "rows": rows}
+            write_atomically(file, lambda f: f.write(json.dumps(document, indent=1) + "\n"))
+            table = [tuple(rows[0]), *(tuple(_show(value) for value in row.values()) for row in rows)]
+            print("\n".join([f"{part} ({kind})", *text_table(table), ""]), flush=True)
+    if "simulated" in config.parts:
+        write_atomically(out / "scale.png", lambda f: plot(document["simulated"]["rows"], f), binary=True)
+    return 0
+
+
+def _real(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
+    """Decode the same prompts with different numbers of workers, each run in a directory of its own."""
+    from experiments.compare import compare
+    from speckv_online.rundir import read_units
+
+    base = CompareConfig(
+        target=config.target, draft=config.draft, levels=(config.level,), policies=config.policies,
+        prompts=config.prompts, max_new_tokens=config.max_new_tokens, seed=config.seed, sync_every=config.every,
+        threads=1,
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for count in map(int, config.real):
+        path = out / f"real-{count}"
+        if code := compare(replace(base, workers=count, out=str(path))):
+            raise UserError(f"the run with {count} workers failed with exit code {code}: see {path}")
+        for policy in config.policies:
+            sums: dict[int, list[float]] = {}
+            lag = 0
+            for unit in read_units(path):
+                if unit.unit.policy == policy:
+                    own = sums.setdefault(unit.facts["worker"], [0.0, 0.0])
+                    own[0] += unit.tokens
+                    own[1] += unit.seconds
+                    lag = max(lag, unit.facts["version_lag"])
+            together = sum(tokens / seconds for tokens, seconds in sums.values())
+            first = next((row["tokens/s, all workers"] for row in rows if row["policy"] == policy), together)
+            row = {"policy": policy, "level": config.level, "workers": count, "tokens/s, all workers": together}
+            rows.append(row | {"of linear": together / first / (count / int(config.real[0])), "largest lag": lag})
+    return rows, "measured"
+
+
+def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
+    from experiments.scale_streams import simulate
+    from speckv_online.cost import load_cost
+    from speckv_online.traces import load_traces
+
+    traces, cost = load_traces(config.traces, levels=[config.level]), load_cost(config.cost)
+    rows: list[dict[str, Any]] = []
+    for policy in config.policies:
+        for delay in map(int, config.delays):
+            for count in map(int, config.workers):
+                print(f"simulated: {policy}, {count} workers, delay {delay}", file=sys.stderr, flush=True)
+                rate = simulate(
+                    policy, traces, cost, workers=count, every=config.every, delay=delay, steps=config.steps,
+                    seed=config.seed,
+                )  # fmt: skip
+                row = {"policy": policy, "level": config.level, "delay": delay, "workers": count}
+                rows.append(row | {"tokens/s, per worker": rate})
+    return rows, f"modelled, costs of {cost.name}; first {config.steps} steps of each worker, from a cold start"
+
+
+def _arithmetic(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
+    from experiments.scale_streams import weigh
+
+    rows: list[dict[str, Any]] = []
+    for policy in config.policies:
+        load = weigh(policy, config.every, out)
+        messages = config.rate / config.every
+        rows.append(
+            {
+                "policy": policy,
+                "messages/s per worker": 2 * messages,
+                "kB/s up": messages * load.sent / 1e3,
+                "kB/s down": messages * load.received / 1e3,
+                "ms/batch (measured)": 1e3 * load.seconds,
+                "batches/s, one learner": 1 / load.seconds,
+                "outcomes/s": config.every / load.seconds,
+                "workers at saturation": int(1 / load.seconds / messages),
+            }
+        )
+    return rows, f"calculated for {config.rate:g} steps/s per worker, an exchange every {config.every}"
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Any) -> None:
+    """Draw each worker's goodput against the number of workers, a line per policy and delay, as PNG."""
+    from speckv_online.report_plots import figure
+
+    def draw(axes: Any) -> None:
+        for policy, delay in dict.fromkeys((row["policy"], row["delay"]) for row in rows):
+            own = [row for row in rows if (row["policy"], row["delay"]) == (policy, delay)]
+            x, y = [row["workers"] for row in own], [row["tokens/s, per worker"] for row in own]
+            axes.plot(x, y, marker="o", markersize=4, label=f"{policy}, delay {delay}")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("workers")
+        axes.set_ylabel("tokens/s per worker (modelled)")
+        axes.legend(frameon=False, fontsize="small")
+
+    file.write(figure(draw))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

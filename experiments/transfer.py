@@ -1,0 +1,222 @@
+"""Transfer: pretrain on some levels, tasks or pairs, adapt online on another: how many steps the warm start saves.
+
+Each level, task and pair of the traces is left out in turn. What learned policies start from is fitted to the others,
+on one half of the prompts; then the policy meets the one that was left out, with the other half. A start from nothing
+meets the same stream. Both are compared with a copy that has settled there. All seconds are modelled.
+
+The fitted weights stay in the output directory: ``python -m experiments.compare --policies
+online:weights=OUT/level-nf4/mlp16.npz,...`` decodes with them on real models.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.config import option, parse
+from experiments.replays import check_traces
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+
+if TYPE_CHECKING:
+    from speckv_online.cost import CostTable
+    from speckv_online.traces import Trace
+
+AXES = ("level", "task", "pair")
+SHARE, BIN = 0.95, 100
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Settings of ``python -m experiments.transfer``."""
+
+    traces: tuple[str, ...] = option((), "traces by pair, NAME=DIRECTORY, comma separated")
+    cost: str = option("rtx3090-release", "cost table: a file or a built-in name")
+    policies: tuple[str, ...] = option(("online", "goodput"), "policies that learn, comma separated")
+    axes: tuple[str, ...] = option(AXES, "what to leave out in turn: level, task, pair, comma separated")
+    orders: int = option(10, "seeded orders of the prompts")
+    steps: int = option(2000, "steps of adaptation")
+    settling: int = option(4000, "steps that the settled copy has behind it")
+    seed: int = option(0, "seed of the split of the prompts and of the orders")
+    out: str = option("runs/transfer", "directory of the weights, tables and plots")
+
+    def __post_init__(self) -> None:
+        check_traces(self.traces)
+        if not self.policies or not self.axes or not set(self.axes) <= set(AXES):
+            raise UserError(f"--policies and --axes must name at least one; axes are {', '.join(AXES)}")
+        if min(self.orders, self.settling) < 1 or self.steps < 2 * BIN or self.seed < 0:
+            raise UserError(f"--orders and --settling must be at least 1, --steps {2 * BIN}, --seed 0")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One policy on one kind that was left out; everything is modelled.
+
+    Attributes
+    ----------
+    warm, cold : list of int
+        Steps until goodput is 95 % of the settled copy's, for each order.
+    warm_curve, cold_curve : list of float
+        Goodput relative to the settled copy's, by bins of 100 steps, all orders together.
+    """
+
+    axis: str
+    left_out: str
+    policy: str
+    warm: list[int]
+    cold: list[int]
+    warm_curve: list[float]
+    cold_curve: list[float]
+
+    @property
+    def saved(self) -> float:
+        """Steps that the warm start saves, in the median."""
+        return float(np.median(self.cold) - np.median(self.warm))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = (__doc__ or "").split("\n\n")[0]
+    prog = "python -m experiments.transfer"
+    return run_command("transfer", lambda: transfer(parse(TransferConfig, argv, prog, description)))
+
+
+def transfer(config: TransferConfig) -> int:
+    """Leave out, fit, adapt; write ``transfer.json``, ``transfer.md`` and ``transfer.png``."""
+    from policies.registry import make_policy
+    from speckv_online.cost import load_cost
+    from speckv_online.files import write_atomically
+    from speckv_online.report import text_table
+    from speckv_online.rundir import check_writable
+    from speckv_online.traces import load_traces
+
+    for spec in config.policies:
+        if not make_policy(spec).learns:
+            raise UserError(f"{spec} does not learn: there is nothing to transfer")
+    out = Path(config.out).expanduser()
+    check_writable(out)
+    pairs = {name: load_traces(path) for name, path in (text.split("=", 1) for text in config.traces)}
+    cost = load_cost(config.cost)
+    found = list(run(config, pairs, cost, out))
+    if not found:
+        raise UserError("nothing can be left out: the traces have one level, one task and one pair; give more")
+    document: dict[str, Any] = {
+        "kind": "modelled",
+        "cost": cost.name,
+        "config": asdict(config) | {"out": "", "traces": list(pairs)},
+    }
+    document["found"] = [asdict(one) | {"saved": one.saved} for one in found]
+    write_atomically(out / "transfer.json", lambda f: f.write(json.dumps(document, indent=1) + "\n"))
+    table = [HEAD, *map(cells, found)]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    text = "\n".join([lines[0], "|" + "---|" * len(HEAD), *lines[1:]])
+    write_atomically(out / "transfer.md", lambda f: f.write(f"Modelled, costs of {cost.name}.\n\n{text}\n"))
+    write_atomically(out / "transfer.png", lambda f: plot(found, f), binary=True)
+    print("\n".join([f"modelled, costs of {cost.name}", "", *text_table(table)]))
+    return 0
+
+
+def run(config: TransferConfig, pairs: dict[str, list[Trace]], cost: CostTable, out: Path) -> Iterator[Transfer]:
+    """Yield what every policy does on everything that was left out."""
+    from experiments.folds import fit_weights, split
+
+    all_of = [(pair, trace) for pair, traces in pairs.items() for trace in traces if trace.level in cost.levels]
+    if not all_of:
+        raise UserError(f"the cost table {cost.name!r} has no level of the traces: it has {', '.join(cost.levels)}")
+    fitted = split([trace for _, trace in all_of], 2, config.seed)[0]
+    for axis in config.axes:
+        kinds = list(dict.fromkeys(_kind(axis, pair, trace) for pair, trace in all_of))
+        for kind in kinds if len(kinds) > 1 else ():
+            here = [t for pair, t in all_of if _kind(axis, pair, t) == kind and t.prompt_id not in fitted]
+            source = [t for pair, t in all_of if _kind(axis, pair, t) != kind and t.prompt_id in fitted]
+            print(f"{axis} {kind}: fitting to {len(source)} traces", file=sys.stderr, flush=True)
+            about = {"left_out": {axis: kind}, "prompts": sorted(fitted)}
+            weights = fit_weights(source, config.seed, out / f"{axis}-{kind}", about)
+            for spec in config.policies:
+                print(f"{axis} {kind}: {spec}", file=sys.stderr, flush=True)
+                yield adapt(config, axis, kind, spec, here, cost, weights)
+
+
+def adapt(
+    config: TransferConfig,
+    axis: str,
+    kind: str,
+    spec: str,
+    traces: Sequence[Trace],
+    cost: CostTable,
+    weights: dict[str, Any],
+) -> Transfer:
+    """Start a policy from fitted weights and from nothing, in several orders of the same traces."""
+    from experiments.stream_start import cold
+    from experiments.streams import again, endless, reached, relative, settle, visit
+    from policies.registry import make_policy
+    from speckv_online.contest import tell_costs
+    from speckv_online.simulate import Simulator
+
+    edges = np.append(np.arange(0, config.steps, BIN), np.inf)
+    counts: dict[str, list[int]] = {"warm": [], "cold": []}
+    sums = {name: np.zeros((2, len(edges) - 1)) for name in counts}
+    for order in range(config.seed, config.seed + config.orders):
+        final = settle(make_policy(spec, seed=order, **weights), traces, cost, config.settling, order)
+        for name, options in (("warm", weights), ("cold", cold(spec, order))):
+            policy = make_policy(spec, seed=order, **options)
+            tell_costs(policy, cost, cost.levels)
+            met = visit(Simulator(policy, cost), name, endless(traces, order), config.steps)
+            same = again(final, met.traces, cost)
+            counts[name].append(reached(met.steps, met.seconds, same, SHARE))
+            sums[name] += np.array(relative(met.steps, met.seconds, same, edges))
+    curves = {name: (both[1] / np.maximum(both[0], 1e-12)).tolist() for name, both in sums.items()}
+    return Transfer(axis, kind, spec, counts["warm"], counts["cold"], curves["warm"], curves["cold"])
+
+
+HEAD = ("left out", "policy", "steps, warm start", "steps, cold start", "saved", "first 100, warm", "first 100, cold")
+
+
+def cells(one: Transfer) -> tuple[str, ...]:
+    """Return a row of the table: medians with quartiles, and goodput of the first 100 steps relative to the settled."""
+    quartiles = [
+        f"{np.median(x):.0f} ({np.quantile(x, 0.25):.0f} to {np.quantile(x, 0.75):.0f})" for x in (one.warm, one.cold)
+    ]
+    first = [f"{curve[0]:.3f}" for curve in (one.warm_curve, one.cold_curve)]
+    return (f"{one.axis} {one.left_out}", one.policy, *quartiles, f"{one.saved:.0f}", *first)
+
+
+def plot(found: Sequence[Transfer], file: Any) -> None:
+    """Draw goodput relative to the settled copy's over steps: a panel per kind left out, warm solid and cold dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys((one.axis, one.left_out) for one in found))
+    rows = (len(kinds) + 2) // 3
+    figure = Figure(figsize=(10, 0.6 + 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
+    policies = list(dict.fromkeys(one.policy for one in found))
+    for panel, kind in zip(panels, kinds, strict=False):
+        for one in (one for one in found if (one.axis, one.left_out) == kind):
+            for name, curve, style in (("warm", one.warm_curve, "-"), ("cold", one.cold_curve, "--")):
+                x = (np.arange(len(curve)) + 0.5) * BIN
+                colour = f"C{policies.index(one.policy)}"
+                panel.plot(x, curve, style, color=colour, label=f"{one.policy}, {name} start", linewidth=1.3)
+        panel.axhline(SHARE, color="0.6", linewidth=0.8, linestyle=":")
+        panel.set_title(f"{kind[0]} {kind[1]}", fontsize=10)
+        panel.set_xlabel("steps")
+    panels[0].set_ylabel("goodput / settled (modelled)")
+    for panel in panels[len(kinds) :]:
+        panel.set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(file, format="png", dpi=130)
+
+
+def _kind(axis: str, pair: str, trace: Trace) -> str:
+    return {"level": trace.level, "task": trace.task, "pair": pair}[axis]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
