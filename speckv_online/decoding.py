@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
 from speckv_online.adopt import as_drafter, as_policy, check_model, level_of, text_config
 from speckv_online.clock import StepClock
-from speckv_online.drafters import NO_PROPOSAL, Drafter
+from speckv_online.drafters import Drafter, ModelDrafter
+from speckv_online.drafting import draft, draft_ahead
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.records import StepRecord
 from speckv_online.sampling import Sampler
-from speckv_online.sequences import Generation, TokenSequence, Totals, record_of
+from speckv_online.sequences import Generation, TokenSequence, Totals, matching, record_of
 from speckv_online.signals import History
 
 __all__ = ["Generation", "SpeculativeDecoder"]
@@ -217,10 +218,17 @@ class SpeculativeDecoder:
         room = min(self.max_length, self.drafter.max_length) - context_length
         return max(0, min(self.max_gamma, remaining - 1, room))
 
-    def _forward(self, tokens: list[int], cache: KVCache, keep: int = 0) -> torch.Tensor:
-        """Run the target over ``tokens``; return the logits of the last ``keep`` of them (0: all), shape (n, vocab)."""
+    def _forward(
+        self, tokens: list[int], cache: KVCache, keep: int = 0, ahead: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the target over ``tokens`` and the drafts of ``ahead``; return the logits, shape (n, vocab).
+
+        ``keep`` is the number of latest tokens whose logits are wanted, 0 for all.
+        """
         target = self.target
         ids = torch.tensor([tokens], device=target.device)
+        if ahead is not None:
+            ids = torch.cat((ids, ahead[None, :, 0].to(target.device, torch.long)), dim=1)
         return target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
 
     def _step(
@@ -243,33 +251,30 @@ class SpeculativeDecoder:
         drafts: list[int] = []
         context.drafts = drafts
         lag, used = 0, ""
+        sampled, ahead = sequence.sampler is not None, None
         if drafter is not None:
             lag, used = drafter.lag, drafter.use(decision.drafter)
-            while len(drafts) < gamma:
-                token = drafter.draft(signals[len(drafts)])
-                if token == NO_PROPOSAL:
-                    break
-                drafts.append(token)
-                if decision.stops and len(drafts) < gamma:
-                    t = perf_counter()
-                    go_on = policy.proceed(decision, len(drafts), signals)
-                    asked += perf_counter() - t
-                    if not go_on:
-                        break
-            # Dropping a drawn token for what it is would bias the output: drafts are trimmed in greedy decoding only.
-            if decision.stops and drafts and sequence.sampler is None:
-                t = perf_counter()
-                del drafts[policy.submit(decision, len(drafts), signals) :]
-                asked += perf_counter() - t
-        k = len(drafts)
+            ahead = draft_ahead(drafter, decision, gamma, sampled)
+            if ahead is None:
+                # Dropping a drawn token for what it is would bias the output: no trimming in sampled decoding.
+                asked = draft(policy, drafter, decision, gamma, signals, drafts, not sampled)
         clock.verify()
-        logits = self._forward([sequence.tokens[-1], *drafts], cache)
+        logits = self._forward([sequence.tokens[-1], *drafts], cache, ahead=ahead)
         if on_logits is not None:
             on_logits(logits)
-        clock.launched()
-        n, following = sequence.verify(logits, drafts, drafter.proposals[:k] if drafter is not None else ())
+        if ahead is not None:
+            found = torch.cat((logits.argmax(-1).float(), ahead.to(logits.device).flatten()))
+            clock.launched()
+            numbers = found.tolist()  # the one transfer of the step
+            rows = [numbers[i : i + 5] for i in range(gamma + 1, len(numbers), 5)]
+            drafts += cast(ModelDrafter, drafter).take_ahead(rows, signals)
+            n, following = matching(drafts, [int(c) for c in numbers[: gamma + 1]])
+        else:
+            clock.launched()
+            n, following = sequence.verify(logits, drafts, drafter.proposals[: len(drafts)] if drafter else ())
         clock.done()
 
+        k = len(drafts)
         tokens = sequence.append([*drafts[:n], following])
         tested = min(n + 1, k)
         if len(tokens) <= n:  # the end came inside the draft: nothing is known of what follows it

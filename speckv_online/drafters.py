@@ -104,6 +104,39 @@ class ModelDrafter:
         """There is one drafter here."""
         return self.names[0]
 
+    def ahead(self, count: int) -> torch.Tensor:
+        """Draft ``count`` tokens in greedy decoding without telling the host: for policies that need not see them.
+
+        Returns
+        -------
+        Tensor, shape (count, 5), fp32, on the model's device
+            Token, two best logits, entropy in nats and confidence of each draft, for :meth:`take_ahead`.
+        """
+        logits, found = self.logits(), list[torch.Tensor]()
+        while True:
+            top, rows = logits.topk(2)
+            token = rows[0] if self._head_ids is None else self._head_ids[rows[0]]
+            p = logits.softmax(-1)
+            found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
+            if len(found) == count:
+                break
+            ids = token.view(1, 1) if self.last_id is None else token.view(1, 1).clamp(max=self.last_id)
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            logits = out.logits[0, -1, : self.rows].float()
+        return torch.stack(found)
+
+    def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
+        """Take note of what :meth:`ahead` drafted, now that it is on the host, and return the tokens."""
+        tokens = [int(row[0]) for row in rows]  # whole numbers below 2**24 are exact in fp32
+        for i, (_, first, second, nats, confidence) in enumerate(rows):
+            signals[i, ENTROPY] = nats / _LOG2
+            signals[i, CONFIDENCE] = confidence
+            signals[i, MARGIN] = first - second
+            signals[i, NGRAM] = self.ngrams.signal(tokens[:i], tokens[i])
+        self.drafted += tokens
+        self.proposals += [None] * len(tokens)
+        return tokens
+
     def logits(self) -> torch.Tensor:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
         have, n = len(self.cache), len(self.context)

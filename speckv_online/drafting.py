@@ -1,0 +1,48 @@
+"""One step's drafts: token by token under the policy's eyes, or all at once where it need not look."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from policies.base import Decision, Policy
+from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter
+
+
+def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool) -> torch.Tensor | None:
+    """Draft ``gamma`` tokens on the drafter's device, if nothing has to be known of them before they are verified.
+
+    Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.ahead` does, or None where the
+    policy wants to see every token, tokens are drawn, or the drafter is no plain model.
+    """
+    if not gamma or decision.stops or sampled or type(drafter) is not ModelDrafter:
+        return None
+    return drafter.ahead(gamma)
+
+
+def draft(
+    policy: Policy, drafter: Drafter, decision: Decision, gamma: int, signals: np.ndarray, drafts: list[int], trim: bool
+) -> float:
+    """Append up to ``gamma`` proposals to ``drafts``, their signals to ``signals``, asking the policy where it wants.
+
+    ``trim`` lets the policy drop drafts after the fact. Returns the seconds spent in the policy.
+    """
+    asked = 0.0
+    while len(drafts) < gamma:
+        token = drafter.draft(signals[len(drafts)])
+        if token == NO_PROPOSAL:
+            break
+        drafts.append(token)
+        if decision.stops and len(drafts) < gamma:
+            t = perf_counter()
+            go_on = policy.proceed(decision, len(drafts), signals)
+            asked += perf_counter() - t
+            if not go_on:
+                break
+    if decision.stops and drafts and trim:
+        t = perf_counter()
+        del drafts[policy.submit(decision, len(drafts), signals) :]
+        asked += perf_counter() - t
+    return asked
