@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from speckv_online import smollm2
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.errors import UserError
+from speckv_online.fingerprints import fingerprint
 from speckv_online.kvcache import KVCache
 from speckv_online.levels import LEVELS, get_level
 from speckv_online.lossless import check_greedy
@@ -64,6 +65,21 @@ def test_any_quantization_by_a_spec_string(tiny_pair: TinyPair) -> None:
 def test_bad_quantization_specs_are_refused(tiny_pair: TinyPair, level: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_target(tiny_pair.target_dir, level, "cpu")
+
+
+def test_a_used_four_bit_model_is_not_fingerprinted(tiny_pair: TinyPair) -> None:
+    """Since bitsandbytes' state_dict damages weights that it has repacked for the CPU."""
+    target = load_target(tiny_pair.target_dir, "nf4", "cpu")
+    before = fingerprint(target)
+    assert before == fingerprint(load_target(tiny_pair.target_dir, "nf4", "cpu"))
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        logits = target(ids).logits
+        if not getattr(target.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False):
+            pytest.skip("this processor has no bf16 arithmetic: nothing is repacked")
+        with pytest.raises(RuntimeError, match="before its first forward"):
+            fingerprint(target)
+        assert torch.equal(target(ids).logits, logits)
 
 
 def test_sixteen_bit_levels_round_the_weights(tiny_pair: TinyPair) -> None:
