@@ -13,7 +13,7 @@ from policies.cost import CostPrior
 from policies.goodput import BINS, Goodput, thresholds
 from policies.hazard import Hazard
 from policies.level_cost import LevelCosts
-from policies.step_features import AFTER, Step, probability
+from policies.step_features import AFTER, Step
 from tests.policy_env import make_tapes, play
 
 
