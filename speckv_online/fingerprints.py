@@ -17,8 +17,8 @@ def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
     A sample, since hashing all of a large model takes longer than tracing a prompt; retrained or requantized weights
     differ in every tensor.
     """
-    # On CPUs with AVX-512 bitsandbytes (0.50) repacks 4-bit weights in the first forward; its state_dict then undoes that
-    # only in part, and every later forward is wrong.
+    # On CPUs with AVX-512 bitsandbytes (0.50) repacks 4-bit weights in the first forward; its state_dict then undoes
+    # that only in part, and every later forward is wrong.
     if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
         raise RuntimeError("take the fingerprint of a 4-bit model before its first forward")
     digest = hashlib.sha256()
