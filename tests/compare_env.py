@@ -133,5 +133,5 @@ def write_weights(path: Path) -> str:
 def environment(**more: str) -> dict[str, str]:
     """The environment of a command: no Ray but the one it is told of."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    threads = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
-    return kept | threads | more
+    patient = {"RAY_raylet_start_wait_time_s": "150"}  # a machine with other work starts Ray slowly
+    return kept | patient | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)} | more
