@@ -10,9 +10,11 @@ import pytest
 
 from experiments.train import main
 from policies.base import Context
-from policies.hazard import prior_means, token_features
+from policies.hazard import prior_means
 from policies.mlp16 import DEFAULT_WEIGHTS, Mlp16, load_weights
 from policies.registry import make_policy
+from policies.step_features import token_features
+from policies.token_history import SHAPE
 from speckv_online.cost import RTX3090_RELEASE
 from speckv_online.errors import UserError
 from speckv_online.simulate import Simulator
@@ -213,7 +215,7 @@ def test_acceptance_rows_are_the_tested_tokens() -> None:
     # Every schedule starts at position 0, where what is tested is known by hand.
     tested = min(int(trace.accepted[0]) + 1, 11)
     assert tokens.y[:tested].tolist() == [1.0] * (tested - 1) + [0.0 if trace.accepted[0] < 11 else 1.0]
-    assert tokens.before.shape == tokens.after.shape == (len(tokens), 10)
+    assert (tokens.before.shape, tokens.after.shape) == ((len(tokens), 16), (len(tokens), 10))
     own = token_features(trace.signals[0, 0].tolist())
     np.testing.assert_allclose(tokens.after[0, 1:6], own)
     np.testing.assert_allclose(tokens.before[1, 1:6], own)  # the token before the second one
@@ -246,7 +248,8 @@ def test_acceptance_weights_help_where_confidence_tells(traces: list[Trace]) -> 
     score = evaluate_acceptance(arrays, tokens[held])
     assert score["after"]["auc"] > 0.65
     assert score["after"]["log_loss"] < score["log_loss_of_mean"]
-    untrained = evaluate_acceptance(dict(zip(("before", "after"), prior_means(), strict=True)), tokens[held])
+    bare = dict(zip(("before", "after"), prior_means(), strict=True)) | {"history": np.zeros(SHAPE)}
+    untrained = evaluate_acceptance(bare, tokens[held])
     assert score["after"]["log_loss"] < untrained["after"]["log_loss"]
 
 

@@ -1,0 +1,105 @@
+"""What is remembered of drafts after the same tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from policies.base import Context, PolicyError
+from policies.goodput import Goodput
+from policies.token_history import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets
+from speckv_online.training_acceptance import excess, tokens_from_traces, train_acceptance
+from tests.made_traces import made_trace
+
+
+def note(history: TokenHistory, rows: list[tuple[tuple[int, ...], bool]], memory: dict | None = None) -> None:
+    for tail, hit in rows:
+        history.note({} if memory is None else memory, tail, hit)
+        history.step()
+
+
+def draws(seed: int, count: int) -> list[tuple[tuple[int, ...], bool]]:
+    rng = np.random.default_rng(seed)
+    return [(tuple(rng.integers(0, 30, TAIL).tolist()), bool(rng.random() < 0.4)) for _ in range(count)]
+
+
+def test_the_longest_suffix_seen_before_counts() -> None:
+    history, memory = TokenHistory(), {}
+    note(history, [((1, 2, 3, 4), True), ((9, 9, 3, 4), False), ((5, 6, 7, 8), True)], memory)
+    assert history.look(memory, (1, 2, 3, 4))[:TAIL] == (0, 0, 0, 1)
+    assert history.look(memory, (0, 0, 3, 4))[:TAIL] == (0, -1, 0, 0)
+    assert history.look(memory, (0, 0, 0, 8))[:TAIL] == (1, 0, 0, 0)
+    assert history.look(memory, (4, 3, 2, 1))[:TAIL] == (0, 0, 0, 0)
+    assert history.look({}, (1, 2, 3, 4))[:TAIL] == (0, 0, 0, 0)
+    assert history.look(memory, ()) == (0,) * (TAIL + 2)
+    assert history.look(memory, (8,))[:TAIL] == (1, 0, 0, 0)
+
+
+def test_the_table_holds_shrunk_excess_acceptance() -> None:
+    history = TokenHistory()
+    note(history, [((1, 2), True)] * 3 + [((7, 2), False)] + [((3, 4), False)] * 4)
+    mean = 3 / 8
+    assert history.look({}, (1, 2))[TAIL] == pytest.approx((3 - mean * 4) / (4 + SHRINK_SINGLE))
+    assert history.look({}, (1, 2))[TAIL + 1] == pytest.approx((3 - mean * 3) / (3 + SHRINK_PAIR))
+    table = history.state()["history.table"]
+    rows = np.array([buckets((1, 2)), buckets((3, 4)), buckets((2,))])
+    want = [history.look({}, tail)[TAIL:] for tail in ((1, 2), (3, 4), (2,))]
+    np.testing.assert_allclose(excess(table, rows), want)
+
+
+def test_what_is_old_counts_less() -> None:
+    history = TokenHistory(discount=0.9)
+    note(history, [((1, 2), True)] * 30 + [((5, 6), False)] * 300)
+    tested = history.state()["history.table"][0]
+    assert tested[buckets((1, 2))[0]] == pytest.approx(sum(0.9 ** (i + 300) for i in range(1, 31)), abs=1e-9)
+    assert tested[buckets((5, 6))[0]] == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.99])
+def test_merged_tables_are_one_process_s(discount: float) -> None:
+    alone, learner = TokenHistory(discount=discount), TokenHistory(discount=discount)
+    for worker in range(4):
+        rows, copy = draws(worker, 40), TokenHistory(discount=discount)
+        note(alone, rows)
+        note(copy, rows)
+        learner.merge(copy.take_delta())
+        assert len(copy.take_delta()["history.index"]) == 0
+    np.testing.assert_allclose(learner.state()["history.table"], alone.state()["history.table"], atol=1e-9)
+
+
+def test_merging_leaves_what_is_not_shared_yet() -> None:
+    history, other = TokenHistory(), TokenHistory()
+    note(history, draws(1, 5))
+    note(other, draws(2, 9))
+    want = TokenHistory()
+    note(want, draws(1, 5))
+    history.merge(other.take_delta())
+    mine, expected = history.take_delta(), want.take_delta()
+    np.testing.assert_array_equal(mine["history.index"], expected["history.index"])
+    np.testing.assert_allclose(mine["history.sums"], expected["history.sums"], atol=1e-9)
+    history.restore_delta(mine)
+    np.testing.assert_allclose(history.take_delta()["history.sums"], expected["history.sums"], atol=1e-9)
+    for bad in (np.array([-1]), np.array([10**6]), np.array([0.5])):
+        with pytest.raises(PolicyError, match=r"history\.index"):
+            history.merge({"history.index": bad, "history.sums": np.zeros((2, 1)), "history.count": np.array(1.0)})
+
+
+def test_a_prompt_s_own_drafts_do_not_vouch_for_it() -> None:
+    """Left out of their own table: with a single prompt the table says nothing in training."""
+    tokens = tokens_from_traces([made_trace(0, "nf4")])
+    rows = tokens.with_history(tokens.counts(), leave_out=True)
+    assert np.abs(rows.before[:, -2:]).max() < 1e-9
+    assert np.abs(tokens.with_history(tokens.counts(), leave_out=False).before[:, -2:]).max() > 0.01
+    assert train_acceptance(tokens)["history"].sum() > 0
+
+
+def test_a_policy_reads_ids_only_from_its_own_step() -> None:
+    """A late outcome must not be told the drafts of a later step."""
+    policy, context = Goodput(acceptance="none"), Context(tokens=[1, 2, 3, 4, 5])
+    step = policy.decide(context).features
+    context.drafts = [6, 7, 8]
+    step.extend(1, np.full((3, 4), 0.9))
+    assert step.tails == [(2, 3, 4, 5), (3, 4, 5, 6)]
+    context.step, context.drafts = 1, [60, 70, 80]
+    step.extend(3, np.full((3, 4), 0.9))
+    assert step.tails == [(2, 3, 4, 5), (3, 4, 5, 6), (), ()]
