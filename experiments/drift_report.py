@@ -86,6 +86,7 @@ def _track(policy: str, units: Sequence[UnitResult], phases: Sequence[Phase], th
         rows.append(
             {
                 "phase": phase.name,
+                "prompts": len(own),
                 "goodput": asdict(bootstrap_goodput([u.tokens for u in own], [u.seconds for u in own])),
                 "mean_gamma": sum(s.drafted for s in steps) / len(steps),
                 "steps": len(steps),
@@ -141,7 +142,7 @@ def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
         "policies": [asdict(track) for track in found],
     }
     write_atomically(path / "drift.json", lambda f: f.write(json.dumps(document, indent=1, default=_plain) + "\n"))
-    write_atomically(path / "drift.png", lambda f: plot(found, phases, f), binary=True)
+    write_atomically(path / "drift.png", lambda f: plot(found, f), binary=True)
     table: list[tuple[str, ...]] = [
         ("phase", "policy", "tokens/s (measured) [95 %]", "mean γ", "steps", "steps to ADWIN", "to Page-Hinkley")
     ]
@@ -160,7 +161,7 @@ def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
     return "\n".join(text_table(table))
 
 
-def plot(found: Sequence[Track], phases: Sequence[Phase], file: Any) -> None:
+def plot(found: Sequence[Track], file: Any) -> None:
     """Draw goodput, acceptance with alarms, and each policy's gamma shares over the prompts of the stream, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -180,34 +181,37 @@ def plot(found: Sequence[Track], phases: Sequence[Phase], file: Any) -> None:
             height = 1.06 + 0.07 * j
             panels[1].plot(at, [height] * len(at), marker, color=f"C{j}", markersize=6)
     panels[0].set_ylabel("tokens/s (measured)")
-    panels[0].legend(frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1.12))
-    panels[1].set_ylabel("first draft accepted\n(▼ ADWIN, ▲ Page-Hinkley)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    panels[1].set_ylabel("first draft accepted\n▼ ADWIN, ▲ Page-H.", fontsize="small")
     ramp = ("0.8", "#cfe1f2", "#93c4de", "#4b97c9", "#1f63a8", "#08306b")
     for panel, track in zip(panels[2:], choosing, strict=True):
         x = np.arange(1, len(track.tokens_per_second) + 1)
-        labels = [f"γ {label}" for label, _ in GROUPS]
-        panel.stackplot(x, list(track.shares.values()), colors=ramp, labels=labels, step="mid")
+        below = np.zeros(len(x))
+        for (label, share), colour in zip(track.shares.items(), ramp, strict=True):
+            panel.bar(x, share, 1.0, bottom=below, color=colour, label=f"γ {label}")
+            below += share
         panel.set_ylabel(track.policy)
         panel.set_ylim(0, 1)
     if choosing:
-        panels[-1].legend(frameon=False, fontsize="small", ncols=6, loc="upper left", bbox_to_anchor=(0, -0.35))
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     panels[-1].set_xlabel("prompts decoded by each policy")
-    _mark(panels, found, phases)
+    _mark(panels, found)
     figure.savefig(file, format="png", dpi=130)
 
 
-def _mark(panels: Any, found: Sequence[Track], phases: Sequence[Phase]) -> None:
+def _mark(panels: Any, found: Sequence[Track]) -> None:
     """Draw a line where the stream changes, and name the phases above the first panel."""
-    total = max(len(t.tokens_per_second) for t in found)
-    width = max(1, total // len(phases))
-    for number, phase in enumerate(phases):
+    longest = max(found, key=lambda track: len(track.tokens_per_second))
+    start = 0.5
+    for row in longest.phases:
         for panel in panels:
-            panel.axvline(number * width + 0.5, color="0.3", linewidth=0.8, linestyle=":")
+            panel.axvline(start, color="0.3", linewidth=0.8, linestyle=":")
         panels[0].text(
-            (number + 0.5) * width + 0.5, 1.02, phase.name.replace("@", "\n"), fontsize=7, ha="center", va="bottom",
+            start + row["prompts"] / 2, 1.02, row["phase"].replace("@", "\n"), fontsize=7, ha="center", va="bottom",
             transform=panels[0].get_xaxis_transform(),
         )  # fmt: skip
-    panels[0].set_xlim(0.5, total + 0.5)
+        start += row["prompts"]
+    panels[0].set_xlim(0.5, start)
 
 
 def _plain(value: Any) -> Any:

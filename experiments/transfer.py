@@ -136,7 +136,11 @@ def run(config: TransferConfig, pairs: dict[str, list[Trace]], cost: CostTable, 
             here = [t for pair, t in all_of if _kind(axis, pair, t) == kind and t.prompt_id not in fitted]
             source = [t for pair, t in all_of if _kind(axis, pair, t) != kind and t.prompt_id in fitted]
             print(f"{axis} {kind}: fitting to {len(source)} traces", file=sys.stderr, flush=True)
-            about = {"left_out": {axis: kind}, "prompts": sorted(fitted)}
+            levels, tasks = sorted({t.level for t in source}), sorted({t.task for t in source})
+            about = {
+                "left_out": {axis: kind},
+                "fitted_to": {"levels": levels, "tasks": tasks, "prompts": sorted(fitted)},
+            }
             weights = fit_weights(source, config.seed, out / f"{axis}-{kind}", about)
             for spec in config.policies:
                 print(f"{axis} {kind}: {spec}", file=sys.stderr, flush=True)
