@@ -45,7 +45,7 @@ class Goodput(CostAware):
         Steps between updates of the weights that decisions use.
     cap : int
         Most tokens to draft.
-    objective, cost_half_life, seed, worker
+    objective, cost_half_life, adwin, seed, worker
         As in :class:`~policies.learned.CostAware`.
     """
 
@@ -129,6 +129,10 @@ class Goodput(CostAware):
         if self.hazard.pending >= min(self.every, 1 + self.hazard.heads[0].steps // 8):
             self.hazard.refresh()
             self.version += 1
+
+    def forget(self) -> None:
+        self.hazard.forget()
+        self.version += 1
 
     def state_dict(self) -> State:
         return {"goodput.format": np.array(STATE_FORMAT)} | self.hazard.state() | super().state_dict()

@@ -8,6 +8,7 @@ import numpy as np
 
 from policies.base import ARMS, MAX_GAMMA, Decision, Outcome, Policy, PolicyError, State
 from policies.cost import CostModel, CostPrior
+from policies.drift import Drift
 from policies.level_cost import HALF_LIFE
 
 
@@ -23,6 +24,10 @@ class CostAware(Policy):
         Dinkelbach); ``tokens_per_step`` ignores time.
     cost_half_life : float
         Steps after which a measured time counts half.
+    adwin : float
+        Where above 0, an ADWIN detector of this significance watches the acceptance of every level's drafts, and the
+        policy returns to what it started from when it finds a change, costs excepted. Off by default: forgetting
+        (``discount``) loses less to a change that the prior does not know either.
     """
 
     #: True if :class:`~policies.guard.SafetyGuard` goes around the policy by default.
@@ -34,6 +39,7 @@ class CostAware(Policy):
         arms: tuple[int, ...] = ARMS,
         objective: Literal["tokens_per_second", "tokens_per_step"] = "tokens_per_second",
         cost_half_life: float = HALF_LIFE,
+        adwin: float = 0.0,
         seed: int = 0,
         worker: int = 0,
     ) -> None:
@@ -48,6 +54,10 @@ class CostAware(Policy):
         self.gammas = np.array(arms, dtype=float)
         self.timed = objective == "tokens_per_second"
         self.costs = CostModel(cost_half_life, self.arms)
+        self.drift = Drift(adwin) if adwin else None
+
+    def forget(self) -> None:
+        """Return to what the policy started from; costs, which forget by themselves, are kept."""
 
     def set_costs(self, level: str, prior: CostPrior) -> None:
         """Tell the policy what is known of a level's times before the first step, e.g. from a calibration."""
@@ -59,6 +69,8 @@ class CostAware(Policy):
         self.costs.observe(outcome, self.drafted(decision, outcome))
         if decision.features is not None and outcome.tested:
             self.teach(decision, outcome)
+            if self.drift is not None and self.drift.add(outcome):
+                self.forget()
 
     def drafted(self, decision: Decision, outcome: Outcome) -> int:
         """How many tokens the step's draft seconds paid for."""
@@ -80,7 +92,7 @@ class CostAware(Policy):
         self.costs.merge(delta)
 
     def info(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {} if self.drift is None else {"resets": self.drift.alarms}
         for name, costs in self.costs.levels.items():
             found[f"{name}.rate"] = float(costs.rate)
             found[f"{name}.draft_seconds"] = float(costs.draft)

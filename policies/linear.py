@@ -129,6 +129,12 @@ class _Linear(CostAware):
         if len(self._waiting) >= self.every:
             self._solve()
 
+    def forget(self) -> None:
+        self._waiting.clear()
+        self._total, self._misc = np.zeros_like(self._total), np.zeros_like(self._misc)
+        self._delta = np.zeros_like(self._total), np.zeros_like(self._misc), 0
+        self._solve()
+
     def state_dict(self) -> State:
         self._fold()
         return super().state_dict() | {"linear.sums": self._total.copy(), "linear.misc": self._misc.copy()}

@@ -43,7 +43,7 @@ class Online(CostAware):
         Noise variance of a rate; 0 estimates it.
     refresh : int
         Steps between updates of the posterior that decisions use.
-    arms, objective, cost_half_life, seed, worker
+    arms, objective, cost_half_life, adwin, seed, worker
         As in :class:`~policies.learned.CostAware`.
     """
 
@@ -155,6 +155,11 @@ class Online(CostAware):
             self._waiting.append((outcome.level, features, start, stop, y))
             if len(self._waiting) >= self.every:
                 self._refresh()
+
+    def forget(self) -> None:
+        self._waiting.clear()
+        self.head.forget()
+        self._refresh()
 
     def state_dict(self) -> State:
         self._fold()

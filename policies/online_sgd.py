@@ -115,6 +115,12 @@ class OnlineSgd(CostAware):
         size = self.rate * (1.0 - 0.999**self.steps) ** 0.5 / (1.0 - 0.9**self.steps)
         self._flat -= size * self._first / (np.sqrt(self._second) + 1e-8)
 
+    def forget(self) -> None:
+        w = self._reader.weights
+        self._flat[:] = np.concatenate([w.W1.ravel(), w.b1, w.W2.ravel(), w.b2])
+        self._first[:], self._second[:], self.steps = 0.0, 0.0, 0
+        self.version += 1
+
     def state_dict(self) -> State:
         arrays = np.stack([self._flat, self._first, self._second])
         return super().state_dict() | {"sgd": arrays, "sgd.steps": np.array(self.steps)}
