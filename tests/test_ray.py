@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from speckv_online.rundir import read_manifest, read_units
-from tests.compare_env import ROOT, environment
+from tests.compare_env import ROOT, environment, free_port
 from tests.conftest import TinyPair
 
 pytestmark = pytest.mark.ray
@@ -35,12 +35,6 @@ def flags(tiny_pair: TinyPair, tmp_path: Path) -> list[str]:
         "device": "cpu", "out": tmp_path / "run",
     }  # fmt: skip
     return [x for key, value in values.items() for x in (f"--{key}", str(value))]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from experiments.config import CompareConfig
 from experiments.learner import checkpoint_name, read_checkpoint
 from speckv_online.prompts import Prompt
 from speckv_online.rundir import read_manifest, read_units
-from tests.compare_env import COUNTER, ROOT, environment, flags, make_config, write_prompts
+from tests.compare_env import COUNTER, ROOT, environment, flags, free_port, make_config, write_prompts
 from tests.conftest import TinyPair
 
 pytestmark = pytest.mark.ray
@@ -112,17 +113,24 @@ def test_workers_the_learner_and_the_job_are_killed(config: CompareConfig, tmp_p
     check(run, config)
 
 
+def machine() -> dict[str, Any]:
+    """Settings of a machine of one core; given its ports, Ray does not wait for them, and a busy machine is slow."""
+    agents = "metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent"
+    ports = {f"{name}_port": free_port() for name in agents}
+    return {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000, **ports}
+
+
 def test_a_cluster_loses_a_machine(config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment(RAY_AUTH_MODE="disabled", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0").items():
+    ray = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    for name, value in environment(**ray).items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
-    machine = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={**machine(), "include_dashboard": False})
     try:
-        second = cluster.add_node(**machine)
+        second = cluster.add_node(**machine())
         run = tmp_path / "run"
-        job = start(config, run, RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled")
+        job = start(config, run, RAY_ADDRESS=cluster.address, **ray)
         assert job.stderr is not None
         shown, ready = [], 0
         for line in job.stderr:

@@ -14,7 +14,7 @@ import yaml
 from speckv_online import submit
 from speckv_online.cli import main
 from speckv_online.errors import UserError
-from tests.test_ray import free_port
+from tests.compare_env import free_port
 
 
 @pytest.fixture
