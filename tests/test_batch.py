@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from experiments.bench import batch as bench
 from policies.base import ENTROPY, Context, Decision, Outcome, Policy
 from policies.registry import make_policy
 from speckv_online.batch import level_name
@@ -194,3 +196,12 @@ def test_inside_transformers(tiny_pair: TinyPair) -> None:
     out = tiny_pair.target.generate(ids[:1, 10:], custom_generate=decoder, **several)
     assert out.shape == (3, 12)
     assert len({tuple(row) for row in out.tolist()}) > 1
+
+
+def test_benchmark_of_batches(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--target", str(tiny_pair.target_dir), "--draft", str(tiny_pair.draft_dir), "--level", "fp32", "--json"]
+    flags += ["--policies", "fixed:2", "--sizes", "2", "--prompts", "2", "--max-new-tokens", "4", "--device", "cpu"]
+    bench.main(flags)
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["size"], row["policy"], row["tokens"]) == (2, "fixed:2", 8)
+    assert min(row["one_cache"], row["caches"], row["transformers"]) > 0

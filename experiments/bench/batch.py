@@ -1,0 +1,127 @@
+"""Tokens per second of batches: one cache for all rows against one cache per sequence, and transformers' own batches.
+
+``one cache`` is :meth:`SpeculativeDecoder.decode_batch`, ``caches`` decodes the same prompts one after the other, each
+with a cache of its own, ``transformers`` is plain ``generate`` with padding on the left (no draft). All three take
+turns, batch by batch. The prompts' reading is part of the time of all three. Greedy, without an end of sequence, so
+that every row gives the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from experiments.compare import bundled
+from experiments.config import option, parse
+from policies.registry import make_policy
+from speckv_online.batch import MAX_BATCH
+from speckv_online.commands import run_command
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.errors import UserError
+from speckv_online.models import LoadedPair, chat_prompt, load_pair
+from speckv_online.prompts import choose
+from speckv_online.session import quiet_libraries
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Settings of ``python -m experiments.bench.batch``."""
+
+    pair: str = option("smollm2", "named model pair, see `speckv models`")
+    target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
+    draft: str | None = option(None, "draft model with the same tokenizer")
+    level: str = option("fp16", "compression level of the target")
+    policies: tuple[str, ...] = option(("autoregressive", "fixed:2", "fixed:4", "goodput"), "policies to decode with")
+    sizes: tuple[str, ...] = option(("1", "2", "4", "8", "16"), "sizes of the batch")
+    prompts: int = option(16, "how many of the bundled held-out prompts")
+    max_new_tokens: int = option(32, "tokens to decode per prompt")
+    threads: int = option(0, "CPU threads (0: as torch chooses)")
+    device: str = option("auto", "auto, cpu or cuda")
+    json: bool = option(False, "print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        if not self.sizes or not all(n.isdigit() and 1 <= int(n) <= MAX_BATCH for n in self.sizes):
+            raise UserError(f"--sizes must be from 1 to {MAX_BATCH}, got {','.join(self.sizes)}")
+
+
+def transformers_batch(pair: LoadedPair, prompts: list[list[int]], new: int) -> float:
+    """Return the seconds of plain ``generate`` over a batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=pair.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=pair.device)
+    target: Any = pair.target  # modules are typed as holding tensors and modules only
+    started = perf_counter()
+    target.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0
+    ).tolist()
+    return perf_counter() - started
+
+
+def measure(config: BatchConfig) -> list[dict[str, Any]]:
+    """Return a row for every size and policy: tokens per second of each way."""
+    pair = load_pair(config.pair, level=config.level, device=config.device, target=config.target, draft=config.draft)
+    prompts = [chat_prompt(pair.tokenizer, p.text) for p in choose(bundled(), config.prompts)]
+    new, rows = config.max_new_tokens, list[dict[str, Any]]()
+    transformers_batch(pair, prompts[:1], 2)  # warm-up is no data
+    for size in map(int, config.sizes):
+        decoders = {
+            spec: [
+                SpeculativeDecoder(pair.drafter, policy=make_policy(spec), target=pair.target, level=config.level)
+                for _ in range(2)
+            ]
+            for spec in config.policies
+        }
+        seconds = {spec: [0.0, 0.0] for spec in config.policies}
+        plain, count = 0.0, 0
+        for i in range(0, len(prompts), size):
+            part = prompts[i : i + size]
+            count += len(part)
+            plain += transformers_batch(pair, part, new)
+            for spec, (together, apart) in decoders.items():
+                started = perf_counter()
+                together.decode_batch(part, new, eos_ids=())
+                between = perf_counter()
+                for prompt in part:
+                    apart.generate(prompt, new, eos_ids=())
+                seconds[spec][0] += between - started
+                seconds[spec][1] += perf_counter() - between
+        tokens = count * new
+        for spec, (one, many) in seconds.items():
+            row = {"size": size, "policy": spec, "one_cache": tokens / one, "caches": tokens / many}
+            rows.append(row | {"transformers": tokens / plain, "tokens": tokens})
+        print(f"batches of {size} done", file=sys.stderr, flush=True)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """Format the measurements as a table."""
+    lines = [
+        "tokens per second, measured, prompts included",
+        f"{'size':>4} {'policy':<16} {'one cache':>10} {'caches':>10} {'transformers':>13}",
+    ]
+    for r in rows:
+        lines.append(
+            f"{r['size']:>4} {r['policy']:<16} {r['one_cache']:>10.2f} {r['caches']:>10.2f} {r['transformers']:>13.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print it."""
+    config = parse(BatchConfig, argv, "python -m experiments.bench.batch", __doc__ or "")
+    quiet_libraries()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    rows = measure(config)
+    print(json.dumps(rows, indent=1) if config.json else show(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("python -m experiments.bench.batch", main))
