@@ -98,7 +98,8 @@ class Trace:
     @cached_property
     def rows(self) -> Rows:
         """The trace as a replay reads it; made once, since a trace is replayed many times."""
-        lists = (x.tolist() for x in (self.tokens, self.drafts, self.accepted, self.available))
+        tokens, drafts, accepted, available = self.tokens, self.drafts, self.accepted, self.available
+        lists = tokens.tolist(), drafts.tolist(), accepted.tolist(), available.tolist()
         return Rows(*lists, self.signals.astype(float))
 
     def check(self) -> None:
