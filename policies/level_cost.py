@@ -50,6 +50,7 @@ class LevelCosts:
         self._keep = 0.5 ** (1.0 / half_life)
         self.steps = self.version = 0
         self.deviation = 0.3
+        self._gain = 1.0
         # Rows: count, sum of seconds, of context, of its square, of their product; one column per width.
         self._widths = np.zeros((5, WIDTHS))
         # Draft: count, k, k squared, d, k d. Rest: count, t_0, tokens, seconds.

@@ -87,10 +87,24 @@ class Step:
         The last tokens, up to four, that each token follows; empty tuples where they are not known.
     """
 
-    __slots__ = ("_context", "_hazard", "_number", "_start", "_tokens", "after", "before", "level", "survival", "tails")
+    __slots__ = (
+        "_context",
+        "_hazard",
+        "_memory",
+        "_number",
+        "_start",
+        "_tokens",
+        "after",
+        "before",
+        "level",
+        "survival",
+        "tails",
+    )
 
     def __init__(self, context: Context, hazard: Hazard) -> None:
         self._context, self._number, self._hazard = context, context.step, hazard
+        # Copies of a policy may share a context, each with acceptances of its own.
+        self._memory = context.memory.setdefault(hazard.history, {})
         self.level, self._start = context.level, start_features(context)
         self.before: list[list[float]] = []
         self.after: list[list[float]] = []
@@ -108,7 +122,7 @@ class Step:
         tokens = self._tokens
         j = len(tokens)
         if len(self.before) == j:
-            seen = self._hazard.history.look(self._context.memory, self.tails[j])
+            seen = self._hazard.history.look(self._memory, self.tails[j])
             self.before.append(before_features(self._start, tokens[j - 1] if j else None, j, seen))
 
     def extend(self, drafted: int, signals: np.ndarray) -> None:
@@ -128,7 +142,7 @@ class Step:
     def note(self, tested: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
         for j in range(tested):
-            self._hazard.history.note(self._context.memory, self.tails[j], j < accepted)
+            self._hazard.history.note(self._memory, self.tails[j], j < accepted)
 
 
 def probability(weights: list[float], features: list[float]) -> float:

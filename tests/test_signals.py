@@ -1,0 +1,42 @@
+"""The report on what signals add, from made traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import signals
+from policies.hazard import Hazard
+from policies.step_features import AFTER, BEFORE
+from speckv_online.training_acceptance import tokens_from_traces
+from tests.made_traces import made_trace
+
+
+def test_every_column_is_in_one_group() -> None:
+    for head, width in ((0, BEFORE), (1, AFTER)):
+        columns = [c for group in (*signals.GROUPS.values(), signals.ALWAYS) for c in group[head]]
+        assert sorted(columns) == list(range(width))
+
+
+def test_signals_left_out_stay_at_zero(tmp_path: Path) -> None:
+    tokens = tokens_from_traces([made_trace(p, "nf4") for p in range(2)])
+    np.savez(tmp_path / "w.npz", **signals.fit(tokens, ({0, 1, 9}, {0, 1})))
+    hazard = Hazard(tmp_path / "w.npz")
+    assert {i for i, w in enumerate(hazard.before) if abs(w) > 1e-6} <= {0, 1, 9}
+    assert abs(hazard.after[1]) > 0.1
+    assert {i for i, w in enumerate(hazard.after) if abs(w) > 1e-6} <= {0, 1}
+
+
+def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for p in range(4):
+        made_trace(p, "nf4", length=20).save(tmp_path / f"{p}.npz")
+    out = tmp_path / "signals.md"
+    code = signals.main(["--traces", str(tmp_path), "--folds", "2", "--seeds", "1", "--out", str(out)])
+    assert code == 0
+    table = [line for line in out.read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(signals.GROUPS)
+    assert all(0.0 < float(cell) < 3.0 for line in table[2:] for cell in line.split("|")[2:-1])
+    assert signals.main(["--folds", "2"]) == 2
+    assert "give --traces" in capsys.readouterr().err
