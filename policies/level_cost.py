@@ -117,7 +117,7 @@ class LevelCosts:
         self._block = [0.0] * (5 * WIDTHS)
         self._block_sums = [0.0] * 9
         self._pending = 0
-        self._gain: float = 1.0
+        self._gain = 1.0
 
     def refit(self) -> None:
         """Fold the latest measurements in and solve for the estimates anew."""
