@@ -189,7 +189,8 @@ def _follow(client: Any, job: str) -> int:
         raise
     status = str(getattr(info.status, "value", info.status))
     if status != "SUCCEEDED":
-        _say(f"the job {job} ended with status {status}: {' '.join(str(info.message).split())[:300]}")
+        reason = str(info.message).partition(", last available logs")[0]  # the log was shown already
+        _say(f"the job {job} ended with status {status}: {' '.join(reason.split())[:300]}")
     return 0 if status == "SUCCEEDED" else int(info.driver_exit_code or 1)
 
 
