@@ -80,7 +80,14 @@ def to_markdown(report: Report, pictures: Sequence[Chart] = ()) -> str:
     lines += _markdown([HEAD, *rows])
     lines += ["", *(f"- {note}" for note in report.notes), ""]
     if report.modelled:
-        lines += ["## Modelled against measured", "", *_markdown([MODELLED_HEAD, *modelled_cells(report)]), ""]
+        lines += [
+            "## Modelled against measured",
+            "",
+            "Tokens per second.",
+            "",
+            *_markdown([MODELLED_HEAD, *modelled_cells(report)]),
+            "",
+        ]
     for chart in pictures:
         title = f"{chart.title} at {chart.level}" if chart.level else chart.title
         lines += [f"## {title}", "", f"![{title}](plots/{chart.name}.png)", "", f"{chart.caption}.", ""]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from speckv_online.cost import LevelCost
 from speckv_online.errors import UserError
 from speckv_online.rundir import UnitResult
 
@@ -149,6 +148,8 @@ def reliability(groups: Mapping[tuple[str, str], Sequence[UnitResult]], bins: in
 
 def modelled(groups: Mapping[tuple[str, str], Sequence[UnitResult]], manifest: Mapping[str, Any]) -> list[Modelled]:
     """Return measured and modelled goodput of every policy at the levels whose worker wrote down its calibration."""
+    from speckv_online.cost import LevelCost  # needs the policies' package, which a report can do without
+
     costs: dict[str, LevelCost] = {}
     for key, worker in manifest.get("workers", {}).items():
         try:

@@ -6,13 +6,14 @@ import math
 
 from speckv_online.report_data import BASELINE, Report, Row
 from speckv_online.stats import Estimate
+from speckv_online.verdict import ENOUGH
 
 #: Column titles of the table.
 HEAD = (
     "level", "policy", "tokens/s", "tokens/step", "acceptance", "mean γ", "speed-up [95 %]", "µs/decision"
 )  # fmt: skip
 #: Column titles of the table of :func:`modelled_cells`.
-MODELLED_HEAD = ("level", "policy", "measured tokens/s", "modelled tokens/s", "modelled / measured")
+MODELLED_HEAD = ("level", "policy", "measured", "modelled", "ratio")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -40,8 +41,8 @@ def speedup(row: Row) -> str:
 
 
 def p_value(row: Row) -> str:
-    """Return a row's p-value as text, empty where there is none."""
-    if row.speedup is None or row.policy == BASELINE or not math.isfinite(row.speedup.p_value):
+    """Return a row's p-value as text, empty where there is none, or where the prompts are too few to speak of one."""
+    if row.speedup is None or row.policy == BASELINE or row.prompts < ENOUGH or not math.isfinite(row.speedup.p_value):
         return ""
     return "p < 0.001" if row.speedup.p_value < 0.001 else f"p = {row.speedup.p_value:.3f}"
 

@@ -99,7 +99,7 @@ def test_text_and_markdown_show_every_row(tmp_path: Path) -> None:
         assert "measured" in shown
         assert report.verdict in shown
     assert markdown.count("\n| ") == 3
-    assert [line.split()[:2] for line in text.splitlines() if line.startswith(("fp16", "nf4"))] == [
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith(("fp16 ", "nf4 "))] == [
         ["fp16", "autoregressive"], ["nf4", "fixed:4"],
     ]  # fmt: skip
 
