@@ -25,6 +25,9 @@ DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
 WAITING = 64
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.05
+#: What the prior's knowledge of the constant is worth, as a share: pairs of models differ in how much is accepted more
+#: than in what tells it, so a new pair's level should be found sooner than the other weights are changed.
+CONSTANT = 0.1
 
 
 def prior_means() -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +61,7 @@ class Hazard:
         How drafts after the same tokens fared.
     """
 
-    def __init__(self, path: str | Path = "", strength: float = 500.0, discount: float = 0.9995) -> None:
+    def __init__(self, path: str | Path = "", strength: float = 200.0, discount: float = 0.9995) -> None:
         if not 0 < strength < float("inf") or not 0 < discount <= 1:
             raise PolicyError(f"strength must be above 0 and discount in (0, 1], got {strength} and {discount}")
         means, precisions, table = load_prior(path, strength)
@@ -189,6 +192,7 @@ def load_prior(
         a = check_array(state, f"{name}_precision", (d, d)).astype(float)
         # The corner belongs to the constant: the information of all rows together, at 0.15 each about their number.
         a = a * min(1.0, 0.15 * strength / a[0, 0]) + 1e-3 * np.eye(d)
+        a = a - (1.0 - CONSTANT) * np.outer(a[0], a[0]) / a[0, 0]
         precisions.append(0.5 * (a + a.T))
     return means, tuple(precisions), check_array(state, "history", SHAPE)
 
