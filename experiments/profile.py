@@ -50,6 +50,7 @@ class ProfileConfig:
     seed: int = option(0, "seed of the prompt choice and of the schedules")
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
+    ray: bool = option(False, "collect each level in a Ray task, on the cluster of RAY_ADDRESS or a Ray of its own")
     out: str = option("runs/profile", "directory of the traces")
 
     def __post_init__(self) -> None:
@@ -99,8 +100,13 @@ def profile(config: ProfileConfig) -> int:
     for level in config.levels:
         get_level(level)
     check_writable(out)
-    for level in config.levels:
-        collect_level(config, level, prompts, out)
+    if config.ray:
+        from experiments.profile_ray import collect_levels
+
+        collect_levels(config, prompts, out)
+    else:
+        for level in config.levels:
+            collect_level(config, level, prompts, out)
     write_tables(config, out)
     return 0
 

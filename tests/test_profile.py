@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from speckv_online.errors import UserError
 from speckv_online.rundir import read_units
 from speckv_online.step_table import read_rows
 from speckv_online.traces import Trace, load_traces
+from tests.compare_env import ROOT, environment
 from tests.conftest import TinyPair
 
 PROMPTS = [
@@ -143,3 +146,20 @@ def test_splits_are_kept_apart(prompts: Path) -> None:
     unlabelled.write_text(json.dumps(PROMPTS[2]) + "\n")
     with pytest.raises(UserError, match="no prompts of the split 'train'"):
         select_prompts(ProfileConfig(prompts=str(unlabelled)))
+
+
+@pytest.mark.ray
+def test_levels_are_collected_in_ray_tasks(tiny_pair: TinyPair, prompts: Path, tmp_path: Path) -> None:
+    more = ("--levels", "fp32,bf16", "--max-new-tokens", "6", "--limit", "1")
+    assert main(arguments(tiny_pair, prompts, tmp_path / "here", *more)) == 0
+    # In a process of its own, as Ray keeps what it first read of its environment.
+    command = [sys.executable, "-m", "experiments.profile", *arguments(tiny_pair, prompts, tmp_path / "ray", *more)]
+    done = subprocess.run([*command, "--ray"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "fp32: 1 traces of 1 prompts" in done.stderr
+    here, there = load_traces(tmp_path / "here"), load_traces(tmp_path / "ray")
+    assert [t.level for t in there] == ["bf16", "fp32"]
+    for a, b in zip(here, there, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.drafts, b.drafts)
+    assert read_rows(tmp_path / "ray" / "steps.csv")
