@@ -35,6 +35,7 @@ class TrainConfig:
     """Settings of ``python -m experiments.train``."""
 
     traces: str = option("", "directory of traces, from python -m experiments.profile")
+    more: str = option("", "directory of further traces, for the acceptance weights only")
     records: str = option("", "CSV of step records instead of traces")
     split: str = option("train", "which split of the prompts to train on: train, test or all")
     features: str = option(
@@ -106,7 +107,8 @@ def train(config: TrainConfig) -> int:
     common["data"] = describe(traces)
     data = data_from_traces(traces, config.features, [int(g) for g in config.gammas], config.seed)
     write_mlp16(config, out, data, common)
-    write_acceptance(config, out, traces, common)
+    more = load_traces(config.more) if config.more else []
+    write_acceptance(config, out, traces + more, common | {"data": describe(traces + more)})
     return 0
 
 

@@ -10,6 +10,7 @@ s = p (1 - p) and z the working response) forget exponentially and add up over w
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
 #: Steps that wait at most before they become rows.
 WAITING = 64
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
-FLOOR = 0.05
+FLOOR = 0.005
 #: What the prior's knowledge of the constant is worth, as a share: pairs of models differ in how much is accepted more
 #: than in what tells it, so a new pair's level should be found sooner than the other weights are changed.
-CONSTANT = 0.1
+CONSTANT = 0.005
 
 
 def prior_means() -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,7 @@ class Hazard:
         How drafts after the same tokens fared.
     """
 
-    def __init__(self, path: str | Path = "", strength: float = 200.0, discount: float = 0.9995) -> None:
+    def __init__(self, path: str | Path = "", strength: float = 100.0, discount: float = 0.9995) -> None:
         if not 0 < strength < float("inf") or not 0 < discount <= 1:
             raise PolicyError(f"strength must be above 0 and discount in (0, 1], got {strength} and {discount}")
         means, precisions, table = load_prior(path, strength)
@@ -184,7 +185,7 @@ def load_prior(
     try:
         with np.load(file, allow_pickle=False) as arrays:
             state = {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise PolicyError(f"cannot read acceptance weights from {file}: {error}") from error
     means = tuple(check_array(state, name, (d,)).astype(float) for name, d in HEADS.items())
     precisions = []

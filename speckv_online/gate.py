@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from importlib.resources import as_file, files
 from math import exp, log, log2
 from pathlib import Path
@@ -126,7 +127,16 @@ class Gate:
                 return cls(file["weights"], file["sure"], file["information"], head["skip"], head["card"])
         except FileNotFoundError:
             raise UserError(f"no gate {path}: fit one with python -m experiments.gate") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise UserError(f"{path} is no usable gate: {error}; fit one with python -m experiments.gate") from error
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -241,7 +242,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
                 return {key: archive[key] for key in archive.files}
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is not a readable .npz file: {str(e).splitlines()[0]}") from e
 
 

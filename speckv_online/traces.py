@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -141,7 +142,16 @@ class Trace:
             trace.check()
         except FileNotFoundError:
             raise UserError(f"no trace file {path}: collect one with python -m experiments.profile") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise UserError(f"{path} is not a usable trace: {error}; collect it again") from error
         return trace
 

@@ -1,0 +1,95 @@
+"""Traces of conversations that the target wrote itself: many more than decoding gives in the same time.
+
+Reads the shards that ``python -m experiments.distill --stages generate --work DIR`` writes (128 conversations side by
+side), and drafts from every position of their answers. The draft must not have been trained on them: generate them with
+a seed of their own. They feed ``python -m experiments.train --more``; policies are judged on hand-written prompts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.config import option, parse
+from speckv_online.commands import run_command
+from speckv_online.errors import UserError
+
+
+@dataclass(frozen=True)
+class ConversationsConfig:
+    """Settings of ``python -m experiments.profile_conversations``."""
+
+    conversations: str = option("", "folder of shard-*.npz files")
+    pair: str = option("smollm2", "named model pair")
+    drafter: str = option("model", "what drafts, see python -m experiments.profile")
+    limit: int = option(1000, "at most this many conversations")
+    threads: int = option(1, "CPU threads")
+    out: str = option("runs/conversations", "directory of the traces")
+
+    def __post_init__(self) -> None:
+        if not sorted(Path(self.conversations).glob("shard-*.npz")) or not self.conversations:
+            raise UserError("--conversations wants a folder of shards: python -m experiments.distill --stages generate")
+        if self.limit < 1 or self.threads < 1:
+            raise UserError("--limit and --threads must be at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    description = (__doc__ or "").split("\n\n")[0]
+    prog = "python -m experiments.profile_conversations"
+    return run_command("profile_conversations", lambda: collect(parse(ConversationsConfig, argv, prog, description)))
+
+
+def collect(config: ConversationsConfig) -> int:
+    """Write a trace per conversation; those that are there already are kept."""
+    import torch
+    from tqdm import tqdm
+
+    from experiments.distill.__main__ import system_prefix
+    from experiments.distill.data import ANSWER, load_conversations
+    from policies.base import MAX_GAMMA
+    from speckv_online.fingerprints import drafter_fingerprint
+    from speckv_online.models import load_pair
+    from speckv_online.rundir import check_writable
+    from speckv_online.trace_collection import draft_table
+    from speckv_online.traces import Trace, agreement, prompt_hash
+
+    out = Path(config.out)
+    check_writable(out)
+    torch.set_num_threads(config.threads)
+    pair = load_pair(config.pair, level="fp16", drafter=config.drafter)
+    prefix, eos = system_prefix(pair.tokenizer), pair.tokenizer.eos_token_id
+    data = load_conversations(Path(config.conversations))
+    meta = {
+        "target": pair.revision["target"],
+        "draft": pair.revision["draft"],
+        "draft_fingerprint": drafter_fingerprint(pair.drafter),
+        "arithmetic": "fp32, many conversations in one batch",
+        "drafter": pair.drafter.names[0],
+    }
+    count = min(len(data), config.limit)
+    for i in tqdm(range(count), unit="trace", disable=not sys.stderr.isatty(), file=sys.stderr):
+        path = out / "conversations" / f"{i:05d}.npz"
+        if path.exists():
+            continue
+        part = slice(data.offsets[i], data.offsets[i + 1])
+        ids, answer = data.ids[part].astype(np.int32), data.role[part] == ANSWER
+        prompt, tokens = np.append(np.array(prefix, dtype=np.int32), ids[~answer]), ids[answer]
+        drafts, signals = draft_table(pair.drafter, prompt.tolist(), tokens.tolist(), MAX_GAMMA)
+        ended = int(tokens[-1]) == eos
+        Trace(
+            level="fp16", task="", prompt_id=f"conversation-{i:05d}", split="", prompt=prompt, tokens=tokens,
+            drafts=drafts, accepted=agreement(drafts, tokens), signals=signals,
+            budget=len(tokens) + ended, finish="eos" if ended else "length",
+            meta=meta | {"prompt_sha256": prompt_hash(prompt.tolist()), "max_new_tokens": len(tokens)},
+        ).save(path)  # fmt: skip
+    print(f"{count} traces: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
