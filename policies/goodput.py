@@ -57,7 +57,7 @@ class Goodput(CostAware):
         self,
         *,
         acceptance: str = "",
-        strength: float = 100.0,
+        strength: float = 200.0,
         discount: float = 0.9995,
         refresh: int = 32,
         cap: int = MAX_GAMMA,

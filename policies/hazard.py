@@ -62,7 +62,7 @@ class Hazard:
         How drafts after the same tokens fared.
     """
 
-    def __init__(self, path: str | Path = "", strength: float = 100.0, discount: float = 0.9995) -> None:
+    def __init__(self, path: str | Path = "", strength: float = 200.0, discount: float = 0.9995) -> None:
         if not 0 < strength < float("inf") or not 0 < discount <= 1:
             raise PolicyError(f"strength must be above 0 and discount in (0, 1], got {strength} and {discount}")
         means, precisions, table = load_prior(path, strength)
