@@ -31,7 +31,7 @@ def test_packed_model_decodes_the_same_and_keeps_its_fingerprint(monkeypatch: py
     monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
     plain, model = tiny_llama(seed=3), tiny_llama(seed=3)
     assert pack(model) == sum(isinstance(m, nn.Linear) for m in plain.modules())
-    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+    assert not any(type(m) is nn.Linear for m in model.modules())
     assert fingerprint(model) == fingerprint(plain)
     prompt = list(range(20, 40))
     outputs = []
@@ -57,6 +57,13 @@ def test_a_torch_without_the_operator_changes_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(packed, "_linear", missing)
     model = nn.Sequential(nn.Linear(1000, 1000))
     assert not can_pack()
+    assert pack(model) == 0
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_model_too_large_to_keep_twice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "MOST_BYTES", 4 * 1000 * 1000 - 1)
+    model = nn.Sequential(nn.Linear(1000, 1000))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear
 
