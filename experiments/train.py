@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> int:
     common: dict[str, Any] = {
         "made": manifest.now(),
         "split": {"by": "prompt", "held_out_percent": config.holdout, "seed": config.seed},
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("traces", "records", "out")},
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("traces", "more", "records", "out")},
         "software": manifest.software(),
         "git": manifest.git_state(),
     }
