@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,10 @@ def select_prompts(config: ProfileConfig) -> list[Prompt]:
 
 def profile(config: ProfileConfig) -> int:
     """Collect what is missing, then write the tables."""
+    if config.ray:
+        from experiments.ray_runner import set_environment
+
+        set_environment(os.environ.get("RAY_ADDRESS", ""))  # some library below imports ray
     from speckv_online.levels import get_level
     from speckv_online.rundir import check_writable
 

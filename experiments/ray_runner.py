@@ -35,6 +35,17 @@ CALLS = 64
 LEARNER = "learner"
 
 
+def set_environment(address: str = "") -> None:
+    """Set what Ray reads of the environment when it is imported, so call this before anything imports it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # Ray would replace 127.0.0.1 by the machine's own address; this switch, meant for laptops, keeps it as it is.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # A token for this run only: Ray would leave one in the home directory, and later clusters would ask for it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 @contextlib.contextmanager
 def connect(address: str = "") -> Iterator[list[Node]]:
     """Connect to a Ray cluster, else start one; yield its machines.
@@ -50,13 +61,7 @@ def connect(address: str = "") -> Iterator[list[Node]]:
     address = address or os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://", "ray://")):
         raise UserError(f"{address} takes jobs, not drivers: run `speckv submit CONFIG --address {address}`")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not address:
-        # Ray would replace 127.0.0.1 by the machine's own address; this switch, meant for laptops, keeps it as it is.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # A token for this run only: Ray would leave one in the home directory, and later clusters would ask for it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    set_environment(address)
     import ray
 
     try:
