@@ -69,7 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         words = [arguments.python, "-m", "experiments.compare", "--config", "config.yaml"]
         command = shlex.join([*words, *(f"--set={text}" for text in arguments.set)]) + f" --out {_quoted(remote)}"
         _say(f"submitting {name}: {command}")
-        job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
+        try:
+            job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
+        except RuntimeError as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"the cluster at {arguments.address} did not take the job ({reason}): try again") from e
         code = _follow(client, job)
         if arguments.no_fetch:
             _say(f"the run directory is {remote} on the cluster's head node")
