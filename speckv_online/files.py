@@ -5,11 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from speckv_online.errors import UserError
+
+#: What reading a damaged or foreign ``.npz`` file with a JSON head may raise.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[Any]], Any], *, binary: bool = False) -> Path:

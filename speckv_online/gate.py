@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from importlib.resources import as_file, files
 from math import exp, log, log2
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN
 from speckv_online.errors import UserError
-from speckv_online.files import write_atomically
+from speckv_online.files import UNREADABLE, write_atomically
 from speckv_online.ngram import Proposal
 
 FORMAT, VERSION = "speckv-gate", 1
@@ -127,16 +125,7 @@ class Gate:
                 return cls(file["weights"], file["sure"], file["information"], head["skip"], head["card"])
         except FileNotFoundError:
             raise UserError(f"no gate {path}: fit one with python -m experiments.gate") from None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            zlib.error,
-            zipfile.BadZipFile,
-        ) as error:
+        except UNREADABLE as error:
             raise UserError(f"{path} is no usable gate: {error}; fit one with python -m experiments.gate") from error
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +20,7 @@ import numpy as np
 
 from policies.base import N_SIGNALS
 from speckv_online.errors import UserError
-from speckv_online.files import write_atomically
+from speckv_online.files import UNREADABLE, write_atomically
 
 FORMAT, VERSION = "speckv-trace", 1
 #: Entry of a drafts table where the drafter has nothing to propose.
@@ -142,16 +140,7 @@ class Trace:
             trace.check()
         except FileNotFoundError:
             raise UserError(f"no trace file {path}: collect one with python -m experiments.profile") from None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            zlib.error,
-            zipfile.BadZipFile,
-        ) as error:
+        except UNREADABLE as error:
             raise UserError(f"{path} is not a usable trace: {error}; collect it again") from error
         return trace
 

@@ -97,8 +97,6 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     prompts = [chat_prompt(ours.tokenizer, p.text) for p in choose(bundled("test"), config.prompts, seed=0)]
     rows: dict[tuple[int, str], list[tuple[int, float]]] = defaultdict(list)
     shares: dict[int, list[Any]] = defaultdict(list)
-    outputs: dict[int, list[int]] = {}
-    different = 0
     for number, prompt in enumerate(prompts):
         for gamma in (0, *map(int, config.gammas)):
             runs: list[tuple[str, Callable[[], tuple[list[int], float]]]] = [
@@ -112,9 +110,6 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
                     call()  # warm-up
                 tokens, seconds = call()
                 rows[gamma, name].append((len(tokens), seconds))
-                if name == "theirs":
-                    outputs[number] = tokens
-            different += outputs[number] != tokens
         print(f"{level}: prompt {number + 1}/{len(prompts)}", file=sys.stderr, flush=True)
     rates = {key: goodput(*zip(*values, strict=True)) for key, values in rows.items()}
     return {"level": level, "rates": rates, "widths": widths, "shares": {g: share(s) for g, s in shares.items()}}
