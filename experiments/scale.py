@@ -125,7 +125,7 @@ def _real(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
-    from experiments.scale_streams import simulate
+    from experiments.stream_merge import simulate
     from speckv_online.cost import load_cost
     from speckv_online.traces import load_traces
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,18 @@ class Drift:
         Goodput relative to the settled copy's, by steps since the change, all changes together.
     kinds : dict of str to float
         The same after :data:`WITHIN` steps, by what the stream had changed to.
-    over_fixed : dict of int to Estimate
+    over_fixed : dict of int to float
         Goodput over the whole stream, relative to every fixed gamma.
+    nearest : Estimate
+        The least of them, with its interval over prompts.
     """
 
     policy: str
     changes: int
     relative: np.ndarray
     kinds: dict[str, float]
-    over_fixed: dict[int, Estimate]
+    over_fixed: dict[int, float]
+    nearest: Estimate
 
     @property
     def back(self) -> int | None:
@@ -48,16 +51,25 @@ class Drift:
         return None if start == len(self.relative) else start * BIN
 
     @property
-    def worst_fixed(self) -> tuple[int, Estimate]:
-        """The fixed gamma that comes closest, and the ratio to it."""
-        gamma = min(self.over_fixed, key=lambda g: self.over_fixed[g].value)
-        return gamma, self.over_fixed[gamma]
+    def nearest_gamma(self) -> int:
+        """The fixed gamma that comes closest."""
+        return min(self.over_fixed, key=lambda gamma: self.over_fixed[gamma])
 
     @property
     def holds(self) -> dict[str, bool]:
         """Whether it is back in time, and beats every fixed gamma."""
         back = self.back
-        return {"back": back is not None and back <= WITHIN, "beats": self.worst_fixed[1].value > 1.0}
+        return {"back": back is not None and back <= WITHIN, "beats": self.nearest.value > 1.0}
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return asdict(self) | {"relative": self.relative.tolist()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Drift:
+        """Read what :meth:`as_json` gave."""
+        own = {"relative": np.array(found["relative"]), "nearest": Estimate(**found["nearest"])}
+        return cls(**found | own | {"over_fixed": {int(gamma): x for gamma, x in found["over_fixed"].items()}})
 
 
 def drift(
@@ -81,7 +93,7 @@ def drift(
     cost : CostTable
         Where the seconds come from.
     period, rounds, settling : int
-        Steps between changes, visits of every kind, and steps that a settled copy has behind it.
+        Steps between changes, changes to every kind, and steps that a settled copy has behind it.
     seeds : sequence of int
         One stream each.
     """
@@ -102,12 +114,15 @@ def drift(
             late[v.kind][1] += seconds[WITHIN // BIN :].sum()
         changes += len(met) - 1
         visits += met
-    by_kind = {kind: same / seconds if seconds else float("nan") for kind, (same, seconds) in late.items()}
-    return Drift(spec, changes, still / own, by_kind, against_fixed(visits, cost))
+    by_kind = {kind: same / seconds for kind, (same, seconds) in late.items()}
+    return Drift(spec, changes, still / own, by_kind, *against_fixed(visits, cost))
 
 
-def against_fixed(visits: Sequence[Visit], cost: CostTable) -> dict[int, Estimate]:
-    """Return the goodput over all visits relative to every fixed gamma on the same traces, paired by prompt."""
+def against_fixed(visits: Sequence[Visit], cost: CostTable) -> tuple[dict[int, float], Estimate]:
+    """Return the goodput over all visits relative to every fixed gamma on the same traces.
+
+    The least of them comes with its interval; it is paired by prompt.
+    """
     prompts: dict[tuple[str, str], Any] = {}
     for v in visits:
         for trace, seconds in zip(v.traces, v.seconds.tolist(), strict=True):
@@ -116,20 +131,21 @@ def against_fixed(visits: Sequence[Visit], cost: CostTable) -> dict[int, Estimat
             row[2] += seconds
     tokens = np.array([len(trace) * times for trace, times, _ in prompts.values()])
     own = np.array([seconds for *_, seconds in prompts.values()])
-    found = {}
-    for gamma in range(MAX_GAMMA + 1):
-        fixed = [
+    fixed = {
+        gamma: [
             times * float(replay_fixed(trace, gamma, cost.level(trace.level)).seconds.sum())
             for trace, times, _ in prompts.values()
         ]
-        found[gamma] = paired_ratio(tokens, own, tokens, fixed)
-    return found
+        for gamma in range(MAX_GAMMA + 1)
+    }
+    nearest = min(fixed.values(), key=sum)
+    return {gamma: sum(f) / float(own.sum()) for gamma, f in fixed.items()}, paired_ratio(tokens, own, tokens, nearest)
 
 
 def as_rows(stream: str, found: Drift) -> list[str]:
     """Cells of a table row."""
     back = found.back
-    gamma, ratio = found.worst_fixed
+    gamma, ratio = found.nearest_gamma, found.nearest
     kind = min(found.kinds, key=lambda k: found.kinds[k])
     verdict = {name: "pass" if good else "**fail**" for name, good in found.holds.items()}
     return [

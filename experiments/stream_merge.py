@@ -1,43 +1,48 @@
-"""Merging: what it is worth that workers add their statistics up every m steps, by m and by the number of workers."""
+"""Workers that each walk over a stream of traces of their own, and merge what they learn every m steps."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from experiments.stream_start import cold
-from experiments.streams import Walker, endless, exchange
+from experiments.streams import Walker, endless
+from policies.base import Policy, State
 from policies.registry import make_policy
+from speckv_online.contest import tell_costs
 from speckv_online.cost import CostTable
 from speckv_online.traces import Trace
 
-
-@dataclass(frozen=True)
-class Merged:
-    """Goodput of W workers that merge every m steps, over their first ``steps`` steps each."""
-
-    policy: str
-    workers: int
-    every: int
-    steps: int
-    goodput: float
+#: What is on its way to the learner: when it was sent, and every worker's batch.
+Sent = deque[tuple[int, list[State]]]
 
 
-def merged(
+def simulate(
     spec: str,
     traces: Sequence[Trace],
     cost: CostTable,
+    *,
     workers: int,
     every: int,
-    *,
-    steps: int = 2000,
+    steps: int,
+    delay: int = 0,
     seed: int = 0,
-) -> Merged:
-    """Let workers start from nothing, each on its own stream, and merge every ``every`` steps.
+) -> float:
+    """Return the goodput of workers that start from nothing and merge every ``every`` steps, tokens/modelled second.
 
-    Workers of one seed meet the same streams whatever ``every`` is.
+    What a worker gets from the learner holds all that it sent itself, and what the others sent at least ``delay``
+    steps ago. Workers of one seed meet the same streams whatever ``every`` and ``delay`` are.
+
+    Parameters
+    ----------
+    spec : str
+        See :mod:`policies.registry`.
+    traces, cost
+        What is replayed, and where the seconds come from.
+    workers, every, steps, delay : int
+        Number of workers, steps between exchanges, steps of each worker, and delay in steps.
+    seed : int
+        Of the streams and policies.
     """
     options = cold(spec, seed)
     learner = make_policy(spec, seed=seed, **options)
@@ -45,6 +50,7 @@ def merged(
         Walker(make_policy(spec, seed=seed, worker=i, **options), endless(traces, [seed, i]), cost)
         for i in range(workers)
     ]
+    sent: Sent = deque()
     tokens, seconds, done = 0, 0.0, 0
     while done < steps:
         now = min(every, steps - done)
@@ -54,24 +60,21 @@ def merged(
             seconds += took
         done += now
         if done < steps:
-            exchange(learner, walkers)
-    return Merged(spec, workers, every, steps, tokens / seconds)
+            exchange(learner, walkers, sent, done, delay)
+    return tokens / seconds
 
 
-def grid(
-    spec: str,
-    traces: Sequence[Trace],
-    cost: CostTable,
-    workers: Sequence[int],
-    every: Sequence[int],
-    *,
-    steps: int,
-    seeds: Sequence[int],
-) -> np.ndarray:
-    """Return goodputs, means over the seeds, shape (workers, every)."""
-    found = np.empty((len(workers), len(every)))
-    for i, count in enumerate(workers):
-        for j, m in enumerate(every):
-            runs = [merged(spec, traces, cost, count, m, steps=steps, seed=seed).goodput for seed in seeds]
-            found[i, j] = float(np.mean(runs))
-    return found
+def exchange(learner: Policy, walkers: Sequence[Walker], sent: Sent, now: int, delay: int = 0) -> None:
+    """Let walkers send what they learnt, and take over what was sent at least ``delay`` steps ago, and all their own."""
+    sent.append((now, [walker.policy.take_delta() for walker in walkers]))
+    while sent and sent[0][0] <= now - delay:
+        for delta in sent.popleft()[1]:
+            learner.merge(delta)
+    merged = learner.state_dict()
+    for i, walker in enumerate(walkers):
+        walker.policy.load_state_dict(merged)
+        for _, deltas in sent:
+            walker.policy.merge(deltas[i])
+        if sent:
+            walker.policy.take_delta()  # its own batches on their way must not be sent again
+        tell_costs(walker.policy, walker.cost, walker.cost.levels)  # a worker's calibration is its own

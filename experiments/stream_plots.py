@@ -45,15 +45,27 @@ def plot_drift(found: Mapping[tuple[str, str], Drift], policies: Sequence[str], 
     from experiments.stream_drift import BIN, SHARE, WITHIN
 
     figure, panels = _figure(5, 3.6, len(policies))
+    sorts = list(dict.fromkeys(_sort(where) for where, _ in found))
     for panel, spec in zip(panels, policies, strict=True):
         for (where, name), drift in found.items():
             if name == spec:
-                panel.plot((np.arange(len(drift.relative)) + 0.5) * BIN, drift.relative, label=where)
+                x = (np.arange(len(drift.relative)) + 0.5) * BIN
+                panel.plot(x, drift.relative, color=f"C{sorts.index(_sort(where))}", linewidth=1)
         panel.axhline(SHARE, color="grey", linestyle=":")
         panel.axvline(WITHIN, color="grey", linestyle=":")
         panel.set(title=spec, xlabel="steps after a change", ylabel="goodput / settled goodput (modelled)")
-    panels[-1].legend(fontsize=5)
+    low = min(float(drift.relative.min()) for drift in found.values())
+    for panel in panels:
+        panel.set_ylim(min(0.9, low - 0.01), 1.06)
+    for i, sort in enumerate(sorts):
+        panels[-1].plot([], [], color=f"C{i}", label=f"changes of {sort}")
+    panels[-1].legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
+
+
+def _sort(where: str) -> str:
+    """What a stream changes: its pair and level are in its name too."""
+    return next((word for word in ("levels", "tasks", "drafts") if where.startswith(word)), "everything")
 
 
 def plot_merge(found: Mapping[str, np.ndarray], workers: Sequence[int], every: Sequence[int], path: Path) -> None:

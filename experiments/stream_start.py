@@ -43,9 +43,21 @@ class Start:
     cold_curve: np.ndarray
 
     @property
-    def holds(self) -> bool:
-        """Whether the median warm start takes at most a third of the median cold start's steps (and that takes any)."""
-        return bool(np.median(self.cold) > 0 and np.median(self.warm) <= PART * np.median(self.cold))
+    def verdict(self) -> str:
+        """Whether the median warm start takes at most a third of the median cold start's steps, if that takes any."""
+        warm, cold_ = np.median(self.warm), np.median(self.cold)
+        if not cold_:
+            return "nothing to save" if not warm else "**fail**"
+        return "pass" if warm <= PART * cold_ else "**fail**"
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Start:
+        """Read what :meth:`as_json` gave."""
+        return cls(found["policy"], *(np.array(found[key]) for key in ("warm", "cold", "warm_curve", "cold_curve")))
 
 
 def cold(spec: str, seed: int) -> dict[str, Any]:
@@ -100,5 +112,5 @@ def as_rows(where: str, found: Start) -> list[str]:
         f"{cold_:.0f} ({spread[1]})",
         f"{found.warm_curve[0]:.3f}",
         f"{found.cold_curve[0]:.3f}",
-        "pass" if found.holds else "**fail**",
+        found.verdict,
     ]

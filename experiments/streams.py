@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -55,16 +56,6 @@ class Walker:
             tokens += more
             seconds += took
         return tokens, seconds
-
-
-def exchange(learner: Policy, walkers: Sequence[Walker]) -> None:
-    """Add what every walker has observed to the learner, and give all of them the merged statistics."""
-    for walker in walkers:
-        learner.merge(walker.policy.take_delta())
-    merged = learner.state_dict()
-    for walker in walkers:
-        walker.policy.load_state_dict(merged)
-        tell_costs(walker.policy, walker.cost, walker.cost.levels)  # a worker's calibration is its own
 
 
 @dataclass(frozen=True)
@@ -123,6 +114,8 @@ def change(
 ) -> list[Visit]:
     """Walk a policy over a stream that goes round all kinds, and changes when at least ``period`` steps were taken.
 
+    It ends where it began, so that it changes to every kind equally often.
+
     Parameters
     ----------
     policy : Policy
@@ -132,12 +125,13 @@ def change(
     cost : CostTable
         Where the seconds come from.
     period, rounds, seed : int
-        Steps between changes, times that every kind is met, seed of the order of the traces.
+        Steps between changes, times that it changes to every kind, seed of the order of the traces.
     """
     tell_costs(policy, cost, cost.levels)
     simulator = Simulator(policy, cost)
     streams = {kind: endless(traces, [seed, i]) for i, (kind, traces) in enumerate(kinds.items())}
-    return [visit(simulator, kind, stream, period) for _ in range(rounds) for kind, stream in streams.items()]
+    order = islice(cycle(streams), rounds * len(kinds) + 1)
+    return [visit(simulator, kind, streams[kind], period) for kind in order]
 
 
 def relative(steps: np.ndarray, seconds: np.ndarray, settled: np.ndarray, bins: np.ndarray) -> tuple[np.ndarray, ...]:

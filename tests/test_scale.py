@@ -13,8 +13,7 @@ import pytest
 
 from experiments.bench.learner import BenchConfig, Load, judge, made_up_delta
 from experiments.scale import main
-from experiments.scale_streams import exchange_late, simulate
-from experiments.stream_merge import merged
+from experiments.stream_merge import exchange
 from experiments.streams import Walker, endless
 from experiments.transfer import main as transfer
 from policies.base import State
@@ -25,11 +24,6 @@ from tests.trace_env import random_traces, save
 
 ROOT = Path(__file__).parents[1]
 TRACES = random_traces(6, ("int8",))
-
-
-def test_without_delay_workers_merge_in_lockstep() -> None:
-    found = simulate("online", TRACES, COST, workers=3, every=10, delay=0, steps=40, seed=1)
-    assert found == pytest.approx(merged("online", TRACES, COST, 3, 10, steps=40, seed=1).goodput)
 
 
 @pytest.mark.parametrize("delay", [0, 25, 1000])
@@ -44,7 +38,7 @@ def test_a_worker_has_all_that_it_sent_and_the_others_after_the_delay(delay: int
         for walker in walkers:
             walker.advance(10)
         rounds.append([known(walker) - b for walker, b in zip(walkers, before, strict=True)])
-        exchange_late(learner, walkers, sent, now, delay)
+        exchange(learner, walkers, sent, now, delay)
         own = [sum(row[i] for row in rounds) for i in range(3)]
         late = [row for at, row in zip((10, 20, 30, 40), rounds, strict=False) if at > now - delay]
         everything = sum(map(sum, rounds)) - sum(map(sum, late))

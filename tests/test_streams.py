@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 
 from experiments import replays, replays_streams
 from experiments.folds import split
-from experiments.stream_drift import drift
-from experiments.stream_merge import merged
-from experiments.stream_start import start
-from experiments.streams import Walker, again, change, endless, exchange, reached, relative, settle
+from experiments.stream_drift import Drift, as_rows, drift
+from experiments.stream_merge import exchange, simulate
+from experiments.stream_start import Start, start
+from experiments.streams import Walker, again, change, endless, reached, relative, settle
 from policies.base import Decision, Outcome, Policy
 from policies.guard import Wrapper
 from policies.registry import make_policy
@@ -59,7 +61,7 @@ def test_eight_workers_know_what_one_knows_on_the_same_data(spec: str, every: in
     for _ in range(rounds):
         for walker in walkers:
             walker.advance(every)
-        exchange(learner, walkers)
+        exchange(learner, walkers, deque(), 0)
         # One worker that meets what all of them have met, a batch at a time.
         for walker in walkers:
             tape = walker.policy.tape
@@ -78,16 +80,16 @@ def test_eight_workers_know_what_one_knows_on_the_same_data(spec: str, every: in
 
 
 def test_merging_is_the_same_stream_with_other_knowledge() -> None:
-    alone = merged("linucb", TRACES, COST, 2, 1000, steps=60)
-    together = merged("linucb", TRACES, COST, 2, 5, steps=60)
-    assert alone.goodput == merged("linucb", TRACES, COST, 2, 60, steps=60).goodput
-    assert alone.goodput != together.goodput
+    two = {"workers": 2, "steps": 60}
+    alone = simulate("linucb", TRACES, COST, every=1000, **two)
+    assert alone == simulate("linucb", TRACES, COST, every=60, **two)
+    assert alone != simulate("linucb", TRACES, COST, every=5, **two)
 
 
 def test_a_stream_changes_when_the_period_is_over() -> None:
     kinds = {"chat": TRACES[::2], "code": TRACES[1::2]}
     met = change(make_policy("fixed:2"), kinds, COST, 60, 2, 0)
-    assert [v.kind for v in met] == ["chat", "code"] * 2
+    assert [v.kind for v in met] == ["chat", "code", "chat", "code", "chat"]
     for v in met:
         assert v.steps.sum() >= 60 > v.steps[:-1].sum()
         assert {t.task for t in v.traces} == {v.kind}
@@ -114,13 +116,20 @@ def test_drift_of_a_policy_that_cannot_learn_is_none() -> None:
                   rounds=1, seeds=(0,), settling=50)  # fmt: skip
     np.testing.assert_allclose(found.relative, 1.0)
     assert found.back == 0
-    assert found.over_fixed[2].value == pytest.approx(1)
-    assert found.worst_fixed[1].value <= 1 + 1e-12
+    assert found.over_fixed[2] == pytest.approx(1)
+    assert found.nearest.value <= 1 + 1e-12
+    assert found.nearest.value == pytest.approx(found.over_fixed[found.nearest_gamma])
+    assert found.changes == 2
+    assert set(found.kinds) == {"easy", "hard"}  # changed to both, though it began with one of them
+    assert np.isfinite(list(found.kinds.values())).all()
+    again_ = Drift.from_json(json.loads(json.dumps(found.as_json())))
+    assert as_rows("s", again_) == as_rows("s", found)
 
 
 def test_a_warm_start_is_measured_against_a_cold_one() -> None:
     found = start("online", TRACES, COST, orders=2, steps=300, settling=300)
     assert found.warm.shape == found.cold.shape == (2,)
+    assert vars(Start.from_json(json.loads(json.dumps(found.as_json()))))["cold"].tolist() == found.cold.tolist()
     assert not np.array_equal(found.warm_curve, found.cold_curve)
     assert np.isfinite(found.warm_curve).all()
 
@@ -154,7 +163,7 @@ def test_the_commands_fill_a_document(tmp_path: Path, folders: str, capsys: pyte
     assert "over `fixed:4`, geometric mean | 1.2 |" in text
     assert "### Pair weak, costs `test`" in text
     more = ["--policies", "linucb", "--orders", "1", "--streams", "1", "--rounds", "1", "--period", "400"]
-    more += ["--workers", "1,2", "--every", "1,50", "--steps", "60", "--seeds", "1", "--parts", "merge"]
+    more += ["--workers", "1,2", "--every", "1,50", "--steps", "60", "--walkers", "1", "--parts", "merge"]
     assert replays_streams.main([*common, *more, "--out", str(tmp_path / "streams")]) == 0
     both = document.read_text()
     assert "\nold\n" not in both
@@ -166,6 +175,26 @@ def test_the_commands_fill_a_document(tmp_path: Path, folders: str, capsys: pyte
     quick = ["--levels", "nf4", "--policies", "fixed:4", "--orders", "1", "--out", str(tmp_path / "replays")]
     assert replays.main([*common, *quick]) == 2
     assert "lacks the lines <!-- replays: begin -->" in capsys.readouterr().err
+
+
+def test_streams_go_on_where_a_run_was_killed(tmp_path: Path, folders: str) -> None:
+    out = tmp_path / "streams"
+    flags = ["--traces", folders, "--parts", "merge", "--policies", "linucb", "--steps", "40", "--walkers", "2"]
+    flags += ["--workers", "1,2", "--every", "5,50", "--level", "nf4", "--out", str(out)]
+    assert replays_streams.main(flags) == 0
+    log, table = out / "cells.jsonl", (out / "streams.md").read_text()
+    whole = log.read_text()
+    assert len(whole.splitlines()) == 4
+    log.write_text(whole[:-9])  # killed while it wrote the last line
+    assert replays_streams.main([*flags, "--processes", "2"]) == 0
+    assert (out / "streams.md").read_text() == table
+    assert log.read_text().startswith(whole[:-9] + "\n")
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    assert sorted(lines, key=str) == sorted(map(json.loads, whole.splitlines()), key=str)
+    log.write_text(whole.replace(lines[0]["code"], "other"))
+    assert replays_streams.main(flags) == 0  # what other policies did is not taken up
+    assert len(log.read_text().splitlines()) == 8
+    assert replays_streams.main([*flags, "--steps", "50"]) == 2
 
 
 @pytest.mark.parametrize(
