@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies.base import ARMS, Outcome, State
 from policies.cost_prior import VAGUE, CostPrior
 from policies.level_cost import HALF_LIFE, LevelCosts
+from policies.level_features import describe, level_bits
 
 __all__ = ["CostModel", "CostPrior", "LevelCosts", "split_levels"]
 
@@ -15,12 +16,23 @@ class CostModel:
     def __init__(self, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
         self.half_life, self.arms = half_life, arms
         self.levels: dict[str, LevelCosts] = {}
+        self._described: dict[str, tuple[int, tuple[float, float, float]]] = {}
 
     def level(self, name: str) -> LevelCosts:
         """Return a level's costs, made on first use."""
         found = self.levels.get(name)
         if found is None:
             found = self.levels[name] = LevelCosts(VAGUE, self.half_life, self.arms)
+        return found
+
+    def describe(self, name: str) -> tuple[float, float, float]:
+        """Return what carries over to a level never met before: see :func:`~policies.level_features.describe`."""
+        costs = self.level(name)
+        version, found = self._described.get(name, (-1, (0.0, 0.0, 0.0)))
+        if version != costs.version:
+            verify, wide = costs.verify.item(0), costs.verify.item(8)
+            found = describe(level_bits(name), costs.draft, verify, wide)
+            self._described[name] = costs.version, found
         return found
 
     def set_prior(self, level: str, prior: CostPrior) -> None:
@@ -38,6 +50,7 @@ class CostModel:
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         self.levels.clear()
+        self._described.clear()
         for name, part in split_levels(state).items():
             self.level(name).load(part)
 

@@ -7,7 +7,7 @@ workers. MLP16 warm-starts it: the regression is on what MLP16's prediction leav
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,9 +15,12 @@ from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
 from policies.labels import ArmLabels
 from policies.learned import CostAware
+from policies.level_features import N_LEVEL
 from policies.mlp16 import DEFAULT_WEIGHTS, Mlp16, Weights, resolve_weights
 
-DIM = 8
+#: A constant, lagged acceptance and signals, and the description of the level.
+SIGNALS = 8
+DIM = SIGNALS + N_LEVEL
 SAMPLES = 64
 
 
@@ -34,6 +37,10 @@ class _Linear(CostAware):
         Forgetting per step, 0 < rho <= 1.
     refresh : int
         Steps between updates of the posterior that decisions use.
+    levels : {'described', 'code'}
+        ``described`` adds bits per weight, the cost of a drafted token relative to the target's and the growth of
+        verify time with width to the features, so that what is learnt carries over to a level never met before;
+        with ``code``, MLP16's 0, 1, 2 is all that tells levels apart.
     """
 
     learns = True
@@ -48,9 +55,13 @@ class _Linear(CostAware):
         ridge: float = 20.0,
         discount: float = 0.999,
         refresh: int = 8,
+        levels: Literal["described", "code"] = "described",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if levels not in ("described", "code"):
+            raise PolicyError(f"levels must be described or code, got '{levels}'")
+        self.described = levels == "described"
         if not 0 <= alpha < float("inf") or not 0 < ridge < float("inf") or not 0 < discount <= 1 or refresh < 1:
             got = f"{alpha}, {ridge}, {discount}, {refresh}"
             raise PolicyError(f"need alpha >= 0, ridge > 0, 0 < discount <= 1 and refresh >= 1, got {got}")
@@ -66,13 +77,15 @@ class _Linear(CostAware):
         self._solve()
 
     def features(self, context: Context) -> np.ndarray:
-        """x (8,) and the tokens that MLP16 expects of every arm (K,), in one array."""
+        """x (DIM,) and the tokens that MLP16 expects of every arm (K,), in one array."""
         c = context
         ratio = c.last_accepted / c.last_drafted if c.last_drafted else 0.5
         whole = 1.0 if 0 < c.last_drafted == c.last_accepted else 0.0
         x = [1.0, 2 * c.acceptance - 1, ratio, whole, c.mean_confidence, c.min_confidence, c.mean_entropy / 4]
         found = np.zeros(DIM + len(self.arms))
-        found[:DIM] = *x, c.max_entropy / 8
+        found[:SIGNALS] = *x, c.max_entropy / 8
+        if self.described:
+            found[SIGNALS:DIM] = self.costs.describe(c.level)
         if self.net is not None:
             found[DIM:] = self.net.tokens(c.level, self.net.read(c))
         return found
@@ -101,7 +114,7 @@ class _Linear(CostAware):
         self._fold()
         A, B = self._total[:, :DIM], self._total[:, DIM:]
         inverse = np.linalg.inv(A + self.ridge * np.eye(DIM))
-        self.W = inverse @ B  # (8, K)
+        self.W = inverse @ B  # (DIM, K)
         self._root = np.linalg.cholesky(inverse)
         fitted = np.maximum(self._misc[1:] - (self.W * B).sum(axis=0), 0.0)
         # One accepted token of spread per arm, worth ten steps, until there is data.

@@ -7,7 +7,6 @@ units to the acceptance rate accepted / gamma, clipped to [0, 1]. Here the four 
 
 from __future__ import annotations
 
-import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from policies.base import ARMS, LEVEL_CODES, Context, Decision, PolicyError
 from policies.learned import CostAware
+from policies.level_features import level_bits
 
 INPUTS, HIDDEN = 6, 16
 SHAPES = {"W1": (INPUTS, HIDDEN), "b1": (HIDDEN,), "W2": (HIDDEN, 1), "b2": (1,)}
@@ -129,10 +129,8 @@ def level_code(level: str) -> float:
     """MLP16's code of a compression level; a level that it never saw gets the code of the nearest number of bits."""
     if level in LEVEL_CODES:
         return LEVEL_CODES[level]
-    bits = [int(b) for b in re.findall(r"\d+", level) if 1 <= int(b) <= 64]
-    if not bits:
-        return 0.0
-    return min(((16, 0.0), (8, 1.0), (4, 2.0)), key=lambda known: abs(known[0] - bits[0]))[1]
+    bits = level_bits(level)
+    return min(((16, 0.0), (8, 1.0), (4, 2.0)), key=lambda known: abs(known[0] - bits))[1]
 
 
 class Mlp16:
@@ -144,19 +142,22 @@ class Mlp16:
         Trained weights.
     arms : sequence of int
         The gammas to evaluate, K of them.
+    extra : int
+        E numbers that come behind what :meth:`read` gives and go past the hidden layer, to a head of 17 + E weights.
     """
 
-    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS) -> None:
-        self.weights, self.arms = weights, arms
+    def __init__(self, weights: Weights, arms: tuple[int, ...] = ARMS, extra: int = 0) -> None:
+        self.weights, self.arms, self.extra = weights, arms, extra
         self._gammas = np.array(arms, dtype=float)
         self._head = weights.head
         self._matrices: dict[str, np.ndarray] = {}
         # An array rather than the scalar 0: numpy converts a scalar operand anew at every call.
-        self._flat, self._zero = np.empty((HIDDEN + 1) * len(arms)), np.zeros((HIDDEN + 1) * len(arms))
-        self._grid = self._flat.reshape(HIDDEN + 1, len(arms))
+        size = HIDDEN + 1 + extra
+        self._flat, self._zero = np.empty(size * len(arms)), np.zeros(size * len(arms))
+        self._grid = self._flat.reshape(size, len(arms))
 
     def scaled(self, level: str, x: np.ndarray) -> np.ndarray:
-        """Return gamma * phi of every arm, shape (17, K), overwritten by the next call; ``x`` as :meth:`read` gave it.
+        """Return gamma * phi of every arm, shape (17 + E, K), overwritten by the next call; ``x`` (6 + E,).
 
         As gamma relu(z) = relu(gamma z), one product and one maximum do for all arms, constant included, and a head's
         product with the result is in accepted tokens.
@@ -164,21 +165,24 @@ class Mlp16:
         matrix = self._matrices.get(level)
         if matrix is None:
             W1, b1, g = self.weights.W1, self.weights.b1, self._gammas
-            matrix = np.zeros((6, HIDDEN + 1, len(g)))
+            matrix = np.zeros((6 + self.extra, HIDDEN + 1 + self.extra, len(g)))
             matrix[:4, :HIDDEN] = W1[:4, :, None] * g
             matrix[5, :HIDDEN] = ((b1 + level_code(level) * W1[4])[:, None] + np.outer(W1[5], g)) * g
             matrix[5, HIDDEN] = g
-            matrix = self._matrices[level] = matrix.reshape(6, -1)
+            for i in range(self.extra):  # not negative, so the maximum below leaves them as they are
+                matrix[6 + i, HIDDEN + 1 + i] = g
+            matrix = self._matrices[level] = matrix.reshape(len(matrix), -1)
         np.dot(x, matrix, self._flat)
         np.maximum(self._flat, self._zero, out=self._flat)
         return self._grid
 
     def phi(self, levels: Sequence[str], x: np.ndarray) -> np.ndarray:
-        """Return [relu(x W1 + b1), 1] of S decisions' arms, shape (S, K, 17); ``x`` (S, 6) as :meth:`read` gave it."""
+        """Return [relu(x W1 + b1), 1, extra] of S decisions' arms, shape (S, K, 17 + E); ``x`` (S, 6 + E)."""
         W1 = self.weights.W1
         codes = np.array([level_code(level) for level in levels])
         z = x[:, :4] @ W1[:4] + np.multiply.outer(codes, W1[4]) + self.weights.b1
-        found = np.ones((len(x), len(self.arms), HIDDEN + 1))
+        found = np.ones((len(x), len(self.arms), HIDDEN + 1 + self.extra))
+        found[:, :, HIDDEN + 1 :] = x[:, None, 6:]
         np.add(z[:, None, :], np.multiply.outer(self._gammas, W1[5]), out=found[:, :, :HIDDEN])
         np.maximum(found, 0.0, out=found)
         return found

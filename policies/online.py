@@ -8,7 +8,7 @@ A step teaches about more arms than the one played, see :mod:`policies.labels`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array
 from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
-from policies.mlp16 import HIDDEN, Mlp16, Objective, resolve_weights
+from policies.level_features import N_LEVEL
+from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Objective, resolve_weights
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 #: Posterior samples per refresh; a Thompson decision picks one of them, so its propensity is exact.
 ENSEMBLE = 16
 
@@ -43,6 +44,10 @@ class Online(CostAware):
         Noise variance of a rate; 0 estimates it.
     refresh : int
         Steps between updates of the posterior that decisions use.
+    levels : {'described', 'code'}
+        ``described`` adds bits per weight, the cost of a drafted token relative to the target's and the growth of
+        verify time with width to the head's inputs, with weights that start at zero; with ``code``, MLP16's 0, 1, 2 is
+        all that tells levels apart.
     arms, objective, cost_half_life, adwin, seed, worker
         As in :class:`~policies.learned.CostAware`.
     """
@@ -61,6 +66,7 @@ class Online(CostAware):
         discount: float = 1.0,
         noise: float = 0.0,
         refresh: int = 16,
+        levels: Literal["described", "code"] = "described",
         objective: Objective = "tokens_per_second",
         arms: tuple[int, ...] = ARMS,
         **options: Any,
@@ -73,18 +79,34 @@ class Online(CostAware):
             raise PolicyError(f"discount must be above 0 and at most 1, got {discount}")
         if not 0 <= noise < float("inf") or not 1 <= refresh <= 64:
             raise PolicyError(f"noise must not be negative and refresh from 1 to 64, got {noise} and {refresh}")
+        if levels not in ("described", "code"):
+            raise PolicyError(f"levels must be described or code, got '{levels}'")
         self.labels, self.every = ArmLabels(self.arms, labels), refresh
         found = resolve_weights(weights)
-        self.net = Mlp16(found, self.arms)
+        extra = N_LEVEL if levels == "described" else 0
+        self.net = Mlp16(found, self.arms, extra)
         d = HIDDEN + 1
         moments = np.eye(d) if found.phi_cov is None else found.phi_cov
         # Units that were never active offline have no precision of their own: a little of the mean keeps A0 regular.
         moments = moments + 0.01 * np.trace(moments) / d * np.eye(d)
-        self.head = GaussianHead(found.head, strength * moments, discount, noise, found.noise_var or PRIOR_NOISE)
+        # The offline data does not say how the rest of a level's description bears on acceptance: weights near zero.
+        precision = np.eye(d + extra)
+        precision[:d, :d] = moments
+        mean = np.append(found.head, np.zeros(extra))
+        self.head = GaussianHead(mean, strength * precision, discount, noise, found.noise_var or PRIOR_NOISE)
         self._waiting: list[tuple[str, np.ndarray, int, int, np.ndarray]] = []
         self._most = np.tile(self.gammas, (ENSEMBLE if self.explore == "thompson" else 1, 1))
         self._prices: dict[str, tuple[int, np.ndarray]] = {}
         self._refresh()
+
+    def features(self, context: Context) -> np.ndarray:
+        """What :class:`~policies.mlp16.Mlp16` reads of a context, and the description of its level, shape (6 + E,)."""
+        x = self.net.read(context)
+        if not self.net.extra:
+            return x
+        found = np.empty(INPUTS + N_LEVEL)
+        found[:INPUTS], found[INPUTS:] = x, self.costs.describe(context.level)
+        return found
 
     def _refresh(self) -> None:
         """Learn from the steps that wait, and draw the heads of the next decisions."""
@@ -129,7 +151,7 @@ class Online(CostAware):
         return price
 
     def decide(self, context: Context) -> Decision:
-        features = self.net.read(context)
+        features = self.features(context)
         legal = self.labels.count[context.max_gamma] or 1
         best = self._values(context.level, features)[:, :legal].argmax(axis=1)
         if self.explore == "thompson":
@@ -145,7 +167,7 @@ class Online(CostAware):
 
     def pmf(self, context: Context) -> np.ndarray:
         legal = self.labels.count[context.max_gamma] or 1
-        best = self._values(context.level, self.net.read(context))[:, :legal].argmax(axis=1)
+        best = self._values(context.level, self.features(context))[:, :legal].argmax(axis=1)
         return np.bincount(best, minlength=len(self.arms)) / len(best)
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:

@@ -1,0 +1,55 @@
+"""What describes a compression level by more than its name: numbers that carry over to a level never met before."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+#: Bits per weight of the linear layers; four-bit types of bitsandbytes keep a scale for every 64 weights besides.
+BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.0, "nf4": 4.5, "fp4": 4.5}
+#: Numbers in a description: bits per weight, cost of a drafted token, growth of verify time with width.
+N_LEVEL = 3
+
+
+@lru_cache(maxsize=256)
+def level_bits(level: str) -> float:
+    """Return a level's bits per weight.
+
+    Parameters
+    ----------
+    level : str
+        A name of :data:`BITS`, a quantization such as ``gptq-4bit`` or ``hqq:nbits=3``, either with the size of a batch
+        behind an ``@``. Of other names the number behind ``bits=``, ``int``, ``fp`` or the like counts, then any; a
+        quantization that says no number is taken for 4 bits, and any other name for 16.
+    """
+    name = level.partition("@")[0]
+    if name in BITS:
+        return BITS[name]
+    method, _, arguments = name.partition(":")
+    for text, pattern in ((arguments, r"(?:bits=|int|float|fp|nf)(\d+)"), (method, r"(\d+)"), (arguments, r"(\d+)")):
+        found = [int(b) for b in re.findall(pattern, text) if 1 <= int(b) <= 64]
+        if found:
+            return float(found[0])
+    return 4.0 if ":" in name else 16.0
+
+
+def describe(bits: float, draft_seconds: float, verify: float, wide: float) -> tuple[float, float, float]:
+    """Return a level's description, (3,): finite and of order one, whatever the times are.
+
+    Parameters
+    ----------
+    bits : float
+        Bits per weight.
+    draft_seconds : float
+        t_d, seconds to draft one token.
+    verify, wide : float
+        T_v(1) and T_v(9), seconds to verify one token and nine.
+
+    Returns
+    -------
+    tuple of float
+        ``bits / 16``, ``t_d / T_v(1)`` of at most 2, and ``T_v(9) / T_v(1) - 1`` from 0 to 4.
+    """
+    if not verify > 0.0:
+        return bits / 16.0, 0.0, 0.0
+    return bits / 16.0, min(draft_seconds / verify, 2.0), min(max(wide / verify - 1.0, 0.0), 4.0)
