@@ -65,7 +65,7 @@ def simulate(
 
 
 def exchange(learner: Policy, walkers: Sequence[Walker], sent: Sent, now: int, delay: int = 0) -> None:
-    """Let walkers send what they learnt, and take over what was sent at least ``delay`` steps ago, and all their own."""
+    """Let walkers send what they learnt, and take over what all sent ``delay`` or more steps ago and all their own."""
     sent.append((now, [walker.policy.take_delta() for walker in walkers]))
     while sent and sent[0][0] <= now - delay:
         for delta in sent.popleft()[1]:
