@@ -3,14 +3,16 @@
 At every level each prompt is decoded by every contender in turn, the order rotated from prompt to prompt, in this one
 process: transformers' ``generate`` with its schedules; every policy in our decoder with the draft model; and, after
 ``+``, with another drafter (``goodput+hybrid`` is the whole product). Goodput is tokens over the seconds of whole
-calls, prompt included. A run that was stopped goes on where it was. With ``--doc`` the tables go into a document.
+calls, prompt included. Prompts come in rounds: each level decodes a few, then the next level, and after each round the
+tables are written, so that a run that is stopped has tables with the same prompts at all levels. Started again, it
+goes on where it was. With ``--doc`` the tables go into a document.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +27,20 @@ from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt, choose
 
 if TYPE_CHECKING:
-    from speckv_online.cost import LevelCost
+    from experiments.peers import Stock
     from speckv_online.models import LoadedPair
 
-#: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by.
+#: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
+#: the cost model, see :mod:`experiments.results_model`: several others draft as many.
 LEADING = (
     "transformers", "transformers:constant-4", "transformers:heuristic", "transformers:default",
     "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16:tokens_per_step", "mlp16", "online", "goodput",
     "goodput+hybrid",
 )  # fmt: skip
-OTHERS = ("fixed:8", "hf-heuristic", "hf-confidence", "svip", "adaedl", "ucbspec", "vllm", "sglang", "fixed:2+hybrid")
+OTHERS = (
+    "fixed:8", "fixed:16", "hf-heuristic", "hf-confidence", "svip", "adaedl", "ucbspec", "vllm", "sglang",
+    "fixed:2+hybrid",
+)  # fmt: skip
 PEER = "transformers"
 WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
@@ -49,6 +55,7 @@ class ResultsConfig:
     others: tuple[str, ...] = option(OTHERS, "contenders that decode the first --some prompts only")
     prompts: int = option(40, "how many of the bundled held-out prompts")
     some: int = option(20, "how many of them the others decode")
+    round: int = option(10, "prompts that a level decodes before the next level's turn; models load anew each time")
     max_new_tokens: int = option(64, "tokens to decode per prompt")
     seed: int = option(0, "seed of the prompt choice and of the policies")
     threads: int = option(0, "CPU threads (0: all cores)")
@@ -58,10 +65,10 @@ class ResultsConfig:
     out: str = option("runs/results", "run directory; a run that is there is continued")
 
     #: Settings that may change when a run is continued.
-    VOLATILE = ("doc", "plot", "out", "prompts", "some", "leading", "others", "levels")
+    VOLATILE = ("doc", "plot", "out", "prompts", "some", "round", "leading", "others", "levels")
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "some", "max_new_tokens"):
+        for name in ("prompts", "some", "round", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
@@ -76,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def results(config: ResultsConfig) -> int:
     """Decode what is missing, then write the tables."""
     from experiments.peers import SCHEDULES
+    from experiments.results_tables import publish
     from speckv_online import manifest
-    from speckv_online.rundir import RunDir
+    from speckv_online.rundir import RunDir, read_manifest
 
     for name in (*config.leading, *config.others):
         spec, _, drafter = name.partition("+")
@@ -88,26 +96,39 @@ def results(config: ResultsConfig) -> int:
             make_policy(spec)  # a typo should show at once
             parse_drafter(drafter or "model")
     run = RunDir.open(config.out, asdict(config), volatile=ResultsConfig.VOLATILE)
-    prompts = choose(bundled("test"), config.prompts, config.seed)
-    facts = [Bench(config, level, run.path).run(prompts) for level in config.levels]
-    run.write_manifest(manifest.collect(levels=facts))
-    from experiments.results_tables import publish
-
-    print(publish(run.path, config.doc, config.plot))
+    prompts = list(enumerate(choose(bundled("test"), config.prompts, config.seed)))
+    known = read_manifest(run.path)["levels"] if (run.path / "run.json").exists() else ()
+    benches = [Bench(config, level, run.path, known) for level in config.levels]
+    text = ""
+    for start in range(0, len(prompts), config.round):
+        group = prompts[start : start + config.round]
+        decoded = [bench.run(group) for bench in benches]
+        if any(decoded) or start + config.round >= len(prompts):
+            run.write_manifest(manifest.collect(levels=[bench.facts for bench in benches]))
+            text = publish(run.path, config.doc, config.plot, config.leading)
+    print(text)
     return 0
 
 
 class Bench:
-    """All contenders at one level."""
+    """All contenders at one level.
 
-    def __init__(self, config: ResultsConfig, level: str, out: Path) -> None:
+    Attributes
+    ----------
+    facts : dict
+        What the manifest says of the level. An earlier process's are kept, and its calibration is used on.
+    """
+
+    def __init__(self, config: ResultsConfig, level: str, out: Path, known: Iterable[dict[str, Any]] = ()) -> None:
         self.config, self.level, self.out = config, level, out
         self.policies: dict[str, Policy] = {}
         self.calls: dict[str, Callable[[list[int]], tuple[list[int], float, list[Any]]]] = {}
         self.pair: LoadedPair | None = None
+        self.stock: Stock | None = None
+        self.facts: dict[str, Any] = next((facts for facts in known if facts["level"] == level), {"level": level})
 
-    def run(self, prompts: list[Prompt]) -> dict[str, Any]:
-        """Decode every unit that is missing; return facts for the manifest."""
+    def run(self, prompts: Sequence[tuple[int, Prompt]]) -> int:
+        """Decode every unit of these numbered prompts that is missing; return how many those were."""
         from tqdm import tqdm
 
         from speckv_online.rundir import StepWriter, Unit, save_arrays
@@ -115,15 +136,15 @@ class Bench:
         c = self.config
         writer = StepWriter(self.out / f"steps-{self.level}.jsonl")
         plan = []
-        for i, prompt in enumerate(prompts):
+        for i, prompt in prompts:
             names = c.leading if i >= c.some else (*c.leading, *c.others)
             turn = i % len(names)  # each goes first in its turn, so that a drift of the machine hits all alike
             plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in names[turn:] + names[:turn]]
         missing = [item for item in plan if item[0].key not in writer.done]
-        facts: dict[str, Any] = {"level": self.level, "units": len(plan)}
         if missing:
-            facts |= self.load()
-        bar = tqdm(missing, desc=self.level, unit="call", disable=not sys.stderr.isatty(), file=sys.stderr)
+            self.load()
+        said = f"{self.level}, prompts {prompts[0][0] + 1} to {prompts[-1][0] + 1} of {c.prompts}"
+        bar = tqdm(missing, desc=said, unit="call", disable=not sys.stderr.isatty(), file=sys.stderr)
         for number, (unit, prompt) in enumerate(bar, start=1):
             tokens, seconds, steps = self.call(unit.policy)(self.prompt_ids(prompt))
             writer.write(unit, steps, {"output": tokens, "call_seconds": seconds})
@@ -131,19 +152,20 @@ class Bench:
             if policy is not None and (state := policy.state_dict()):
                 save_arrays(self.checkpoint(unit.policy), state)
             if bar.disable and number % 20 == 0:
-                print(f"{self.level}: {number} of {len(missing)} calls", file=sys.stderr, flush=True)
+                print(f"{said}: {number} of {len(missing)} calls", file=sys.stderr, flush=True)
         writer.close()
         self.calls.clear()
-        self.pair = None
+        self.pair = self.stock = None
         gc.collect()  # the next level's models must not have to fit beside these
-        return facts
+        return len(missing)
 
-    def load(self) -> dict[str, Any]:
-        """Load the models, theirs and ours, and calibrate our costs."""
+    def load(self) -> None:
+        """Load the models, theirs and ours, and calibrate our costs, once in a run."""
         import torch
 
         from experiments.peers import SCHEDULES, Stock
         from speckv_online.calibrate import calibrate
+        from speckv_online.cost import LevelCost
         from speckv_online.manifest import cores
         from speckv_online.models import chat_prompt, load_pair
         from speckv_online.session import quiet_libraries
@@ -153,16 +175,17 @@ class Bench:
         torch.set_num_threads(c.threads or cores())
         self.pair = pair = load_pair(c.pair, level=self.level, device=c.device)
         warm = chat_prompt(pair.tokenizer, WARM_UP)
-        self.cost: LevelCost = calibrate(pair.target, pair.drafter, self.level, warm)
+        cost = calibrate(pair.target, pair.drafter, self.level, warm)  # also warms up, so it runs at every load
         if any(n.partition(":")[0] == PEER for n in (*c.leading, *c.others)):
-            self.stock = Stock(c.pair, self.level, c.device)
+            self.stock = stock = Stock(c.pair, self.level, c.device)
             for name in SCHEDULES:  # warm-up calls are no data
-                self.stock.generate(warm, 8, SCHEDULES[name])
-        return {
+                stock.generate(warm, 8, SCHEDULES[name])
+        self.facts.setdefault("calibration", asdict(cost))
+        self.cost = LevelCost(**self.facts["calibration"])
+        self.facts |= {
             "threads": torch.get_num_threads(),
             "arithmetic": pair.level.arithmetic(pair.device),
             "models": dict(pair.revision),
-            "calibration": asdict(self.cost),
         }
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -186,8 +209,11 @@ class Bench:
     def _peer(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:
         from experiments.peers import SCHEDULES
 
+        assert self.stock is not None
+        stock = self.stock
+
         def decode(ids: list[int]) -> tuple[list[int], float, list[Any]]:
-            return *self.stock.generate(ids, self.config.max_new_tokens, SCHEDULES[name]), []
+            return *stock.generate(ids, self.config.max_new_tokens, SCHEDULES[name]), []
 
         return decode
 
@@ -205,13 +231,14 @@ class Bench:
         if other:
             rows = None if drafter.head_ids is None else torch.tensor(drafter.head_ids)
             drafter = parse_drafter(other).build(drafter.model, pair.target.config.vocab_size, rows)
-        policy = make_policy(spec, seed=self.config.seed)
-        if self.checkpoint(name).exists():
-            policy.load_state_dict(load_arrays(self.checkpoint(name)))
-        if hasattr(policy, "set_costs"):
-            policy.set_costs(self.level, as_prior(self.cost))
+        policy = self.policies.get(name)  # one that has decoded an earlier round goes on
+        if policy is None:
+            policy = self.policies[name] = make_policy(spec, seed=self.config.seed)
+            if self.checkpoint(name).exists():
+                policy.load_state_dict(load_arrays(self.checkpoint(name)))
+            if hasattr(policy, "set_costs"):
+                policy.set_costs(self.level, as_prior(self.cost))
         decoder = SpeculativeDecoder(drafter, policy=policy, target=pair.target, level=self.level)
-        self.policies[name] = policy
 
         def decode(ids: list[int]) -> tuple[list[int], float, list[Any]]:
             result = decoder.generate(ids, self.config.max_new_tokens)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.replays import insert
-from speckv_online.cost import fit_level
+from experiments.results_model import PLAIN, modelled_calls
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.manifest import describe
@@ -18,9 +18,10 @@ from speckv_online.rundir import UnitResult, read_manifest, read_units
 from speckv_online.stats import Estimate, goodput, paired_ratio
 
 MARKER = "measured"
-PLAIN, FOUR, PRODUCT = "autoregressive", "fixed:4", "goodput+hybrid"
+FOUR, PRODUCT = "fixed:4", "goodput+hybrid"
 PAPER = "mlp16:tokens_per_step"
 THEIR_FOUR = "transformers:constant-4"
+AGREE = 0.05  # how far modelled goodput may be from measured
 
 
 class Level:
@@ -29,15 +30,15 @@ class Level:
     def __init__(self, name: str, units: Sequence[UnitResult]) -> None:
         self.name = name
         self.calls: dict[str, dict[str, tuple[int, float]]] = {}
-        self.steps: dict[str, list[Any]] = {}
         for u in units:
             call = len(u.facts["output"]), float(u.facts["call_seconds"])
             self.calls.setdefault(u.unit.policy, {})[u.unit.prompt] = call
-            self.steps.setdefault(u.unit.policy, []).extend(u.steps)
-        # Fitted to our fixed gammas and plain decoding, and used for all contenders with that drafter.
-        plain = [name for name in self.steps if name.partition(":")[0] in ("fixed", PLAIN) and "+" not in name]
-        fixed = [step for name in plain for step in self.steps[name]]
-        self.cost = fit_level(fixed) if any(step.drafted for step in fixed) else None
+        self.modelled = modelled_calls(units)
+
+    @property
+    def shared(self) -> list[str]:
+        """Prompts that all contenders decoded."""
+        return sorted(set.intersection(*(set(calls) for calls in self.calls.values())))
 
     def goodput(self, name: str, prompts: Sequence[str] | None = None) -> float:
         """Tokens per second of whole calls, over all of the contender's prompts or some."""
@@ -52,40 +53,46 @@ class Level:
         return paired_ratio(*columns)
 
     def best(self, prefix: str) -> str:
-        """The contender with the highest goodput in hindsight among those of a family, on all prompts."""
+        """The contender of a family with the highest goodput in hindsight, on as many prompts as can be compared."""
         names = [n for n in self.calls if (n.partition(":")[0] == prefix or n == prefix) and "+" not in n]
         if prefix == "fixed" and PLAIN in self.calls:
             names.append(PLAIN)
-        shared = set.intersection(*(set(self.calls[n]) for n in names))
-        return max(names, key=lambda n: self.goodput(n, sorted(shared)))
+        names.sort(key=lambda n: -len(self.calls[n]))  # those with fewer prompts have to beat the others on theirs
+        best = names[0]
+        for name in names[1:]:
+            if self.ratio(name, best).value > 1:
+                best = name
+        return best
 
-    def modelled_over_measured(self, name: str) -> float:
-        """Goodput of the steps by the fitted costs, over that by the clock; NaN without steps of the model drafter."""
-        steps = self.steps.get(name, [])
-        if self.cost is None or not steps or "+" in name:
-            return float("nan")
-        # A prompt's first step also reads the prompt for the draft.
-        rest = [s for s in steps if s.step > 0]
-        modelled = sum(self.cost.seconds(s.drafted, context=s.context_length) for s in rest)
-        return sum(s.seconds for s in rest) / modelled
+    def modelled_over_measured(self, name: str) -> Estimate | None:
+        """Goodput by the cost model over that by the clock, on the same calls; None for what is not modelled."""
+        seconds, calls = self.modelled.get(name, {}), self.calls[name]
+        if not seconds:
+            return None
+        tokens, clock = zip(*(calls[p] for p in seconds), strict=True)
+        return paired_ratio(tokens, list(seconds.values()), tokens, clock)
 
 
-def levels_of(path: Path) -> list[Level]:
-    """Read a run directory."""
+def levels_of(path: Path, leading: Sequence[str] = ()) -> list[Level]:
+    """Read a run directory; prompts that a leading contender has not decoded at every level yet are left out."""
     groups: dict[str, list[UnitResult]] = {}
     for unit in read_units(path):
         groups.setdefault(unit.unit.level, []).append(unit)
-    if not groups:
-        raise UserError(f"{path} holds no finished calls yet")
+    for name in leading:
+        of = [{u.unit.prompt for u in units if u.unit.policy == name} for units in groups.values()]
+        done = set.intersection(*of) if of else set()
+        groups = {level: [u for u in units if u.unit.prompt in done] for level, units in groups.items()}
+    if not groups or not all(groups.values()):
+        raise UserError(f"{path} holds no prompt yet that all leading contenders have decoded at every level")
     return [Level(name, units) for name, units in groups.items()]
 
 
-def publish(path: Path, doc: str, plot: str) -> str:
+def publish(path: Path, doc: str, plot: str, leading: Sequence[str] = ()) -> str:
     """Write ``results.md`` and the plot, and put the text into a document; return the text."""
-    levels = levels_of(path)
+    levels = levels_of(path, leading)
     text = document(levels, read_manifest(path))
     write_atomically(path / "results.md", lambda f: f.write(text))
-    png = figure(draw, levels, size=(8.5, 4.2))
+    png = figure(draw, levels, size=(7.5, 6.0))
     write_atomically(Path(plot) if plot else path / "results.png", lambda f: f.write(png), binary=True)
     if doc:
         insert(Path(doc), text, MARKER)
@@ -97,7 +104,8 @@ def document(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
     lines = [
         "All figures are `measured`: tokens over the seconds of whole calls, prompt included, greedy decoding, "
         "held-out prompts, contenders interleaved prompt by prompt in one process. Intervals are 95 %, by bootstrap "
-        "over prompts. *Hindsight* marks what was picked on the outcomes that it is scored on.",
+        "over prompts. *Hindsight* marks what was picked on the outcomes that it is scored on. Ratios are over the "
+        "prompts that both decoded. Only the last column is `modelled`: by costs of fixed γ on other prompts.",
         "",
         describe(manifest),
         "",
@@ -115,22 +123,27 @@ def names_of(level: Level) -> list[str]:
 
 def table(level: Level) -> list[str]:
     """One level's table."""
-    best, theirs = level.best("fixed"), level.best("transformers")
+    best, theirs, shared = level.best("fixed"), level.best("transformers"), level.shared
+    uneven = any(len(calls) > len(shared) for calls in level.calls.values())
+    heads = ["contender", "prompts", "tokens/s", *([f"on the {len(shared)} prompts of all"] if uneven else [])]
+    heads += ["× autoregressive", "× best fixed γ (*hindsight*)", "× `fixed:4`", "× transformers constant-4"]
+    heads += ["modelled ÷ measured"]
     lines = [
         f"### {level.name}",
         "",
         f"Best fixed gamma in hindsight: `{best}`. Best of transformers in hindsight: `{theirs}`.",
         "",
-        "| contender | prompts | tokens/s | × autoregressive | × best fixed γ (*hindsight*) | × `fixed:4` | "
-        "× transformers constant-4 | modelled ÷ measured |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(heads)} |",
+        "|---" + "|---:" * (len(heads) - 1) + "|",
     ]
     for name in names_of(level):
         cells = [f"`{name}`", str(len(level.calls[name])), f"{level.goodput(name):.2f}"]
+        if uneven:
+            cells.append(f"{level.goodput(name, shared):.2f}" if shared else "")
         for base in (PLAIN, best, FOUR, THEIR_FOUR):
             cells.append(show(level.ratio(name, base)) if base in level.calls else "")
-        model = level.modelled_over_measured(name)
-        cells.append(f"{model:.3f}" if model == model else "")
+        agreement = level.modelled_over_measured(name)
+        cells.append(show(agreement) if agreement else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -166,16 +179,34 @@ def bars(levels: Sequence[Level]) -> list[str]:
     if PRODUCT in have and PLAIN in have:
         for level in levels:
             add(f"the product over autoregressive decoding, {level.name}", 1.0, [level.ratio(PRODUCT, PLAIN).value])
+    return lines + agreements(levels)
+
+
+def agreements(levels: Sequence[Level]) -> list[str]:
+    """One row a level: the contender whose modelled goodput is farthest from the measured one."""
+    lines = []
+    for level in levels:
+        found = {n: e.value for n in level.calls if (e := level.modelled_over_measured(n)) is not None}
+        if found:
+            worst = max(found, key=lambda n: abs(np.log(found[n])))
+            within = sum(abs(v - 1) <= AGREE for v in found.values())
+            verdict = "pass" if within == len(found) else f"**fail**, {within} of {len(found)} within"
+            text = f"modelled over measured goodput, {level.name}, farthest off: `{worst}`"
+            lines.append(f"| {text} | {1 - AGREE} to {1 + AGREE} | {found[worst]:.3f} | {verdict} |")
     return lines
 
 
 def draw(axes: Any, levels: Sequence[Level]) -> None:
-    """Bars of tokens per second by contender and level."""
-    names = [n for n in names_of(levels[0]) if all(n in level.calls for level in levels)]
-    wide = 0.8 / len(levels)
+    """Goodput over plain decoding in our decoder, with intervals: a row for each contender, a colour for each level."""
+    names = [n for n in levels[0].calls if all(n in level.calls and PLAIN in level.calls for level in levels)]
+    ratios = {n: [level.ratio(n, PLAIN) for level in levels] for n in names}
+    names.sort(key=lambda n: np.mean([np.log(e.value) for e in ratios[n]]))
     for i, level in enumerate(levels):
-        place = np.arange(len(names)) + (i - (len(levels) - 1) / 2) * wide
-        axes.bar(place, [level.goodput(n) for n in names], wide, label=level.name)
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
-    axes.set_ylabel("tokens/s (measured)")
-    axes.legend(frameon=False)
+        place = np.arange(len(names)) + (len(levels) - 1 - 2 * i) / (2 * len(levels)) * 0.6
+        found = [ratios[n][i] for n in names]
+        axes.hlines(place, [e.low for e in found], [e.high for e in found], color=f"C{i}", linewidth=1)
+        axes.plot([e.value for e in found], place, "o", color=f"C{i}", markersize=4, label=level.name)
+    axes.axvline(1.0, color="0.7", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel("tokens/s, relative to decoding without a draft (measured)")
+    axes.legend(frameon=False, loc="lower right")
