@@ -24,7 +24,7 @@ from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.records import StepRecord
 from speckv_online.sampling import Sampler
-from speckv_online.sequences import Generation, TokenSequence, Totals, matching, record_of
+from speckv_online.sequences import Generation, TokenSequence, Totals, matching, record_of, untimed
 from speckv_online.signals import History
 
 __all__ = ["Generation", "SpeculativeDecoder"]
@@ -176,8 +176,6 @@ class SpeculativeDecoder:
         cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
             self.drafter.begin(prompt, capacity, sampler)
-        if len(prompt) > 1:
-            self._forward(prompt[:-1], cache, keep=1)
         eos = self.eos_ids if eos_ids is None else frozenset(eos_ids)
         sequence = TokenSequence(prompt, eos, sampler, should_stop)
         history, out = History(self.level, task, len(prompt)), Generation()
@@ -196,6 +194,8 @@ class SpeculativeDecoder:
             if sequence.finish:
                 out.finish = sequence.finish
                 break
+        if len(prompt) > 1:
+            out.charge_prompt()
         out.seconds = perf_counter() - started
         self.last = out
         self.totals.add(out)
@@ -218,13 +218,8 @@ class SpeculativeDecoder:
         room = min(self.max_length, self.drafter.max_length) - context_length
         return max(0, min(self.max_gamma, remaining - 1, room))
 
-    def _forward(
-        self, tokens: list[int], cache: KVCache, keep: int = 0, ahead: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Run the target over ``tokens`` and the drafts of ``ahead``; return the logits, shape (n, vocab).
-
-        ``keep`` is the number of latest tokens whose logits are wanted, 0 for all.
-        """
+    def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
+        """Run the target over ``tokens`` and the drafts of ``ahead``; return the last ``keep`` rows of logits."""
         target = self.target
         ids = torch.tensor([tokens], device=target.device)
         if ahead is not None:
@@ -259,7 +254,8 @@ class SpeculativeDecoder:
                 # Dropping a drawn token for what it is would bias the output: no trimming in sampled decoding.
                 asked = draft(policy, drafter, decision, gamma, signals, drafts, not sampled)
         clock.verify()
-        logits = self._forward([sequence.tokens[-1], *drafts], cache, ahead=ahead)
+        unread = sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
+        logits = self._forward([*unread, *drafts], cache, 1 + (gamma if ahead is not None else len(drafts)), ahead)
         if on_logits is not None:
             on_logits(logits)
         if ahead is not None:
@@ -291,7 +287,8 @@ class SpeculativeDecoder:
         )  # fmt: skip
         t2 = perf_counter()
         outcome.seconds = t2 - t0
-        policy.learn(decision, outcome)
+        # A forward that read the prompt too says nothing of what a step takes.
+        policy.learn(decision, outcome if len(unread) == 1 else untimed(outcome))
         t3 = perf_counter()
         records.append(record_of(context, decision, outcome, t1 - t0 + asked + t3 - t2, t3 - t0))
         return tokens, outcome

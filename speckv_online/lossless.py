@@ -44,7 +44,7 @@ class GreedyCheck:
 def check_greedy(
     target: PreTrainedModel, prompt: list[int], tokens: list[int], eos: Collection[int] = ()
 ) -> GreedyCheck:
-    """Compare ``tokens`` with plain greedy decoding of ``prompt``: all but its last token at once, then one a forward.
+    """Compare ``tokens`` with plain greedy decoding of ``prompt``: the prompt in one forward, then one token a forward.
 
     Each token is compared with the plain choice *after the tokens before it*, so one tie does not count twice.
     """
@@ -55,10 +55,8 @@ def check_greedy(
         ids = torch.tensor([feed], device=target.device)
         return target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
-    if len(prompt) > 1:
-        forward(prompt[:-1])
-    for i, (last, token) in enumerate(zip([prompt[-1], *tokens], tokens, strict=False)):
-        logits = forward([last])
+    for i, (feed, token) in enumerate(zip([prompt, *([t] for t in tokens)], tokens, strict=False)):
+        logits = forward(feed)
         best = logits.max()
         if int(logits.argmax()) != token:
             check.ties.append((i, float(best - logits[token])))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import median
 
 import torch
 
@@ -24,7 +25,8 @@ class Generation:
     steps : list of StepRecord
         One record per step; their ``produced`` add up to ``len(tokens)``.
     prefill_seconds, seconds : float
-        Time to read the prompt, and time of the whole call. In a batch each prompt is charged its share.
+        Time to read the prompt, see :meth:`charge_prompt`, and time of the whole call. In a batch each prompt is
+        charged its share.
     finish : str
         ``"eos"``, ``"stop"`` (asked by ``should_stop``) or ``"length"``.
     """
@@ -34,6 +36,19 @@ class Generation:
     prefill_seconds: float = 0.0
     seconds: float = 0.0
     finish: str = "length"
+
+    def charge_prompt(self) -> None:
+        """Split the seconds of the forward that read the prompt and verified the first step's drafts in one.
+
+        The step keeps what the later verifications took in the median, ``prefill_seconds`` gets the rest, so that the
+        sum is what was measured. A call of one step has no other verification to go by and keeps all in the step.
+        """
+        if len(self.steps) > 1:
+            first, *later = self.steps
+            rest = max(first.verify_seconds - median(s.verify_seconds for s in later), 0.0)
+            first.verify_seconds -= rest
+            first.seconds -= rest
+            self.prefill_seconds += rest
 
     @property
     def decode_seconds(self) -> float:
@@ -135,6 +150,11 @@ def matching(drafts: list[int], choices: list[int]) -> tuple[int, int]:
     while n < len(drafts) and drafts[n] == choices[n]:
         n += 1
     return n, choices[n]
+
+
+def untimed(outcome: Outcome) -> Outcome:
+    """Return an outcome whose times are not known."""
+    return replace(outcome, seconds=0.0, draft_seconds=0.0, verify_seconds=0.0)
 
 
 def record_of(

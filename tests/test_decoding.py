@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from policies.base import ENTROPY, N_SIGNALS, Context, Decision, Outcome, Policy
-from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.decoding import Generation, SpeculativeDecoder
 from speckv_online.drafters import ModelDrafter
 from speckv_online.errors import UserError
+from speckv_online.kvcache import KVCache
 from speckv_online.lossless import check_greedy
+from speckv_online.records import StepRecord
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 
 
@@ -108,6 +112,50 @@ def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
         position += record.produced
     assert position == 40
     assert policy.outcomes[0].caught_up == len(prompt) - 1
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_prompt_is_read_with_the_first_drafts(
+    tiny_pair: TinyPair, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward of the target for each step and none besides; its times are no policy's business."""
+    widths: list[tuple[int, int]] = []
+    forward = SpeculativeDecoder._forward
+
+    def counted(self: SpeculativeDecoder, tokens: list[int], cache: KVCache, keep: int, ahead: Any) -> torch.Tensor:
+        logits = forward(self, tokens, cache, keep, ahead)
+        widths.append((len(tokens) + (0 if ahead is None else len(ahead)), len(logits)))
+        return logits
+
+    monkeypatch.setattr(SpeculativeDecoder, "_forward", counted)
+    policy = Scripted([3, 0, 5], stops=stops)
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
+    for length in (1, 30):
+        widths.clear()
+        policy.outcomes.clear()
+        out = decoder.generate(prompt_of(length), 20)
+        drafted = [s.drafted for s in out.steps]
+        assert widths == [(length + drafted[0], drafted[0] + 1), *((k + 1, k + 1) for k in drafted[1:])]
+        first, *later = policy.outcomes
+        times = (first.seconds, first.draft_seconds, first.verify_seconds)
+        assert (times == (0.0, 0.0, 0.0)) == (length > 1)
+        assert all(o.seconds > 0 for o in later)
+        assert out.prefill_seconds + out.decode_seconds <= out.seconds
+        assert all(s.seconds >= s.draft_seconds + s.verify_seconds > 0 for s in out.steps)
+
+
+def test_the_prompts_share_of_the_first_forward() -> None:
+    """The step keeps the median of the later verifications; the sum stays what was measured."""
+    names = [name for name in StepRecord.__dataclass_fields__ if name not in ("verify_seconds", "seconds")]
+    steps = [StepRecord(**dict.fromkeys(names, 0), verify_seconds=v, seconds=v + 0.5) for v in (9.0, 1.0, 3.0, 2.0)]
+    out = Generation(steps=steps, prefill_seconds=0.25)
+    out.charge_prompt()
+    assert [s.verify_seconds for s in out.steps] == [2.0, 1.0, 3.0, 2.0]
+    assert out.steps[0].seconds == 2.5
+    assert out.prefill_seconds == 7.25
+    alone = Generation(steps=steps[1:2])
+    alone.charge_prompt()
+    assert (alone.steps[0].verify_seconds, alone.prefill_seconds) == (1.0, 0.0)
 
 
 def test_signals_are_the_drafts_own(tiny_pair: TinyPair) -> None:
