@@ -68,9 +68,11 @@ class DriftConfig:
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
     threshold: float = option(10.0, "Page-Hinkley: summed change of the acceptance that is an alarm")
+    doc: str = option("", "document to put the tables into, between its markers")
+    plot: str = option("", "where the plot goes besides the run directory, e.g. docs/img/drift-measured.png")
     out: str = option("", "run directory, continued if it holds the same run (default: runs/drift__SEED__TIME)")
 
-    VOLATILE = ("out", "threads", "threshold")
+    VOLATILE = ("out", "threads", "threshold", "doc", "plot")
     RESUMES = True
 
     def __post_init__(self) -> None:
@@ -97,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def drift(config: DriftConfig) -> int:
-    """Decode the stream, or what is left of it, and write ``drift.json`` and ``drift.png``."""
-    from experiments.drift_report import write_drift
+    """Decode the stream, or what is left of it, and write ``drift.json``, ``drift.md`` and ``drift.png``."""
+    from experiments.drift_report import publish, write_drift
     from policies.registry import make_policy
     from speckv_online.levels import get_level
 
@@ -111,10 +113,10 @@ def drift(config: DriftConfig) -> int:
     run = RunDir.open(path, asdict(config), volatile=DriftConfig.VOLATILE)
     with exclusive(path):
         writer = StepWriter(path / "steps-drift.jsonl")
+        files = {k: Path(v).name for k in ("target", "draft", "prompts") if (v := getattr(config, k))}
         facts = manifest.collect(
             command="python -m experiments.drift",
-            config=asdict(config) | {"out": ""} | {k: Path(v).name for k in ("target", "draft", "prompts")
-                                                   if (v := getattr(config, k))},
+            config=asdict(config) | {"out": "", "doc": "", "plot": ""} | files,
             seeds=[config.seed],
             prompts={"count": config.per_phase * len(config.phases), "ids": [unit.prompt for unit, _, _ in units]},
             workers=earlier_workers(path),
@@ -125,6 +127,7 @@ def drift(config: DriftConfig) -> int:
         writer.close()
         run.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
         print(write_drift(path, config.stream(), config.threshold) + f"\nRun: {path}")
+    publish(path, config.doc, config.plot)
     return 0
 
 

@@ -8,7 +8,8 @@ on how many tokens a policy drafts; a policy that drafts nothing has no alarms. 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 import numpy as np
 
 from experiments.drift import Phase
+from experiments.drift_plot import plot
+from experiments.replays import insert
 from speckv_online.files import write_atomically
+from speckv_online.manifest import describe
 from speckv_online.records import StepRecord
-from speckv_online.report import text_table
+from speckv_online.report import markdown_table, text_table
 from speckv_online.report_series import GROUPS
-from speckv_online.rundir import UnitResult, read_units
-from speckv_online.stats import bootstrap_goodput
+from speckv_online.rundir import UnitResult, read_manifest, read_units
+from speckv_online.stats import Estimate, bootstrap_goodput, paired_ratio
 
 #: Fewest steps that Page-Hinkley and ADWIN look at before their first alarm.
 GRACE = 30
@@ -52,6 +56,10 @@ class Track:
         Share of steps by number of drafted tokens.
     phases : list of dict
         Goodput of each phase with its interval over prompts, mean gamma, and steps to the first alarm of each detector.
+    whole : Estimate
+        Goodput over the whole stream, with its interval over prompts.
+    over : dict of str to Estimate
+        The same relative to every other policy, paired by prompt.
     """
 
     policy: str
@@ -60,6 +68,8 @@ class Track:
     shares: dict[str, list[float]]
     alarms: list[Alarm]
     phases: list[dict[str, Any]]
+    whole: Estimate
+    over: dict[str, Estimate]
 
 
 def tracks(units: Sequence[UnitResult], phases: Sequence[Phase], threshold: float) -> list[Track]:
@@ -67,10 +77,13 @@ def tracks(units: Sequence[UnitResult], phases: Sequence[Phase], threshold: floa
     by_policy: dict[str, list[UnitResult]] = {}
     for unit in units:
         by_policy.setdefault(unit.unit.policy, []).append(unit)
-    return [_track(policy, own, phases, threshold) for policy, own in by_policy.items()]
+    return [_track(policy, by_policy, phases, threshold) for policy in by_policy]
 
 
-def _track(policy: str, units: Sequence[UnitResult], phases: Sequence[Phase], threshold: float) -> Track:
+def _track(
+    policy: str, by_policy: Mapping[str, Sequence[UnitResult]], phases: Sequence[Phase], threshold: float
+) -> Track:
+    units = by_policy[policy]
     where = [int(u.unit.prompt.split(".")[0]) for u in units]
     alarms = find_alarms([u.steps for u in units], where, threshold)
     edges = [most for _, most in GROUPS]
@@ -100,7 +113,16 @@ def _track(policy: str, units: Sequence[UnitResult], phases: Sequence[Phase], th
         {label: [float(c[i] / c.sum()) for c in counts] for i, (label, _) in enumerate(GROUPS)},
         alarms,
         rows,
+        bootstrap_goodput([u.tokens for u in units], [u.seconds for u in units]),
+        {other: _ratio(units, theirs) for other, theirs in by_policy.items() if other != policy},
     )
+
+
+def _ratio(units: Sequence[UnitResult], others: Sequence[UnitResult]) -> Estimate:
+    """Ratio of goodputs, paired by prompt: policies take turns in going first, so their records are in other orders."""
+    prompts = {u.unit.prompt: u for u in others}
+    sides = units, [prompts[u.unit.prompt] for u in units]
+    return paired_ratio(*([getattr(u, name) for u in side] for side in sides for name in ("tokens", "seconds")))
 
 
 def _first_accepted(steps: Sequence[StepRecord]) -> float | None:
@@ -150,68 +172,41 @@ def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
         for track in found:
             if number < len(track.phases):
                 row = track.phases[number]
-                e, alarm = row["goodput"], row["steps_to_alarm"]
+                alarm = row["steps_to_alarm"]
                 table.append(
                     (
-                        f"{number} {row['phase']}", track.policy, f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]",
+                        f"{number} {row['phase']}", track.policy, _show(Estimate(**row["goodput"])),
                         f"{row['mean_gamma']:.2f}", str(row["steps"]),
                         *(str(alarm.get(name, "–")) for name in ("ADWIN", "Page-Hinkley")),
                     )
                 )  # fmt: skip
-    return "\n".join(text_table(table))
+    names = [track.policy for track in found]
+    whole: list[tuple[str, ...]] = [
+        ("phase", "policy", "tokens/s (measured) [95 %]", *(f"× {name} [95 %]" for name in names))
+    ]
+    for track in found:
+        ratios = (_show(track.over[name]) if name in track.over else "1" for name in names)
+        whole.append(("whole stream", track.policy, _show(track.whole), *ratios))
+    text = "\n".join([*markdown_table(whole), "", *markdown_table(table)]) + "\n"
+    write_atomically(path / "drift.md", lambda f: f.write(text))
+    return "\n".join([*text_table(table), "", *text_table(whole)])
 
 
-def plot(found: Sequence[Track], file: Any) -> None:
-    """Draw goodput, acceptance with alarms, and each policy's gamma shares over the prompts of the stream, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    choosing = [t for t in found if t.policy.split(":")[0] not in ("autoregressive", "fixed")]
-    heights = [2.2, 1.8, *([1.2] * len(choosing))]
-    figure = Figure(figsize=(9, sum(heights) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    for j, track in enumerate(found):
-        x = np.arange(1, len(track.tokens_per_second) + 1)
-        panels[0].plot(x, track.tokens_per_second, color=f"C{j}", label=track.policy, marker=".", linewidth=1.2)
-        rates = [np.nan if a is None else a for a in track.acceptance]
-        panels[1].plot(x, rates, color=f"C{j}", marker=".", linewidth=1.2)
-        for name, marker in (("ADWIN", "v"), ("Page-Hinkley", "^")):
-            at = [a.prompt + 1 for a in track.alarms if a.detector == name]
-            height = 1.06 + 0.07 * j
-            panels[1].plot(at, [height] * len(at), marker, color=f"C{j}", markersize=6)
-    panels[0].set_ylabel("tokens/s (measured)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    panels[1].set_ylabel("first draft accepted\n▼ ADWIN, ▲ Page-H.", fontsize="small")
-    ramp = ("0.8", "#cfe1f2", "#93c4de", "#4b97c9", "#1f63a8", "#08306b")
-    for panel, track in zip(panels[2:], choosing, strict=True):
-        x = np.arange(1, len(track.tokens_per_second) + 1)
-        below = np.zeros(len(x))
-        for (label, share), colour in zip(track.shares.items(), ramp, strict=True):
-            panel.bar(x, share, 1.0, bottom=below, color=colour, label=f"γ {label}")
-            below += share
-        panel.set_ylabel(track.policy)
-        panel.set_ylim(0, 1)
-    if choosing:
-        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    panels[-1].set_xlabel("prompts decoded by each policy")
-    _mark(panels, found)
-    figure.savefig(file, format="png", dpi=130)
+def publish(path: Path, doc: str, picture: str) -> None:
+    """Put the tables of a run into a document, and its plot where ``picture`` says; empty text leaves either away."""
+    if picture:
+        image = (path / "drift.png").read_bytes()
+        write_atomically(Path(picture).expanduser(), lambda f: f.write(image), binary=True)
+    if doc:
+        facts = describe(read_manifest(path))
+        image_link = f"\n![Goodput, acceptance and γ over the stream](img/{Path(picture).name})\n" if picture else ""
+        text = (path / "drift.md").read_text(encoding="utf-8")
+        insert(Path(doc), f"Measured; 95 % intervals over prompts. {facts}\n\n{text}{image_link}", "drift")
 
 
-def _mark(panels: Any, found: Sequence[Track]) -> None:
-    """Draw a line where the stream changes, and name the phases above the first panel."""
-    longest = max(found, key=lambda track: len(track.tokens_per_second))
-    start = 0.5
-    for row in longest.phases:
-        for panel in panels:
-            panel.axvline(start, color="0.3", linewidth=0.8, linestyle=":")
-        panels[0].text(
-            start + row["prompts"] / 2, 1.02, row["phase"].replace("@", "\n"), fontsize=7, ha="center", va="bottom",
-            transform=panels[0].get_xaxis_transform(),
-        )  # fmt: skip
-        start += row["prompts"]
-    panels[0].set_xlim(0.5, start)
+def _show(e: Estimate) -> str:
+    """A value with its interval, which one prompt does not have."""
+    return f"{e.value:.2f}" if math.isnan(e.low) else f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def _plain(value: Any) -> Any:

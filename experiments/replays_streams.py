@@ -20,6 +20,7 @@ from experiments.config import option, parse
 from experiments.replays import check_traces, insert
 from speckv_online.commands import run_command
 from speckv_online.errors import UserError
+from speckv_online.report import markdown_table
 
 PARTS = ("start", "drift", "merge")
 MARKER = "streams"
@@ -105,13 +106,6 @@ def streams(config: StreamsConfig) -> int:
     return 0
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(heads) + " |"
-    yield "|---" * len(heads) + "|"
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-
-
 Found = dict[tuple[str, ...], Any]
 
 
@@ -129,7 +123,7 @@ def _start(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:
         "good from the first step on, there is nothing to save.\n"
     )
     heads = ("cell", "policy", "steps, warm", "steps, cold", "first 100 steps, warm", "first 100 steps, cold", "")
-    yield from _table(heads, [as_rows(where, one) for (where, _), one in starts.items()])
+    yield from markdown_table([heads, *(as_rows(where, one) for (where, _), one in starts.items())])
     yield "\n![Goodput by steps from warm and cold starts](img/warm-start.png)"
 
 
@@ -147,7 +141,7 @@ def _drift(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:
         "is known in hindsight only.\n"
     )
     heads = ("stream", "policy", "changes", "first 100 steps", "back after", "worst kind past 300", "× nearest fixed γ")
-    yield from _table(heads, [as_rows(where, one) for (where, _), one in drifts.items()])
+    yield from markdown_table([heads, *(as_rows(where, one) for (where, _), one in drifts.items())])
     yield "\n![Goodput after a change, relative to the settled policy](img/drift.png)"
 
 
@@ -172,7 +166,7 @@ def _merge(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:
         for spec, table in rates.items()
         for count, line in zip(workers, table.tolist(), strict=True)
     ]
-    yield from _table(("policy", "workers", *(f"m = {m}" for m in every)), rows)
+    yield from markdown_table([("policy", "workers", *(f"m = {m}" for m in every)), *rows])
     yield "\n![Goodput by steps between merges and number of workers](img/merge.png)"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import CompareConfig, option, parse
-from experiments.replays import check_traces
+from experiments.replays import check_traces, insert
 from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 
@@ -43,9 +43,9 @@ class ScaleConfig:
     steps: int = option(320, "simulated: steps of each worker")
     rate: float = option(20.0, "arithmetic: decoding steps per second of a worker")
     seed: int = option(0, "seed of the streams")
-    out: str = option("runs/scale", "directory of scale.json, scale.png and the runs")
-
-    VOLATILE = ("out",)
+    doc: str = option("", "document to put the tables into, each between the markers of its part")
+    images: str = option("", "directory of scale.png (default: beside scale.json)")
+    out: str = option("runs/scale", "directory of scale.json and the runs")
 
     def __post_init__(self) -> None:
         if not self.parts or not set(self.parts) <= set(PARTS) or not self.policies:
@@ -71,7 +71,7 @@ def scale(config: ScaleConfig) -> int:
     """Do the parts; print their tables, write ``scale.json`` and, of what was simulated, ``scale.png``."""
     from policies.registry import make_policy
     from speckv_online.files import write_atomically
-    from speckv_online.report import text_table
+    from speckv_online.report import markdown_table, text_table
     from speckv_online.rundir import check_writable
 
     for spec in config.policies:
@@ -84,12 +84,18 @@ def scale(config: ScaleConfig) -> int:
     for part, do in (("real", _real), ("simulated", _simulated), ("arithmetic", _arithmetic)):
         if part in config.parts:
             rows, kind = do(config, out)
-            document[part] = {"kind": kind, "config": asdict(config) | {"out": "", "traces": ""}, "rows": rows}
+            settings = asdict(config) | dict.fromkeys(("out", "doc", "images", "traces"), "")
+            document[part] = {"kind": kind, "config": settings, "rows": rows}
             write_atomically(file, lambda f: f.write(json.dumps(document, indent=1) + "\n"))
             table = [tuple(rows[0]), *(tuple(_show(value) for value in row.values()) for row in rows)]
             print("\n".join([f"{part} ({kind})", *text_table(table), ""]), flush=True)
+            if config.doc:
+                picture = ["", "![Goodput of a worker, by number of workers](img/scale.png)"] * (part == "simulated")
+                text = "\n".join([f"{kind[0].upper()}{kind[1:]}.", "", *markdown_table(table), *picture])
+                insert(Path(config.doc), text + "\n", f"scale-{part}")
     if "simulated" in config.parts:
-        write_atomically(out / "scale.png", lambda f: plot(document["simulated"]["rows"], f), binary=True)
+        images = Path(config.images).expanduser() if config.images else out
+        write_atomically(images / "scale.png", lambda f: plot(document["simulated"]["rows"], f), binary=True)
     return 0
 
 

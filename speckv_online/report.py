@@ -43,7 +43,7 @@ def write_reports(paths: Sequence[str | Path], out: str | Path) -> list[Report]:
         parts = [Path(path).resolve().parts for path in paths]
         reports = [replace(r, name="/".join(p[-2:])) for r, p in zip(reports, parts, strict=True)]
     _write(Path(out) / "report.html", runs_to_html(reports))
-    text = ["# Comparison of runs", "", *_markdown(side_by_side(reports)), ""]
+    text = ["# Comparison of runs", "", *markdown_table(side_by_side(reports)), ""]
     for report in reports:
         text += [f"# {report.name}", "", *to_markdown(report).splitlines()[2:], ""]
     _write(Path(out) / "report.md", "\n".join(text))
@@ -77,7 +77,7 @@ def to_markdown(report: Report, pictures: Sequence[Chart] = ()) -> str:
     for texts, row in zip(rows, report.rows, strict=True):
         if p := p_value(row):
             texts[6] += f", {p}"
-    lines += _markdown([HEAD, *rows])
+    lines += markdown_table([HEAD, *rows])
     lines += ["", *(f"- {note}" for note in report.notes), ""]
     if report.modelled:
         lines += [
@@ -85,7 +85,7 @@ def to_markdown(report: Report, pictures: Sequence[Chart] = ()) -> str:
             "",
             "Tokens per second.",
             "",
-            *_markdown([MODELLED_HEAD, *modelled_cells(report)]),
+            *markdown_table([MODELLED_HEAD, *modelled_cells(report)]),
             "",
         ]
     for chart in pictures:
@@ -99,7 +99,8 @@ def to_json(report: Report) -> dict[str, Any]:
     return _finite(asdict(report))
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines in Markdown: two columns of text, then figures."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return [lines[0], "|" + "---|" * 2 + "---:|" * (len(table[0]) - 2), *lines[1:]]
 

@@ -35,8 +35,12 @@ def flags(tiny_pair: TinyPair, tmp_path: Path) -> list[str]:
 def test_a_stream_is_decoded_resumed_and_drawn(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(flags) == 0
+    run, doc, image = tmp_path / "run", tmp_path / "page.md", tmp_path / "img" / "stream.png"
+    doc.write_text("Before\n<!-- drift: begin --><!-- drift: end -->\nAfter\n")
+    assert main([*flags, "--doc", str(doc), "--plot", str(image)]) == 0
+    page = doc.read_text()
+    assert page.startswith("Before\n") and page.endswith("\nAfter\n") and "(img/stream.png)" in page  # noqa: PT018
+    assert image.read_bytes() == (run / "drift.png").read_bytes()
     units = read_units(run)
     assert len({u.unit.key for u in units}) == len(units) == 4 * 2 * 3
     outputs: dict[str, set[tuple[int, ...]]] = {}
@@ -47,6 +51,15 @@ def test_a_stream_is_decoded_resumed_and_drawn(
     assert [p["policy"] for p in found["policies"]] == ["autoregressive", "fixed:2", "online"]
     assert all(len(p["tokens_per_second"]) == 8 and len(p["phases"]) == 4 for p in found["policies"])
     assert set(found["policies"][0]["acceptance"]) == {None}
+    for policy in found["policies"]:
+        own = [u for u in units if u.unit.policy == policy["policy"]]
+        assert policy["whole"]["value"] == pytest.approx(sum(u.tokens for u in own) / sum(u.seconds for u in own))
+        assert policy["whole"]["prompts"] == 8
+        for other, ratio in policy["over"].items():
+            base = next(p for p in found["policies"] if p["policy"] == other)
+            assert ratio["value"] == pytest.approx(policy["whole"]["value"] / base["whole"]["value"])
+    assert "| whole stream | online |" in page
+    assert "| 1 code@fp32@layers:1 | online |" in page
     assert (run / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert set(read_manifest(run)["workers"]) == {"fp32", "fp16"}
     table = capsys.readouterr().out
