@@ -10,10 +10,13 @@ from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
 from policies.labels import ArmLabels
 from policies.learned import CostAware
-from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Weights, level_code, resolve_weights
+from policies.level_features import N_LEVEL
+from policies.mlp16 import HIDDEN, INPUTS, Mlp16, level_code, resolve_weights
 
+#: MLP16's inputs, and behind them the rest of a level's description, with weights that start at zero.
+_INPUTS = INPUTS + N_LEVEL
 #: Where W1, b1, W2, b2 lie in the flat parameter vector.
-_SIZES = (INPUTS * HIDDEN, HIDDEN, HIDDEN, 1)
+_SIZES = (_INPUTS * HIDDEN, HIDDEN, HIDDEN, 1)
 
 
 class OnlineSgd(CostAware):
@@ -39,27 +42,32 @@ class OnlineSgd(CostAware):
         if not 0 < rate < 1 or not 0 <= epsilon <= 1:
             raise PolicyError(f"rate must be between 0 and 1 and epsilon from 0 to 1, got {rate} and {epsilon}")
         self.rate, self.epsilon, self.steps = rate, epsilon, 0
-        w = resolve_weights(weights)
-        self._flat = np.concatenate([w.W1.ravel(), w.b1, w.W2.ravel(), w.b2])
+        # Reads contexts, with their fading while nothing is drafted; its weights are what training starts from.
+        self._reader = Mlp16(resolve_weights(weights), self.arms)
+        self._flat = self._start()
         self._gradient, self._first, self._second = (np.zeros_like(self._flat) for _ in range(3))
         self._W1, self._b1, self._W2, self._b2 = _views(self._flat)
         self._views = _views(self._gradient)
         self.labels = ArmLabels(self.arms)
-        self._inputs = np.zeros((len(self.arms), INPUTS))
+        self._inputs = np.zeros((len(self.arms), _INPUTS))
         self._inputs[:, 5] = self.arms
-        # Reads contexts, with their fading while nothing is drafted; its weights are not used.
-        self._reader = Mlp16(w, self.arms)
 
-    @property
-    def weights(self) -> Weights:
-        """The weights as they are now."""
-        return Weights(self._W1.copy(), self._b1.copy(), self._W2.copy()[:, None], self._b2.copy())
+    def _start(self) -> np.ndarray:
+        w = self._reader.weights
+        return np.concatenate([w.W1.ravel(), np.zeros(N_LEVEL * HIDDEN), w.b1, w.W2.ravel(), w.b2])
+
+    def _read(self, context: Context) -> np.ndarray:
+        """Four signals, the acceptance, a 1, and the description of the level, shape (9,)."""
+        found = np.empty(_INPUTS)
+        found[:INPUTS], found[INPUTS:] = self._reader.read(context), self.costs.describe(context.level)
+        return found
 
     def _forward(self, level: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return inputs (K, 6), hidden units (K, 16) and rates (K,), not clipped."""
+        """Return inputs (K, 9), hidden units (K, 16) and rates (K,), not clipped."""
         x = self._inputs
         x[:, :4] = features[:4]
         x[:, 4] = level_code(level)
+        x[:, INPUTS:] = features[INPUTS:]
         hidden = np.maximum(x @ self._W1 + self._b1, 0.0)
         return x, hidden, hidden @ self._W2 + self._b2
 
@@ -74,7 +82,7 @@ class OnlineSgd(CostAware):
         return self.epsilon / (1.0 + self.steps / 200.0) ** 0.5
 
     def decide(self, context: Context) -> Decision:
-        features = self._reader.read(context)
+        features = self._read(context)
         legal = self.labels.count[context.max_gamma] or 1
         best = arm = self._greedy(context.level, features, legal)
         if self.rng.random() < self._share:
@@ -88,7 +96,7 @@ class OnlineSgd(CostAware):
         legal = self.labels.count[context.max_gamma] or 1
         p = np.zeros(len(self.arms))
         p[:legal] = self._share / legal
-        p[self._greedy(context.level, self._reader.read(context), legal)] += 1.0 - self._share
+        p[self._greedy(context.level, self._read(context), legal)] += 1.0 - self._share
         return p
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
@@ -116,8 +124,7 @@ class OnlineSgd(CostAware):
         self._flat -= size * self._first / (np.sqrt(self._second) + 1e-8)
 
     def forget(self) -> None:
-        w = self._reader.weights
-        self._flat[:] = np.concatenate([w.W1.ravel(), w.b1, w.W2.ravel(), w.b2])
+        self._flat[:] = self._start()
         self._first[:], self._second[:], self.steps = 0.0, 0.0, 0
         self.version += 1
 
@@ -140,6 +147,6 @@ class OnlineSgd(CostAware):
 
 
 def _views(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """W1 (6, 16), b1 (16,), W2 (16,), b2 (1,) as views of one vector."""
+    """W1 (9, 16), b1 (16,), W2 (16,), b2 (1,) as views of one vector."""
     parts = np.split(flat, np.cumsum(_SIZES)[:-1])
-    return parts[0].reshape(INPUTS, HIDDEN), parts[1], parts[2], parts[3]
+    return parts[0].reshape(_INPUTS, HIDDEN), parts[1], parts[2], parts[3]
