@@ -161,7 +161,7 @@ class Hazard:
     def save_prior(self, path: str | Path) -> None:
         """Write what was learnt as a prior for later runs (an npz that the constructor reads)."""
         self.refresh()
-        arrays: State = {"history": self.history.state()["history.table"]}
+        arrays: State = {"history": self.history.table()}
         for name, head in zip(HEADS, self.heads, strict=True):
             arrays[name] = head.mean
             arrays[f"{name}_precision"] = head.prior_precision + head.state()["head.sums"][:, :-1]

@@ -8,6 +8,7 @@ hashed into a table of sums that forget exponentially and add up over workers.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,26 +60,53 @@ class TokenHistory:
 
     def forget(self) -> None:
         """Return to what was known beforehand; what was not handed out yet is dropped too."""
-        self._weight, self._steps = 1.0, 0
-        self._fill(self._prior)
-        self._shared = self._prior
+        self._set(self._prior.copy(), 1.0)
 
-    def _fill(self, table: np.ndarray) -> None:
-        """Put counts into the table. Entries are stored times ``_weight``, which grows as they fade."""
-        self._tested, self._accepted = table.tolist()
-        self._totals = [float(row[:SINGLES].sum()) for row in table]
+    def _set(self, table: np.ndarray, weight: float) -> None:
+        """Start from entries that are stored times ``weight``, none of them this copy's own."""
+        self._table, self._weight, self._steps = table, weight, 0
+        self.__dict__.pop("_counts", None)
 
-    def _table(self) -> np.ndarray:
-        return np.array([self._tested, self._accepted])
+    @cached_property
+    def _counts(self) -> tuple[list[float], list[float], list[float]]:
+        """Tested, accepted, and their totals over the last token's buckets: the table and what was noted since.
+
+        The hot path reads lists far quicker than arrays. They are made at its first step, so that a copy that only
+        merges never makes any; until the next exchange the table stays as it was handed out last.
+        """
+        tested, accepted = self._table.tolist()
+        return tested, accepted, [float(row[:SINGLES].sum()) for row in self._table]
+
+    def _now(self) -> np.ndarray:
+        """The table with what was noted since the last exchange; may be the table itself."""
+        return np.array(self._counts[:2]) if "_counts" in self.__dict__ else self._table
+
+    def _fade(self, keep: float) -> None:
+        """Multiply everything by ``keep``.
+
+        Entries are stored times a weight, which grows as they fade, so that what only fades does not change. Past a
+        million it starts anew.
+        """
+        if self._weight <= 1e6 * keep:
+            self._weight /= keep
+            return
+        scale, self._weight = keep / self._weight, 1.0
+        noted, now = "_counts" in self.__dict__, self._now()
+        self._table = self._table * scale
+        if noted:
+            self._open(now * scale)
+
+    def _open(self, now: np.ndarray) -> None:
+        """Let the lists hold these entries."""
+        tested, accepted = now.tolist()
+        self._counts = tested, accepted, [float(row[:SINGLES].sum()) for row in now]
 
     def step(self) -> None:
         """Let everything fade by one step."""
         self._steps += 1
         self._weight /= self.discount
         if self._weight > 1e6:
-            self._fill(self._table() / self._weight)
-            self._shared = self._shared / self._weight
-            self._weight = 1.0
+            self._fade(1.0)
 
     def look(self, memory: dict[Any, Any], tail: Tail) -> tuple[float, ...]:
         """Describe what is known of drafts after ``tail``, the last tokens up to four; all zero for an empty one.
@@ -96,15 +124,15 @@ class TokenHistory:
             latest = hit
         seen = _UNSEEN if found < 0 else (_HIT if latest else _MISSED)[found]
         i, j = buckets(tail)
-        weight, (tested, accepted) = self._weight, self._totals
-        mean = accepted / tested if tested else 0.0
+        weight, (tested, accepted, totals) = self._weight, self._counts
+        mean = totals[1] / totals[0] if totals[0] else 0.0
         one = two = 0.0
         if i >= 0:
-            n = self._tested[i]
-            one = (self._accepted[i] - mean * n) / (n + SHRINK_SINGLE * weight)
+            n = tested[i]
+            one = (accepted[i] - mean * n) / (n + SHRINK_SINGLE * weight)
         if j >= 0:
-            n = self._tested[j]
-            two = (self._accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
+            n = tested[j]
+            two = (accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
         return (*seen, one, two)
 
     def note(self, memory: dict[Any, Any], tail: Tail, hit: bool) -> None:
@@ -112,52 +140,60 @@ class TokenHistory:
         for suffix in _SUFFIXES[: len(tail)]:
             memory[tail[suffix]] = hit
         i, j = buckets(tail)
-        weight, totals = self._weight, self._totals
+        weight, (tested, accepted, totals) = self._weight, self._counts
         if i >= 0:
-            self._tested[i] += weight
+            tested[i] += weight
             totals[0] += weight
             if hit:
-                self._accepted[i] += weight
+                accepted[i] += weight
                 totals[1] += weight
         if j >= 0:
-            self._tested[j] += weight
+            tested[j] += weight
             if hit:
-                self._accepted[j] += weight
+                accepted[j] += weight
+
+    def table(self) -> np.ndarray:
+        """Tested and accepted drafts per bucket, shape (2, SINGLES + PAIRS)."""
+        return self._now() / self._weight
 
     def state(self) -> State:
-        """The table, as an array."""
-        return {"history.table": self._table() / self._weight}
+        """The table and what its entries have to be divided by: so a merge changes no more entries than it adds to."""
+        return {"history.table": self._now().copy(), "history.weight": np.array(self._weight)}
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         table = check_array(state, "history.table", SHAPE)
-        self._weight, self._steps = 1.0, 0
-        self._fill(table)
-        self._shared = table.copy()
+        weight = float(check_array(state, "history.weight", ())) if "history.weight" in state else 1.0
+        if not weight > 0.0:
+            raise PolicyError(f"the state's 'history.weight' must be above zero, got {weight}")
+        self._set(np.array(table, dtype=float), weight)
 
     def take_delta(self) -> State:
         """Buckets that changed since the last call, by how much, and over how many steps."""
-        table = self._table()
-        delta = (table - self._shared) / self._weight
+        now = self._now()
+        delta = (now - self._table) / self._weight
         index = np.flatnonzero(np.abs(delta[0]) > 1e-12)
-        steps, self._steps, self._shared = self._steps, 0, table
+        steps, self._steps, self._table = self._steps, 0, now
         return {"history.index": index, "history.sums": delta[:, index], "history.count": np.array(float(steps))}
 
     def merge(self, delta: State) -> None:
         """Add what another copy handed out, as if its steps had come after this one's."""
         index, sums, count = _read(delta)
-        table = self._table()
-        own = table - self._shared
-        table *= self.discount**count
-        table[:, index] += sums * self._weight
-        self._fill(table)
-        self._shared = table - own
+        noted = "_counts" in self.__dict__
+        own = (self._now() - self._table) / self._weight if noted else 0.0
+        self._fade(self.discount**count)
+        now = self._now()
+        now[:, index] += sums * self._weight
+        if noted:  # what is not handed out yet fades by others' steps here, and where it is added later
+            self._table = now - own * self._weight
+            self._open(now)
 
     def restore_delta(self, delta: State) -> None:
         """Hand a taken delta back, so that the next :meth:`take_delta` includes it."""
         index, sums, count = _read(delta)
-        self._shared = self._shared.copy()
-        self._shared[:, index] -= sums * self._weight
+        self._open(self._now())
+        self._table = self._table.copy()
+        self._table[:, index] -= sums * self._weight
         self._steps += int(count)
 
 

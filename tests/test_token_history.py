@@ -41,7 +41,7 @@ def test_the_table_holds_shrunk_excess_acceptance() -> None:
     mean = 3 / 8
     assert history.look({}, (1, 2))[TAIL] == pytest.approx((3 - mean * 4) / (4 + SHRINK_SINGLE))
     assert history.look({}, (1, 2))[TAIL + 1] == pytest.approx((3 - mean * 3) / (3 + SHRINK_PAIR))
-    table = history.state()["history.table"]
+    table = history.table()
     rows = np.array([buckets((1, 2)), buckets((3, 4)), buckets((2,))])
     want = [history.look({}, tail)[TAIL:] for tail in ((1, 2), (3, 4), (2,))]
     np.testing.assert_allclose(excess(table, rows), want)
@@ -50,7 +50,7 @@ def test_the_table_holds_shrunk_excess_acceptance() -> None:
 def test_what_is_old_counts_less() -> None:
     history = TokenHistory(discount=0.9)
     note(history, [((1, 2), True)] * 30 + [((5, 6), False)] * 300)
-    tested = history.state()["history.table"][0]
+    tested = history.table()[0]
     assert tested[buckets((1, 2))[0]] == pytest.approx(sum(0.9 ** (i + 300) for i in range(1, 31)), abs=1e-9)
     assert tested[buckets((5, 6))[0]] == pytest.approx(9.0)
 
@@ -64,7 +64,33 @@ def test_merged_tables_are_one_process_s(discount: float) -> None:
         note(copy, rows)
         learner.merge(copy.take_delta())
         assert len(copy.take_delta()["history.index"]) == 0
-    np.testing.assert_allclose(learner.state()["history.table"], alone.state()["history.table"], atol=1e-9)
+    np.testing.assert_allclose(learner.table(), alone.table(), atol=1e-9)
+
+
+def test_a_merge_changes_no_more_of_the_state_than_it_adds_to() -> None:
+    """Also with forgetting, until the weight of the entries is set back to one."""
+    learner, worker = TokenHistory(discount=0.99), TokenHistory(discount=0.99)
+    note(worker, draws(1, 20))
+    learner.merge(worker.take_delta())
+    resets, want = 0, learner.table()
+    for i in range(80):
+        before = learner.state()
+        note(worker, draws(i, 20))
+        delta = worker.take_delta()
+        learner.merge(delta)
+        want = 0.99**20 * want
+        want[:, delta["history.index"]] += delta["history.sums"]
+        now = learner.state()
+        if now["history.weight"] > before["history.weight"]:
+            changed = np.flatnonzero((now["history.table"] != before["history.table"]).any(axis=0))
+            assert set(changed) == set(delta["history.index"])
+        else:
+            resets += 1
+        again = TokenHistory(discount=0.99)
+        again.load(now)
+        for history in (learner, again):
+            np.testing.assert_allclose(history.table(), want, rtol=1e-9, atol=1e-12)
+    assert resets == 1
 
 
 def test_merging_leaves_what_is_not_shared_yet() -> None:
