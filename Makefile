@@ -1,14 +1,19 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
 # make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-m 'not slow and not ray'"
-# make results  measures everything that docs/results.md shows (hours): make results ARGS="--prompts 8"
+# make results  everything that docs/results.md shows, about 4 hours on two cores; stopped, the same command goes on
+# make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
+# make results-modelled  the parts on traces only
 # make clean removes the environment; caches of models stay (see `speckv models`)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+# Where the parts of `make results` are kept, each resumable: remove a part to have it made anew.
+RUNS ?= runs
 
-.PHONY: run test results setup clean
+.NOTPARALLEL:
+.PHONY: run test results results-measured results-modelled setup clean
 
 run: setup
 	@echo "== preparing the default model pair"
@@ -26,10 +31,33 @@ test: setup
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
 
-results: setup
+results: results-measured results-modelled
+
+# 40 prompts, of which 20 for all contenders: about 130 minutes. `--prompts 8 --some 2 --max-new-tokens 40`: 20 minutes.
+results-measured: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== transformers, our decoder and every policy on the clock"
-	@$(BIN)/python -m experiments.results --doc docs/results.md --plot docs/img/results.png $(ARGS)
+	@$(BIN)/python -m experiments.results --doc docs/results.md --readme README.md --plot docs/img/results.png \
+		--out $(RUNS)/results $(ARGS)
+
+# Exact traces of all held-out prompts, of the default pair (25 minutes) and of the same target drafted by its own 4-bit
+# self, whose outputs are those of the first (20 minutes); every policy replayed on both (30 minutes), and streams (40).
+results-modelled: setup
+	@$(BIN)/speckv models prepare smollm2
+	@echo "== exact traces of the default pair"
+	@$(BIN)/python -m experiments.profile --split test --prompts 80 --out $(RUNS)/test
+	@echo "== exact traces of a draft that is mostly right: the target's own 4-bit self"
+	@model=$$($(BIN)/python -c "from speckv_online.models import prepare; print(prepare('smollm2'))") && \
+	$(BIN)/python -m experiments.profile --target "$$model" --draft "$$model" --draft-level nf4 --split test \
+		--prompts 80 --reuse $(RUNS)/test --out $(RUNS)/high
+	@echo "== every policy on the traces"
+	@test -f $(RUNS)/replays/replays.json || $(BIN)/python -m experiments.replays $(ON_TRACES) --orders 3 \
+		--out $(RUNS)/replays
+	@echo "== learning over time on the traces"
+	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --orders 5 --images docs/img --out $(RUNS)/streams
+
+ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high --costs $(RUNS)/test/cost.json,rtx3090-release \
+	--doc docs/results.md
 
 setup: $(READY)
 

@@ -42,6 +42,7 @@ OTHERS = (
     "fixed:2+hybrid",
 )  # fmt: skip
 PEER = "transformers"
+PLACES = ("doc", "readme", "plot", "out")
 WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
 
@@ -61,11 +62,12 @@ class ResultsConfig:
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
     doc: str = option("", "document to put the tables into, between its markers")
+    readme: str = option("", "document to put the short table into, between its markers")
     plot: str = option("", "PNG file of the plot (default: results.png in --out)")
     out: str = option("runs/results", "run directory; a run that is there is continued")
 
     #: Settings that may change when a run is continued.
-    VOLATILE = ("doc", "plot", "out", "prompts", "some", "round", "leading", "others", "levels")
+    VOLATILE = (*PLACES, "prompts", "some", "round", "leading", "others", "levels")
 
     def __post_init__(self) -> None:
         for name in ("prompts", "some", "round", "max_new_tokens"):
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def results(config: ResultsConfig) -> int:
     """Decode what is missing, then write the tables."""
     from experiments.peers import SCHEDULES
+    from experiments.results_headline import publish_headline
     from experiments.results_tables import publish
     from speckv_online import manifest
     from speckv_online.rundir import RunDir, read_manifest
@@ -99,13 +102,17 @@ def results(config: ResultsConfig) -> int:
     prompts = list(enumerate(choose(bundled("test"), config.prompts, config.seed)))
     known = read_manifest(run.path)["levels"] if (run.path / "run.json").exists() else ()
     benches = [Bench(config, level, run.path, known) for level in config.levels]
+    settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
     text = ""
     for start in range(0, len(prompts), config.round):
         group = prompts[start : start + config.round]
         decoded = [bench.run(group) for bench in benches]
         if any(decoded) or start + config.round >= len(prompts):
-            run.write_manifest(manifest.collect(levels=[bench.facts for bench in benches]))
+            facts = {"levels": [bench.facts for bench in benches], "settings": settings}
+            run.write_manifest(manifest.collect(**facts))
             text = publish(run.path, config.doc, config.plot, config.leading)
+            if config.readme:
+                publish_headline(run.path, config.readme, config.leading)
     print(text)
     return 0
 

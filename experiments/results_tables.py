@@ -21,6 +21,7 @@ MARKER = "measured"
 FOUR, PRODUCT = "fixed:4", "goodput+hybrid"
 PAPER = "mlp16:tokens_per_step"
 THEIR_FOUR = "transformers:constant-4"
+THEIRS = "transformers:"  # its schedules, without its plain decoding
 AGREE = 0.05  # how far modelled goodput may be from measured
 
 
@@ -54,9 +55,11 @@ class Level:
 
     def best(self, prefix: str) -> str:
         """The contender of a family with the highest goodput in hindsight, on as many prompts as can be compared."""
-        names = [n for n in self.calls if (n.partition(":")[0] == prefix or n == prefix) and "+" not in n]
+        names = [n for n in self.calls if n.startswith(prefix) and "+" not in n]
         if prefix == "fixed" and PLAIN in self.calls:
             names.append(PLAIN)
+        if not names:
+            raise KeyError(prefix)
         names.sort(key=lambda n: -len(self.calls[n]))  # those with fewer prompts have to beat the others on theirs
         best = names[0]
         for name in names[1:]:

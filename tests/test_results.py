@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.results import main
+from experiments.results_headline import headline
 from experiments.results_model import modelled_calls
 from experiments.results_tables import Level, bars, levels_of, table
 from speckv_online.errors import UserError
@@ -73,6 +74,11 @@ def test_tables_say_what_passes_and_what_fails(level: Level) -> None:
     rows = table(level)
     assert sum("`transformers" in row for row in rows) == 3
     assert any(row.startswith("| `goodput+hybrid` | 3 | 20.00 |") for row in rows)
+    text = headline([level], {"settings": {"max_new_tokens": 64}})
+    assert "3 held-out prompts, 64 new tokens" in text
+    assert "| ours, best fixed γ (*hindsight*: 1) | 11.1 |" in text  # on the one prompt that it decoded
+    assert "with the hybrid drafter** | **20.0** [5.00: 5.00–5.00] |" in text
+    assert "online" not in text  # not in this run
 
 
 def timed(policy: str, prompt: str, length: int, drafts: list[int], extra: float = 0.0) -> UnitResult:
@@ -138,9 +144,11 @@ def test_unknown_contenders_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.skipif(not smollm2_ready(), reason="the default pair is not prepared")
 def test_real_run_is_lossless_and_goes_on_where_it_was(tmp_path: Path) -> None:
     doc = tmp_path / "doc.md"
-    doc.write_text("<!-- measured: begin -->\n<!-- measured: end -->\n")
+    doc.write_text(
+        "<!-- measured: begin -->\n<!-- measured: end -->\n<!-- headline: begin -->\n<!-- headline: end -->\n"
+    )
     arguments = ["--levels", "fp16", "--some", "1", "--round", "1", "--max-new-tokens", "6", "--others", "fixed:1"]
-    arguments += ["--threads", "1", "--out", str(tmp_path / "run"), "--doc", str(doc)]
+    arguments += ["--threads", "1", "--out", str(tmp_path / "run"), "--doc", str(doc), "--readme", str(doc)]
     contenders = "transformers,transformers:constant-4,autoregressive,goodput+hybrid"
     assert main([*arguments, "--prompts", "1", "--leading", "transformers"]) == 0
     costs = read_manifest(tmp_path / "run")["levels"]
@@ -151,3 +159,4 @@ def test_real_run_is_lossless_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len({json.dumps(u.facts["output"]) for u in units}) == 2  # everybody says what the target says
     assert read_manifest(tmp_path / "run")["levels"] == costs  # calibrated once
     assert "`goodput+hybrid`" in doc.read_text()
+    assert "goodput` with the hybrid drafter" in doc.read_text()

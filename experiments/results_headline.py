@@ -1,0 +1,76 @@
+"""The short table of a run of :mod:`experiments.results` for the README: what users have today, and what this gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.replays import insert
+from experiments.results_model import PLAIN
+from experiments.results_tables import FOUR, PAPER, PRODUCT, THEIR_FOUR, THEIRS, Level, levels_of
+from speckv_online.manifest import describe
+from speckv_online.rundir import read_manifest
+
+MARKER = "headline"
+#: Label, contender, whether to add the ratio to transformers' constant-4. A family stands for its best.
+ROWS: tuple[tuple[str, str, bool], ...] = (
+    ("transformers, `assistant_model=`, constant 4", THEIR_FOUR, False),
+    ("transformers, `assistant_model=`, its best schedule", THEIRS, False),
+    ("transformers, no draft", "transformers", False),
+    ("ours, no draft", PLAIN, False),
+    ("ours, γ = 4", FOUR, False),
+    ("ours, best fixed γ", "fixed", False),
+    ("ours, frozen MLP16, tokens per step (the paper's objective)", PAPER, False),
+    ("ours, frozen MLP16, tokens per second", "mlp16", False),
+    ("ours, `online`", "online", False),
+    ("ours, `goodput`", "goodput", True),
+    ("**ours, `goodput` with the hybrid drafter**", PRODUCT, True),
+)
+
+
+def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
+    """Return a caption and the table as Markdown; contenders that are not in the run are left out."""
+    prompts = min(len(calls) for level in levels for calls in level.calls.values() if len(calls) == most(level))
+    tokens = manifest.get("settings", {}).get("max_new_tokens", "?")
+    lines = [
+        f"Tokens per second, `measured`: {prompts} held-out prompts, {tokens} new tokens each, greedy, whole calls, "
+        f"prompt included, all contenders in turns in one process ({describe(manifest)}). In brackets the ratio to "
+        "transformers' own constant-4, with a 95 % interval over prompts.",
+        "",
+        f"| | {' | '.join(level.name for level in levels)} |",
+        "|---" + "|---:" * len(levels) + "|",
+    ]
+    for label, name, compare in ROWS:
+        family = name in ("fixed", THEIRS)
+        try:
+            chosen = [level.best(name) if family else name for level in levels]
+            cells = [cell(level, of, compare) for level, of in zip(levels, chosen, strict=True)]
+        except KeyError:
+            continue
+        if family:
+            picked = [n.partition(":")[2] or "0" for n in chosen]
+            label += f" (*hindsight*: {', '.join(picked)})"
+        if name == PRODUCT:
+            cells = [f"**{text.partition(' ')[0]}**{text[len(text.partition(' ')[0]) :]}" for text in cells]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def most(level: Level) -> int:
+    """Number of prompts that the leading contenders decoded."""
+    return max(len(calls) for calls in level.calls.values())
+
+
+def cell(level: Level, name: str, compare: bool) -> str:
+    """A contender's tokens per second, on request with its ratio to transformers' constant-4."""
+    text = f"{level.goodput(name):.1f}"
+    if compare:
+        e = level.ratio(name, THEIR_FOUR)
+        text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]"
+    return text
+
+
+def publish_headline(path: Path, readme: str, leading: Sequence[str] = ()) -> None:
+    """Put a run's short table between the markers of a document."""
+    insert(Path(readme), headline(levels_of(path, leading), read_manifest(path)), MARKER)
