@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiments.stream_start import cold
 from experiments.streams import Walker, endless
@@ -44,6 +45,8 @@ def simulate(
     seed : int
         Of the streams and policies.
     """
+    levels = {trace.level for trace in traces}
+    cost = replace(cost, levels={level: cost.level(level) for level in levels})  # others would be told at each exchange
     options = cold(spec, seed)
     learner = make_policy(spec, seed=seed, **options)
     walkers = [
