@@ -160,6 +160,8 @@ def _arithmetic(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], s
         rows.append(
             {
                 "policy": policy,
+                "kB/batch": load.sent / 1e3,
+                "kB back": load.received / 1e3,
                 "messages/s per worker": 2 * messages,
                 "kB/s up": messages * load.sent / 1e3,
                 "kB/s down": messages * load.received / 1e3,
