@@ -23,7 +23,7 @@ run: setup
 
 test: setup
 	@echo "== ruff"
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check docs experiments policies speckv_online tests
 	@echo "== mypy"
 	@$(BIN)/mypy
 	@echo "== preparing the default model pair"

@@ -23,6 +23,8 @@ from speckv_online.submit import run as submit
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "" not in sys.path:
+        sys.path.append("")  # the working directory: a policy of one's own, MODULE:CLASS, is found as with `python -m`
     if argv and argv[0] in JOBS:
         return run_command("speckv", lambda: run_job(argv[0], argv[1:]))
     arguments = build_parser().parse_args(argv)

@@ -58,6 +58,20 @@ def test_generate_prints_json(speckv: Run, pair_flags: list[object]) -> None:
     assert facts["compression"] == "fp16"
 
 
+def test_a_policy_is_found_in_the_working_directory(
+    speckv: Run, pair_flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine_only_here"
+    folder.mkdir()
+    (folder / "three.py").write_text("from policies.fixed import Fixed\n\nclass Three(Fixed):\n    pass\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    request = ["generate", *pair_flags, "--prompt", "hi", "--max-new-tokens", 6, "--policy"]
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = speckv(*request, "mine_only_here.three:Three:gamma=3", "--json")
+    assert code == 0
+    assert max(json.loads(out)["gamma_per_step"]) == 3
+
+
 def test_text_is_the_same_whatever_the_policy_and_ends_with_a_summary(speckv: Run, pair_flags: list[object]) -> None:
     flags = ["generate", *pair_flags, "--prompt", "hello", "--max-new-tokens", 16, "--compression", "fp32"]
     plain = json.loads(speckv(*flags, "--policy", "autoregressive", "--json")[1])
