@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.changes import Changes, Reply
 from policies.base import Policy, State
 from policies.registry import make_policy
 from speckv_online.errors import UserError
@@ -28,10 +29,10 @@ class Key(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """Version (batches merged so far) and state of a policy."""
+    """Version (batches merged so far) and state of a policy, for :func:`~experiments.changes.patched`."""
 
     version: int
-    state: State
+    state: Reply
 
 
 class Batches:
@@ -96,13 +97,21 @@ class Learner:
         self.folder = Path(folder)
         self.policies: dict[Key, Policy] = {}
         self.applied: dict[Key, Batches] = {}
+        self.changes: dict[Key, Changes] = {}
         self._merging, self._saving = Lock(), Lock()
         self._merges = 0  # of all policies
         self._saved = 0  # how many of them are on disk, or known to be lost
         self._lost: deque[tuple[int, int, UserError]] = deque(maxlen=64)  # first and last merge, and why
         self._dirty: set[Key] = set()
 
-    def sync(self, source: str, sequence: int, deltas: Mapping[Any, State], whole: bool = False) -> dict[Key, Merged]:
+    def sync(
+        self,
+        source: str,
+        sequence: int,
+        deltas: Mapping[Any, State],
+        whole: bool = False,
+        known: Mapping[Any, int] | None = None,
+    ) -> dict[Key, Merged]:
         """Add a batch, unless it was added before, and return the merged state of every policy in it.
 
         Parameters
@@ -113,12 +122,14 @@ class Learner:
             What :meth:`~policies.base.Policy.take_delta` gave; empty to ask for the state only.
         whole : bool
             The arrays are whole states that replace what is there, not sums that are added to it.
+        known : mapping of (spec, seed[, scope]) to int, optional
+            The version that the caller has of a policy: of large arrays it is sent what changed since.
 
         Returns
         -------
         dict
-            For each policy its version, which is the number of batches merged so far, and its state for
-            :meth:`~policies.base.Policy.load_state_dict`, which is ``{}`` at version 0.
+            For each policy its version, which is the number of batches merged so far, and its state (``{}`` at
+            version 0). Where no version is known to the caller, the state holds whole arrays only.
         """
         merged: dict[Key, Merged] = {}
         ticket = 0
@@ -132,9 +143,11 @@ class Learner:
                 if delta and (source, sequence) not in applied:
                     (policy.load_state_dict if whole else policy.merge)(delta)
                     applied.add(source, sequence)
+                    self.changes[key].note(len(applied), own_state(policy))
                     self._dirty.add(key)
                     self._merges += 1
-                merged[key] = Merged(len(applied), self._state(key) if applied else {})
+                version = (known or {}).get(key, 0)
+                merged[key] = Merged(len(applied), self.changes[key].since(version) if applied else {})
             if any(deltas.values()):  # also a batch that was there before may not be on disk yet
                 ticket = self._merges
         if ticket:
@@ -153,11 +166,8 @@ class Learner:
                 state, applied = read_checkpoint(file)
                 policy.load_state_dict(state)
             self.policies[key], self.applied[key] = policy, applied
+            self.changes[key] = Changes(len(applied), own_state(policy))
         return self.policies[key]
-
-    def _state(self, key: Key) -> State:
-        """A policy's state, which later merges leave alone."""
-        return {name: np.array(value) for name, value in self.policies[key].state_dict().items()}
 
     def _confirm(self, ticket: int) -> None:
         """Return once the first ``ticket`` merges are on disk; raises :class:`UserError` if they cannot be."""
@@ -175,7 +185,7 @@ class Learner:
             states = {}
             for key in sorted(self._dirty):
                 names = json.dumps(self.applied[key].packed()).encode()
-                states[key] = self._state(key) | {f"{_OWN}applied": np.frombuffer(names, np.uint8)}
+                states[key] = self.changes[key].state | {f"{_OWN}applied": np.frombuffer(names, np.uint8)}
             self._dirty.clear()
         try:
             for key, state in states.items():
@@ -186,8 +196,17 @@ class Learner:
                 self._lost.append((first, last, error))
                 self.policies.clear()
                 self.applied.clear()
+                self.changes.clear()
                 self._dirty.clear()
         self._saved = last
+
+
+def own_state(policy: Policy) -> State:
+    """Return a policy's state in arrays that nobody writes to: several versions and workers may share them."""
+    state = {name: np.array(value) for name, value in policy.state_dict().items()}
+    for array in state.values():
+        array.flags.writeable = False
+    return state
 
 
 def checkpoint_name(key: tuple[str, int] | Key) -> str:

@@ -88,12 +88,12 @@ class RemoteSync:
     """The learner's ``sync`` as a worker calls it: every so many steps, never in each."""
 
     def __call__(
-        self, source: str, sequence: int, deltas: Mapping[Key, State], whole: bool = False
+        self, source: str, sequence: int, deltas: Mapping[Key, State], whole: bool, known: Mapping[Key, int]
     ) -> dict[Key, Merged]:
         import ray
 
         learner: Any = ray.get_actor(LEARNER)
-        return ray.get(learner.sync.remote(source, sequence, deltas, whole))
+        return ray.get(learner.sync.remote(source, sequence, deltas, whole, known))
 
 
 @dataclass(eq=False)

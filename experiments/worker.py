@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from experiments.changes import patched
 from experiments.config import CompareConfig
 from experiments.learner import Key, Merged
 from policies.base import Policy, State
@@ -27,7 +28,7 @@ from speckv_online.rundir import Unit
 from speckv_online.session import quiet_libraries
 
 #: :meth:`experiments.learner.Learner.sync`, here or on another machine.
-Sync = Callable[[str, int, Mapping[Key, State], bool], dict[Key, Merged]]
+Sync = Callable[[str, int, Mapping[Key, State], bool, Mapping[Key, int]], dict[Key, Merged]]
 
 WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
@@ -44,12 +45,13 @@ class Decoded:
 
 @dataclass(slots=True)
 class Seat:
-    """A policy at work in one seeded order, and which version of the merged statistics it has."""
+    """A policy at work in one seeded order, and the version of the merged statistics that it took over last."""
 
     policy: Policy
     decoder: SpeculativeDecoder
     key: Key
     version: int = 0
+    state: State = field(default_factory=dict)
     #: What the unit at hand has to say: steps since the last exchange, exchanges, and (step, version, lag) of each.
     steps: int = 0
     sent: int = 0
@@ -167,7 +169,7 @@ class Worker:
             decoder = SpeculativeDecoder(self.pair.drafter, policy=policy, target=self.pair.target, level=self.level)
             own = Key(spec, seed, f"{self.level}.{self.index}")
             shared = Key(spec, seed, {"none": own.scope, "per-level": self.level, "global": ""}[self.config.sharing])
-            known = self.sync("", -1, {shared: {}, own: {}}, False)
+            known = self.sync("", -1, {shared: {}, own: {}}, False, {})
             # A policy that cannot share left its state under this worker's own name.
             key = own if known[own].version else shared
             self.seats[spec, seed] = Seat(policy, decoder, key)
@@ -175,9 +177,9 @@ class Worker:
         return self.seats[spec, seed]
 
     def _take_over(self, seat: Seat, merged: Merged) -> None:
-        seat.version = merged.version
-        if merged.state:
-            seat.policy.load_state_dict(merged.state)
+        seat.version, seat.state = merged.version, patched(seat.state, merged.state)
+        if seat.state:
+            seat.policy.load_state_dict(seat.state)
         if hasattr(seat.policy, "set_costs"):  # the calibration is this worker's own and not part of what is shared
             seat.policy.set_costs(self.level, as_prior(self.cost))
 
@@ -189,9 +191,11 @@ class Worker:
         if not delta:
             # It does not learn, or not in a form that adds up: then it stays this worker's own.
             delta, whole = seat.policy.state_dict(), True
-            seat.key = seat.key._replace(scope=f"{self.level}.{self.index}")
+            if seat.key.scope != (own := f"{self.level}.{self.index}"):
+                seat.key, seat.version, seat.state = seat.key._replace(scope=own), 0, {}
         if delta:
-            merged = self.sync(f"{self.level} {unit.prompt}", seat.sent, {seat.key: delta}, whole)[seat.key]
+            known = {seat.key: seat.version}
+            merged = self.sync(f"{self.level} {unit.prompt}", seat.sent, {seat.key: delta}, whole, known)[seat.key]
             lag = max(0, merged.version - seat.version - 1)  # batches of others that this policy did without
             self._take_over(seat, merged)
             seat.pulls.append((step, merged.version, lag))

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.changes import Changes, Patch, patched
 from experiments.learner import Batches, Key, Learner, Merged, checkpoint_name, read_checkpoint
-from policies.base import Context, Outcome, State
+from policies.base import Context, Outcome, Policy, State
 from policies.registry import make_policy
 from speckv_online.errors import UserError
 from tests.compare_env import COUNTER, HERMIT, write_weights
@@ -146,3 +147,67 @@ def test_a_full_disk_fails_every_batch_that_waited_for_it(tmp_path: Path) -> Non
         learner.folder = tmp_path
         assert all(pool.map(worker, range(4, 12)))
     assert learner.sync("", -1, {key: {}})[key] == (8, {"total": 8.0})
+
+
+def test_a_worker_that_is_behind_gets_what_changed_and_has_the_learner_s_state(tmp_path: Path) -> None:
+    """Bit by bit, whatever version it has: none, an old one, one from before the learner was restarted."""
+    spec, key = "goodput:acceptance=none,discount=0.99", Key("goodput:acceptance=none,discount=0.99", 0)
+    rng, learner = np.random.default_rng(0), Learner(tmp_path)
+    seats: list[tuple[int, State]] = [(0, {})] * 3  # the version and the state that each worker has
+    sparse = 0
+    for i in range(24):
+        if i == 12:
+            learner = Learner(tmp_path)
+        w = int(rng.choice(3, p=[0.7, 0.2, 0.1]))
+        version, state = seats[w]
+        policy = make_policy(spec, worker=w)
+        if state:
+            policy.load_state_dict(state)
+        for _ in range(4):
+            play(policy, rng)
+        merged = learner.sync(f"w{w}", i, {key: policy.take_delta()}, known={key: version})[key]
+        sparse += isinstance(merged.state["history.table"], Patch)
+        seats[w] = merged.version, patched(state, merged.state)
+        whole = learner.sync("", -1, {key: {}})[key]
+        assert whole.version == merged.version == i + 1
+        assert set(seats[w][1]) == set(whole.state)
+        for name, array in whole.state.items():
+            assert isinstance(array, np.ndarray)
+            np.testing.assert_array_equal(seats[w][1][name], array)
+    assert 15 < sparse < 24
+
+
+def play(policy: Policy, rng: np.random.Generator) -> None:
+    """One step of a text of few words."""
+    tokens, k = rng.integers(0, 9, 16).tolist(), int(rng.integers(1, 5))
+    n = int(rng.integers(0, k + 1))
+    context = Context(level="nf4", tokens=tokens[:8], drafts=tokens[8 : 8 + k])
+    outcome = Outcome(k, n, min(n + 1, k), n + 1, 0.1, 0.02, 0.07, "nf4", signals=rng.random((k, 4)))
+    policy.learn(policy.decide(context), outcome)
+
+
+def test_changes_are_sent_where_that_is_shorter() -> None:
+    table = np.arange(2000.0)
+    changes = Changes(3, {"table": table, "small": np.zeros(2)})
+    one = table.copy()
+    one[7] = -1.0
+    changes.note(4, {"table": one, "small": np.ones(2)})
+    two = one.copy()
+    two[[7, 9]] = -2.0, -3.0
+    changes.note(5, {"table": two, "small": np.ones(2)})
+    assert indices(changes, 4) == [7, 9]
+    assert indices(changes, 3) == [7, 9]
+    assert indices(changes, 5) == []
+    for unknown in (0, 2, 6):
+        assert indices(changes, unknown) is None
+    np.testing.assert_array_equal(patched({"table": table}, changes.since(3))["table"], two)
+    assert table[7] == 7.0  # what was there is left alone
+    changes.note(6, {"table": two + 1.0, "small": np.ones(2)})
+    assert indices(changes, 5) is None  # all of it: the array itself is shorter
+
+
+def indices(changes: Changes, version: int) -> list[int] | None:
+    """Entries of the table that are sent to a worker of some version; None for all of them."""
+    reply = changes.since(version)
+    assert isinstance(reply["small"], np.ndarray)
+    return reply["table"].where.tolist() if isinstance(reply["table"], Patch) else None
