@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 2, **_HEADS},
     "mistral": {"num_hidden_layers": 2, "sliding_window": None, **_HEADS},
     "mistral-sliding": {"num_hidden_layers": 2, "sliding_window": WINDOW, **_HEADS},
+    "gemma": {"num_hidden_layers": 2, **_HEADS},
     "gemma2": {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, **_HEADS},
     "gemma3_text": {
         "num_hidden_layers": 3,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from speckv_online.decoding import SpeculativeDecoder
-from speckv_online.drafters import ModelDrafter
+from speckv_online.drafters import ModelDrafter, NgramDrafter
 from speckv_online.errors import UserError
+from speckv_online.hybrid import HybridDrafter
 from speckv_online.sampling import Sampler
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 from tests.test_decoding import Scripted, plain, prompt_of
@@ -23,6 +24,10 @@ def test_a_prompt_of_4000_tokens() -> None:
     assert decoder.generate(prompt, 16).tokens == expected
     found = decoder.decode_batch([prompt, prompt[:9]], 16)
     assert [out.tokens for out in found] == [expected, plain(target, prompt[:9], 16)]
+    for drafter in (NgramDrafter(), HybridDrafter(perturbed(target, 0.03), 260)):
+        decoder = SpeculativeDecoder(drafter, policy=Scripted([4, 0, 7]), target=target)
+        assert decoder.generate(prompt, 16).tokens == expected
+        assert any(s.drafted for s in decoder.last.steps)
 
 
 def test_special_tokens_in_the_prompt(tiny_pair: TinyPair) -> None:
@@ -43,19 +48,22 @@ def test_an_empty_prompt_is_refused(tiny_pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(tiny_pair.draft, policy="fixed:2")
     ids = torch.tensor([[EOS, EOS]])
     with pytest.raises(UserError, match="prompt is empty"):
+        SpeculativeDecoder(tiny_pair.draft, policy="fixed:2", target=tiny_pair.target).generate([], 4)
+    with pytest.raises(UserError, match="prompt is empty"):
         tiny_pair.target.generate(ids, attention_mask=torch.zeros_like(ids), custom_generate=decoder)
 
 
+@pytest.mark.parametrize("kind", [ModelDrafter, HybridDrafter])
 @pytest.mark.parametrize("vocab", [256, 268])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_padded_vocabularies(vocab: int, sampled: bool) -> None:
+def test_padded_vocabularies(kind: type[ModelDrafter], vocab: int, sampled: bool) -> None:
     """A draft whose embedding is padded to another size than the target's, with tokens that it cannot read."""
     target, draft = tiny_llama(), tiny_llama(seed=2, vocab=vocab)
     with torch.no_grad():
         draft.lm_head.weight[vocab - 8 :] *= 20
     prompt = [259, *prompt_of(6), 258]
     policy = Scripted([4])
-    decoder = SpeculativeDecoder(draft, policy=policy, target=target)
+    decoder = SpeculativeDecoder(kind(draft, 260), policy=policy, target=target)
     options: dict[str, Any] = {"sampler": Sampler(top_k=1)} if sampled else {}
     assert decoder.generate(prompt, 16, **options).tokens == plain(target, prompt, 16)
     batch: dict[str, Any] = {"samplers": [Sampler(top_k=1)] * 2} if sampled else {}

@@ -134,6 +134,24 @@ def test_top_k_and_top_p_bound_what_is_said(tiny_pair: TinyPair) -> None:
     assert allowed.sum(-1).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("top", [{}, {"top_k": 4}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.7}], ids=str)
+def test_processors_temperature_and_cuts_at_every_position(top: dict[str, float]) -> None:
+    """Each row against its definition, with a penalty that depends on the drafts before it."""
+    logits, context, drafts = torch.tensor(np.random.default_rng(4).normal(size=(3, 12)) * 2), [1, 2], [7, 5]
+    sampler = Sampler(0.7, processors=[RepetitionPenaltyLogitsProcessor(1.6)], **top)  # type: ignore[arg-type]
+    found = sampler.probabilities(logits, context, drafts)
+    for i, row in enumerate(logits.float()):
+        for token in {*context, *drafts[:i]}:
+            row[token] = row[token] / 1.6 if row[token] > 0 else row[token] * 1.6
+        p = (row / 0.7).softmax(-1)
+        order = p.argsort(descending=True)[: int(top.get("top_k", 12))]
+        kept = torch.zeros(12)
+        kept[order] = p[order] / p[order].sum()
+        before = kept[order].cumsum(-1) - kept[order]  # the smallest set that holds top_p: what comes before is less
+        kept[order[before >= top.get("top_p", 1.0)]] = 0
+        torch.testing.assert_close(found[i], kept / kept.sum(), atol=1e-6, rtol=0)
+
+
 def test_drafts_are_not_trimmed_when_sampled(tiny_pair: TinyPair) -> None:
     """Dropping a drawn token for what it is would bias the output."""
     policy = Scripted([6], stops=True)
