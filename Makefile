@@ -54,7 +54,8 @@ results-modelled: setup
 	@test -f $(RUNS)/replays/replays.json || $(BIN)/python -m experiments.replays $(ON_TRACES) --orders 3 \
 		--out $(RUNS)/replays
 	@echo "== learning over time on the traces"
-	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --orders 5 --images docs/img --out $(RUNS)/streams
+	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --processes 2 --images docs/img \
+		--out $(RUNS)/streams
 
 ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high --costs $(RUNS)/test/cost.json,rtx3090-release \
 	--doc docs/results.md
