@@ -58,6 +58,8 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.owner.capacity
 
+    get_max_cache_shape = get_max_length  # what older versions of transformers call it
+
 
 class BatchCache(Cache):
     """Cache of ``rows`` sequences of at most ``capacity`` tokens."""

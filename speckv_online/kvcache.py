@@ -55,6 +55,8 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # what older versions of transformers call it
+
     def reset(self) -> None:
         self.used = 0
 
