@@ -35,12 +35,13 @@ class ScaleConfig:
     max_new_tokens: int = option(32, "real: tokens to decode per prompt")
     target: str | None = option(None, "real: target model (with --draft)")
     draft: str | None = option(None, "real: draft model")
-    traces: str = option("", "simulated: directory of traces")
+    traces: str = option("", "simulated, and real batches for the arithmetic: directory of traces")
     cost: str = option("rtx3090-release", "simulated: cost table, a file or a built-in name")
     workers: tuple[str, ...] = option(("1", "4", "16", "64", "256", "1024"), "simulated: numbers of workers")
     delays: tuple[str, ...] = option(("0", "100"), "simulated: steps until a batch is in what others get")
     every: int = option(32, "steps between exchanges with the learner")
     steps: int = option(320, "simulated: steps of each worker")
+    fleet: int = option(256, "arithmetic: workers whose batches come in between two of one worker")
     rate: float = option(20.0, "arithmetic: decoding steps per second of a worker")
     seed: int = option(0, "seed of the streams")
     doc: str = option("", "document to put the tables into, each between the markers of its part")
@@ -55,8 +56,8 @@ class ScaleConfig:
                 self, name
             ):
                 raise UserError(f"--{name} must be whole numbers of at least {least}")
-        if min(self.every, self.steps, self.max_new_tokens) < 1 or not self.rate > 0:
-            raise UserError("--every, --steps and --max-new-tokens must be at least 1, --rate above zero")
+        if min(self.every, self.steps, self.max_new_tokens, self.fleet) < 1 or not self.rate > 0:
+            raise UserError("--every, --steps, --fleet and --max-new-tokens must be at least 1, --rate above zero")
         if "simulated" in self.parts:
             check_traces((f"traces={self.traces}",) if self.traces else ())
 
@@ -151,27 +152,38 @@ def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], st
 
 
 def _arithmetic(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
-    from experiments.scale_streams import weigh
+    from experiments.scale_streams import made_up, observed, weigh
+    from speckv_online.cost import load_cost
+    from speckv_online.traces import load_traces
 
+    traces = load_traces(config.traces, levels=[config.level]) if config.traces else []
     rows: list[dict[str, Any]] = []
     for policy in config.policies:
-        load = weigh(policy, config.every, out)
-        messages = config.rate / config.every
+        if traces:
+            batches = observed(policy, config.every, traces, load_cost(config.cost), config.fleet)
+        else:
+            batches = made_up(policy, config.every, config.fleet)
+        load = weigh(policy, batches, out)
+        exchanges = config.rate / config.every
         rows.append(
             {
                 "policy": policy,
+                "exchanges/s": exchanges,
                 "kB/batch": load.sent / 1e3,
-                "kB back": load.received / 1e3,
-                "messages/s per worker": 2 * messages,
-                "kB/s up": messages * load.sent / 1e3,
-                "kB/s down": messages * load.received / 1e3,
+                "kB back, 1 worker": load.alone / 1e3,
+                f"kB back, {config.fleet}": load.received / 1e3,
+                "kB/s up": exchanges * load.sent / 1e3,
+                f"kB/s down, {config.fleet}": exchanges * load.received / 1e3,
                 "ms/batch (measured)": 1e3 * load.seconds,
-                "batches/s, one learner": 1 / load.seconds,
-                "outcomes/s": config.every / load.seconds,
-                "workers at saturation": int(1 / load.seconds / messages),
+                "outcomes/s, one learner": config.every / load.seconds,
+                "workers at saturation": int(1 / load.seconds / exchanges),
             }
         )
-    return rows, f"calculated for {config.rate:g} steps/s per worker, an exchange every {config.every}"
+    kind = "real traces" if traces else "made-up steps without tokens"
+    return rows, (
+        f"calculated for {config.rate:g} steps/s per worker and an exchange every {config.every}, by batches of "
+        f"{kind}; bytes back to one worker that is alone, and to one of {config.fleet}"
+    )
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Any) -> None:

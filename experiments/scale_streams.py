@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from experiments.bench.learner import array_bytes, made_up_delta
+import numpy as np
+
+from experiments.bench.learner import made_up_delta
+from experiments.changes import Patch
 from experiments.learner import Key, Learner
 from experiments.ray_runner import CALLS
+from experiments.streams import Walker, endless
+from policies.base import State
+from policies.registry import make_policy
+from speckv_online.cost import CostTable
+from speckv_online.traces import Trace
 
 #: Exchanges that are timed for the arithmetic, as many at a time as the learner serves.
 TIMED = 512
@@ -18,20 +27,58 @@ TIMED = 512
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bytes of a batch and of the state that comes back, and the learner's seconds per batch, checkpoints included."""
+    """Bytes of a batch and of what comes back, and the learner's seconds per batch, checkpoints included.
 
-    sent: int
+    Attributes
+    ----------
+    sent : float
+        Mean over the batches.
+    alone, received : int
+        To a worker that has the learner to itself, and to one of the fleet.
+    """
+
+    sent: float
+    alone: int
     received: int
     seconds: float
 
 
-def weigh(spec: str, outcomes: int, folder: Path) -> Exchange:
-    """Exchange with a learner in this process, whose checkpoints go to the disk of ``folder``."""
-    delta, key = made_up_delta(spec, outcomes), Key(spec, 0)
+def observed(spec: str, steps: int, traces: Sequence[Trace], cost: CostTable, count: int) -> list[State]:
+    """Return the first batch of ``count`` workers, each after ``steps`` steps on a stream of traces of its own."""
+    batches = []
+    for i in range(count):
+        walker = Walker(make_policy(spec, worker=i), endless(traces, [0, i]), cost)
+        walker.advance(steps)
+        batches.append(walker.policy.take_delta())
+    return batches
+
+
+def made_up(spec: str, steps: int, count: int) -> list[State]:
+    """The same without traces; made-up steps have no tokens, so nothing is in it of what came after which."""
+    return [made_up_delta(spec, steps, seed) for seed in range(count)]
+
+
+def weigh(spec: str, batches: Sequence[State], folder: Path) -> Exchange:
+    """Exchange with a learner in this process, whose checkpoints go to the disk of ``folder``, a fleet's batches."""
+    key, fleet = Key(spec, 0), len(batches)
     with tempfile.TemporaryDirectory(dir=folder) as checkpoints, ThreadPoolExecutor(CALLS) as pool:
         learner = Learner(checkpoints)
-        merged = learner.sync("", 0, {key: delta})[key]
+
+        def exchange(i: int) -> int:
+            # A worker has what was merged when its turn was last: a batch of every other one is new to it.
+            known = {key: max(1, i - fleet)}
+            return reply_bytes(
+                learner.sync(str(i % fleet), i // fleet, {key: batches[i % fleet]}, False, known)[key].state
+            )
+
+        learner.sync("first", 0, {key: batches[0]})
+        alone = reply_bytes(learner.sync("alone", 0, {key: batches[0]}, False, {key: 1})[key].state)
         start = perf_counter()
-        list(pool.map(lambda i: learner.sync("", i, {key: delta}), range(1, TIMED + 1)))
+        back = list(pool.map(exchange, range(2, TIMED + 2)))
         seconds = (perf_counter() - start) / TIMED
-    return Exchange(array_bytes(delta), array_bytes(merged.state), seconds)
+    return Exchange(float(np.mean([reply_bytes(batch) for batch in batches])), alone, back[-1], seconds)
+
+
+def reply_bytes(state: Mapping[str, np.ndarray | Patch]) -> int:
+    """Return the bytes of a state's arrays, or of the parts of them that are sent."""
+    return sum(sum(a.nbytes for a in part) if isinstance(part, Patch) else part.nbytes for part in state.values())

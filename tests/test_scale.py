@@ -13,6 +13,7 @@ import pytest
 
 from experiments.bench.learner import BenchConfig, Load, judge, made_up_delta
 from experiments.scale import main
+from experiments.scale_streams import observed, weigh
 from experiments.stream_merge import exchange
 from experiments.streams import Walker, endless
 from experiments.transfer import main as transfer
@@ -75,18 +76,25 @@ def test_scale_prints_and_writes_what_was_asked_for(tmp_path: Path, capsys: pyte
     out = ["--out", str(tmp_path / "out"), "--policies", "online"]
     more = ["--traces", str(folder), "--workers", "1,2", "--delays", "0,20", "--every", "10", "--steps", "30"]
     assert main([*out, *more, "--parts", "simulated"]) == 0
-    assert main([*out, "--parts", "arithmetic", "--rate", "64"]) == 0
+    assert main([*out, "--parts", "arithmetic", "--rate", "64", "--fleet", "4"]) == 0
     found = json.loads((tmp_path / "out" / "scale.json").read_text())
     rows = found["simulated"]["rows"]
     assert [(row["delay"], row["workers"]) for row in rows] == [(0, 1), (0, 2), (20, 1), (20, 2)]
     (row,) = found["arithmetic"]["rows"]
-    assert row["messages/s per worker"] == 4.0  # two exchanges a second, there and back
-    assert row["outcomes/s"] == pytest.approx(32 * row["batches/s, one learner"])
-    assert row["workers at saturation"] == int(row["batches/s, one learner"] / 2)
+    assert row["exchanges/s"] == 2.0
+    assert row["kB/s up"] == pytest.approx(2 * row["kB/batch"])
+    assert row["workers at saturation"] == int(row["outcomes/s, one learner"] / 64)
     assert found["arithmetic"]["kind"].startswith("calculated")
     assert found["simulated"]["kind"].startswith("modelled")
     assert (tmp_path / "out" / "scale.png").stat().st_size > 1000
     assert "tokens/s, per worker" in capsys.readouterr().out
+
+
+def test_a_worker_alone_gets_less_back_than_one_of_many(tmp_path: Path) -> None:
+    alone, many = (weigh("goodput", observed("goodput", 20, TRACES, COST, n), tmp_path) for n in (1, 8))
+    assert alone.alone == many.alone
+    whole = sum(array.nbytes for array in make_policy("goodput").state_dict().values())
+    assert alone.received == alone.alone < many.received < whole
 
 
 @pytest.mark.parametrize(
