@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from speckv_online.bnb_cpu import lighten
+
 #: Rows that the layout is chosen for: the verification of a few drafts.
 ROWS = 5
 #: Rows from which on the packed weight is the quicker one.
@@ -68,9 +70,11 @@ def can_pack() -> bool:
 def pack(model: nn.Module) -> int:
     """Pack the large fp32 linear layers of a model on the CPU, in place; return how many.
 
-    Layers that a quantization library put there stay; so does everything where packing does not work, and a model whose
-    weights are too large to be kept twice. Logits change by rounding only. The model can no longer be trained.
+    Layers of bitsandbytes stay, but are called with less ado, see :mod:`speckv_online.bnb_cpu`. Everything stays where
+    packing does not work, and in a model whose weights are too large to be kept twice. Logits change by rounding only.
+    The model can no longer be trained.
     """
+    lighten(model)
     found = [
         (parent, name, child)
         for parent in model.modules()

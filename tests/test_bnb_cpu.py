@@ -1,0 +1,81 @@
+"""The short way through bitsandbytes' layers must be theirs to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from speckv_online import bnb_cpu
+from speckv_online.bnb_cpu import lighten
+from speckv_online.packed import pack
+
+bnb = pytest.importorskip("bitsandbytes")
+
+
+def layer(kind: str, bias: bool = False) -> Any:
+    torch.manual_seed(1)
+    plain = nn.Linear(128, 192, bias=bias)
+    if kind == "int8":
+        made = bnb.nn.Linear8bitLt(128, 192, bias=bias, has_fp16_weights=False, threshold=6.0)
+    else:
+        made = bnb.nn.Linear4bit(128, 192, bias=bias, quant_type=kind, compute_dtype=torch.float32)
+    made.load_state_dict(plain.state_dict())
+    return made.to("cpu").eval()
+
+
+def lightened(kind: str, bias: bool = False) -> Any:
+    model = nn.Sequential(layer(kind, bias))
+    if not lighten(model):
+        pytest.skip("this processor has no quick path for these layers in bitsandbytes")
+    return model[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_equal_to_the_last_bit(kind: str, bias: bool) -> None:
+    light, stock = lightened(kind, bias), layer(kind, bias)
+    generator = torch.Generator().manual_seed(2)
+    with torch.inference_mode():
+        for scale in (0.01, 1.0, 2.0, 4.0):  # the latter two have more and more outliers
+            for shape in ((1, 1, 128), (1, 5, 128), (2, 3, 128), (17, 128)):
+                x = torch.randn(shape, generator=generator) * scale
+                found = light(x)
+                assert found.dtype == torch.float32
+                assert torch.equal(found, stock(x)), (scale, shape)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_what_it_does_not_take_goes_the_stock_way(kind: str) -> None:
+    light, stock = lightened(kind), layer(kind)
+    x = torch.randn(3, 128)
+    assert torch.equal(light(x).detach(), stock(x).detach())  # with gradients on
+    with torch.inference_mode():
+        assert light(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(light(x.bfloat16()), stock(x.bfloat16()))
+        assert torch.equal(copy.deepcopy(light)(x), light(x))
+    assert isinstance(light, type(stock))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_another_arithmetic_is_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lightened(kind)
+    name = "int8_forward" if kind == "int8" else "four_bit_forward"
+    forward = getattr(bnb_cpu, name)
+    monkeypatch.setattr(bnb_cpu, name, lambda own, x: forward(own, x) * (1 + 1e-6))
+    model = nn.Sequential(layer(kind))
+    assert lighten(model) == 0
+    assert "forward" not in vars(model[0])
+
+
+def test_packing_a_model_does_it() -> None:
+    light = lightened("nf4")
+    model = nn.Sequential(layer("nf4"), nn.Linear(8, 8))
+    assert pack(model) == 0
+    x = torch.randn(2, 128)
+    with torch.inference_mode():
+        assert torch.equal(model[0](x), light(x))
+    assert "forward" in vars(model[0])
