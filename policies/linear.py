@@ -70,6 +70,7 @@ class _Linear(CostAware):
         self.net = None if known is None else Mlp16(known, self.arms)
         self.labels = ArmLabels(self.arms)
         k = len(self.arms)
+        self._none = np.zeros(k)
         # Columns: A, then one right-hand side per arm. Misc: steps, then squared residuals per arm.
         self._total, self._misc = np.zeros((DIM, DIM + k)), np.zeros(1 + k)
         self._delta = np.zeros((DIM, DIM + k)), np.zeros(1 + k), 0
@@ -81,13 +82,13 @@ class _Linear(CostAware):
         c = context
         ratio = c.last_accepted / c.last_drafted if c.last_drafted else 0.5
         whole = 1.0 if 0 < c.last_drafted == c.last_accepted else 0.0
-        x = [1.0, 2 * c.acceptance - 1, ratio, whole, c.mean_confidence, c.min_confidence, c.mean_entropy / 4]
-        found = np.zeros(DIM + len(self.arms))
-        found[:SIGNALS] = *x, c.max_entropy / 8
-        if self.described:
-            found[SIGNALS:DIM] = self.costs.describe(c.level)
-        if self.net is not None:
-            found[DIM:] = self.net.tokens(c.level, self.net.read(c))
+        described = self.costs.describe(c.level) if self.described else (0.0,) * N_LEVEL
+        found = np.empty(DIM + len(self.arms))
+        found[:DIM] = (
+            1.0, 2 * c.acceptance - 1, ratio, whole, c.mean_confidence, c.min_confidence, c.mean_entropy / 4,
+            c.max_entropy / 8, *described,
+        )  # fmt: skip
+        found[DIM:] = 0.0 if self.net is None else self.net.tokens(c.level, self.net.read(c))
         return found
 
     def _fold(self) -> None:
@@ -118,18 +119,20 @@ class _Linear(CostAware):
         self._root = np.linalg.cholesky(inverse)
         fitted = np.maximum(self._misc[1:] - (self.W * B).sum(axis=0), 0.0)
         # One accepted token of spread per arm, worth ten steps, until there is data.
-        self.spread = np.sqrt((fitted + 10.0) / (self._misc[0] + 10.0))
+        self.spread = np.sqrt((fitted + 10.0) / (self._misc[0] + 10.0)) * (self.gammas > 0)
         self.version += 1
 
     def _lines(self, features: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean value of every arm in tokens, and its standard deviation."""
         x = features[:DIM]
-        mean = x @ self.W + features[DIM:]
-        np.clip(mean, 0.0, self.gammas, out=mean)
+        mean = np.dot(x, self.W)
+        mean += features[DIM:]
+        np.maximum(mean, self._none, mean)
+        np.minimum(mean, self.gammas, mean)
         if self.timed:
             mean -= self.costs.level(level).arm_price
-        root = x @ self._root
-        return mean, self.spread * (float(root @ root) ** 0.5 * self.alpha) * (self.gammas > 0)
+        root = np.dot(x, self._root)
+        return mean, self.spread * (float(np.dot(root, root)) ** 0.5 * self.alpha)
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         start, stop, y = self.labels(outcome, 0.5 * (decision.features.item(1) + 1.0))
