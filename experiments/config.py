@@ -14,6 +14,7 @@ from speckv_online.commands import split_specs
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.files import read_settings
 
 T = TypeVar("T")
 
@@ -139,7 +140,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
         if file or "out" in given:
             raise UserError("--resume takes the settings and the directory of a run: leave --config and --out away")
         file, given["out"] = Path(folder) / "config.yaml", str(folder)
-    values = _read(file) if file else {}
+    values = {str(k).replace("-", "_"): v for k, v in read_settings(file).items()} if file else {}
     check(cls, values, str(file))
     for text in sets:
         name, equals, value = text.partition("=")
@@ -158,11 +159,6 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
     return cls(**(check(cls, values, "--set" if sets else str(file)) | given))
 
 
-def load_yaml(cls: type, file: str | Path) -> dict[str, Any]:
-    """Read settings of a config class from YAML, with their types checked."""
-    return check(cls, _read(file), str(file))
-
-
 def check(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return settings as a config class wants them; raises :class:`UserError` for unknown names and wrong types."""
     known = {f.name: f for f in fields(cls)}
@@ -175,18 +171,6 @@ def check(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: unknown setting {key!r}; known are {', '.join(known)}")
         result[name] = _checked(known[name], value, where)
     return result
-
-
-def _read(file: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except OSError as e:
-        raise UserError(f"cannot read the config {file}: {e.strerror or e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a mapping of settings to values")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def _checked(f: Field[Any], value: Any, where: str) -> Any:

@@ -38,6 +38,11 @@ def run_command(prog: str, command: Callable[[], Any]) -> int:
         return EXIT_USER_ERROR
 
 
+def say(text: str) -> None:
+    """Print a line on standard error, where it does not mix with results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def split_specs(text: str) -> tuple[str, ...]:
     """Split a comma-separated list whose items may hold commas themselves, as in ``fixed:4,online:seed=3,strength=9``.
 

@@ -7,13 +7,13 @@ per second on prompts, tasks and levels that were held out, with features that e
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from speckv_online.commands import say
 from speckv_online.errors import UserError
-from speckv_online.tables import Table
+from speckv_online.tables import Table, finite
 
 PROTOCOLS = ("paper", "honest")
 
@@ -76,7 +76,7 @@ def evaluate(
     else:
         tables, notes = _released(source, experiment, seed, resamples, epochs)
     check_writable(folder)
-    _say("drawing figures")
+    say("drawing figures")
     figures = draw(tables, folder)
     heading = f"Evaluation, protocol {protocol}"
     pictures = [f"![{path.stem}]({path.name})" for path in figures]
@@ -88,7 +88,7 @@ def evaluate(
 def show(result: dict[str, Any], as_json: bool = False) -> None:
     """Print a result for people, or as one JSON object."""
     if as_json:
-        print(json.dumps(_finite(result)))
+        print(json.dumps(finite(result)))
         return
     print(Path(result["report"]).read_text(encoding="utf-8").split("\n![", 1)[0].strip())
     wanted = ("figures",) if result["protocol"] == "paper" else ("policies", "predictions")
@@ -108,7 +108,7 @@ def _paper(source: Path, experiment: str | Path | None, result: dict[str, Any]) 
 
     rows = read_rows(source)
     runs = read_runs(experiment or _beside(source))
-    checks, tables = paper_protocol(rows, runs, _say)
+    checks, tables = paper_protocol(rows, runs, say)
     result |= {"stated": len(checks), "same": sum(c.same for c in checks)}
     notes = [
         "Expected tokens per step are what the predictor expects of its own choices, after it was fitted to the test "
@@ -132,7 +132,7 @@ def _released(
     runs = read_runs(experiment or _beside(source))
     step_seconds(rows, runs)  # that the two files belong together should show before an hour of training
     data = {features: data_from_rows(rows, features) for features in ("step-mean", "causal")}
-    fits = {features: cross_fit(d, epochs, _say) for features, d in data.items()}
+    fits = {features: cross_fit(d, epochs, say) for features, d in data.items()}
     found = fixed_policies(runs) + matched_policies(rows, runs, data, fits)
     tasks = {r.prompt_id: r.task for r in rows}
     gammas = tuple(sorted({r.gamma for r in rows}))
@@ -160,11 +160,11 @@ def _traces(
     traces, costs = load_traces(source), load_cost(cost or source / "cost.json")
     for level in {t.level for t in traces}:
         costs.level(level)
-    _say(f"{len(traces)} traces; replaying them for rows to train on")
+    say(f"{len(traces)} traces; replaying them for rows to train on")
     data = {f: data_from_traces(traces, f, replayed.LABELLED, seed) for f in ("step-mean", "causal")}
-    fits = {features: cross_fit(d, epochs, _say) for features, d in data.items()}
+    fits = {features: cross_fit(d, epochs, say) for features, d in data.items()}
     found = replayed.fixed_policies(traces, costs)
-    found += replayed.fitted_policies(traces, costs, data["causal"], fits["causal"], seed, _say)
+    found += replayed.fitted_policies(traces, costs, data["causal"], fits["causal"], seed, say)
     tasks = {t.prompt_id: t.task for t in traces}
     tables = policy_tables(found, tasks, f"modelled, cost table {costs.name}", resamples)
     tables += [*prediction_tables(data, fits), importance_table(data, fits, seed)]
@@ -183,19 +183,6 @@ def _beside(source: Path) -> Path:
     if path == source or not path.is_file():
         raise UserError(f"give the release's experiment CSV with --experiment: there is none beside {source}")
     return path
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def add_arguments(parser: Any) -> None:

@@ -1,4 +1,4 @@
-"""Atomic file writing: a reader sees the old file or the whole new one, never a part."""
+"""Files: atomic writing (a reader sees the old file or the whole new one, never a part), locks, and settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 from speckv_online.errors import UserError
 
@@ -91,3 +93,22 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds, empty for an empty file.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not YAML, or holds anything but a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise UserError(f"cannot read the config {path}: {e.strerror or e}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a mapping of settings to values")
+    return values

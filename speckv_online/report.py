@@ -7,7 +7,6 @@ Every figure comes from a clock and is labelled ``measured``, but for those of t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from speckv_online.report_data import Report, build_report
 from speckv_online.report_html import runs_to_html, to_html
 from speckv_online.report_plots import Chart, charts
 from speckv_online.report_table import HEAD, MODELLED_HEAD, cells, modelled_cells, p_value, side_by_side
+from speckv_online.tables import finite
 
 
 def write_report(path: str | Path) -> Report:
@@ -96,7 +96,7 @@ def to_markdown(report: Report, pictures: Sequence[Chart] = ()) -> str:
 
 def to_json(report: Report) -> dict[str, Any]:
     """Return the report as a dict for JSON; what is not a number there is null."""
-    return _finite(asdict(report))
+    return finite(asdict(report))
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
@@ -111,13 +111,3 @@ def _write(path: Path, text: str) -> None:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, lambda f: f.write(data), binary=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -14,9 +14,7 @@ from speckv_online.errors import UserError
 from speckv_online.report_series import Modelled, Regret, Reliability, Shares, modelled, regrets, reliability, shares
 from speckv_online.rundir import UnitResult, read_manifest, read_units
 from speckv_online.stats import Estimate, bootstrap_goodput, paired_ratio
-from speckv_online.verdict import advice, verdict
-
-BASELINE = "autoregressive"
+from speckv_online.verdict import BASELINE, advice, verdict
 
 #: The finished units of each (level, policy), in the order in which they were written.
 Groups = dict[tuple[str, str], list[UnitResult]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from speckv_online.report_data import BASELINE, Report, Row
+from speckv_online.report_data import Report, Row
 from speckv_online.stats import Estimate
-from speckv_online.verdict import ENOUGH
+from speckv_online.verdict import BASELINE, ENOUGH
 
 #: Column titles of the table.
 HEAD = (

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from speckv_online.errors import UserError
-from speckv_online.files import write_atomically
+from speckv_online.files import read_settings, write_atomically
 from speckv_online.records import SCHEMA_VERSION, StepRecord
 
 KIND = "speckv-steps"
@@ -96,7 +96,7 @@ class RunDir:
         check_writable(path)
         resumed = (path / "config.yaml").exists()
         if resumed:
-            earlier = _read_yaml(path / "config.yaml")
+            earlier = read_settings(path / "config.yaml")
             changed = sorted(
                 key for key in config.keys() | earlier.keys()
                 if key not in volatile and config.get(key) != earlier.get(key)
@@ -289,13 +289,3 @@ def _check_header(row: Any, path: Path) -> None:
         raise UserError(f"{path} does not start like a file of step records")
     if row["schema"] > SCHEMA_VERSION:
         raise UserError(f"{path} has schema {row['schema']}, newer than this version reads: update speckv_online")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f"cannot read {path}: {str(e).splitlines()[0]}") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a run's config")
-    return value

@@ -7,14 +7,14 @@ All seconds are modelled: they come from a cost table. Every level is a contest 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speckv_online.commands import split_specs
+from speckv_online.commands import say, split_specs
 from speckv_online.errors import UserError
+from speckv_online.tables import finite
 
 DEFAULT = "autoregressive,fixed:4,mlp16,online,goodput"
 MEASURED = "measured"
@@ -63,7 +63,7 @@ def run(arguments: Any) -> None:
         contest = Contest(group, cost)
         scores = []
         for spec in arguments.policies:
-            print(f"{level}: {spec}, {arguments.seeds} x {len(group)} traces", file=sys.stderr, flush=True)
+            say(f"{level}: {spec}, {arguments.seeds} x {len(group)} traces")
             scores.append(play(spec, group, cost, range(arguments.seeds)))
         contests.append((contest, scores))
     rows = [row for contest, scores in contests for row in _rows(contest, scores)]
@@ -107,14 +107,9 @@ def _rows(contest: Any, scores: Sequence[Any]) -> list[dict[str, Any]]:
         row = {"level": contest.level, "policy": s.name, "kind": s.kind, "note": s.note, "prompts": len(s.tokens)}
         row |= {"goodput": s.goodput, "tokens": s.tokens.sum(), "steps": s.steps, "drafted": s.drafted}
         row |= {"accepted": s.accepted, "proposed": s.proposed, "faults": s.faults, "orders": s.orders.tolist()}
-        row |= {"over_plain": _estimate(s.over(contest.plain)), "over_best_fixed": _estimate(s.over(contest.best))}
-        found.append(row | {"of_clairvoyant": s.goodput / contest.clairvoyant.goodput})
+        row |= {"over_plain": asdict(s.over(contest.plain)), "over_best_fixed": asdict(s.over(contest.best))}
+        found.append(finite(row | {"of_clairvoyant": s.goodput / contest.clairvoyant.goodput}))
     return found
-
-
-def _estimate(estimate: Any) -> dict[str, Any]:
-    """As a dict; what is unknown (an interval over one prompt) is null, since JSON has no NaN."""
-    return {key: value if value == value else None for key, value in asdict(estimate).items()}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -26,7 +26,9 @@ from typing import Any
 
 import yaml
 
+from speckv_online.commands import run_command, say
 from speckv_online.errors import UserError
+from speckv_online.files import read_settings
 from speckv_online.manifest import git_state
 
 PACKAGES = ("experiments", "speckv_online", "policies")
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``speckv submit``; return the exit code of the job."""
     config = Path(arguments.config)
-    settings = _settings(config)
+    settings = read_settings(config)
     name = arguments.name or f"{config.stem}__{time.strftime('%Y%m%d-%H%M%S')}"
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"--name {name!r}: use letters, digits, dots, hyphens and underscores")
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         runtime = {"working_dir": folder, "env_vars": {"SPECKV_GIT_COMMIT": commit} if commit else {}}
         words = [arguments.python, "-m", "experiments.compare", "--config", "config.yaml"]
         command = shlex.join([*words, *(f"--set={text}" for text in arguments.set)]) + f" --out {_quoted(remote)}"
-        _say(f"submitting {name}: {command}")
+        say(f"submitting {name}: {command}")
         try:
             job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
         except RuntimeError as e:
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"the cluster at {arguments.address} did not take the job ({reason}): try again") from e
         code = _follow(client, job)
         if arguments.no_fetch:
-            _say(f"the run directory is {remote} on the cluster's head node")
+            say(f"the run directory is {remote} on the cluster's head node")
             return code
         packer = f"{shlex.quote(arguments.python)} -m speckv_online.submit {_quoted(remote)}"
         _fetch(client, packer, runtime, remote, Path(arguments.out or f"runs/{name}"))
@@ -119,18 +121,6 @@ def unpack(text: str, folder: str | Path) -> int:
     except (binascii.Error, tarfile.TarError, EOFError, ValueError) as e:
         raise UserError(f"the run directory came through broken ({type(e).__name__})") from e
     return len(members)
-
-
-def _settings(config: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    except OSError as e:
-        raise UserError(f"cannot read the config {config}: {e.strerror or e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{config} is not valid YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(settings, dict):
-        raise UserError(f"{config} is not a mapping of settings to values")
-    return settings
 
 
 def _connect(address: str | None) -> Any:
@@ -189,12 +179,12 @@ def _follow(client: Any, job: str) -> int:
         asyncio.run(tail())
         info = _wait(client, job)
     except KeyboardInterrupt:
-        _say(f"the job goes on; its log: ray job logs {job}; to stop it: ray job stop {job}")
+        say(f"the job goes on; its log: ray job logs {job}; to stop it: ray job stop {job}")
         raise
     status = str(getattr(info.status, "value", info.status))
     if status != "SUCCEEDED":
         reason = str(info.message).partition(", last available logs")[0]  # the log was shown already
-        _say(f"the job {job} ended with status {status}: {' '.join(reason.split())[:300]}")
+        say(f"the job {job} ended with status {status}: {' '.join(reason.split())[:300]}")
     return 0 if status == "SUCCEEDED" else int(info.driver_exit_code or 1)
 
 
@@ -214,9 +204,9 @@ def _fetch(client: Any, command: str, runtime: dict[str, Any], remote: str, out:
         count = unpack(log, out)
     except UserError as error:
         reason = log.strip().splitlines()[-1] if info.driver_exit_code and log.strip() else str(error)
-        _say(f"{reason}; if anything was written, it lies in {remote} on the cluster's head node")
+        say(f"{reason}; if anything was written, it lies in {remote} on the cluster's head node")
         return
-    _say(f"{count} files came back: {out}; on the cluster's head node they lie in {remote}")
+    say(f"{count} files came back: {out}; on the cluster's head node they lie in {remote}")
 
 
 def _quoted(path: str) -> str:
@@ -224,11 +214,5 @@ def _quoted(path: str) -> str:
     return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    from speckv_online.commands import run_command
-
     sys.exit(run_command("submit", lambda: print(pack(sys.argv[1]))))

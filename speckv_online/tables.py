@@ -81,3 +81,12 @@ def write_tables(folder: str | Path, tables: Sequence[Table], heading: str, note
 
 def _none(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def finite(value: Any) -> Any:
+    """Return nested lists and dicts ready for JSON, which has neither NaN nor infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.config import CompareConfig, Resources, add_options, load_yaml, parse
+from experiments.config import CompareConfig, Resources, add_options, parse
 from experiments.schedule import Node, plan
 from speckv_online.commands import split_specs
 from speckv_online.errors import UserError
@@ -59,15 +59,15 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
-            load_yaml(CompareConfig, path)
+            parse(CompareConfig, ["--config", str(path)], "x", "")
     with pytest.raises(UserError, match="cannot read"):
-        load_yaml(CompareConfig, tmp_path / "absent.yaml")
+        parse(CompareConfig, ["--config", str(tmp_path / "absent.yaml")], "x", "")
 
 
 @pytest.mark.parametrize("name", ["compare", "quick", "orders", "laptop", "gpu_cluster"])
 def test_shipped_configs_are_valid(name: str) -> None:
     path = ROOT / "experiments" / "configs" / f"{name}.yaml"
-    config = CompareConfig(**load_yaml(CompareConfig, path))
+    config = parse(CompareConfig, ["--config", str(path)], "x", "")
     if name == "compare":
         assert config == CompareConfig()
 
