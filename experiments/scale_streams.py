@@ -21,7 +21,7 @@ from policies.registry import make_policy
 from speckv_online.cost import CostTable
 from speckv_online.traces import Trace
 
-#: Exchanges that are timed for the arithmetic, as many at a time as the learner serves.
+#: Exchanges that are timed for the arithmetic at least, as many at a time as the learner serves.
 TIMED = 512
 
 
@@ -44,10 +44,12 @@ class Exchange:
 
 
 def observed(spec: str, steps: int, traces: Sequence[Trace], cost: CostTable, count: int) -> list[State]:
-    """Return the first batch of ``count`` workers, each after ``steps`` steps on a stream of traces of its own."""
+    """Return a batch of ``steps`` steps from each of ``count`` workers, all somewhere else on streams of their own."""
     batches = []
     for i in range(count):
         walker = Walker(make_policy(spec, worker=i), endless(traces, [0, i]), cost)
+        walker.advance(steps * (i % 8))
+        walker.policy.take_delta()
         walker.advance(steps)
         batches.append(walker.policy.take_delta())
     return batches
@@ -61,6 +63,7 @@ def made_up(spec: str, steps: int, count: int) -> list[State]:
 def weigh(spec: str, batches: Sequence[State], folder: Path) -> Exchange:
     """Exchange with a learner in this process, whose checkpoints go to the disk of ``folder``, a fleet's batches."""
     key, fleet = Key(spec, 0), len(batches)
+    timed = max(TIMED, 2 * fleet)
     with tempfile.TemporaryDirectory(dir=folder) as checkpoints, ThreadPoolExecutor(CALLS) as pool:
         learner = Learner(checkpoints)
 
@@ -74,8 +77,8 @@ def weigh(spec: str, batches: Sequence[State], folder: Path) -> Exchange:
         learner.sync("first", 0, {key: batches[0]})
         alone = reply_bytes(learner.sync("alone", 0, {key: batches[0]}, False, {key: 1})[key].state)
         start = perf_counter()
-        back = list(pool.map(exchange, range(2, TIMED + 2)))
-        seconds = (perf_counter() - start) / TIMED
+        back = list(pool.map(exchange, range(2, timed + 2)))
+        seconds = (perf_counter() - start) / timed
     return Exchange(float(np.mean([reply_bytes(batch) for batch in batches])), alone, back[-1], seconds)
 
 
