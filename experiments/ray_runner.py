@@ -12,16 +12,15 @@ import logging
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.learner import Key, Learner, Merged
 from experiments.runner import failure
 from experiments.schedule import Node
+from experiments.wire import LEARNER, LearnerActor, RemoteSync
 from experiments.work import Event, Job, Work
 from experiments.worker import Worker
-from policies.base import State
 from speckv_online.errors import UserError
 from speckv_online.manifest import cores
 from speckv_online.rundir import Unit
@@ -31,8 +30,6 @@ OBJECT_STORE_BYTES = 100_000_000
 DEATHS = 3
 #: Workers that the learner serves at a time; those that wait for the disk share a checkpoint.
 CALLS = 64
-#: Name of the learner actor; Ray keeps the names of different jobs apart.
-LEARNER = "learner"
 
 
 def set_environment(address: str = "") -> None:
@@ -84,18 +81,6 @@ def connect(address: str = "") -> Iterator[list[Node]]:
         ray.shutdown()
 
 
-class RemoteSync:
-    """The learner's ``sync`` as a worker calls it: every so many steps, never in each."""
-
-    def __call__(
-        self, source: str, sequence: int, deltas: Mapping[Key, State], whole: bool, known: Mapping[Key, int]
-    ) -> dict[Key, Merged]:
-        import ray
-
-        learner: Any = ray.get_actor(LEARNER)
-        return ray.get(learner.sync.remote(source, sequence, deltas, whole, known))
-
-
 @dataclass(eq=False)
 class Post:
     """A place for a worker: its actor now, the units that it was given, and how often it died in a row."""
@@ -130,7 +115,9 @@ class RayRun:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        learner: Any = ray.remote(Learner).options(name=LEARNER, max_concurrency=CALLS, **options).remote(self.job.out)
+        learner: Any = (
+            ray.remote(LearnerActor).options(name=LEARNER, max_concurrency=CALLS, **options).remote(self.job.out)
+        )
         self.prompts = ray.put(list(self.job.prompts))
         yield from self._open()
         while self.running:

@@ -172,7 +172,7 @@ class TokenHistory:
         """Buckets that changed since the last call, by how much, and over how many steps."""
         now = self._now()
         delta = (now - self._table) / self._weight
-        index = np.flatnonzero(np.abs(delta[0]) > 1e-12)
+        index = np.flatnonzero(np.abs(delta[0]) > 1e-12).astype(np.uint16)
         steps, self._steps, self._table = self._steps, 0, now
         return {"history.index": index, "history.sums": delta[:, index], "history.count": np.array(float(steps))}
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from experiments.changes import Changes, Patch, patched
-from experiments.learner import Batches, Key, Learner, Merged, checkpoint_name, read_checkpoint
+from experiments.learner import Batches, Key, Learner, Merged, checkpoint_name, own_state, read_checkpoint
+from experiments.wire import pack, unpack
 from policies.base import Context, Outcome, Policy, State
 from policies.registry import make_policy
 from speckv_online.errors import UserError
@@ -211,3 +212,42 @@ def indices(changes: Changes, version: int) -> list[int] | None:
     reply = changes.since(version)
     assert isinstance(reply["small"], np.ndarray)
     return reply["table"].where.tolist() if isinstance(reply["table"], Patch) else None
+
+
+def test_what_goes_over_the_wire_comes_out_as_it_went_in() -> None:
+    state = {
+        "count": np.array(3.0), "flags": np.array([True, False, True]), "none": np.empty((2, 0)),
+        "table": Patch(np.array([1, 5, 6], np.uint16), np.array([0.1, -np.inf, 2.0])),
+        "turned": np.arange(6, dtype=np.int32).reshape(2, 3).T, "same": Patch(np.empty(0, np.uint16), np.empty(0)),
+    }  # fmt: skip
+    again = unpack(pack(state))
+    assert list(again) == list(state)
+    for name, value in state.items():
+        assert type(again[name]) is type(value)
+        for got, want in zip(again[name], value, strict=True) if isinstance(value, Patch) else ((again[name], value),):
+            assert (got.dtype, got.shape) == (want.dtype, want.shape)
+            np.testing.assert_array_equal(got, want)
+            assert not got.flags.writeable
+    assert unpack(pack({})) == {}
+    assert unpack(pack({"none": np.empty(0)}))["none"].shape == (0,)
+    with pytest.raises(ValueError, match="'odd' holds Python objects"):
+        pack({"odd": np.array([None])})
+
+
+@pytest.mark.parametrize("spec", ["online", "goodput:acceptance=none", "linucb", "best-drafter:fixed/2"])
+def test_policies_take_over_states_that_they_cannot_write_to(spec: str, tmp_path: Path) -> None:
+    """As they come from Ray, and go on learning from there."""
+    if spec != "best-drafter:fixed/2":
+        spec += f"{',' if ':' in spec else ':'}safety=off"
+    learner, key, rng = Learner(tmp_path), Key(spec, 0), np.random.default_rng(0)
+    policy = make_policy(spec)
+    known: tuple[int, State] = (0, {})
+    for i in range(3):
+        for _ in range(20):
+            play(policy, rng)
+        if delta := policy.take_delta():
+            merged = learner.sync("w", i, {key: delta}, known={key: known[0]})[key]
+            known = merged.version, patched(known[1], unpack(pack(merged.state)))
+            policy.load_state_dict(known[1])
+    for name, value in own_state(policy).items():
+        np.testing.assert_allclose(value, known[1][name], rtol=1e-9, atol=1e-12)

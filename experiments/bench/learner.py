@@ -1,8 +1,9 @@
 """How many outcomes per second the learner takes in: one actor, and many workers that only send, on a real Ray.
 
 Every fake worker makes one batch of statistics beforehand, from a real policy that has learnt from made-up steps, and
-then sends it again and again under new names, each time waiting for the merged state as a real worker does. What is
-timed is all that the learner does: the call, the merge, the checkpoint on disk, the reply. ``outcomes/s`` is by the
+then sends it again and again under new names, each time waiting for what was merged since its last and putting that
+into its copy of the state, as a real worker does. What is timed is all that the learner does: the call, the merge, the
+checkpoint on disk, the reply. ``outcomes/s`` is by the
 wall clock, with workers and Ray on the same machine; ``per CPU second`` counts the learner's own processor time alone,
 and is what one core can do. Batches are sums, so a batch of many outcomes should take no longer than one of few.
 """
@@ -19,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.changes import Patch, Reply, patched
 from experiments.config import option, parse
-from experiments.learner import Key, Learner
+from experiments.learner import Key
+from experiments.wire import LearnerActor, RemoteSync
 from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, State
 from policies.registry import make_policy
 from speckv_online.commands import run_command
@@ -32,6 +35,8 @@ BAR = 20_000
 #: A batch of the largest size may cost this much more than one of the smallest.
 SAME = 1.5
 SHARED = Key("", 0)
+#: Size of the default pair's vocabulary.
+VOCABULARY = 49_152
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Load:
     wall, cpu : float
         Seconds that passed, and seconds of processor time that the learner used.
     sent, received : int
-        Bytes of a batch's arrays, and of the merged state's.
+        Bytes of a batch's arrays, and of what comes back, on average.
     """
 
     policy: str
@@ -86,7 +91,7 @@ class Load:
         return self.batches * self.outcomes / self.cpu
 
 
-class TimedLearner(Learner):
+class TimedLearner(LearnerActor):
     """The learner, and the processor time that it has used."""
 
     def cpu(self) -> float:
@@ -95,30 +100,35 @@ class TimedLearner(Learner):
 
 
 class FakeWorker:
-    """Sends the same statistics again and again, each time as a new batch."""
+    """Sends the same statistics again and again, each time as a new batch; every worker has made up its own."""
 
-    def __init__(self, name: str, policy: str, outcomes: int) -> None:
-        self.name, self.key, self.sequence = name, SHARED._replace(spec=policy), 0
-        self.delta = made_up_delta(policy, outcomes)
+    def __init__(self, index: int, policy: str, outcomes: int) -> None:
+        self.name, self.key, self.sequence = f"worker {index}", SHARED._replace(spec=policy), 0
+        self.delta = made_up_delta(policy, outcomes, index)
+        self.version = 0
+        self.state: State = {}
 
     def size(self) -> int:
         """Return the bytes of a batch's arrays."""
         return array_bytes(self.delta)
 
-    def send(self, learner: Any, until: float) -> int:
-        """Send until a time of ``time.time()``; return the number of batches."""
-        import ray
-
-        count = 0
+    def send(self, learner: Any, until: float) -> tuple[int, int]:
+        """Send until a time of ``time.time()``; return the number of batches, and of bytes that came back."""
+        sync, count, received = RemoteSync(learner), 0, 0
         while time.time() < until:
-            ray.get(learner.sync.remote(self.name, self.sequence, {self.key: self.delta}))
+            known, deltas = {self.key: self.version}, {self.key: self.delta}
+            merged = sync(self.name, self.sequence, deltas, False, known)[self.key]
+            self.version, self.state = merged.version, patched(self.state, merged.state)
+            received += array_bytes(merged.state)
             self.sequence += 1
             count += 1
-        return count
+        return count, received
 
 
 def made_up_delta(policy: str, outcomes: int, seed: int = 0) -> State:
     """Return the statistics of a policy after some made-up steps, drafts being right three times in five.
+
+    The n-th commonest of the tokens comes up in proportion to 1 / n, as in texts.
 
     Raises
     ------
@@ -127,9 +137,12 @@ def made_up_delta(policy: str, outcomes: int, seed: int = 0) -> State:
     """
     learner, rng = make_policy(policy, seed=seed), np.random.default_rng(seed)
     history = History("nf4", "", 100)
-    learner.begin(history.context)
-    for _ in range(outcomes):
-        decision = learner.decide(history.context)
+    context, common = history.context, 1.0 / np.arange(1, VOCABULARY + 1)
+    words = rng.choice(VOCABULARY, (outcomes, 2 * MAX_GAMMA), p=common / common.sum()).tolist()
+    learner.begin(context)
+    for row in words:
+        context.tokens, context.drafts = row[:MAX_GAMMA], row[MAX_GAMMA:]
+        decision = learner.decide(context)
         k = min(decision.gamma, MAX_GAMMA)
         signals = rng.random((MAX_GAMMA, N_SIGNALS))
         if decision.stops and k:
@@ -145,9 +158,10 @@ def made_up_delta(policy: str, outcomes: int, seed: int = 0) -> State:
     return delta
 
 
-def array_bytes(state: State) -> int:
-    """Return the bytes of a state's arrays."""
-    return sum(np.asarray(value).nbytes for value in state.values())
+def array_bytes(state: Reply | State) -> int:
+    """Return the bytes of a state's arrays, patches included."""
+    parts = [v for value in state.values() for v in (value if isinstance(value, Patch) else (value,))]
+    return sum(np.asarray(value).nbytes for value in parts)
 
 
 def measure(config: BenchConfig, policy: str, outcomes: int, folder: str) -> Load:
@@ -158,19 +172,18 @@ def measure(config: BenchConfig, policy: str, outcomes: int, folder: str) -> Loa
 
     learner: Any = ray.remote(TimedLearner).options(num_cpus=0, max_concurrency=CALLS).remote(folder)
     make: Any = ray.remote(FakeWorker).options(num_cpus=0)
-    workers = [make.remote(f"worker {i}", policy, outcomes) for i in range(config.workers)]
+    workers = [make.remote(i, policy, outcomes) for i in range(config.workers)]
     try:
         sent = ray.get(workers[0].size.remote())
         ray.get([worker.send.remote(learner, time.time() + 0.5) for worker in workers])  # first calls, connections
         cpu, start = ray.get(learner.cpu.remote()), time.time()
-        batches = sum(ray.get([worker.send.remote(learner, start + config.seconds) for worker in workers]))
+        done = ray.get([worker.send.remote(learner, start + config.seconds) for worker in workers])
         wall, used = time.time() - start, ray.get(learner.cpu.remote()) - cpu
-        key = SHARED._replace(spec=policy)
-        merged = ray.get(learner.sync.remote("", -1, {key: {}}))[key]
     finally:
         for actor in (*workers, learner):
             ray.kill(actor)
-    return Load(policy, outcomes, batches, wall, used, sent, array_bytes(merged.state))
+    batches, received = (sum(column) for column in zip(*done, strict=True))
+    return Load(policy, outcomes, batches, wall, used, sent, received // max(batches, 1))
 
 
 def bench(config: BenchConfig) -> int:
