@@ -11,6 +11,7 @@ from torch import nn
 
 from speckv_online import bnb_cpu
 from speckv_online.bnb_cpu import lighten
+from speckv_online.fingerprints import fingerprint
 from speckv_online.packed import pack
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -29,7 +30,10 @@ def layer(kind: str, bias: bool = False) -> Any:
 
 def lightened(kind: str, bias: bool = False) -> Any:
     model = nn.Sequential(layer(kind, bias))
-    if not lighten(model):
+    assert lighten(model) == 1
+    with torch.inference_mode():
+        model[0](torch.ones(2, 128))
+    if "forward" not in vars(model[0]):
         pytest.skip("this processor has no quick path for these layers in bitsandbytes")
     return model[0]
 
@@ -63,19 +67,24 @@ def test_what_it_does_not_take_goes_the_stock_way(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_another_arithmetic_is_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lightened(kind)
-    name = "int8_forward" if kind == "int8" else "four_bit_forward"
-    forward = getattr(bnb_cpu, name)
-    monkeypatch.setattr(bnb_cpu, name, lambda own, x: forward(own, x) * (1 + 1e-6))
-    model = nn.Sequential(layer(kind))
-    assert lighten(model) == 0
+    name = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
+    ready, forward = bnb_cpu._WAYS[name]
+    monkeypatch.setitem(bnb_cpu._WAYS, name, (ready, lambda own, x: forward(own, x) * (1 + 1e-6)))
+    model, stock = nn.Sequential(layer(kind)), layer(kind)
+    lighten(model)
+    x = torch.ones(2, 128)
+    with torch.inference_mode():
+        assert torch.equal(model(x), stock(x))
+        assert torch.equal(model(x), stock(x))
     assert "forward" not in vars(model[0])
 
 
-def test_packing_a_model_does_it() -> None:
-    light = lightened("nf4")
-    model = nn.Sequential(layer("nf4"), nn.Linear(8, 8))
+def test_packing_a_model_does_it_and_keeps_its_fingerprint() -> None:
+    light, model = lightened("nf4"), nn.Sequential(layer("nf4"), nn.Linear(8, 8))
+    before, x = fingerprint(model), torch.randn(2, 128)
     assert pack(model) == 0
-    x = torch.randn(2, 128)
+    assert fingerprint(model) == before
     with torch.inference_mode():
         assert torch.equal(model[0](x), light(x))
-    assert "forward" in vars(model[0])
+        assert torch.equal(model[0](x), light(x))
+    assert vars(model[0])["forward"].__func__ is vars(light)["forward"].__func__
