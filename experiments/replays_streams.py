@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def streams(config: StreamsConfig) -> int:
     """Play what is left to play, and write tables and plots."""
-    from experiments.stream_cells import cells, named_costs, run
+    from experiments.cells import run
+    from experiments.stream_cells import cells, named_costs, play, weight
     from policies.registry import make_policy
     from speckv_online import manifest
     from speckv_online.files import exclusive, write_atomically
@@ -91,7 +93,8 @@ def streams(config: StreamsConfig) -> int:
         settings = asdict(config) | names | {"out": "", "doc": "", "images": ""}
         facts = manifest.collect(command="python -m experiments.replays_streams", config=settings)
         directory.write_manifest(facts)
-        found = run(config, todo, out / "cells.jsonl")
+        log, many = out / "cells.jsonl", config.processes
+        found = run(todo, partial(play, config), log, weight=weight, processes=many)
         directory.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
     parts = {"start": _start, "drift": _drift, "merge": _merge}
     text = "\n\n".join(

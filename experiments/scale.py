@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class ScaleConfig:
     fleet: int = option(256, "arithmetic: workers whose batches come in between two of one worker")
     rate: float = option(20.0, "arithmetic: decoding steps per second of a worker")
     seed: int = option(0, "seed of the streams")
+    processes: int = option(1, "simulated: how many numbers of workers to simulate at a time")
     doc: str = option("", "document to put the tables into, each between the markers of its part")
     images: str = option("", "directory of scale.png (default: beside scale.json)")
     out: str = option("runs/scale", "directory of scale.json and the runs")
@@ -56,8 +58,9 @@ class ScaleConfig:
                 self, name
             ):
                 raise UserError(f"--{name} must be whole numbers of at least {least}")
-        if min(self.every, self.steps, self.max_new_tokens, self.fleet) < 1 or not self.rate > 0:
-            raise UserError("--every, --steps, --fleet and --max-new-tokens must be at least 1, --rate above zero")
+        counts = ("every", "steps", "max_new_tokens", "fleet", "processes")
+        if min(getattr(self, name) for name in counts) < 1 or not self.rate > 0:
+            raise UserError(f"{', '.join(counts)} must be at least 1, --rate above zero")
         if "simulated" in self.parts:
             check_traces((f"traces={self.traces}",) if self.traces else ())
 
@@ -132,23 +135,43 @@ def _real(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
+    from experiments.cells import run
+    from speckv_online.cost import load_cost
+
+    todo = [(spec, delay, count) for spec in config.policies for delay in config.delays for count in config.workers]
+    names = ("level", "traces", "cost", "every", "steps", "seed")
+    found = run(
+        todo,
+        partial(_simulate, config),
+        out / "simulated.jsonl",
+        settings=json.dumps([getattr(config, name) for name in names]),
+        weight=lambda cell: int(cell[2]),
+        processes=config.processes,
+    )
+    rows = [
+        {
+            "policy": spec,
+            "level": config.level,
+            "delay": int(delay),
+            "workers": int(count),
+            "tokens/s, per worker": found[spec, delay, count],
+        }
+        for spec, delay, count in todo
+    ]
+    cost = load_cost(config.cost).name
+    return rows, f"modelled, costs of {cost}; first {config.steps} steps of each worker, from a cold start"
+
+
+def _simulate(config: ScaleConfig, cell: tuple[str, ...]) -> float:
+    """Play one cell: policy, delay, number of workers."""
     from experiments.stream_merge import simulate
     from speckv_online.cost import load_cost
     from speckv_online.traces import load_traces
 
+    policy, delay, count = cell
+    setting = {"every": config.every, "steps": config.steps, "seed": config.seed}
     traces, cost = load_traces(config.traces, levels=[config.level]), load_cost(config.cost)
-    rows: list[dict[str, Any]] = []
-    for policy in config.policies:
-        for delay in map(int, config.delays):
-            for count in map(int, config.workers):
-                print(f"simulated: {policy}, {count} workers, delay {delay}", file=sys.stderr, flush=True)
-                rate = simulate(
-                    policy, traces, cost, workers=count, every=config.every, delay=delay, steps=config.steps,
-                    seed=config.seed,
-                )  # fmt: skip
-                row = {"policy": policy, "level": config.level, "delay": delay, "workers": count}
-                rows.append(row | {"tokens/s, per worker": rate})
-    return rows, f"modelled, costs of {cost.name}; first {config.steps} steps of each worker, from a cold start"
+    return simulate(policy, traces, cost, workers=int(count), delay=int(delay), **setting)
 
 
 def _arithmetic(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:

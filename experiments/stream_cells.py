@@ -1,24 +1,18 @@
-"""Cells of ``python -m experiments.replays_streams``: what there is to play, playing it side by side, and resuming.
+"""Cells of ``python -m experiments.replays_streams``: what there is to play, and playing it.
 
 A cell is one policy in one place: a pair, cost table and level, a changing stream, or a number of workers and of steps
-between merges. Each goes into an append-only log when it is done, with a digest of the policies' code and weights: a
-run that is started again plays what the log lacks, or what the policies of that time played.
+between merges.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.cells import Cell
 from speckv_online.cost import CostTable, load_cost
 from speckv_online.errors import UserError
 from speckv_online.hindsight import by_level
@@ -28,8 +22,6 @@ if TYPE_CHECKING:
     from experiments.replays_streams import StreamsConfig
 
 EVERYTHING = "draft, level and task"
-#: Part, where, policy; all text, so that it is the same in JSON.
-Cell = tuple[str, ...]
 Kinds = dict[str, list[Trace]]
 
 
@@ -82,6 +74,11 @@ def play(config: StreamsConfig, cell: Cell) -> Any:
     return float(np.mean([simulate(spec, group, costs[name], **setting, seed=seed) for seed in seeds]))
 
 
+def weight(cell: Cell) -> float:
+    """Return how long a cell takes, roughly: many workers that merge often are the longest."""
+    return int(cell[2]) * (1 + 10 / int(cell[3])) if cell[0] == "merge" else 0.0
+
+
 def streams(pairs: Mapping[str, Sequence[Trace]]) -> dict[str, Kinds]:
     """Return every changing stream: by its name the traces, by kind, that it changes between."""
     found: dict[str, Kinds] = {}
@@ -104,67 +101,6 @@ def streams(pairs: Mapping[str, Sequence[Trace]]) -> dict[str, Kinds]:
         if len(pairs) > 1 and all(level in groups for groups in levels.values()):
             found[f"drafts, {level}"] = {pair: groups[level] for pair, groups in levels.items()}
     return found
-
-
-def run(config: StreamsConfig, todo: Sequence[Cell], log: Path) -> dict[Cell, Any]:
-    """Play the cells that the log lacks, and return the results of all."""
-    from tqdm import tqdm
-
-    version = code_digest()
-    done = {cell: found for cell, found in _read(log, version) if cell in set(todo)}
-    left = [cell for cell in todo if cell not in done]
-    # The longest first, so that no process is left with one at the end: many workers that merge often.
-    left.sort(key=lambda c: -int(c[2]) * (1 + 10 / int(c[3])) if c[0] == "merge" else 0.0)
-    bar = tqdm(total=len(todo), initial=len(done), unit="cell", disable=not sys.stderr.isatty(), file=sys.stderr)
-    with log.open("a", encoding="utf-8") as file:
-        if log.stat().st_size and not log.read_bytes().endswith(b"\n"):
-            file.write("\n")  # a kill cut the last line short
-        for cell, found in _play_all(config, left):
-            done[cell] = found
-            file.write(json.dumps({"cell": cell, "code": version, "found": found}) + "\n")
-            file.flush()
-            bar.update()
-            if bar.disable:
-                print(f"{len(done)}/{len(todo)} {', '.join(cell)}", file=sys.stderr, flush=True)
-    return done
-
-
-def code_digest() -> str:
-    """Return a short hash of the policies' code and of the weights that they ship with."""
-    import policies
-
-    digest = hashlib.sha256()
-    for file in sorted(f for f in Path(str(policies.__file__)).parent.rglob("*") if f.suffix in (".py", ".npz")):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _play_all(config: StreamsConfig, todo: Sequence[Cell]) -> Iterator[tuple[Cell, Any]]:
-    if config.processes == 1:
-        for cell in todo:
-            yield cell, play(config, cell)
-        return
-    # Fresh processes: a fork would take over the state of whatever threads the libraries have started.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.processes, mp_context=context) as pool:
-        waiting = {pool.submit(play, config, cell): cell for cell in todo}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _read(log: Path, version: str) -> Iterator[tuple[Cell, Any]]:
-    """Yield what the log holds of these policies; a line that a kill cut short is skipped."""
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["code"] == version:
-            yield tuple(row["cell"]), row["found"]
 
 
 @cache

@@ -1,0 +1,101 @@
+"""Cells of an experiment on traces: independent pieces of work, played side by side, each of them once.
+
+Each cell goes into an append-only log when it is done, with a digest of the settings and of the policies' code and
+weights. A run that is started again plays what the log lacks, and what was played under other settings or policies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+#: What to play, as text, so that it is the same in JSON.
+Cell = tuple[str, ...]
+
+
+def run(
+    todo: Sequence[Cell],
+    play: Callable[[Cell], Any],
+    log: Path,
+    *,
+    settings: str = "",
+    weight: Callable[[Cell], float] = lambda cell: 0.0,
+    processes: int = 1,
+) -> dict[Cell, Any]:
+    """Play the cells that the log lacks, and return the results of all.
+
+    Parameters
+    ----------
+    todo : sequence of tuple of str
+    play : callable
+        Returns a cell's result, ready for JSON; with several processes it has to be picklable.
+    log : Path
+        JSON lines; made where it is missing.
+    settings : str
+        What results depend on besides the cell and the policies.
+    weight : callable
+        How long a cell takes, roughly: the longest are played first, so that no process is left with one at the end.
+    processes : int
+        How many cells to play at a time.
+    """
+    from tqdm import tqdm
+
+    version = digest(settings)
+    done = {cell: found for cell, found in _read(log, version) if cell in set(todo)}
+    left = sorted((cell for cell in todo if cell not in done), key=weight, reverse=True)
+    bar = tqdm(total=len(todo), initial=len(done), unit="cell", disable=not sys.stderr.isatty(), file=sys.stderr)
+    with log.open("a", encoding="utf-8") as file:
+        if log.stat().st_size and not log.read_bytes().endswith(b"\n"):
+            file.write("\n")  # a kill cut the last line short
+        for cell, found in _play_all(left, play, processes):
+            done[cell] = found
+            file.write(json.dumps({"cell": cell, "code": version, "found": found}) + "\n")
+            file.flush()
+            bar.update()
+            if bar.disable:
+                print(f"{len(done)}/{len(todo)} {', '.join(cell)}", file=sys.stderr, flush=True)
+    return done
+
+
+def digest(settings: str = "") -> str:
+    """Return a short hash of settings, the policies' code, and the weights that they ship with."""
+    import policies
+
+    digest = hashlib.sha256(settings.encode())
+    for file in sorted(f for f in Path(str(policies.__file__)).parent.rglob("*") if f.suffix in (".py", ".npz")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _play_all(todo: Sequence[Cell], play: Callable[[Cell], Any], processes: int) -> Iterator[tuple[Cell, Any]]:
+    if processes == 1:
+        for cell in todo:
+            yield cell, play(cell)
+        return
+    # Fresh processes: a fork would take over the state of whatever threads the libraries have started.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting = {pool.submit(play, cell): cell for cell in todo}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _read(log: Path, version: str) -> Iterator[tuple[Cell, Any]]:
+    """Yield what the log holds of these policies; a line that a kill cut short is skipped."""
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["code"] == version:
+            yield tuple(row["cell"]), row["found"]
