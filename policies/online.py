@@ -112,6 +112,9 @@ class Online(CostAware):
         """Learn from the steps that wait, and draw the heads of the next decisions."""
         self._fold()
         self.head.refresh()
+        self._draw()
+
+    def _draw(self) -> None:
         if self.explore == "thompson":
             self._heads = self.head.sample(self.rng, ENSEMBLE, self.spread)
             self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
@@ -195,7 +198,7 @@ class Online(CostAware):
         self._waiting.clear()
         self.head.load(state)
         super().load_state_dict(state)
-        self._refresh()
+        self._draw()
 
     def take_delta(self) -> State:
         self._fold()
@@ -205,7 +208,7 @@ class Online(CostAware):
         self._fold()
         self.head.merge(delta)
         super().merge(delta)
-        self._refresh()
+        self._draw()
 
     def sync(self, state: State) -> None:
         """Take over merged statistics, and add again what was learnt here since the last :meth:`take_delta`."""

@@ -7,6 +7,7 @@ once a line says that the unit is done, and only once, so that a run which was k
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -227,7 +228,9 @@ def save_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
     for key, value in values.items():
         if value.dtype.hasobject:
             raise ValueError(f"array {key!r} holds Python objects and cannot be saved")
-    return write_atomically(path, lambda f: np.savez(f, **values), binary=True)  # type: ignore[arg-type]
+    packed = io.BytesIO()  # savez seeks and writes some hundred times
+    np.savez(packed, **values)  # type: ignore[arg-type]
+    return write_atomically(path, lambda f: f.write(packed.getbuffer()), binary=True)
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
