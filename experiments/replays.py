@@ -167,6 +167,18 @@ def insert(path: Path, text: str, name: str) -> None:
     """Replace what is between a document's markers of a name, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
     from speckv_online.files import write_atomically
 
+    head, rest = around(path, name)
+    write_atomically(path, lambda f: f.write(f"{head}\n\n{text}\n{rest}"))
+
+
+def around(path: Path, name: str) -> tuple[str, str]:
+    """Return a document up to and with the first marker of a name, and from the second on.
+
+    Raises
+    ------
+    UserError
+        If there is no such document, or it lacks the markers.
+    """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     try:
         old = path.read_text(encoding="utf-8")
@@ -176,7 +188,7 @@ def insert(path: Path, text: str, name: str) -> None:
     _, closed, rest = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} lacks the lines {begin} and {end} that the tables go between")
-    write_atomically(path, lambda f: f.write(f"{head}{begin}\n\n{text}\n{end}{rest}"))
+    return head + begin, end + rest
 
 
 if __name__ == "__main__":

@@ -85,8 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def results(config: ResultsConfig) -> int:
     """Decode what is missing, then write the tables."""
     from experiments.peers import SCHEDULES
+    from experiments.replays import around
+    from experiments.results_headline import MARKER as HEADLINE
     from experiments.results_headline import publish_headline
-    from experiments.results_tables import publish
+    from experiments.results_tables import MARKER, publish
     from speckv_online import manifest
     from speckv_online.rundir import RunDir, read_manifest
 
@@ -98,6 +100,9 @@ def results(config: ResultsConfig) -> int:
         else:
             make_policy(spec)  # a typo should show at once
             parse_drafter(drafter or "model")
+    for document, marker in ((config.doc, MARKER), (config.readme, HEADLINE)):
+        if document:
+            around(Path(document), marker)  # tables that have nowhere to go should show before hours of decoding
     run = RunDir.open(config.out, asdict(config), volatile=ResultsConfig.VOLATILE)
     prompts = list(enumerate(choose(bundled("test"), config.prompts, config.seed)))
     known = read_manifest(run.path)["levels"] if (run.path / "run.json").exists() else ()
@@ -227,7 +232,6 @@ class Bench:
     def _ours(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:
         import torch
 
-        from speckv_online.cost import as_prior
         from speckv_online.decoding import SpeculativeDecoder
         from speckv_online.rundir import load_arrays
 
@@ -244,7 +248,7 @@ class Bench:
             if self.checkpoint(name).exists():
                 policy.load_state_dict(load_arrays(self.checkpoint(name)))
             if hasattr(policy, "set_costs"):
-                policy.set_costs(self.level, as_prior(self.cost))
+                policy.set_costs(self.level, self.cost)
         decoder = SpeculativeDecoder(drafter, policy=policy, target=pair.target, level=self.level)
 
         def decode(ids: list[int]) -> tuple[list[int], float, list[Any]]:

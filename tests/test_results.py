@@ -135,6 +135,9 @@ def test_unknown_contenders_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
     for name, message in (("transformers:magic", "unknown schedule"), ("nobody", "nobody"), ("goodput+x", "drafter")):
         assert main(["--leading", name, "--others", "autoregressive", "--out", str(tmp_path / "run")]) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "doc.md").write_text("no markers")
+    assert main(["--doc", str(tmp_path / "doc.md"), "--out", str(tmp_path / "run")]) == 2
+    assert "lacks the lines" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError):
         read_units(tmp_path / "run")
