@@ -115,7 +115,8 @@ class ModelDrafter:
         logits, found = self.logits(), list[torch.Tensor]()
         while True:
             top, rows = logits.topk(2)
-            token = rows[0] if self._head_ids is None else self._head_ids[rows[0]]
+            # A slice, since indexing with a tensor of no dimension would wait for the device.
+            token = rows[0] if self._head_ids is None else self._head_ids[rows[:1]][0]
             p = logits.softmax(-1)
             found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
             if len(found) == count:
