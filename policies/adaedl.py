@@ -9,8 +9,7 @@ import numpy as np
 
 from policies.base import ENTROPY, Context, Decision, Outcome, Policy, PolicyError, State
 from policies.gaussian import check_array
-
-LN2 = math.log(2.0)
+from policies.svip import LN2
 
 
 class AdaEdl(Policy):

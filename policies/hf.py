@@ -32,7 +32,7 @@ class Heuristic(Policy):
     def __init__(self, *, start: int = 5, transient: bool = False, seed: int = 0, worker: int = 0) -> None:
         super().__init__(seed=seed, worker=worker)
         if not 1 <= start <= 1000:
-            raise PolicyError(f"start must be at least 1, got {start}")
+            raise PolicyError(f"start must be from 1 to 1000, got {start}")
         self.start, self.transient, self.gamma = start, transient, start
 
     def begin(self, context: Context) -> None:

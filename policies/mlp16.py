@@ -113,18 +113,6 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
     return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"), noise)
 
 
-def save_weights(path: str | Path, weights: Weights) -> None:
-    """Write weights to an ``.npz`` that :func:`load_weights` reads, in one move."""
-    path = Path(path)
-    keys = (*SHAPES, "phi_cov", "noise_var")
-    arrays = {key: np.asarray(getattr(weights, key)) for key in keys if getattr(weights, key) is not None}
-    check_weights(arrays, "weights to save")
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    partial.replace(path)
-
-
 def level_code(level: str) -> float:
     """MLP16's code of a compression level; a level that it never saw gets the code of the nearest number of bits."""
     if level in LEVEL_CODES:

@@ -25,14 +25,12 @@ from speckv_online.evaluation_published import (
     RECOMPUTED,
     TASKS,
 )
-from speckv_online.evaluation_tables import acceptance_table, signal_table, speed_table
+from speckv_online.evaluation_tables import INPUTS, acceptance_table, signal_table, speed_table
 from speckv_online.experiment_table import Run, best_gamma_by_task, goodput
 from speckv_online.step_table import LAGGED, StepRow, column
 from speckv_online.tables import Table
 from speckv_online.training import Data
 from speckv_online.training_estimators import compare_estimators, error_and_correlation, estimators, fit_quietly
-
-INPUTS = ("mean entropy", "mean confidence", "max entropy", "min confidence", "compression", "gamma")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,7 @@ def draw(tables: Sequence[Table], folder: str | Path) -> list[Path]:
     return paths
 
 
-def _panels(
-    plt: Any, names: Sequence[str], title: str, width: float = 3.6, height: float = 3.4
-) -> tuple[Any, list[Any]]:
+def _panels(plt: Any, names: Sequence[str], title: str, width: float = 3.6, height: float = 3.4) -> Panels:
     figure, axes = plt.subplots(1, len(names), figsize=(max(5.0, width * len(names)), height), squeeze=False)
     for name, axis in zip(names, axes[0], strict=True):
         axis.set_title(name, fontsize=10)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from policies.mlp16 import Weights
+from speckv_online.evaluation_tables import INPUTS
 from speckv_online.tables import Table
 from speckv_online.training import Data, train_mlp16
 from speckv_online.training_estimators import ROWS, compare_estimators, error_and_correlation, require_sklearn
 from speckv_online.training_splits import held_out_splits
 
-INPUTS = ("mean entropy", "mean confidence", "max entropy", "min confidence", "compression", "gamma")
 BINS = 10
 #: Most rows that MLP16 is trained on for one held-out part.
 TRAIN_ROWS = 30_000

@@ -19,7 +19,7 @@ from speckv_online.evaluation_policies import Realised
 from speckv_online.evaluation_predictors import HeldOut
 from speckv_online.hindsight import best_fixed, by_level, clairvoyant
 from speckv_online.simulate import Replay, Simulator, replay_fixed
-from speckv_online.step_table import StepRow, default_schedules, replay_rows
+from speckv_online.step_table import Schedule, StepRow, replay_rows
 from speckv_online.tables import Table
 from speckv_online.traces import Trace
 from speckv_online.training import Data
@@ -33,9 +33,7 @@ LABELLED = (1, 2, 4, 8)
 
 def steps_of(traces: Sequence[Trace], gammas: Sequence[int] = (2, 4, 6, 8)) -> list[StepRow]:
     """Replay traces at fixed gammas: the steps that the release's way of profiling would have recorded."""
-    schedules = default_schedules()
-    kept = {g: schedules.get(f"fixed:{g}") or type(schedules["fixed:1"])((g,)) for g in gammas}
-    return [row for g, s in kept.items() for t in traces for row in replay_rows(t, s, f"fixed:{g}")]
+    return [row for g in gammas for t in traces for row in replay_rows(t, Schedule((g,)), f"fixed:{g}")]
 
 
 def speeds_by_gamma(traces: Sequence[Trace], cost: CostTable) -> Table:
@@ -68,13 +66,9 @@ def fixed_policies(traces: Sequence[Trace], cost: CostTable) -> list[Realised]:
                 _add(r, trace, replay_fixed(trace, choice[trace.task], table))
             found.append(r)
         # The oracle's rate is that of the whole level; one trace at a time it would be another bound.
-        oracle = clairvoyant(group, cost)[level]
-        r, start = Realised(level, "clairvoyant", "hindsight"), 0
-        ends = np.flatnonzero(np.append(oracle.position[1:] == 0, True)) + 1
-        for trace, end in zip(group, ends.tolist(), strict=True):
-            part = Replay(*(getattr(oracle, n)[start:end] for n in Replay.__dataclass_fields__))
+        r = Realised(level, "clairvoyant", "hindsight")
+        for trace, part in zip(group, clairvoyant(group, cost)[level].split(), strict=True):
             _add(r, trace, part)
-            start = end
         found.append(r)
     return found
 

@@ -10,12 +10,15 @@ from speckv_online.experiment_table import Run, goodput
 from speckv_online.step_table import StepRow, column
 from speckv_online.tables import Table
 
+#: Signals of the tokens drafted in a step, by the names of the tables.
 SIGNALS = {
     "mean entropy": "mean_draft_entropy",
     "mean confidence": "mean_draft_confidence",
     "max entropy": "max_draft_entropy",
     "min confidence": "min_draft_confidence",
 }
+#: MLP16's inputs, in its order.
+INPUTS = (*SIGNALS, "compression", "gamma")
 BINS = 8
 
 

@@ -64,7 +64,6 @@ class Gate:
         self.information, self.skip, self.card = arrays["information"], float(skip), card or {}
         # A small ridge keeps directions that the training data never showed from moving without bound.
         self._covariance = np.linalg.inv(PRIOR_RECORDS * self.information + 0.1 * np.eye(n))
-        self.updates = 0
 
     def sure(self, found: Proposal) -> float:
         """Return the probability that the lookup's proposal is right, whatever the model says."""
@@ -86,7 +85,6 @@ class Gate:
         curvature = p * (1.0 - p)
         self._covariance -= np.outer(step, step) * (curvature / (1.0 + curvature * float(x @ step)))
         self.weights = (np.array(self.weights) + self._covariance @ x * (float(lookup_right) - p)).tolist()
-        self.updates += 1
 
     def copy(self) -> Gate:
         """Return a gate with these weights that learns on its own."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from speckv_online.errors import UserError
-from speckv_online.smollm2 import sha256
+from speckv_online.manifest import sha256
 
 DRAFT_FILE = "draft-smollm2.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"

@@ -67,6 +67,12 @@ class Replay:
         parts = list(parts)
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
 
+    def split(self) -> list[Replay]:
+        """Take replays apart again, one per trace: each begins at position 0."""
+        starts = np.flatnonzero(self.position == 0)[1:]
+        columns = (np.split(getattr(self, name), starts) for name in self.__dataclass_fields__)
+        return [Replay(*part) for part in zip(*columns, strict=True)]
+
 
 class Simulator:
     """Replays traces under one policy, which goes on learning from trace to trace.
@@ -171,11 +177,6 @@ class Simulator:
             history.update(outcome)
             tokens += output[t : t + produced]
             t += produced
-
-
-def replay(trace: Trace, policy: Policy, cost: CostTable, max_gamma: int = MAX_GAMMA) -> Replay:
-    """Replay one trace under a policy, see :class:`Simulator`."""
-    return Simulator(policy, cost, max_gamma).replay(trace)
 
 
 def replay_fixed(trace: Trace, gamma: int, cost: LevelCost, max_gamma: int = MAX_GAMMA) -> Replay:

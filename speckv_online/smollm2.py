@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import json
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from speckv_online.errors import UserError
+from speckv_online.manifest import sha256
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,6 @@ def smollm2_ready() -> bool:
         return all((folder / name).stat().st_size == facts["bytes"] for name, facts in recorded.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> None:

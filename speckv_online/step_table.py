@@ -117,10 +117,10 @@ def default_schedules(seed: int = 0) -> dict[str, Schedule]:
     return {name: Schedule(gammas, seed=seed + i) for i, (name, gammas) in enumerate(schedule_gammas().items())}
 
 
-def replay_rows(trace: Trace, schedule: Schedule, name: str = "", cost: CostTable | None = None) -> list[StepRow]:
-    """Replay a trace under a schedule and return its steps as rows; the cost table does not change them."""
+def replay_rows(trace: Trace, schedule: Schedule, name: str = "") -> list[StepRow]:
+    """Replay a trace under a schedule and return its steps as rows."""
     # Seconds play no part here: any level's will do.
-    cost = cost or CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
+    cost = CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
     replay = Simulator(schedule, cost).replay(trace)
     rows = []
     for i, (position, context, last, hit, rate, *lagged) in enumerate(schedule.seen):

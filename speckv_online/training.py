@@ -21,7 +21,7 @@ from speckv_online.cost import RTX3090_RELEASE, CostTable
 from speckv_online.errors import UserError
 from speckv_online.signals import summarise
 from speckv_online.simulate import Simulator
-from speckv_online.step_table import Schedule, StepRow, schedule_gammas
+from speckv_online.step_table import LAGGED, Schedule, StepRow, schedule_gammas
 from speckv_online.traces import Trace
 
 FEATURES = ("causal", "step-mean")
@@ -68,10 +68,7 @@ def data_from_rows(rows: Iterable[StepRow], features: str = "causal") -> Data:
     features : {'causal', 'step-mean'}
     """
     kept = [row for row in rows if row.drafted > 0]
-    if features == "causal":
-        names = ("lag_mean_entropy", "lag_mean_confidence", "lag_max_entropy", "lag_min_confidence")
-    else:
-        names = ("mean_draft_entropy", "mean_draft_confidence", "max_draft_entropy", "min_draft_confidence")
+    names = tuple(LAGGED if features == "causal" else LAGGED.values())
     x = [[*(getattr(r, name) for name in names), level_code(r.compression), r.drafted] for r in kept]
     return _data(x, [r.accepted / r.drafted for r in kept], [(r.prompt_id, r.compression, r.task) for r in kept])
 
@@ -108,9 +105,6 @@ def data_from_traces(
 
 class _Reader(Schedule):
     """A schedule that notes the signals as MLP16's policies read them: lagged, and fading while nothing is drafted."""
-
-    def __init__(self, gammas: Sequence[int], *, seed: int = 0) -> None:
-        super().__init__(gammas, seed=seed)
 
     def begin(self, context: Context) -> None:
         super().begin(context)

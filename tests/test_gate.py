@@ -179,9 +179,8 @@ def test_only_an_online_drafter_moves_its_gate(tiny_pair: TinyPair) -> None:
             drafter.draft(signals[0])
             drafter.end(0)
             drafter.extend([44])  # what the lookup said, and the model did not
-        assert drafter.gate.updates == (3 if online else 0)
         assert (drafter.gate.weights != gate.weights) == online
-        assert gate.updates == 0
+        assert gate.weights == gate_that(False).weights
         assert drafter.gate.weights[0] > -1.0 or not online
 
 
