@@ -14,7 +14,6 @@ from experiments.learner import checkpoint_name
 from policies.base import Policy
 from policies.registry import make_policy
 from speckv_online.calibrate import calibrate
-from speckv_online.cost import as_prior
 from speckv_online.decoding import Generation, SpeculativeDecoder
 from speckv_online.drafters import Drafter, ModelDrafter, NgramDrafter
 from speckv_online.errors import UserError
@@ -82,7 +81,7 @@ class Stage:
             cost = calibrate(pair.target, pair.drafter, level, chat_prompt(pair.tokenizer, WARM_UP))
             for policy in self.policies.values():
                 if hasattr(policy, "set_costs"):
-                    policy.set_costs(level, as_prior(cost))
+                    policy.set_costs(level, cost)
             self.facts[level] = {
                 "level": level,
                 "threads": torch.get_num_threads(),

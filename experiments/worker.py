@@ -16,7 +16,6 @@ from experiments.learner import Key, Merged
 from policies.base import Policy, State
 from policies.registry import make_policy
 from speckv_online.calibrate import calibrate
-from speckv_online.cost import as_prior
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.manifest import now, weight_hashes
@@ -181,7 +180,7 @@ class Worker:
         if seat.state:
             seat.policy.load_state_dict(seat.state)
         if hasattr(seat.policy, "set_costs"):  # the calibration is this worker's own and not part of what is shared
-            seat.policy.set_costs(self.level, as_prior(self.cost))
+            seat.policy.set_costs(self.level, self.cost)
 
     def _share(self, seat: Seat, unit: Unit) -> None:
         """Send what the policy learnt since the last exchange, and take the merged statistics over."""

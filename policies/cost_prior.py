@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -21,7 +21,8 @@ class CostPrior:
     draft_seconds : float
         t_d, seconds to draft one token.
     verify_seconds : tuple of float
-        T_v(w) for w = 1, 2, ...; the last two entries are extended in a straight line up to width 17.
+        T_v(w) for w = 1, 2, ...; a shorter table goes on at its last rate of growth (flat for one entry) up
+        to width 17.
     overhead_seconds : float
         t_0, what a step takes besides drafting and verifying.
     context_seconds : float
@@ -40,9 +41,10 @@ class CostPrior:
     weight: float = 20.0
 
     def __post_init__(self) -> None:
-        times = (self.draft_seconds, self.overhead_seconds, *self.verify_seconds)
+        others = [v for name, v in asdict(self).items() if name != "verify_seconds"]
+        times = (*others, *self.verify_seconds)
         if not self.verify_seconds or not all(0 <= t < float("inf") for t in times) or min(self.verify_seconds) <= 0:
-            raise PolicyError(f"cost prior needs finite seconds, and verify times above zero: {self}")
+            raise PolicyError(f"cost prior needs finite numbers, none below zero, and verify times above zero: {self}")
 
     def table(self) -> np.ndarray:
         """T_v for widths 1 to 17, shape (17,)."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from policies.base import Policy
 from policies.registry import make_policy
-from speckv_online.cost import CostTable, as_prior
+from speckv_online.cost import CostTable
 from speckv_online.errors import UserError
 from speckv_online.hindsight import best_fixed, clairvoyant, fastest
 from speckv_online.simulate import Replay, Simulator, replay_fixed
@@ -100,7 +100,7 @@ def tell_costs(policy: Policy, cost: CostTable, levels: Iterable[str]) -> None:
     """Hand a cost table to a policy that weighs seconds."""
     if hasattr(policy, "set_costs"):
         for level in levels:
-            policy.set_costs(level, as_prior(cost.level(level)))
+            policy.set_costs(level, cost.level(level))
 
 
 def play(
@@ -222,9 +222,7 @@ class Contest:
         return self._bound("dynamic programming", fastest(self.traces, self.cost)[self.level])
 
     def _bound(self, name: str, replay: Replay) -> Score:
-        starts = np.flatnonzero(replay.position == 0)[1:]
-        columns = [np.split(getattr(replay, column), starts) for column in Replay.__dataclass_fields__]
-        return score(name, BOUND, [[Replay(*part) for part in zip(*columns, strict=True)]])
+        return score(name, BOUND, [replay.split()])
 
     def hindsight(self) -> list[Score]:
         """All that only hindsight knows."""

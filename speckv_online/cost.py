@@ -18,54 +18,32 @@ from typing import Any
 
 import numpy as np
 
-from policies.base import MAX_GAMMA
-from policies.cost_prior import CostPrior
+from policies.cost_prior import WIDTHS, CostPrior
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.records import StepRecord
 
 FORMAT, VERSION = "speckv-cost", 1
-WIDTHS = MAX_GAMMA + 1
 
 
 @dataclass(frozen=True)
-class LevelCost:
-    """Cost of a step at one compression level; the fields are those of :class:`policies.cost.CostPrior`.
+class LevelCost(CostPrior):
+    """Cost of a step at one compression level: what policies are told beforehand, and what a replay charges.
 
     Attributes
     ----------
-    draft_seconds : float
-        t_d, seconds per drafted token.
     verify_seconds : tuple of float
-        T_v(1), T_v(2), ...: seconds of a target forward over that many tokens. Shorter tables are continued at their
-        last rate of growth (flat for a single entry) up to width 17.
-    overhead_seconds : float
-        t_0, seconds of everything else in a step.
-    context_seconds, context_length : float
-        Seconds that a verify takes longer per token of context beyond ``context_length`` tokens.
+        As in :class:`policies.cost_prior.CostPrior`, continued up to width 17.
     catch_up_seconds : float
         Seconds per context token that the draft has to read before its first draft of a step, beyond the latest one:
         the prompt, and what was produced in steps that drafted nothing.
     """
 
-    draft_seconds: float
-    verify_seconds: tuple[float, ...]
-    overhead_seconds: float = 0.0
-    context_seconds: float = 0.0
-    context_length: float = 0.0
     catch_up_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        table = [float(v) for v in self.verify_seconds]
-        others = [v for name, v in asdict(self).items() if name != "verify_seconds"]
-        if not table or not all(0 < v < float("inf") for v in table):
-            raise UserError(f"verify seconds must be finite and above zero, got {table}")
-        if not all(0 <= v < float("inf") for v in others):
-            raise UserError(f"the seconds and lengths of a cost table must be finite and not negative: {self}")
-        growth = max(0.0, table[-1] - table[-2]) if len(table) > 1 else 0.0
-        while len(table) < WIDTHS:
-            table.append(table[-1] + growth)
-        object.__setattr__(self, "verify_seconds", tuple(table))
+        super().__post_init__()
+        object.__setattr__(self, "verify_seconds", tuple(self.table().tolist()))
 
     def seconds(
         self, drafted: int, submitted: int | None = None, context: float | None = None, caught_up: int = 0
@@ -86,17 +64,6 @@ class LevelCost:
             verify += self.context_seconds * (context - self.context_length)
         catch_up = self.catch_up_seconds * caught_up if drafted else 0.0
         return self.draft_seconds * drafted + catch_up + verify + self.overhead_seconds
-
-
-def as_prior(cost: LevelCost) -> CostPrior:
-    """Return a cost in the form that policies take as what is known beforehand."""
-    return CostPrior(
-        draft_seconds=cost.draft_seconds,
-        verify_seconds=cost.verify_seconds,
-        overhead_seconds=cost.overhead_seconds,
-        context_seconds=cost.context_seconds,
-        context_length=cost.context_length,
-    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from speckv_online.errors import UserError
 from speckv_online.rundir import UnitResult
 
 #: Drafted tokens per step, grouped as the charts show them: label and largest number.
@@ -154,7 +153,7 @@ def modelled(groups: Mapping[tuple[str, str], Sequence[UnitResult]], manifest: M
     for key, worker in manifest.get("workers", {}).items():
         try:
             costs.setdefault(worker.get("level", key), LevelCost(**worker["calibration"]))
-        except (KeyError, TypeError, AttributeError, UserError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             continue  # a worker that had not calibrated yet when the run stopped
     found = []
     for (level, policy), results in groups.items():

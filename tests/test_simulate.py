@@ -28,7 +28,7 @@ from speckv_online.traces import Trace, agreement
 from tests.conftest import perturbed, tiny_llama
 
 PROMPTS = ([5, 17, 101, 44, 44, 17, 101, 9], [33])
-COST = CostTable("test", {"fp32": LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, 1e-3)})
+COST = CostTable("test", {"fp32": LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, catch_up_seconds=1e-3)})
 
 
 class Picky(Policy):
