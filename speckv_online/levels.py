@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from policies.level_features import level_bits
 from speckv_online.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Level:
     name, summary : str
         Name on the command line, and one line about it.
     bits : float
-        Bits per weight of the linear layers.
+        Bits per weight of the linear layers, as :func:`policies.level_features.level_bits` tells them to policies.
     dtype : torch.dtype
         Type that the checkpoint is loaded as.
     quantization : callable or None
@@ -109,13 +109,7 @@ def get_level(name: str) -> Level:
     method, _, text = name.partition(":")
     if ":" not in name:
         raise UserError(f"unknown compression level {name!r}: choose from {', '.join(LEVELS)}, or METHOD:key=value,...")
-    return Level(name, f"transformers' {method}", _bits(text), torch.float16, _by_spec(method, text))
-
-
-def _bits(text: str) -> float:
-    """Guess the bits per weight from a spec's digits, e.g. of ``nbits=4`` or ``weights=int2``; 4 if it has none."""
-    found = re.search(r"(?:bits=|int|float|fp|nf)(\d+)", text)
-    return float(found[1]) if found else 4.0
+    return Level(name, f"transformers' {method}", level_bits(name), torch.float16, _by_spec(method, text))
 
 
 def _by_spec(method: str, text: str) -> Callable[[torch.dtype], Any]:
