@@ -1,15 +1,16 @@
 """Tokens per second of batches: one cache for all rows against one cache per sequence, and transformers' own batches.
 
 ``one cache`` is :meth:`SpeculativeDecoder.decode_batch`, ``caches`` decodes the same prompts one after the other, each
-with a cache of its own, ``transformers`` is plain ``generate`` with padding on the left (no draft). All three take
-turns, batch by batch. The prompts' reading is part of the time of all three. Greedy, without an end of sequence, so
-that every row gives the same number of tokens.
+with a cache of its own, ``transformers`` is plain ``generate`` with padding on the left (no draft). They take turns,
+batch by batch, in an order that rotates. The prompts' reading is part of the time of all. Greedy, without an end of
+sequence, so that every row gives the same number of tokens.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -28,6 +29,10 @@ from speckv_online.models import LoadedPair, chat_prompt, load_pair
 from speckv_online.prompts import choose
 from speckv_online.session import quiet_libraries
 
+#: Ways of keeping the rows of a batch apart.
+WAYS = ("one_cache", "caches")
+PLAIN = ("", "transformers")
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -37,8 +42,8 @@ class BatchConfig:
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer")
     level: str = option("fp16", "compression level of the target")
-    policies: tuple[str, ...] = option(("autoregressive", "fixed:2", "fixed:4", "goodput"), "policies to decode with")
-    sizes: tuple[str, ...] = option(("1", "2", "4", "8", "16"), "sizes of the batch")
+    policies: tuple[str, ...] = option(("fixed:2", "goodput"), "policies to decode with")
+    sizes: tuple[str, ...] = option(("1", "4", "16"), "sizes of the batch")
     prompts: int = option(16, "how many of the bundled held-out prompts")
     max_new_tokens: int = option(32, "tokens to decode per prompt")
     threads: int = option(0, "CPU threads (0: as torch chooses)")
@@ -69,32 +74,38 @@ def measure(config: BatchConfig) -> list[dict[str, Any]]:
     prompts = [chat_prompt(pair.tokenizer, p.text) for p in choose(bundled(), config.prompts)]
     new, rows = config.max_new_tokens, list[dict[str, Any]]()
     transformers_batch(pair, prompts[:1], 2)  # warm-up is no data
-    for size in map(int, config.sizes):
+    SpeculativeDecoder(pair.drafter, policy="fixed:2", target=pair.target).decode_batch(prompts[:2], 4, eos_ids=())
+    for turn, size in enumerate(map(int, config.sizes)):
         decoders = {
             spec: [
                 SpeculativeDecoder(pair.drafter, policy=make_policy(spec), target=pair.target, level=config.level)
-                for _ in range(2)
+                for _ in WAYS
             ]
             for spec in config.policies
         }
-        seconds = {spec: [0.0, 0.0] for spec in config.policies}
-        plain, count = 0.0, 0
-        for i in range(0, len(prompts), size):
-            part = prompts[i : i + size]
-            count += len(part)
-            plain += transformers_batch(pair, part, new)
-            for spec, (together, apart) in decoders.items():
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
+        order = [(spec, way) for spec in config.policies for way in WAYS] + [PLAIN]
+        for number, start in enumerate(range(0, len(prompts), size)):
+            part = prompts[start : start + size]
+            first = (number + turn) % len(order)
+            for spec, way in order[first:] + order[:first]:
+                if (spec, way) == PLAIN:
+                    seconds[PLAIN] += transformers_batch(pair, part, new)
+                    continue
                 started = perf_counter()
-                together.decode_batch(part, new, eos_ids=())
-                between = perf_counter()
-                for prompt in part:
-                    apart.generate(prompt, new, eos_ids=())
-                seconds[spec][0] += between - started
-                seconds[spec][1] += perf_counter() - between
-        tokens = count * new
-        for spec, (one, many) in seconds.items():
-            row = {"size": size, "policy": spec, "one_cache": tokens / one, "caches": tokens / many}
-            rows.append(row | {"transformers": tokens / plain, "tokens": tokens})
+                together, apart = decoders[spec]
+                if way == WAYS[0]:
+                    together.decode_batch(part, new, eos_ids=())
+                else:
+                    for prompt in part:
+                        apart.generate(prompt, new, eos_ids=())
+                seconds[spec, way] += perf_counter() - started
+        tokens = len(prompts) * new
+        for spec in config.policies:
+            rates = {way: tokens / seconds[spec, way] for way in WAYS}
+            rows.append(
+                {"size": size, "policy": spec, "transformers": tokens / seconds[PLAIN], "tokens": tokens} | rates
+            )
         print(f"batches of {size} done", file=sys.stderr, flush=True)
     return rows
 
@@ -103,11 +114,12 @@ def show(rows: list[dict[str, Any]]) -> str:
     """Format the measurements as a table."""
     lines = [
         "tokens per second, measured, prompts included",
-        f"{'size':>4} {'policy':<16} {'one cache':>10} {'caches':>10} {'transformers':>13}",
+        f"{'size':>4} {'policy':<16} {'one cache':>10} {'caches':>10} {'ratio':>6} {'transformers':>13}",
     ]
     for r in rows:
         lines.append(
-            f"{r['size']:>4} {r['policy']:<16} {r['one_cache']:>10.2f} {r['caches']:>10.2f} {r['transformers']:>13.2f}"
+            f"{r['size']:>4} {r['policy']:<16} {r['one_cache']:>10.2f} {r['caches']:>10.2f} "
+            f"{r['one_cache'] / r['caches']:>6.2f} {r['transformers']:>13.2f}"
         )
     return "\n".join(lines)
 
