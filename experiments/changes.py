@@ -70,9 +70,11 @@ class Changes:
         changed = self._changed.get(name)
         if changed is None:  # nothing was merged since this object was made
             changed = np.full(array.size, self.version)
-        where = np.flatnonzero(changed > version).astype(np.min_scalar_type(array.size))
-        patch = Patch(where, array.ravel()[where])
-        return patch if where.nbytes + patch.values.nbytes < array.nbytes else array
+        later, code = changed > version, np.min_scalar_type(array.size)
+        if np.count_nonzero(later) * (code.itemsize + array.itemsize) >= array.nbytes:
+            return array
+        where = np.flatnonzero(later).astype(code)
+        return Patch(where, array.ravel()[where])
 
 
 def patched(known: State, reply: Mapping[str, np.ndarray | Patch]) -> State:
