@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.config import CompareConfig, option, parse
 from experiments.replays import check_traces, insert
 from speckv_online.commands import run_command
@@ -42,6 +44,7 @@ class ScaleConfig:
     delays: tuple[str, ...] = option(("0", "100"), "simulated: steps until a batch is in what others get")
     every: int = option(32, "steps between exchanges with the learner")
     steps: int = option(320, "simulated: steps of each worker")
+    walkers: int = option(16, "simulated: least streams behind a figure; few workers are run with several seeds")
     fleet: int = option(256, "arithmetic: workers whose batches come in between two of one worker")
     rate: float = option(20.0, "arithmetic: decoding steps per second of a worker")
     seed: int = option(0, "seed of the streams")
@@ -58,7 +61,7 @@ class ScaleConfig:
                 self, name
             ):
                 raise UserError(f"--{name} must be whole numbers of at least {least}")
-        counts = ("every", "steps", "max_new_tokens", "fleet", "processes")
+        counts = ("every", "steps", "max_new_tokens", "walkers", "fleet", "processes")
         if min(getattr(self, name) for name in counts) < 1 or not self.rate > 0:
             raise UserError(f"{', '.join(counts)} must be at least 1, --rate above zero")
         if "simulated" in self.parts:
@@ -139,7 +142,7 @@ def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], st
     from speckv_online.cost import load_cost
 
     todo = [(spec, delay, count) for spec in config.policies for delay in config.delays for count in config.workers]
-    names = ("level", "traces", "cost", "every", "steps", "seed")
+    names = ("level", "traces", "cost", "every", "steps", "seed", "walkers")
     found = run(
         todo,
         partial(_simulate, config),
@@ -169,9 +172,10 @@ def _simulate(config: ScaleConfig, cell: tuple[str, ...]) -> float:
     from speckv_online.traces import load_traces
 
     policy, delay, count = cell
-    setting = {"every": config.every, "steps": config.steps, "seed": config.seed}
+    setting = {"workers": int(count), "delay": int(delay), "every": config.every, "steps": config.steps}
     traces, cost = load_traces(config.traces, levels=[config.level]), load_cost(config.cost)
-    return simulate(policy, traces, cost, workers=int(count), delay=int(delay), **setting)
+    seeds = range(config.seed, config.seed + -(-config.walkers // int(count)))
+    return float(np.mean([simulate(policy, traces, cost, **setting, seed=seed) for seed in seeds]))
 
 
 def _arithmetic(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
