@@ -1,9 +1,10 @@
 """The decoder beside transformers' assisted generation, with the same models at the same gamma, in one run.
 
-Both decode every prompt in turn, the order of the two swapped from prompt to prompt. A rate is tokens over the seconds
-of whole calls, prompt included. The draft has all rows of the head in the first comparison, as transformers needs it;
-the column "small head" is our decoder with the draft as it ships. transformers runs stock layers, ours packed ones.
-Below it are the shares of a step, and the seconds of a forward by width before and after packing.
+Contenders decode every prompt in turn, call by call, in an order that rotates from prompt to prompt. A rate is tokens
+over the seconds of whole calls, prompt included; a ratio is paired by prompt, with a 95 % interval over prompts. The
+draft has all rows of the head in the first comparison, as transformers needs it; "small head" is our decoder with the
+draft as it ships. transformers runs stock layers, ours packed and lightened ones. Outputs that differ from
+transformers' are counted. Below are the shares of a step, and the seconds of a forward by width, stock and ours.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from experiments.config import option, parse
 from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.prompts import choose
-from speckv_online.stats import goodput
+from speckv_online.stats import goodput, paired_ratio
 
 WIDTHS = (1, 2, 3, 5, 9, 17)
 CONTEXT = 100
+THEIRS, SAME, SMALL = "transformers", "same draft", "small head"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class BenchConfig:
     pair: str = option("smollm2", "named model pair")
     levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels, comma separated")
     gammas: tuple[str, ...] = option(("2", "4", "8"), "gammas, comma separated; gamma 0 always runs too")
-    prompts: int = option(4, "how many of the bundled held-out prompts")
+    prompts: int = option(6, "how many of the bundled held-out prompts")
     max_new_tokens: int = option(40, "tokens to decode per prompt")
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
@@ -88,36 +90,50 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     stock = Stock(config.pair, level, config.device)
     ours = load_pair(config.pair, level=level, device=config.device)
     whole = stock_draft(prepare(config.pair), ours.device)
-    widths = {"target": {"stock": forward_seconds(stock.target), "packed": forward_seconds(ours.target)}}
+    widths = {"target": {"stock": forward_seconds(stock.target), "ours": forward_seconds(ours.target)}}
     widths["draft"] = {"stock": forward_seconds(whole)}
     pack(whole)
-    widths["draft"]["packed"] = forward_seconds(whole)
-    widths["shipped draft"] = {"packed": forward_seconds(ours.drafter.model)}  # type: ignore[attr-defined]
+    widths["draft"]["ours"] = forward_seconds(whole)
+    widths["shipped draft"] = {"ours": forward_seconds(ours.drafter.model)}  # type: ignore[attr-defined]
     drafter = ModelDrafter(whole, ours.target.config.vocab_size)
     prompts = [chat_prompt(ours.tokenizer, p.text) for p in choose(bundled("test"), config.prompts, seed=0)]
-    rows: dict[tuple[int, str], list[tuple[int, float]]] = defaultdict(list)
+    calls: dict[tuple[int, str], list[tuple[list[int], float]]] = defaultdict(list)
     shares: dict[int, list[Any]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
-        for gamma in (0, *map(int, config.gammas)):
-            runs: list[tuple[str, Callable[[], tuple[list[int], float]]]] = [
-                ("theirs", partial(stock.generate, prompt, config.max_new_tokens, Schedule("", gamma)))
+        for turn, gamma in enumerate((0, *map(int, config.gammas))):
+            runs: list[tuple[str, Callable[[int], tuple[list[int], float]]]] = [
+                (THEIRS, partial(stock.generate, prompt, schedule=Schedule("", gamma)))
             ]
-            for name, d in (("ours", drafter), ("small head", ours.drafter)):
+            for name, d, steps in ((SAME, drafter, shares[gamma]), (SMALL, ours.drafter, [])):
                 decoder = SpeculativeDecoder(d, policy=f"fixed:{gamma}", target=ours.target, level=level)
-                runs.append((name, partial(ours_call, decoder, prompt, config, shares[gamma])))
-            for name, call in runs if number % 2 else runs[::-1]:
-                if number == 0:
-                    call()  # warm-up
-                tokens, seconds = call()
-                rows[gamma, name].append((len(tokens), seconds))
+                runs.append((name, partial(ours_call, decoder, prompt, steps)))
+            if number == 0:  # warm-up is no data
+                for _, call in runs:
+                    call(min(8, config.max_new_tokens))
+                shares[gamma].clear()
+            first = (number + turn) % len(runs)
+            for name, call in runs[first:] + runs[:first]:
+                calls[gamma, name].append(call(config.max_new_tokens))
         print(f"{level}: prompt {number + 1}/{len(prompts)}", file=sys.stderr, flush=True)
-    rates = {key: goodput(*zip(*values, strict=True)) for key, values in rows.items()}
-    return {"level": level, "rates": rates, "widths": widths, "shares": {g: share(s) for g, s in shares.items()}}
+    cells = [cell(gamma, name, calls[gamma, name], calls[gamma, THEIRS]) for gamma, name in calls]
+    return {"level": level, "cells": cells, "widths": widths, "shares": {g: share(s) for g, s in shares.items()}}
 
 
-def ours_call(decoder: Any, prompt: list[int], config: BenchConfig, steps: list[Any]) -> tuple[list[int], float]:
+def cell(gamma: int, name: str, calls: Sequence[Any], theirs: Sequence[Any]) -> dict[str, Any]:
+    """Return a contender's rate at one gamma, its ratio to transformers, and how many outputs are not the same."""
+    tokens, seconds = [len(ids) for ids, _ in calls], [s for _, s in calls]
+    base_tokens, base_seconds = [len(ids) for ids, _ in theirs], [s for _, s in theirs]
+    ratio = paired_ratio(tokens, seconds, base_tokens, base_seconds)
+    found = {"gamma": gamma, "who": name, "tokens_per_second": goodput(tokens, seconds), "ratio": ratio.value}
+    # JSON has no NaN, which is what the interval over a single prompt is.
+    interval = [ratio.low, ratio.high] if len(calls) > 1 else None
+    differing = sum(mine[0] != other[0] for mine, other in zip(calls, theirs, strict=True))
+    return found | {"interval": interval, "differing": differing, "prompts": len(calls)}
+
+
+def ours_call(decoder: Any, prompt: list[int], steps: list[Any], max_new_tokens: int) -> tuple[list[int], float]:
     """Decode with ours; keep the steps."""
-    result = decoder.generate(prompt, config.max_new_tokens)
+    result = decoder.generate(prompt, max_new_tokens)
     steps += result.steps
     return result.tokens, result.seconds
 
@@ -131,19 +147,22 @@ def share(steps: Sequence[Any]) -> dict[str, float]:
 
 def show(results: list[dict[str, Any]]) -> None:
     """Print the tables (measured)."""
-    print("tokens/s of whole calls, measured side by side")
-    print(f"{'level':6} {'gamma':>5} {'theirs':>8} {'ours':>8} {'ratio':>6} {'small head':>10} {'ratio':>6}")
-    ratios: dict[str, list[float]] = {"ours": [], "small head": []}
+    print(
+        "tokens/s of whole calls, measured side by side; ratio to transformers with the same gamma [95 % over prompts]"
+    )
+    print(f"{'level':6} {'gamma':>5}  {'who':<12} {'tokens/s':>8}  {'ratio':<18} differing outputs")
+    ratios: dict[str, list[float]] = {SAME: [], SMALL: []}
     for r in results:
-        for gamma in sorted({g for g, _ in r["rates"]}):
-            theirs, ours, small = (r["rates"][gamma, name] for name in ("theirs", "ours", "small head"))
+        for c in sorted(r["cells"], key=lambda c: c["gamma"]):
+            interval = f" [{c['interval'][0]:.2f}, {c['interval'][1]:.2f}]" if c["interval"] else ""
+            ratio, differing = f"{c['ratio']:.2f}{interval}", f"{c['differing']}/{c['prompts']}"
+            if c["who"] == THEIRS:
+                ratio = differing = ""
             print(
-                f"{r['level']:6} {gamma:5} {theirs:8.2f} {ours:8.2f} {ours / theirs:6.2f} {small:10.2f} "
-                f"{small / theirs:6.2f}"
+                f"{r['level']:6} {c['gamma']:5}  {c['who']:<12} {c['tokens_per_second']:8.2f}  {ratio:<18} {differing}"
             )
-            if gamma:
-                ratios["ours"].append(ours / theirs)
-                ratios["small head"].append(small / theirs)
+            if c["gamma"] and c["who"] in ratios:
+                ratios[c["who"]].append(c["ratio"])
     for name, values in ratios.items():
         print(f"{name}: {np.exp(np.mean(np.log(values))):.3f} of transformers in the geometric mean over gamma > 0, "
               f"worst cell {min(values):.3f}")  # fmt: skip
@@ -170,8 +189,6 @@ def bench(config: BenchConfig) -> int:
     """Run all levels and print them."""
     results = [bench_level(config, level) for level in config.levels]
     if config.json:
-        for r in results:
-            r["rates"] = [{"gamma": g, "who": who, "tokens_per_second": x} for (g, who), x in r["rates"].items()]
         print(json.dumps(results, indent=1))
     else:
         show(results)
