@@ -174,30 +174,25 @@ def load_pair(
     level = get_level(level) if isinstance(level, str) else level
     where, spec = pick_device(device), parse_drafter(drafter)
     spec.check_models(target, draft)
-    if spec.kind == "ngram":
-        source = target or str(prepare(pair))
-        big = load_target(source, level, device)
-        pack(big)
-        revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": "ngram"}
-        nothing = spec.build(None, big.config.vocab_size)
-        return LoadedPair(big, nothing, load_tokenizer(source), level, where, revision)
-    if target is not None and draft is not None:
-        tokenizer = load_tokenizer(target)
+    source = target or str(prepare(pair))
+    tokenizer = load_tokenizer(source)
+    if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
-        big = load_target(target, level, device)
-        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
-        pack(big)
-        pack(small)
-        revision = {"target": _revision(big, target), "draft": _revision(small, draft)}
-        return LoadedPair(big, spec.build(small, big.config.vocab_size), tokenizer, level, where, revision)
-    folder = prepare(pair)
-    big = load_target(folder, level, device)
-    small, head_ids, draft_hash = load_shipped_draft(folder, where)
+    big = load_target(source, level, device)
     pack(big)
-    pack(small)
-    revision = {"target": f"{pair}:{folder.name}", "draft": f"{pair}:sha256:{draft_hash[:16]}"}
-    proposer = spec.build(small, big.config.vocab_size, head_ids)
-    return LoadedPair(big, proposer, load_tokenizer(str(folder)), level, where, revision)
+    small, head_ids = None, None
+    if spec.kind == "ngram":
+        draft_revision = "ngram"
+    elif draft is not None:
+        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
+        draft_revision = _revision(small, draft)
+    else:
+        small, head_ids, digest = load_shipped_draft(Path(source), where)
+        draft_revision = f"{pair}:sha256:{digest[:16]}"
+    if small is not None:
+        pack(small)
+    revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
+    return LoadedPair(big, spec.build(small, big.config.vocab_size, head_ids), tokenizer, level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:

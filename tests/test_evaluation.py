@@ -27,6 +27,7 @@ from speckv_online.tables import Table
 from speckv_online.traces import Trace
 from speckv_online.training import Data
 from speckv_online.training_splits import folds, held_out_splits
+from tests.made_release import made_release
 from tests.made_traces import made_trace
 
 FOLDER = Path(os.environ.get("SPECKV_RELEASE", Path(__file__).parents[2] / "shared" / "speckv_release"))
@@ -41,37 +42,6 @@ UNSETTLED = {
     "interval over rows, RF-100, high": 0.005,
     "correlation, whole prompts held out": 0.005,
 }
-
-
-def made_release(folder: Path, prompts: int = 3) -> tuple[Path, Path]:
-    """Two small files like the release's: two levels, two tasks, gammas 2 and 4, a timed run of each prompt."""
-    rng = np.random.default_rng(0)
-    steps, runs = [], []
-    for level in ("fp16", "nf4"):
-        for gamma in (2, 4):
-            for task in ("code", "chat"):
-                for number in range(prompts):
-                    count, tokens = 12, 0
-                    for step in range(count):
-                        sure = float(rng.random())
-                        n = int(rng.binomial(gamma, 0.2 + 0.7 * sure))
-                        tokens += n + 1
-                        signals = (4 - 4 * sure, sure, 5 - 4 * sure, sure / 2)
-                        steps.append([level, gamma, task, step, n, n / gamma, n + 1, *(round(s, 4) for s in signals)])
-                    seconds = count * (0.01 * gamma + (0.02 if level == "fp16" else 0.2))
-                    runs.append(
-                        [level, gamma, task, f"p{number}", tokens, seconds, tokens / seconds, 0.5, 1.0, 0.5, count]
-                    )
-    paths = folder / "a_step.csv", folder / "a_experiment.csv"
-    heads = (
-        "compression,gamma,task,step,accepted,acceptance_rate,tokens_produced,mean_draft_entropy,"
-        "mean_draft_confidence,max_draft_entropy,min_draft_confidence",
-        "compression,gamma,task,prompt,num_tokens,elapsed_sec,tokens_per_sec,mean_acceptance_rate,"
-        "mean_draft_entropy,mean_draft_confidence,num_steps",
-    )
-    for path, head, rows in zip(paths, heads, (steps, runs), strict=True):
-        path.write_text("\n".join([head, *(",".join(map(str, row)) for row in rows)]) + "\n")
-    return paths
 
 
 def test_a_figure_is_the_same_only_to_its_last_digit() -> None:
@@ -151,9 +121,8 @@ def test_fixed_policies_of_a_release_are_plain_quotients(tmp_path: Path) -> None
     seconds = step_seconds(rows, runs)
     matched = {r.level: r for r in _match("always 4", rows, np.full(len(rows), 4), seconds)}
     for prompt, spent in four.seconds.items():
-        assert matched["nf4"].tokens[prompt] / matched["nf4"].seconds[prompt] == pytest.approx(
-            four.tokens[prompt] / spent
-        )
+        rate = matched["nf4"].tokens[prompt] / matched["nf4"].seconds[prompt]
+        assert rate == pytest.approx(four.tokens[prompt] / spent)
     assert matched["nf4"].gammas == {4: 144}
     with pytest.raises(UserError, match="two files of one release"):
         step_seconds(rows[:-1], runs)
@@ -178,10 +147,8 @@ def test_ratios_are_paired_by_prompt_and_hindsight_is_labelled() -> None:
     assert row["tokens/s"] == pytest.approx(30 / 6.5)
     assert row["kind"] == "hindsight"
     assert [row[c] for c in ("ratio", "ratio low", "ratio high")] == pytest.approx([2.0] * 3)
-    assert [r for r in cells.rows if r[2] == "mine"] == [
-        ["nf4", "code", "mine", pytest.approx(100.0)],
-        ["nf4", "chat", "mine", pytest.approx(100.0)],
-    ]
+    gains = [["nf4", task, "mine", pytest.approx(100.0)] for task in ("code", "chat")]
+    assert [r for r in cells.rows if r[2] == "mine"] == gains
     assert [r for r in shares.rows if r[1] == "mine"] == [["nf4", "mine", 2, 0.75], ["nf4", "mine", 8, 0.25]]
 
 
@@ -307,14 +274,8 @@ def test_jobs_are_handed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(arguments) == 0
     assert "RF-100" in capsys.readouterr().out
     card = json.loads((tmp_path / "mlp16.json").read_text())
-    assert [row["model"] for row in card["compared"]] == [
-        "MLP16 (torch)",
-        "Ridge",
-        "MLP-16",
-        "MLP-32",
-        "RF-10",
-        "RF-100",
-    ]
+    models = [row["model"] for row in card["compared"]]
+    assert models == ["MLP16 (torch)", "Ridge", "MLP-16", "MLP-32", "RF-10", "RF-100"]
     assert main(["profile", "--levels", ""]) == 2
     assert "--levels is empty" in capsys.readouterr().err
     with pytest.raises(UserError, match="experiments package"):

@@ -100,8 +100,8 @@ def test_confidence_threshold_by_hand() -> None:
 
 def test_confidence_needs_more_than_five_tokens_and_both_outcomes() -> None:
     policy = Confidence()
-    policy.learn(Decision(1, 4), result(4, 4, rows(confidence=[0.9] * 4)))
-    policy.learn(Decision(2, 4), result(4, 4, rows(confidence=[0.8] * 4)))
+    for id, confidence in ((1, 0.9), (2, 0.8)):
+        policy.learn(Decision(id, 4), result(4, 4, rows(confidence=[confidence] * 4)))
     assert policy.threshold == 0.4
     policy.learn(Decision(3, 1), result(1, 0, rows(confidence=[0.1])))
     assert policy.threshold == 0.8
@@ -184,12 +184,10 @@ def test_sglang_by_hand() -> None:
     """Starts at 3 with e = 2. All accepted: e nears 3 from below and passes 2.5 at step 4, so it rises at step 15 (the
     first review after ten steps of warm-up), to 5 as e > 4.5 fails; rejections then take it down."""
     policy = SgLang()
-    gammas = [step(policy, 99) for _ in range(15)]
-    assert gammas == [3] * 15
+    assert [step(policy, 99) for _ in range(15)] == [3] * 15
     assert policy.average == pytest.approx(3 - 0.8**15)
     assert policy.tiers[policy.tier] == 5
-    gammas = [step(policy, 0) for _ in range(5)]
-    assert gammas == [5] * 5
+    assert [step(policy, 0) for _ in range(5)] == [5] * 5
     # e = (3 - .8^15) * .8^5 = .971 <= 3 - .75, and > 1 - .75: two tiers down would need e <= .25.
     assert policy.tiers[policy.tier] == 3
     for _ in range(10):
@@ -242,8 +240,7 @@ def test_banditspec_in_seconds_prefers_short_drafts_where_they_are_dear() -> Non
             n += 1
         o = Outcome(k, n, min(n + 1, k), n + 1, 0.1 + 0.1 * k, 0.1 * k, 0.1, "nf4", 100, 0, np.zeros((k, 4)))
         policy.learn(decision, o)
-    plays = policy.sums[0]
-    assert plays[0] > 3 * plays[1]
+    assert policy.sums[0, 0] > 3 * policy.sums[0, 1]
 
 
 def test_vllm_drafts_whole_then_prunes() -> None:
