@@ -153,7 +153,7 @@ def show(results: list[dict[str, Any]]) -> None:
     print(f"{'level':6} {'gamma':>5}  {'who':<12} {'tokens/s':>8}  {'ratio':<18} differing outputs")
     ratios: dict[str, list[float]] = {SAME: [], SMALL: []}
     for r in results:
-        for c in sorted(r["cells"], key=lambda c: c["gamma"]):
+        for c in sorted(r["cells"], key=lambda c: (c["gamma"], (THEIRS, SAME, SMALL).index(c["who"]))):
             interval = f" [{c['interval'][0]:.2f}, {c['interval'][1]:.2f}]" if c["interval"] else ""
             ratio, differing = f"{c['ratio']:.2f}{interval}", f"{c['differing']}/{c['prompts']}"
             if c["who"] == THEIRS:
