@@ -113,7 +113,7 @@ def decode_batch(
         history = History(level_name(decoder.level, n), tasks[i] if tasks else "", len(prompt))
         history.context.tokens = sequence.tokens
         history.context.drafters = decoder.drafter.names if decoder.drafter is not None else ()
-        budget = min(max_new_tokens, decoder.max_length - len(prompt))
+        budget = min(max_new_tokens, decoder.room(prompt))
         rows.append(_Row(i, sequence, history, budget, np.zeros((max(decoder.max_gamma, 1), N_SIGNALS))))
     answers = [row.out for row in rows]
     _run(decoder, rows, on_tokens)

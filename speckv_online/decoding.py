@@ -171,7 +171,7 @@ class SpeculativeDecoder:
         """
         started = perf_counter()
         prompt = self.check_prompt(prompt_ids)
-        budget = min(max_new_tokens, self.max_length - len(prompt))
+        budget = min(max_new_tokens, self.room(prompt))
         capacity = len(prompt) + budget + self.max_gamma + 1
         cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
@@ -207,9 +207,13 @@ class SpeculativeDecoder:
         prompt = [int(t) for t in prompt_ids]
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
-        if len(prompt) >= self.max_length:
+        if len(prompt) > self.max_length:
             raise UserError(f"the prompt has {len(prompt)} tokens, the target holds only {self.max_length}: shorten it")
         return prompt
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens that may follow a prompt: one that fills the context still has a next token, which is not read."""
+        return max(self.max_length - len(prompt), 1)
 
     def limit(self, remaining: int, context_length: int) -> int:
         """Most tokens worth drafting: one fewer than the budget (the target adds one), never past the contexts."""

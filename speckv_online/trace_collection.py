@@ -85,7 +85,7 @@ def collect_trace(
         drafts=drafts,
         accepted=agreement(drafts, tokens),
         signals=signals,
-        budget=min(max_new_tokens, decoder.max_length - len(prompt)),
+        budget=min(max_new_tokens, decoder.room(prompt)),
         finish=generation.finish,
         meta={"prompt_sha256": prompt_hash(prompt), "drafter": drafter.names[0]} | dict(meta or {}),
     )

@@ -216,7 +216,7 @@ def test_context_ends_at_the_models_limit() -> None:
     assert len(out.tokens) == 24
     assert out.tokens == plain(target, prompt, 24)
     with pytest.raises(UserError, match="holds only 64"):
-        decoder.generate(prompt_of(64), 5)
+        decoder.generate(prompt_of(65), 5)
     with pytest.raises(UserError, match="empty"):
         decoder.generate([], 5)
 

@@ -85,12 +85,13 @@ def test_eager_attention(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-sliding"])
 def test_up_to_the_last_position(name: str) -> None:
-    """The longest prompt that leaves room for a token, and answers that end with the model's context."""
+    """Answers that end with the model's context, and a prompt that fills it: one more token can be told."""
     target = family(name)
     decoder = SpeculativeDecoder(perturbed(target, 0.05), policy=Scripted([8, 3]), target=target)
-    for length in (127, 126, 110):
+    for length in (128, 127, 126, 110):
         prompt = prompt_of(length, length)
-        assert decoder.generate(prompt, 99).tokens == plain(target, prompt, 128 - length)
-    prompts = [prompt_of(127, 127), prompt_of(90, 90)]
+        assert decoder.generate(prompt, 99).tokens == plain(target, prompt, max(128 - length, 1))
+    prompts = [prompt_of(128, 128), prompt_of(127, 127), prompt_of(90, 90)]
     found = decoder.decode_batch(prompts, 99)
-    assert [out.tokens for out in found] == [plain(target, p, 128 - len(p)) for p in prompts]
+    assert [out.tokens for out in found] == [plain(target, p, max(128 - len(p), 1)) for p in prompts]
+    assert not decoder.policy.faults
