@@ -51,9 +51,9 @@ class Changes:
             if new.size >= LARGE:
                 old, changed = self.state.get(name), self._changed.get(name)
                 if changed is None:
-                    changed = self._changed[name] = np.full(new.size, self.version)
+                    changed = self._changed[name] = np.full(new.size, self.version, np.int32)
                 if old is None or old.shape != new.shape or old.dtype != new.dtype:
-                    self._changed[name] = np.full(new.size, version)
+                    self._changed[name] = np.full(new.size, version, np.int32)
                 else:
                     changed[(old != new).ravel()] = version
         self.version, self.state = version, state
@@ -69,7 +69,7 @@ class Changes:
             return array
         changed = self._changed.get(name)
         if changed is None:  # nothing was merged since this object was made
-            changed = np.full(array.size, self.version)
+            changed = np.full(array.size, self.version, np.int32)
         later, code = changed > version, np.min_scalar_type(array.size)
         if np.count_nonzero(later) * (code.itemsize + array.itemsize) >= array.nbytes:
             return array

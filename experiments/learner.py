@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ class Learner:
         self.policies: dict[Key, Policy] = {}
         self.applied: dict[Key, Batches] = {}
         self.changes: dict[Key, Changes] = {}
-        self._merging, self._saving = Lock(), Lock()
+        self._merging, self._saving, self._busy = Lock(), Condition(), False
         self._merges = 0  # of all policies
         self._saved = 0  # how many of them are on disk, or known to be lost
         self._lost: deque[tuple[int, int, UserError]] = deque(maxlen=64)  # first and last merge, and why
@@ -172,11 +172,20 @@ class Learner:
     def _confirm(self, ticket: int) -> None:
         """Return once the first ``ticket`` merges are on disk; raises :class:`UserError` if they cannot be."""
         with self._saving:
-            if ticket > self._saved:
+            # All that a checkpoint confirms go on at once; one of the others writes the next, for all that came since.
+            self._saving.wait_for(lambda: ticket <= self._saved or not self._busy)
+            mine = ticket > self._saved
+            self._busy |= mine
+        if mine:
+            try:
                 self._save()
-            for first, last, error in self._lost:
-                if first <= ticket <= last:
-                    raise error
+            finally:
+                with self._saving:
+                    self._busy = False
+                    self._saving.notify_all()
+        for first, last, error in list(self._lost):
+            if first <= ticket <= last:
+                raise error
 
     def _save(self) -> None:
         """Write checkpoints of all policies that changed."""
