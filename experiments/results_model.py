@@ -6,7 +6,8 @@ target and, at its first draft, by the draft: a constant and a slope in the prom
 means, since a goodput holds the machine's stalls too. They are fitted by least squares to the contenders of fixed gamma
 in the same run, and for every prompt to the *other* prompts only; then every contender's calls are predicted from the
 gammas and contexts of its steps. So nothing of what is predicted is in the fit: no call of a policy that is not fixed,
-and no call with the same prompt. A policy's own time is not modelled.
+and no call with the same prompt. The other prompts are those that the contender decoded too, so that a drift of the
+machine over the run is in both. A policy's own time is not modelled.
 """
 
 from __future__ import annotations
@@ -58,16 +59,18 @@ def modelled_calls(units: Sequence[UnitResult]) -> dict[str, dict[str, float]]:
             for row, seconds in rows(u, knots):
                 lhs[i] += np.outer(row, row)
                 rhs[i] += row * seconds
+    calls: dict[str, dict[str, UnitResult]] = {}
+    for u in units:
+        calls.setdefault(u.unit.policy, {})[u.unit.prompt] = u
     out: dict[str, dict[str, float]] = {}
-    for i, prompt in enumerate(prompts):
-        others = np.arange(len(prompts)) != i
-        if not lhs[others].any():
-            continue  # no other prompt was decoded at a fixed gamma
-        costs = np.linalg.lstsq(lhs[others].sum(0), rhs[others].sum(0), rcond=None)[0]
-        for u in units:
-            if u.unit.prompt == prompt:
-                seconds = max(sum(float(row @ costs) for row, _ in rows(u, knots)), 1e-6)  # a bad fit is no crash
-                out.setdefault(u.unit.policy, {})[prompt] = seconds
+    for policy, by_prompt in calls.items():
+        for prompt, u in by_prompt.items():
+            others = [i for i, p in enumerate(prompts) if p != prompt and p in by_prompt]
+            if len(others) < PROMPTS - 1 or not lhs[others].any():
+                continue
+            costs = np.linalg.lstsq(lhs[others].sum(0), rhs[others].sum(0), rcond=None)[0]
+            seconds = sum(float(row @ costs) for row, _ in rows(u, knots))
+            out.setdefault(policy, {})[prompt] = max(seconds, 1e-6)  # a bad fit is no crash
     return out
 
 

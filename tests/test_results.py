@@ -110,6 +110,9 @@ def test_the_cost_model_predicts_calls_that_it_was_not_fitted_to() -> None:
     again = modelled_calls([*slow, *(u for u in units if u.unit.prompt != "a" or u.unit.policy == "autoregressive")])
     assert again["goodput"]["a"] == pytest.approx(modelled["goodput"]["a"], rel=1e-6)
     assert again["fixed:2"]["a"] == pytest.approx(modelled["fixed:2"]["a"], rel=1e-6)
+    # Nor are costs of prompts that a contender did not decode: the machine may have been another then.
+    late = [timed(name, p, 70, drafts, extra=1.0) for name, drafts in fixed.items() for p in ("e", "f")]
+    assert modelled_calls([*units, *late])["goodput"] == pytest.approx(modelled["goodput"], rel=1e-6)
     assert modelled_calls([u for u in units if u.unit.prompt == "a"]) == {}  # no other prompt to fit to
     rows = bars([Level("fp16", [*slow, *(u for u in units if u.unit.prompt != "a")])])
     assert any("modelled over measured goodput, fp16" in row and "**fail**" in row for row in rows)
