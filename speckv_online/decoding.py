@@ -212,7 +212,7 @@ class SpeculativeDecoder:
         return prompt
 
     def room(self, prompt: Sequence[int]) -> int:
-        """Most tokens that may follow a prompt: one that fills the context still has a next token, which is not read."""
+        """Most tokens that may follow a prompt: one that fills the context still has a next token, never read."""
         return max(self.max_length - len(prompt), 1)
 
     def limit(self, remaining: int, context_length: int) -> int:
