@@ -24,6 +24,7 @@ class _ArmBandit(CostAware):
     """Rewards by arm. Where the budget's end allows no arm, the cut first one is played, which teaches about none."""
 
     learns = True
+    shares: ClassVar[bool] = False  # which arm comes next depends on the order of all steps: workers keep their own
     positional: ClassVar[str] = "objective"
     sums: np.ndarray
 
@@ -58,12 +59,6 @@ class _ArmBandit(CostAware):
             raise PolicyError(f"the state is about arms {arms.tolist()}, this policy has {list(self.arms)}")
         self.sums = check_array(state, "sums", self.sums.shape).copy()
         super().load_state_dict(state)
-
-    def take_delta(self) -> State:
-        return {}  # which arm comes next depends on the order of all steps: workers keep their own
-
-    def merge(self, delta: State) -> None:
-        return
 
 
 class UcbSpec(_ArmBandit):

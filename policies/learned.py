@@ -32,6 +32,8 @@ class CostAware(Policy):
 
     #: True if :class:`~policies.guard.SafetyGuard` goes around the policy by default.
     guarded: ClassVar[bool] = False
+    #: False where what was learnt does not add up over workers: then nothing is handed out, costs neither.
+    shares: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -86,10 +88,11 @@ class CostAware(Policy):
         self.costs.load(state)
 
     def take_delta(self) -> State:
-        return self.costs.take_delta()
+        return self.costs.take_delta() if self.shares else {}
 
     def merge(self, delta: State) -> None:
-        self.costs.merge(delta)
+        if self.shares:
+            self.costs.merge(delta)
 
     def info(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.drift is None else {"resets": self.drift.alarms}

@@ -31,6 +31,7 @@ class Leviathan(CostAware):
 
     summary = "Leviathan's closed form: argmax E(gamma)/T(gamma) with an exponentially weighted acceptance"
     learns = True
+    shares: ClassVar[bool] = False  # the weighted counts are one sequence's
     positional: ClassVar[str] = "half_life"
 
     def __init__(self, *, half_life: float = 50.0, start: float = 0.5, **options: Any) -> None:
@@ -67,9 +68,3 @@ class Leviathan(CostAware):
         keys = [key for key in state if key.startswith("counts.")]
         self.counts = {key.removeprefix("counts."): check_array(state, key, (2,)).tolist() for key in keys}
         super().load_state_dict(state)
-
-    def take_delta(self) -> State:
-        return {}  # the weighted counts are one sequence's: they do not add up over workers
-
-    def merge(self, delta: State) -> None:
-        return

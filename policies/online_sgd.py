@@ -34,6 +34,7 @@ class OnlineSgd(CostAware):
 
     summary = "MLP16 with all weights trained online by Adam, epsilon-greedy"
     learns = True
+    shares: ClassVar[bool] = False  # gradient steps do not add up
     guarded: ClassVar[bool] = True
     positional: ClassVar[str] = "rate"
 
@@ -138,12 +139,6 @@ class OnlineSgd(CostAware):
         self._flat[:], self._first[:], self._second[:] = arrays
         super().load_state_dict(state)
         self.version += 1
-
-    def take_delta(self) -> State:
-        return {}  # gradient steps do not add up
-
-    def merge(self, delta: State) -> None:
-        return
 
 
 def _views(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -32,6 +32,7 @@ class River(CostAware):
 
     summary = "a bandit of the river library (river:ucb|exp3|thompson|epsilon-greedy|linucb)"
     learns = True
+    shares: ClassVar[bool] = False  # the bandit itself cannot be shared, and costs without it would be of no use
     positional: ClassVar[str] = "policy"
 
     def __init__(self, *, policy: Name = "ucb", epsilon: float = 0.1, **options: Any) -> None:
@@ -116,12 +117,6 @@ class River(CostAware):
         if top > 1e100:
             for key in weights:
                 weights[key] = max(weights[key] / top, 1e-100)
-
-    def take_delta(self) -> dict[str, np.ndarray]:
-        return {}  # the bandit itself cannot be shared, and costs without it would be of no use
-
-    def merge(self, delta: dict[str, np.ndarray]) -> None:
-        return
 
 
 def _context(c: Context) -> np.ndarray:

@@ -30,6 +30,7 @@ class VllmAdaptive(CostAware):
 
     summary = "vLLM's adaptive verification: drafts gamma tokens, submits those that learned acceptance says pay"
     learns = True
+    shares: ClassVar[bool] = False  # a Newton step per interval of one sequence of steps
     positional: ClassVar[str] = "gamma"
 
     def __init__(self, *, gamma: int = 4, **options: Any) -> None:
@@ -102,9 +103,3 @@ class VllmAdaptive(CostAware):
         rows = np.asarray(state.get("rows", np.empty((0, 3))))
         self._rows = [(int(j), x, y) for j, x, y in check_array({"rows": rows}, "rows", (len(rows), 3)).tolist()]
         super().load_state_dict(state)
-
-    def take_delta(self) -> State:
-        return {}  # a Newton step per interval of one sequence of steps: it does not add up over workers
-
-    def merge(self, delta: State) -> None:
-        return

@@ -27,10 +27,12 @@ from experiments.distill.export import export_draft, write_card
 from experiments.distill.generate import generate
 from experiments.distill.settings import Settings
 from experiments.distill.train import load_checkpoint, train
+from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
+from speckv_online.manifest import sha256
 from speckv_online.models import chat_prompt, load_target, load_tokenizer, prepare
-from speckv_online.smollm2 import cache_dir, sha256
+from speckv_online.smollm2 import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -170,18 +172,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
-    try:
-        stages = args.stages.split(",")
-        if unknown := set(stages) - set(STAGES):
-            raise UserError(f"unknown stage {sorted(unknown)[0]!r}: choose of {', '.join(STAGES)}")
-        run = Distillation(args)
-        for stage in stages:
-            log.info("stage %s", stage)
-            getattr(run, stage)()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("distill", lambda: distil(args))
+
+
+def distil(args: argparse.Namespace) -> None:
+    """Run the chosen stages."""
+    stages = args.stages.split(",")
+    if unknown := set(stages) - set(STAGES):
+        raise UserError(f"unknown stage {sorted(unknown)[0]!r}: choose of {', '.join(STAGES)}")
+    run = Distillation(args)
+    for stage in stages:
+        log.info("stage %s", stage)
+        getattr(run, stage)()
 
 
 if __name__ == "__main__":

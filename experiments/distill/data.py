@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from speckv_online.errors import UserError
+
 FORCED, USER, ANSWER = 0, 1, 2
 
 
@@ -43,7 +45,7 @@ def load_conversations(folder: Path, shards: int | None = None) -> Conversations
     """Read the first ``shards`` shards of a folder (all by default)."""
     paths = sorted(folder.glob("shard-*.npz"))[:shards]
     if not paths:
-        raise FileNotFoundError(f"no conversations in {folder}: run the stage 'generate' first")
+        raise UserError(f"no conversations in {folder}: run the stage generate first")
     ids, role, hidden, offsets, base = [], [], [], [np.zeros(1, np.int64)], 0
     for path in paths:
         with np.load(path, allow_pickle=False) as z:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -29,4 +29,8 @@ def plot_card(card: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    plot_card(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(prog="python -m experiments.distill.plot", description=__doc__)
+    parser.add_argument("card", type=Path, metavar="CARD.json")
+    parser.add_argument("curve", type=Path, metavar="CURVE.png")
+    arguments = parser.parse_args()
+    plot_card(arguments.card, arguments.curve)
