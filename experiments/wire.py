@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 def pack(state: Mapping[str, np.ndarray | Patch]) -> Packed:
     """Return a state as one block."""
     layout: list[Entry] = []
-    data: list[bytes] = []
+    data: list[Any] = []
     for name, value in state.items():
         parts = value._asdict() if isinstance(value, Patch) else {"whole": value}
         for part, given in parts.items():
@@ -40,7 +40,7 @@ def pack(state: Mapping[str, np.ndarray | Patch]) -> Packed:
             if array.dtype.hasobject:
                 raise ValueError(f"array {name!r} holds Python objects and cannot be shared")
             layout.append((name, part, array.dtype.str, array.shape))
-            data += array.tobytes(), bytes(-array.nbytes % ALIGN)
+            data += np.ascontiguousarray(array), bytes(-array.nbytes % ALIGN)
     return Packed(tuple(layout), b"".join(data))
 
 
