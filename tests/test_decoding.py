@@ -114,6 +114,24 @@ def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
     assert policy.outcomes[0].caught_up == len(prompt) - 1
 
 
+def test_the_draft_catches_up_in_one_forward(tiny_pair: TinyPair) -> None:
+    """After nine steps without a draft its first forward reads all that it missed, and each other one a token."""
+    widths: list[int] = []
+    note = tiny_pair.draft.get_input_embeddings().register_forward_hook(
+        lambda _, ids, __: widths.append(ids[0].numel())
+    )
+    policy = Scripted([1] + [0] * 9 + [8])
+    try:
+        SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target).generate(prompt_of(12), 30)
+    finally:
+        note.remove()
+    first, *_, last = policy.outcomes[:11]
+    assert (first.drafted, last.drafted) == (1, 8)
+    assert widths[:9] == [12, last.caught_up + 1, *[1] * 7]
+    assert last.caught_up >= 9
+    assert widths[0] + widths[1] == last.context_length
+
+
 @pytest.mark.parametrize("stops", [False, True])
 def test_the_prompt_is_read_with_the_first_drafts(
     tiny_pair: TinyPair, stops: bool, monkeypatch: pytest.MonkeyPatch
