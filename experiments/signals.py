@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -89,8 +89,6 @@ def keep(arrays: dict[str, np.ndarray], columns: tuple[set[int], set[int]]) -> d
 
 def fit(tokens: Tokens, columns: tuple[set[int], set[int]]) -> dict[str, np.ndarray]:
     """Fit both heads to some columns of the rows."""
-    from dataclasses import replace
-
     from speckv_online.training_acceptance import train_acceptance
 
     masked = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,13 @@ EOS = 0
 
 # Tiny matrices gain nothing from a second thread, and lose much to it where the machine has other work.
 torch.set_num_threads(1)
+
+
+def loaded_after(code: str, *names: str) -> list[str]:
+    """Return which of some modules a fresh Python has loaded after running ``code``."""
+    code += f"\nimport sys; print(*(m for m in {names} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.split()
 
 
 def tiny_tokenizer(words: int = 0) -> PreTrainedTokenizerFast:

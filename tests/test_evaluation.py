@@ -178,24 +178,8 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_honest_on_traces_through_the_command(traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert (
-        main(
-            [
-                "evaluate",
-                "--protocol",
-                "honest",
-                str(traces),
-                "--out",
-                str(out),
-                "--resamples",
-                "100",
-                "--epochs",
-                "5",
-                "--json",
-            ]
-        )
-        == 0
-    )
+    arguments = ["evaluate", "--protocol", "honest", str(traces), "--out", str(out), "--json"]
+    assert main([*arguments, "--resamples", "100", "--epochs", "5"]) == 0
     tables = json.loads(capsys.readouterr().out)["tables"]
     names = {"policies", "improvement", "gamma_share", "predictions", "reliability", "importance", "estimators"}
     names |= {"speed_by_gamma", "acceptance_by_level", "signals"}
