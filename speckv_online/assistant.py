@@ -24,7 +24,7 @@ from transformers.generation.candidate_generator import (
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM, Decision, Outcome, Policy
 from speckv_online.adopt import as_policy, level_of
 from speckv_online.ngram import NgramIndex
-from speckv_online.sequences import Generation, Totals, record_of
+from speckv_online.sequences import Generation, Totals, record_of, untimed
 from speckv_online.signals import History
 
 _LOG2 = 0.6931471805599453
@@ -190,7 +190,8 @@ class PolicyCandidates(AssistedCandidateGenerator):
             caught_up=max(self.lag - 1, 0) if k else 0, signals=self.signals[:k].copy(),
         )  # fmt: skip
         self._forget(outcome.context_length + n)
-        self.policy.learn(self.decision, outcome)
+        # The first verification reads the prompt too: its time is no usual step's.
+        self.policy.learn(self.decision, outcome if self.out.steps else untimed(outcome))
         spent = perf_counter() - now
         self.out.steps.append(record_of(context, self.decision, outcome, self.asked + spent, outcome.seconds + spent))
         self.out.tokens += tokens

@@ -42,7 +42,10 @@ def test_the_policy_sets_gamma(tiny_pair: TinyPair, gammas: list[int]) -> None:
     for mine, reference in zip(policy.outcomes, other.outcomes, strict=True):
         assert mine.signals[:, :NGRAM] == pytest.approx(reference.signals[:, :NGRAM], rel=1e-3, abs=1e-3)
         assert mine.signals[:, NGRAM].tolist() == reference.signals[:, NGRAM].tolist()
-        assert mine.seconds >= mine.draft_seconds + mine.verify_seconds > 0
+    first, *later = policy.outcomes
+    assert not first.seconds  # it read the prompt too
+    assert all(o.seconds >= o.draft_seconds + o.verify_seconds > 0 for o in later)
+    assert all(s.seconds >= s.draft_seconds + s.verify_seconds > 0 for s in assistant.last.steps)
 
 
 def test_stopping_policies(tiny_pair: TinyPair) -> None:
