@@ -35,7 +35,7 @@ def plot_start(found: Mapping[tuple[str, str], Start], path: Path) -> None:
         panel.axhline(SHARE, color="grey", linestyle=":")
         policies = ", ".join(dict.fromkeys(spec for _, spec in found))
         panel.set(title=f"{policies}, {name} start", xlabel="steps", ylabel="goodput / final goodput (modelled)")
-        panel.set_ylim(min(0.6, *(float(s.cold_curve.min()) for s in found.values())), 1.1)
+        panel.set_ylim(min(0.6, *(float(c.min()) for s in found.values() for c in (s.warm_curve, s.cold_curve))), 1.15)
     panels[1].legend(fontsize=6)
     figure.savefig(path, dpi=110)
 
@@ -54,9 +54,9 @@ def plot_drift(found: Mapping[tuple[str, str], Drift], policies: Sequence[str], 
         panel.axhline(SHARE, color="grey", linestyle=":")
         panel.axvline(WITHIN, color="grey", linestyle=":")
         panel.set(title=spec, xlabel="steps after a change", ylabel="goodput / settled goodput (modelled)")
-    low = min(float(drift.relative.min()) for drift in found.values())
+    bounds = [float(bound) for drift in found.values() for bound in (drift.relative.min(), drift.relative.max())]
     for panel in panels:
-        panel.set_ylim(min(0.9, low - 0.01), 1.06)
+        panel.set_ylim(min(0.9, *bounds) - 0.01, max(1.05, *bounds) + 0.01)
     for i, sort in enumerate(sorts):
         panels[-1].plot([], [], color=f"C{i}", label=f"changes of {sort}")
     panels[-1].legend(fontsize=7, loc="lower right")
