@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -36,10 +37,11 @@ def config(tiny_pair: TinyPair, tmp_path: Path) -> CompareConfig:
     )  # fmt: skip
 
 
-def start(config: CompareConfig, out: Path, **env: str) -> subprocess.Popen[str]:
+def start(config: CompareConfig, out: Path, cores: set[int] | None = None, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.compare", *flags(config, "--out", out)], stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(**env), start_new_session=True,
+        preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
     )  # fmt: skip
 
 
@@ -111,6 +113,40 @@ def test_workers_the_learner_and_the_job_are_killed(config: CompareConfig, tmp_p
     assert not any("Traceback" in line for line in shown)
     assert main(["--resume", str(run), "--local"]) == 0
     check(run, config)
+
+
+def test_levels_that_fail_leave_the_others_alone(config: CompareConfig, tmp_path: Path) -> None:
+    """One cannot be loaded; one meets a full disk in the records, one in the learner's checkpoints; one is well.
+
+    The system refuses larger files to the process at hand while such a level runs: on one core, they run one by one.
+    """
+    run, bad, core = tmp_path / "run", "gptq:bits=5", {min(os.sched_getaffinity(0))}
+    config = replace(config, levels=("fp32", bad, "bf16", "fp16"), policies=("autoregressive", COUNTER), workers=1)
+    job = start(config, run, core)
+    assert job.stderr is not None
+    shown = []
+    for line in job.stderr:
+        shown.append(line)
+        for level, size in (("fp32", 9000), ("bf16", 64)):
+            if f"] {level} ready: " in line or f"] {level} failed: " in line:
+                (full,) = [job.pid] if level == "fp32" else actors(job.pid, "Learner")
+                limit = size if "ready" in line else resource.RLIM_INFINITY
+                resource.prlimit(full, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    text = "".join(shown)
+    assert job.wait(60) == 1, text
+    assert "Traceback" not in text
+    failed = read_manifest(run)["failed"]
+    assert set(failed) == {"fp32", bad, "bf16"}, text
+    assert failed["fp32"].startswith("cannot write steps-fp32.jsonl: ")
+    assert failed["bf16"].startswith("cannot write policy-"), failed
+    assert "does not take 'bits=5'" in failed[bad]
+    report = (run / "report.md").read_text()
+    assert all(f"Not everything was decoded at {level}: " in report for level in failed)
+    counts = {level: sum(r.unit.level == level for r in read_units(run)) for level in config.levels}
+    assert counts["fp16"] == UNITS
+    assert counts[bad] == 0
+    assert 0 < counts["fp32"] < UNITS
+    assert counts["bf16"] < UNITS
 
 
 def machine() -> dict[str, Any]:
