@@ -20,7 +20,7 @@ import torch
 from experiments.compare import bundled
 from experiments.config import option, parse
 from policies.registry import make_policy
-from speckv_online.commands import run_command
+from speckv_online.commands import run_command, say
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.lossless import check_greedy
 from speckv_online.models import LoadedPair, chat_prompt, load_pair
@@ -93,7 +93,7 @@ def lossless(config: LosslessConfig) -> int:
     for level in config.levels:
         pair = load_pair(config.pair, level=level, device=config.device, target=config.target, draft=config.draft)
         rows += check_level(config, level, prompts, pair)
-        print(f"[{monotonic() - started:6.1f} s] {level} done", file=sys.stderr, flush=True)
+        say(f"[{monotonic() - started:6.1f} s] {level} done")
     if config.json:
         print(json.dumps({"rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}))
     else:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.compare import bundled
 from experiments.config import option, parse
-from speckv_online.commands import run_command
+from speckv_online.commands import run_command, say
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
@@ -129,7 +129,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
     from tqdm import tqdm
 
     missing = [p for p in prompts if not trace_path(out, level, p.id).exists()]
-    print(f"{level}: {len(prompts) - len(missing)} of {len(prompts)} traces are there", file=sys.stderr, flush=True)
+    say(f"{level}: {len(prompts) - len(missing)} of {len(prompts)} traces are there")
     if not missing:
         return
 
@@ -186,7 +186,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         trace.save(trace_path(out, level, prompt.id))
         if bar.disable:
             where = f"{level} {number}/{len(missing)} {prompt.id}"
-            print(f"{where}: {len(trace)} tokens, {said}", file=sys.stderr, flush=True)
+            say(f"{where}: {len(trace)} tokens, {said}")
     writer.close()
     del pair
     gc.collect()  # the next level's target must not have to fit beside this one

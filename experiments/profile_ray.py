@@ -7,12 +7,12 @@ same directory, so that has to be on a file system that all of them see.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.ray_runner import connect
+from speckv_online.commands import say
 from speckv_online.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def collect_levels(config: ProfileConfig, prompts: list[Prompt], out: Path) -> N
                 count = len(list((out / level).glob("*.npz")))
                 if said.get(level) != count:
                     said[level] = count
-                    print(f"{level}: {count} traces of {len(prompts)} prompts", file=sys.stderr, flush=True)
+                    say(f"{level}: {count} traces of {len(prompts)} prompts")
             for task in done:
                 del waiting[task]
                 ray.get(task)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.config import option, parse
-from speckv_online.commands import run_command
+from speckv_online.commands import run_command, say
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
                     found[table.name, level] = joined(group, parts).goodput / best.goodput
             rows.append(Row(name, auc(scores[0], tokens.y) or 0.5, auc(scores[1], tokens.y) or 0.5, found))
             if bar.disable:
-                print(f"{len(rows)} of {len(GROUPS)}: {name}, mean {rows[-1].mean:.3f}", file=sys.stderr, flush=True)
+                say(f"{len(rows)} of {len(GROUPS)}: {name}, mean {rows[-1].mean:.3f}")
     return rows
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import speckv_online
-from speckv_online.commands import run_command
+from speckv_online.commands import run_command, say
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.errors import UserError
 from speckv_online.evaluation import add_arguments as evaluation_arguments
@@ -160,7 +160,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     from speckv_online.session import quiet_libraries
 
     quiet_libraries()
-    print(f"preparing {arguments.pair}", file=sys.stderr, flush=True)
+    say(f"preparing {arguments.pair}")
     print(f"{arguments.pair} is ready in {prepare_pair(arguments.pair, check=True)}")
 
 

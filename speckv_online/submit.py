@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.name or f"{config.stem}__{time.strftime('%Y%m%d-%H%M%S')}"
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"--name {name!r}: use letters, digits, dots, hyphens and underscores")
-    remote = arguments.remote_out or settings.get("out") or f"{REMOTE}/{name}"
+    remote = str(arguments.remote_out or settings.get("out") or f"{REMOTE}/{name}")
     if not remote.startswith(("/", "~/")):
         raise UserError(f"{remote} is not absolute: a job runs in a copy of the code that is deleted later")
     client = _connect(arguments.address)
@@ -197,13 +197,14 @@ def _wait(client: Any, job: str) -> Any:
 
 def _fetch(client: Any, command: str, runtime: dict[str, Any], remote: str, out: Path) -> None:
     """Bring the run directory here, or say where it lies."""
-    job = client.submit_job(entrypoint=command, runtime_env=runtime)
-    info = _wait(client, job)
-    log = client.get_job_logs(job)
+    log, failed = "", False
     try:
+        job = client.submit_job(entrypoint=command, runtime_env=runtime)
+        failed = bool(_wait(client, job).driver_exit_code)
+        log = client.get_job_logs(job)
         count = unpack(log, out)
-    except UserError as error:
-        reason = log.strip().splitlines()[-1] if info.driver_exit_code and log.strip() else str(error)
+    except (UserError, RuntimeError) as error:  # the latter where the cluster does not answer any more
+        reason = log.strip().splitlines()[-1] if failed and log.strip() else " ".join(str(error).split())[:200]
         say(f"{reason}; if anything was written, it lies in {remote} on the cluster's head node")
         return
     say(f"{count} files came back: {out}; on the cluster's head node they lie in {remote}")
