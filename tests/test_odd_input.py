@@ -1,4 +1,4 @@
-"""Long prompts, special tokens, vocabularies of other sizes, and the GPU path."""
+"""Long prompts, special tokens, stop strings of several tokens, vocabularies of other sizes, and the GPU path."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from speckv_online.hybrid import HybridDrafter
 from speckv_online.sampling import Sampler
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 from tests.test_decoding import Scripted, plain, prompt_of
+from tests.test_transformers_plugin import decoder_of, inputs_of
 
 
 def test_a_prompt_of_4000_tokens() -> None:
@@ -83,6 +84,21 @@ def test_a_draft_with_a_shorter_context_stops_drafting_there(tiny_pair: TinyPair
         assert out.tokens == plain(tiny_pair.target, prompt, 40)
         assert all(s.context_length + s.drafted <= 30 for s in out.steps if s.drafted)
     assert not out.steps[0].drafted
+
+
+def test_a_stop_string_over_several_tokens(tiny_pair: TinyPair) -> None:
+    """It is found wherever its tokens lie: in one draft, or over two steps."""
+    prompt, target = prompt_of(10, 4), tiny_pair.target
+    answer = plain(target, prompt, 20)
+    readable = [tiny_pair.tokenizer.decode([t]).isascii() for t in answer]
+    at = next(i for i in range(1, 18) if readable[i] and readable[i + 1])
+    word = tiny_pair.tokenizer.decode(answer[at : at + 2])
+    inputs: dict[str, Any] = {**inputs_of(prompt), "do_sample": False, "max_new_tokens": 20, "stop_strings": [word]}
+    expected = target.generate(**inputs, tokenizer=tiny_pair.tokenizer)
+    assert 11 < expected.shape[1] < 30
+    for gamma in (0, 1, 2, 3, 8):
+        decoder = decoder_of(tiny_pair, [gamma], tokenizer=tiny_pair.tokenizer)
+        assert torch.equal(target.generate(**inputs, custom_generate=decoder), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

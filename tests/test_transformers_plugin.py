@@ -151,21 +151,6 @@ def test_stopping(tiny_pair: TinyPair, at: int, pads: int) -> None:
     assert torch.equal(found, expected)
 
 
-def test_a_stop_string_over_several_tokens(tiny_pair: TinyPair) -> None:
-    """It is found wherever its tokens lie: in one draft, or over two steps."""
-    prompt, target = prompt_of(10, 4), tiny_pair.target
-    answer = plain(target, prompt, 20)
-    readable = [tiny_pair.tokenizer.decode([t]).isascii() for t in answer]
-    at = next(i for i in range(1, 18) if readable[i] and readable[i + 1])
-    word = tiny_pair.tokenizer.decode(answer[at : at + 2])
-    inputs: dict[str, Any] = {**inputs_of(prompt), "do_sample": False, "max_new_tokens": 20, "stop_strings": [word]}
-    expected = target.generate(**inputs, tokenizer=tiny_pair.tokenizer)
-    assert 11 < expected.shape[1] < 30
-    for gamma in (0, 1, 2, 3, 8):
-        decoder = decoder_of(tiny_pair, [gamma], tokenizer=tiny_pair.tokenizer)
-        assert torch.equal(target.generate(**inputs, custom_generate=decoder), expected)
-
-
 def test_criteria_see_the_scores(tiny_pair: TinyPair) -> None:
     class Confident(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: object) -> torch.Tensor:
