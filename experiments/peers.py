@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from speckv_online.models import load_target, pick_device, prepare
 from speckv_online.shipped_draft import load_shipped_draft
@@ -61,7 +59,7 @@ class Stock:
     def __init__(self, pair: str, level: str, device: str = "auto") -> None:
         folder, where = prepare(pair), pick_device(device)
         self.target: Any = load_target(folder, level, device)
-        self.draft = stock_draft(folder, where)
+        self.draft = load_shipped_draft(folder, where, full_head=True)[0]
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int, schedule: Schedule) -> tuple[list[int], float]:
@@ -85,8 +83,3 @@ class Stock:
         )
         tokens = out[0, len(prompt) :].tolist()  # also waits for a GPU
         return tokens, perf_counter() - started
-
-
-def stock_draft(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Return the shipped draft as a plain model over the whole vocabulary."""
-    return load_shipped_draft(folder, device, full_head=True)[0]

@@ -30,7 +30,7 @@ class CostAware(Policy):
         (``discount``) loses less to a change that the prior does not know either.
     """
 
-    #: True if :class:`~policies.guard.SafetyGuard` goes around the policy by default.
+    #: True if :class:`~policies.safety.SafetyGuard` goes around the policy by default.
     guarded: ClassVar[bool] = False
     #: False where what was learnt does not add up over workers: then nothing is handed out, costs neither.
     shares: ClassVar[bool] = True

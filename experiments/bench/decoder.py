@@ -77,19 +77,20 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     """Run one level; seconds are wall clock."""
     import torch
 
-    from experiments.peers import Schedule, Stock, stock_draft
+    from experiments.peers import Schedule, Stock
     from speckv_online.decoding import SpeculativeDecoder
     from speckv_online.drafters import ModelDrafter
     from speckv_online.manifest import cores
     from speckv_online.models import chat_prompt, load_pair, prepare
     from speckv_online.packed import pack
     from speckv_online.session import quiet_libraries
+    from speckv_online.shipped_draft import load_shipped_draft
 
     quiet_libraries()
     torch.set_num_threads(config.threads or cores())
     stock = Stock(config.pair, level, config.device)
     ours = load_pair(config.pair, level=level, device=config.device)
-    whole = stock_draft(prepare(config.pair), ours.device)
+    whole = load_shipped_draft(prepare(config.pair), ours.device, full_head=True)[0]
     widths = {"target": {"stock": forward_seconds(stock.target), "ours": forward_seconds(ours.target)}}
     widths["draft"] = {"stock": forward_seconds(whole)}
     pack(whole)
