@@ -232,7 +232,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Any) -> None:
 
 def _show(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
     return str(value)
 
 
