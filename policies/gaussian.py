@@ -38,7 +38,7 @@ class GaussianHead:
     Attributes
     ----------
     mean : ndarray, shape (D,)
-        Posterior mean, as of the latest :meth:`refresh`.
+        Posterior mean, as of the latest :meth:`refresh` or :meth:`merge`.
     factor : ndarray, shape (D, D)
         F with F^T F = the posterior covariance.
     noise : float
@@ -116,22 +116,46 @@ class GaussianHead:
         self._used = 0
         self._lengths.clear()
 
+    @property
+    def mean(self) -> np.ndarray:
+        """Posterior mean."""
+        self._solved()
+        return self._mean
+
+    @property
+    def factor(self) -> np.ndarray:
+        """Factor of the posterior covariance."""
+        self._solved()
+        return self._factor
+
+    @property
+    def noise(self) -> float:
+        """Noise variance in use."""
+        self._solved()
+        return self._noise
+
+    def _solved(self) -> None:
+        """Solve for the posterior if sums were merged since: a learner merges far more often than it looks."""
+        if self._stale:
+            self.refresh()
+
     def refresh(self) -> None:
         """Fold, and solve for the posterior."""
         self.fold()
+        self._stale = False
         d = len(self.prior_mean)
         A, r = self._total[:, :d], self._total[:, d]
-        self.factor = np.linalg.inv(np.linalg.cholesky(self.prior_precision + A))
-        shift = self.factor.T @ (self.factor @ r)
-        self.mean = self.prior_mean + shift
+        self._factor = np.linalg.inv(np.linalg.cholesky(self.prior_precision + A))
+        shift = self._factor.T @ (self._factor @ r)
+        self._mean = self.prior_mean + shift
         rows, steps, squares = self._total_misc.tolist()
         if self.fixed_noise:
-            self.noise = self.fixed_noise
+            self._noise = self.fixed_noise
         else:
             rss = max(squares - 2.0 * float(shift @ r) + float(shift @ A @ shift), 0.0)
             variance = (self.prior_noise * PRIOR_ROWS + rss) / (PRIOR_ROWS + rows)
-            self.noise = variance * (rows / steps if steps else 1.0)
-        self.factor *= self.noise**0.5
+            self._noise = variance * (rows / steps if steps else 1.0)
+        self._factor *= self._noise**0.5
 
     def sample(self, rng: np.random.Generator, count: int, scale: float = 1.0) -> np.ndarray:
         """Draw heads from the posterior, shape (count, D); ``scale`` multiplies their spread."""
@@ -179,7 +203,7 @@ class GaussianHead:
         self._total += sums
         self._total_misc *= keep
         self._total_misc += misc
-        self.refresh()
+        self._stale = True
 
     def restore_delta(self, delta: State) -> None:
         """Hand a taken delta back, so that the next :meth:`take_delta` includes it; the posterior stays as it is."""
