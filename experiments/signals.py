@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 #: Group -> its columns of the features before a token is drafted, and after (see policies/step_features.py).
 GROUPS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "acceptance of this text so far": ((6, 7), (6, 9)),
+    "acceptance of this text so far": ((6, 7), (4, 7)),
     "entropy, confidence, margin of the draft": ((1, 2, 3), (1, 2, 3)),
-    "position in the draft, the token before": ((8,), (7, 8)),
-    "agreement with an n-gram lookup": ((4, 5), (4, 5)),
+    "position in the draft, the token before": ((8,), (5, 6)),
+    "agreement with an n-gram lookup": ((4, 5), (8, 9, 10, 11, 12, 13, 14, 15)),
     "the draft after the same 1 to 4 tokens, in this text": ((10, 11, 12, 13), ()),
     "drafts after the same last token, in all texts": ((14,), ()),
     "drafts after the same last two tokens, in all texts": ((15,), ()),
@@ -78,8 +78,8 @@ def keep(arrays: dict[str, np.ndarray], columns: tuple[set[int], set[int]]) -> d
     """Return acceptance weights with all but some columns of each head held at zero."""
     found = dict(arrays)
     for name, kept in zip(("before", "after"), columns, strict=True):
-        out = np.array([i not in kept for i in range(len(arrays[name]))])
-        found[name] = np.where(out, 0.0, arrays[name])
+        out = np.array([i not in kept for i in range(len(arrays[name]) // 2)])
+        found[name] = np.where(np.concatenate([out, out, [False]]), 0.0, arrays[name])
         precision = arrays[f"{name}_precision"].copy()
         precision[out], precision[:, out] = 0.0, 0.0
         precision[out, out] = HELD
@@ -113,7 +113,7 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
     from speckv_online.contest import Contest, joined, play
     from speckv_online.hindsight import by_level
     from speckv_online.rundir import save_arrays
-    from speckv_online.training_acceptance import auc, tokens_from_traces
+    from speckv_online.training_acceptance import auc, log_odds, tokens_from_traces
 
     tokens = tokens_from_traces(traces, config.seed)
     folds = split(traces, config.folds, config.seed)
@@ -128,8 +128,7 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
                 inside = np.isin(tokens.prompt, sorted(prompts))
                 arrays = fit(tokens[~inside], columns)
                 save_arrays(Path(folder) / f"{i}.npz", arrays)
-                held = tokens[inside].with_history(arrays["history"], leave_out=False)
-                scores[0, inside], scores[1, inside] = held.before @ arrays["before"], held.after @ arrays["after"]
+                scores[:, inside] = log_odds(arrays, tokens[inside])
             found = {}
             for table in tables:
                 for level, group in by_level(traces).items():

@@ -35,7 +35,9 @@ class TrainConfig:
     """Settings of ``python -m experiments.train``."""
 
     traces: str = option("", "directory of traces, from python -m experiments.profile")
-    more: str = option("", "directory of further traces, for the acceptance weights only")
+    more: tuple[str, ...] = option(
+        (), "directories of further traces, for the acceptance weights only, comma separated"
+    )
     records: str = option("", "CSV of step records instead of traces")
     split: str = option("train", "which split of the prompts to train on: train, test or all")
     features: str = option(
@@ -107,7 +109,7 @@ def train(config: TrainConfig) -> int:
     common["data"] = describe(traces)
     data = data_from_traces(traces, config.features, [int(g) for g in config.gammas], config.seed)
     write_mlp16(config, out, data, common)
-    more = load_traces(config.more) if config.more else []
+    more = [trace for folder in config.more for trace in load_traces(folder)]
     write_acceptance(config, out, traces + more, common | {"data": describe(traces + more)})
     return 0
 

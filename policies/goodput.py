@@ -20,7 +20,7 @@ from policies.learned import CostAware
 from policies.level_cost import LevelCosts
 from policies.step_features import Step
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 BINS = 32
 #: G[b, m - 1] = p + p^2 + ... + p^m at the middle of bin b.
 _GAIN = np.cumsum(((np.arange(BINS) + 0.5) / BINS)[:, None] ** np.arange(1, MAX_GAMMA + 1), axis=1)
@@ -57,7 +57,7 @@ class Goodput(CostAware):
         self,
         *,
         acceptance: str = "",
-        strength: float = 200.0,
+        strength: float = 1500.0,
         discount: float = 0.9995,
         refresh: int = 32,
         cap: int = MAX_GAMMA,

@@ -2,9 +2,10 @@
 
 Two heads share this file: ``before`` predicts whether the next token will be accepted, given those drafted so far in
 the step and how drafts after the same tokens fared (:mod:`policies.token_history`); ``after`` knows the token's own
-signals too. Both are fitted by iteratively reweighted least squares: its sums (A += s phi phi^T, b += s phi z with
-s = p (1 - p) and z the working response) forget exponentially and add up over workers, like those of
-:class:`~policies.gaussian.GaussianHead`, which keeps them.
+signals too. The log-odds are x.(w + d) + m x.v + m^2 q, with m the level's draft quality
+(:mod:`policies.draft_quality`) and w, v and q fitted offline. The correction d is fitted online by iteratively
+reweighted least squares: its sums (A += s phi phi^T, b += s phi z with s = p (1 - p) and z the working response) forget
+exponentially and add up over workers, like those of :class:`~policies.gaussian.GaussianHead`, which keeps them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from policies.base import PolicyError, State
+from policies.draft_quality import DraftQuality
 from policies.gaussian import GaussianHead, check_array
 from policies.step_features import AFTER, BEFORE, Step
 from policies.token_history import SHAPE, TokenHistory
@@ -26,15 +28,12 @@ DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
 WAITING = 64
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.005
-#: What the prior's knowledge of the constant is worth, as a share: pairs of models differ in how much is accepted more
-#: than in what tells it, so a new pair's level should be found sooner than the other weights are changed.
-CONSTANT = 0.005
 
 
 def prior_means() -> tuple[np.ndarray, np.ndarray]:
     """Weights (before, after) that hold without any data: a drafted token is accepted as often as the draft believes,
     and one not drafted yet as often as the sequence's tokens were lately."""
-    before, after = np.zeros(BEFORE), np.zeros(AFTER)
+    before, after = np.zeros(2 * BEFORE + 1), np.zeros(2 * AFTER + 1)
     before[6] = 3.0
     after[1] = 3.0
     return before, after
@@ -46,9 +45,9 @@ class Hazard:
     Parameters
     ----------
     path : str or Path
-        An npz with arrays ``before`` (16,), ``after`` (10,), their ``before_precision`` and ``after_precision``, and
-        ``history``, the table of :class:`~policies.token_history.TokenHistory`; empty for the shipped one if there is
-        one, else, and for ``none``, :func:`prior_means`.
+        An npz with arrays ``before`` and ``after`` (33,), each w, v and q; ``before_precision`` and ``after_precision``
+        (16, 16) of w; and ``history``, the table of :class:`~policies.token_history.TokenHistory`; empty for the
+        shipped one if there is one, else, and for ``none``, :func:`prior_means`.
     strength : float
         How many tested tokens the prior is worth at most.
     discount : float
@@ -56,17 +55,22 @@ class Hazard:
 
     Attributes
     ----------
-    before, after : list of float
-        Weights in use, as of the latest :meth:`refresh`.
+    quality : DraftQuality
+        How good the draft is at each level.
     history : TokenHistory
         How drafts after the same tokens fared.
     """
 
-    def __init__(self, path: str | Path = "", strength: float = 200.0, discount: float = 0.9995) -> None:
+    def __init__(self, path: str | Path = "", strength: float = 1500.0, discount: float = 0.9995) -> None:
         if not 0 < strength < float("inf") or not 0 < discount <= 1:
             raise PolicyError(f"strength must be above 0 and discount in (0, 1], got {strength} and {discount}")
-        means, precisions, table = load_prior(path, strength)
-        self.heads = tuple(GaussianHead(m, a, discount, noise=1.0) for m, a in zip(means, precisions, strict=True))
+        priors, precisions, table = load_prior(path, strength)
+        self.heads = tuple(
+            GaussianHead(prior[: len(a)], a, discount, noise=1.0) for prior, a in zip(priors, precisions, strict=True)
+        )
+        self._slopes = tuple(prior[len(a) : -1] for prior, a in zip(priors, precisions, strict=True))
+        self._curves = tuple(float(prior[-1]) for prior in priors)
+        self.discount, self.quality = discount, DraftQuality(discount)
         self.history = TokenHistory(table, discount)
         self._steps: list[tuple[Step, int, int]] = []
         self._read()
@@ -75,6 +79,19 @@ class Hazard:
     def pending(self) -> int:
         """Steps not learnt from yet."""
         return len(self._steps)
+
+    def weights(self, level: str) -> tuple[list[float], list[float]]:
+        """Return both heads' weights in use at a level, as of the latest :meth:`refresh`."""
+        found = self._weights.get(level)
+        if found is None:
+            m = self.quality.value(level)
+            parts = []
+            for head, slope, curve in zip(self.heads, self._slopes, self._curves, strict=True):
+                w = head.mean + m * slope
+                w[0] += m * m * curve
+                parts.append(w.tolist())
+            found = self._weights[level] = parts[0], parts[1]
+        return found
 
     def add(self, step: Step, tested: int, accepted: int) -> None:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
@@ -92,20 +109,30 @@ class Hazard:
         after: list[list[float]] = []
         labels: list[float] = []
         lengths: list[int] = []
+        levels = list(dict.fromkeys(step.level for step, _, _ in self._steps))
         for step, tested, accepted in self._steps:
             before += step.before[:tested]
             after += step.after[:tested]
             labels += [1.0] * accepted + [0.0] * (tested - accepted)
             lengths.append(tested)
+        at = np.repeat([levels.index(step.level) for step, _, _ in self._steps], lengths)
+        age = np.repeat(self.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
         self._steps.clear()
-        y = np.array(labels)
-        for head, features, weights in zip(self.heads, (before, after), (self._w_before, self._w_after), strict=True):
-            phi = np.array(features)
-            eta = phi @ weights
-            p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
-            s = np.sqrt(np.maximum(p * (1.0 - p), FLOOR))
+        y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
+        sums = np.zeros((2, len(levels)))
+        for head, rows, slope, curve in zip(self.heads, (before, after), self._slopes, self._curves, strict=True):
+            phi = np.array(rows)
+            own, by_quality = phi @ head.mean, phi @ slope
+            p = 1.0 / (1.0 + np.exp(-np.clip(own + m * (by_quality + m * curve), -30.0, 30.0)))
+            variance = np.maximum(p * (1.0 - p), FLOOR)
+            gradient = by_quality + 2.0 * m * curve
+            information = 0.5 * age * variance * gradient**2  # both heads tell of the same tokens
+            sums[0] += np.bincount(at, information, len(levels))
+            sums[1] += np.bincount(at, information * m + 0.5 * age * gradient * (y - p), len(levels))
+            s = np.sqrt(variance)
             phi *= s[:, None]
-            head.add(phi, s * eta + (y - p) / s, list(lengths))
+            head.add(phi, s * own + (y - p) / s, list(lengths))
+        self.quality.add({level: sums[:, i] for i, level in enumerate(levels)}, len(lengths))
 
     def refresh(self) -> None:
         """Learn from the noted steps."""
@@ -119,36 +146,42 @@ class Hazard:
         self._steps.clear()
         for head in self.heads:
             head.forget()
+        self.quality.forget()
         self.history.forget()
         self._read()
 
     def _read(self) -> None:
-        self._w_before, self._w_after = (head.mean for head in self.heads)
-        self.before, self.after = self._w_before.tolist(), self._w_after.tolist()
+        self._weights: dict[str, tuple[list[float], list[float]]] = {}
 
     def state(self) -> State:
         """Sums of both heads, as arrays."""
         self._linearise()
-        return _prefixed([head.state() for head in self.heads]) | self.history.state()
+        return _prefixed([head.state() for head in self.heads]) | self.quality.state() | self.history.state()
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         self._steps.clear()
         for name, head in zip(HEADS, self.heads, strict=True):
             head.load(_part(state, name))
+        self.quality.load(state)
         self.history.load(state)
         self._read()
 
     def take_delta(self) -> State:
         """Sums since the last call."""
         self._linearise()
-        return _prefixed([head.take_delta() for head in self.heads]) | self.history.take_delta()
+        return (
+            _prefixed([head.take_delta() for head in self.heads])
+            | self.quality.take_delta()
+            | self.history.take_delta()
+        )
 
     def merge(self, delta: State) -> None:
         """Add sums that another copy handed out."""
         self._linearise()
         for name, head in zip(HEADS, self.heads, strict=True):
             head.merge(_part(delta, name))
+        self.quality.merge(delta)
         self.history.merge(delta)
         self._read()
 
@@ -156,14 +189,15 @@ class Hazard:
         """Hand a taken delta back."""
         for name, head in zip(HEADS, self.heads, strict=True):
             head.restore_delta(_part(delta, name))
+        self.quality.restore_delta(delta)
         self.history.restore_delta(delta)
 
     def save_prior(self, path: str | Path) -> None:
         """Write what was learnt as a prior for later runs (an npz that the constructor reads)."""
         self.refresh()
         arrays: State = {"history": self.history.table()}
-        for name, head in zip(HEADS, self.heads, strict=True):
-            arrays[name] = head.mean
+        for name, head, slope, curve in zip(HEADS, self.heads, self._slopes, self._curves, strict=True):
+            arrays[name] = np.concatenate([head.mean, slope, [curve]])
             arrays[f"{name}_precision"] = head.prior_precision + head.state()["head.sums"][:, :-1]
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
@@ -175,7 +209,7 @@ class Hazard:
 def load_prior(
     path: str | Path, strength: float
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], np.ndarray | None]:
-    """Return prior means and precisions of (before, after), and the table of token histories."""
+    """Return (w, v, q) of both heads, the precisions of w, and the table of token histories."""
     if path == "none" or (not path and not DEFAULT_PRIOR.is_file()):
         # Information of one typical row is about 0.15 phi phi^T.
         return prior_means(), tuple(0.15 * 0.05 * strength * np.eye(d) for d in HEADS.values()), None
@@ -187,13 +221,12 @@ def load_prior(
             state = {key: arrays[key] for key in arrays.files}
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise PolicyError(f"cannot read acceptance weights from {file}: {error}") from error
-    means = tuple(check_array(state, name, (d,)).astype(float) for name, d in HEADS.items())
+    means = tuple(check_array(state, name, (2 * d + 1,)).astype(float) for name, d in HEADS.items())
     precisions = []
     for name, d in HEADS.items():
         a = check_array(state, f"{name}_precision", (d, d)).astype(float)
         # The corner belongs to the constant: the information of all rows together, at 0.15 each about their number.
         a = a * min(1.0, 0.15 * strength / a[0, 0]) + 1e-3 * np.eye(d)
-        a = a - (1.0 - CONSTANT) * np.outer(a[0], a[0]) / a[0, 0]
         precisions.append(0.5 * (a + a.T))
     return means, tuple(precisions), check_array(state, "history", SHAPE)
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from policies.hazard import Hazard
 
 #: Numbers of features before and after a token is drafted.
-BEFORE, AFTER = 10 + FEATURES, 10
+BEFORE, AFTER = 10 + FEATURES, 16
 
 Token = tuple[float, float, float, float, float]
+_OTHER = (0.0, 0.0, 0.0, 0.0)
 
 
 def log_odds(confidence: float) -> float:
@@ -67,9 +68,17 @@ def before_features(start: list[float], previous: Token | None, j: int, seen: tu
 
 
 def after_features(start: list[float], own: Token, previous: Token | None, j: int) -> list[float]:
-    """Features of the j-th token (from 0) once it is drafted."""
-    last = start[2] if previous is None else previous[0]
-    return [1.0, *own, start[0], last, j * 0.125 if j < 8 else 1.0, start[1] if previous is None else 0.0]
+    """Features of the j-th token (from 0) once it is drafted.
+
+    What the draft's own signals tell depends on whether an n-gram lookup proposes the same token, another, or none, so
+    each of the first two cases has weights of its own beside the common ones.
+    """
+    odds, entropy, margin, agree, differ = own
+    last, first = (start[2], start[1]) if previous is None else (previous[0], 0.0)
+    row = [1.0, odds, entropy, margin, start[0], last, j * 0.125 if j < 8 else 1.0, first]
+    if agree:
+        return [*row, 1.0, agree, odds, entropy, *_OTHER]
+    return [*row, *_OTHER, 1.0, differ, odds, entropy] if differ else [*row, *_OTHER, *_OTHER]
 
 
 class Step:
@@ -88,6 +97,8 @@ class Step:
     """
 
     __slots__ = (
+        "_after",
+        "_before",
         "_context",
         "_hazard",
         "_memory",
@@ -106,6 +117,7 @@ class Step:
         # Copies of a policy may share a context, each with acceptances of its own.
         self._memory = context.memory.setdefault(hazard.history, {})
         self.level, self._start = context.level, start_features(context)
+        self._before, self._after = hazard.weights(context.level)
         self.before: list[list[float]] = []
         self.after: list[list[float]] = []
         self.survival = [1.0]
@@ -115,7 +127,7 @@ class Step:
     def chance(self) -> float:
         """Chance that the next token is accepted if those before it are."""
         self._look()
-        return probability(self._hazard.before, self.before[-1])
+        return probability(self._before, self.before[-1])
 
     def _look(self) -> None:
         """Describe the next token before it is drafted."""
@@ -135,7 +147,7 @@ class Step:
             features = after_features(self._start, own, tokens[j - 1] if j else None, j)
             self.after.append(features)
             tokens.append(own)
-            self.survival.append(self.survival[j] * probability(self._hazard.after, features))
+            self.survival.append(self.survival[j] * probability(self._after, features))
             tail = self.tails[j]
             self.tails.append((*tail[1 - TAIL :], drafts[j]) if tail and j < len(drafts) else ())
 

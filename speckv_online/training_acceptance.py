@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from policies.base import Context, Decision, Outcome
+from policies.draft_quality import quality
 from policies.hazard import HEADS, Hazard, prior_means
 from policies.step_features import Step
 from policies.token_history import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES, buckets
@@ -27,7 +28,9 @@ from speckv_online.traces import Trace
 
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
 RIDGE = 1.0
-COLUMNS = ("before", "after", "y", "prompt", "buckets")
+COLUMNS = ("before", "after", "y", "prompt", "buckets", "group")
+#: Most rows of one pair and level that weights are fitted to: a pair with more text should not drown the others.
+ROWS = 100_000
 
 
 class _Starts(Schedule):
@@ -46,7 +49,8 @@ class _Starts(Schedule):
         step = Step(context, self.hazard)
         context.drafts = trace.drafts[t].tolist()
         step.extend(tested, trace.signals[t])
-        self.tokens.add(step, tested, accepted, trace.prompt_id)
+        group = (str(trace.meta.get("draft_fingerprint", "")), trace.level)
+        self.tokens.add(step, tested, accepted, trace.prompt_id, group)
         decision = super().decide(context)
         decision.features = step
         return decision
@@ -70,25 +74,28 @@ class _Rows:
         self.y: list[bool] = []
         self.prompt: list[str] = []
         self.buckets: list[tuple[int, int]] = []
+        self.group: list[tuple[str, str]] = []
 
-    def add(self, step: Step, tested: int, accepted: int, prompt: str) -> None:
+    def add(self, step: Step, tested: int, accepted: int, prompt: str, group: tuple[str, str]) -> None:
         self.before += step.before[:tested]
         self.after += step.after[:tested]
         self.y += [j < accepted for j in range(tested)]
         self.prompt += [prompt] * tested
+        self.group += [group] * tested
         self.buckets += [buckets(tail) for tail in step.tails[:tested]]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows to train on: features (N, 16) and (N, 10) of the heads, labels (N,), the prompts that they come from (N,),
-    and the buckets (N, 2) of the table of token histories that they belong to."""
+    """Rows to train on: features (N, 16) and (N, 16) of the heads, labels (N,), the prompts that they come from (N,),
+    the buckets (N, 2) of the table of token histories that they belong to, and draft and level (N, 2)."""
 
     before: np.ndarray
     after: np.ndarray
     y: np.ndarray
     prompt: np.ndarray
     buckets: np.ndarray
+    group: np.ndarray
     #: What a row counts in the table: several schedules give near copies of each.
     weight: float = 1.0
 
@@ -97,6 +104,18 @@ class Tokens:
 
     def __getitem__(self, mask: np.ndarray) -> Tokens:
         return replace(self, **{name: getattr(self, name)[mask] for name in COLUMNS})
+
+    def quality(self) -> np.ndarray:
+        """Each row's draft quality m, of its draft at its level, shape (N,)."""
+        found = np.zeros(len(self))
+        for mine in self.groups():
+            found[mine] = quality(self.weight * float(self.y[mine].sum()), self.weight * len(mine))
+        return found
+
+    def groups(self) -> list[np.ndarray]:
+        """Return the rows of each draft and level."""
+        _, at = np.unique(self.group, axis=0, return_inverse=True)
+        return [np.flatnonzero(at == i) for i in range(at.max() + 1)]
 
     def counts(self) -> np.ndarray:
         """Tested and accepted drafts per bucket, see :class:`policies.token_history.TokenHistory`."""
@@ -107,13 +126,16 @@ class Tokens:
             np.add.at(found[1], index[known], self.weight * self.y[known])
         return found
 
-    def with_history(self, table: np.ndarray, leave_out: bool) -> Tokens:
-        """Return the rows with what the table knows of their tokens; ``leave_out`` their own prompts' drafts."""
-        before = self.before.copy()
-        for prompt in np.unique(self.prompt) if leave_out else [""]:
-            mine = self.prompt == prompt if leave_out else np.ones(len(self), dtype=bool)
-            known = np.maximum(table - self[mine].counts(), 0.0) if leave_out else table
-            before[mine, -2:] = excess(known, self.buckets[mine])
+    def with_history(self, table: np.ndarray, own: str = "") -> Tokens:
+        """Return the rows with what the table knows of their tokens.
+
+        Where ``own`` names the draft that the table is of, the rows' own prompts are left out of it.
+        """
+        before, known = self.before.copy(), self.buckets
+        before[:, -2:] = excess(table, known)
+        for prompt in np.unique(self.prompt[self.group[:, 0] == own]) if own else []:
+            mine = (self.prompt == prompt) & (self.group[:, 0] == own)
+            before[mine, -2:] = excess(np.maximum(table - self[mine].counts(), 0.0), known[mine])
         return replace(self, before=before)
 
 
@@ -128,17 +150,19 @@ def excess(table: np.ndarray, buckets: np.ndarray) -> np.ndarray:
 def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
     """Make one row per tested token of every step start; the columns of the table are left at zero."""
     schedules = [_Starts(gammas, seed=seed + i) for i, gammas in enumerate(schedule_gammas().values())]
-    positions = 0
+    positions: dict[str, int] = {}
     for trace in traces:
-        positions += len(trace)
+        draft = str(trace.meta.get("draft_fingerprint", ""))
+        positions[draft] = positions.get(draft, 0) + len(trace)
         for schedule in schedules:
             schedule.run(trace)
     rows = [schedule.tokens for schedule in schedules]
-    before, after, y, prompt, index = (np.array([v for r in rows for v in getattr(r, name)]) for name in COLUMNS)
+    before, after, y, prompt, index, group = (np.array([v for r in rows for v in getattr(r, name)]) for name in COLUMNS)
     if not len(y):
         raise UserError("the traces hold no tested token to train on: profile with more new tokens")
-    # In one replay each position is tested about once.
-    return Tokens(before, after, y.astype(float), prompt, index, min(1.0, positions / len(y)))
+    # In one replay each position is tested about once. The table is of the first pair.
+    weight = positions[str(group[0, 0])] / int((group[:, 0] == group[0, 0]).sum())
+    return Tokens(before, after, y.astype(float), prompt, index, group, min(1.0, weight))
 
 
 def fit_logistic(
@@ -184,14 +208,30 @@ def fit_logistic(
     return weights, (x * (p * (1.0 - p))[:, None]).T @ x
 
 
-def train_acceptance(tokens: Tokens) -> dict[str, np.ndarray]:
+def lines(x: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """Features (N, 2 D + 1) of weights that are lines over draft quality m (N,): x, m x, m^2."""
+    return np.hstack([x, m[:, None] * x, np.square(m)[:, None]])
+
+
+def train_acceptance(tokens: Tokens, seed: int = 0) -> dict[str, np.ndarray]:
     """Return the arrays of a file of acceptance weights, see :class:`policies.hazard.Hazard`."""
-    table = tokens.counts()
-    rows = tokens.with_history(table, leave_out=True)
+    own = str(tokens.group[0, 0])
+    table = tokens[tokens.group[:, 0] == own].counts()
+    rng, m = np.random.default_rng(seed), tokens.quality()
+    some = np.concatenate([rng.permutation(mine)[:ROWS] for mine in tokens.groups()])
+    rows, m = tokens.with_history(table, own)[some], m[some]
     arrays = {"history": table.astype(np.float32)}
     for name, prior in zip(HEADS, prior_means(), strict=True):
-        arrays[name], arrays[f"{name}_precision"] = fit_logistic(getattr(rows, name), rows.y, prior)
+        arrays[name], precision = fit_logistic(lines(getattr(rows, name), m), rows.y, prior)
+        d = len(prior) // 2
+        arrays[f"{name}_precision"] = precision[:d, :d]
     return arrays
+
+
+def log_odds(arrays: dict[str, np.ndarray], tokens: Tokens) -> np.ndarray:
+    """Return both heads' log-odds of acceptance, shape (2, N), on prompts that the weights were not fitted to."""
+    rows, m = tokens.with_history(arrays["history"]), tokens.quality()
+    return np.array([lines(getattr(rows, name), m) @ arrays[name] for name in HEADS])
 
 
 def evaluate_acceptance(arrays: dict[str, np.ndarray], tokens: Tokens) -> dict[str, Any]:
@@ -204,9 +244,7 @@ def evaluate_acceptance(arrays: dict[str, np.ndarray], tokens: Tokens) -> dict[s
         "accepted": rate,
         "log_loss_of_mean": float(-(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))),
     }
-    rows = tokens.with_history(arrays["history"], leave_out=False)
-    for name in HEADS:
-        eta = getattr(rows, name) @ arrays[name]
+    for name, eta in zip(HEADS, log_odds(arrays, tokens), strict=True):
         loss = float(np.mean(np.logaddexp(0.0, eta) - tokens.y * eta))
         found[name] = {"auc": auc(eta, tokens.y), "log_loss": loss}
     return found

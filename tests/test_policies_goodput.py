@@ -16,6 +16,8 @@ from policies.level_cost import LevelCosts
 from policies.step_features import AFTER, Step
 from tests.policy_env import make_tapes, play
 
+LEVEL = "fp16"
+
 
 def signals(rng: np.random.Generator, k: int) -> np.ndarray:
     found = np.zeros((k, 4))
@@ -65,9 +67,9 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
         p = 1 / (1 + np.exp(-phi @ weights))
         return float(-(label * np.log(p) + (1 - label) * np.log(1 - p)).mean())
 
-    assert loss(np.array(hazard.after)) < loss(w) + 0.005
-    assert loss(np.array(hazard.after)) < 0.9 * loss(
-        np.array([math.log(label.mean() / (1 - label.mean()))] + [0.0] * 9)
+    assert loss(np.array(hazard.weights(LEVEL)[1])) < loss(w) + 0.005
+    assert loss(np.array(hazard.weights(LEVEL)[1])) < 0.9 * loss(
+        np.array([math.log(label.mean() / (1 - label.mean()))] + [0.0] * (AFTER - 1))
     )
 
 
@@ -90,8 +92,8 @@ def test_merging_adds_up() -> None:
     for worker in workers:
         learner.merge(worker.take_delta())
     alone.refresh()
-    assert learner.after == pytest.approx(alone.after, abs=1e-9)
-    assert learner.before == pytest.approx(alone.before, abs=1e-9)
+    assert learner.weights(LEVEL)[1] == pytest.approx(alone.weights(LEVEL)[1], abs=1e-9)
+    assert learner.weights(LEVEL)[0] == pytest.approx(alone.weights(LEVEL)[0], abs=1e-9)
 
 
 def test_saved_priors_are_read_back(tmp_path: Path) -> None:
@@ -99,10 +101,13 @@ def test_saved_priors_are_read_back(tmp_path: Path) -> None:
     feed(hazard, 600)
     hazard.save_prior(tmp_path / "prior.npz")
     strong, weak = Hazard(tmp_path / "prior.npz", strength=1e9), Hazard(tmp_path / "prior.npz", strength=10)
-    assert strong.after == pytest.approx(hazard.after)
+    assert strong.weights(LEVEL)[1] == pytest.approx(hazard.weights(LEVEL)[1])
     feed(strong, 50, seed=9)
     feed(weak, 50, seed=9)
-    assert np.abs(np.array(strong.after) - hazard.after).max() < np.abs(np.array(weak.after) - hazard.after).max()
+    assert (
+        np.abs(np.array(strong.weights(LEVEL)[1]) - hazard.weights(LEVEL)[1]).max()
+        < np.abs(np.array(weak.weights(LEVEL)[1]) - hazard.weights(LEVEL)[1]).max()
+    )
     np.savez(tmp_path / "bad.npz", before=np.zeros(3), after=np.zeros(AFTER))
     with pytest.raises(PolicyError, match="'before' has shape"):
         Hazard(tmp_path / "bad.npz")

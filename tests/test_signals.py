@@ -24,9 +24,10 @@ def test_signals_left_out_stay_at_zero(tmp_path: Path) -> None:
     tokens = tokens_from_traces([made_trace(p, "nf4") for p in range(2)])
     np.savez(tmp_path / "w.npz", **signals.fit(tokens, ({0, 1, 9}, {0, 1})))
     hazard = Hazard(tmp_path / "w.npz")
-    assert {i for i, w in enumerate(hazard.before) if abs(w) > 1e-6} <= {0, 1, 9}
-    assert abs(hazard.after[1]) > 0.1
-    assert {i for i, w in enumerate(hazard.after) if abs(w) > 1e-6} <= {0, 1}
+    before, after = hazard.weights("nf4")
+    assert {i for i, w in enumerate(before) if abs(w) > 1e-6} <= {0, 1, 9}
+    assert abs(after[1]) > 0.1
+    assert {i for i, w in enumerate(after) if abs(w) > 1e-6} <= {0, 1}
 
 
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,102 @@
+"""One number per level that says how good the draft is, and the weights that depend on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.base import CONFIDENCE, MARGIN, Context, Outcome, PolicyError
+from policies.draft_quality import MEAN, PRECISION, DraftQuality, quality
+from policies.hazard import HEADS, Hazard
+from policies.step_features import AFTER, BEFORE, Step, after_features, token_features
+from policies.token_history import SHAPE
+
+
+def prior(path: Path, slope: float = 3.0) -> Path:
+    """Weights under which the constant is ``slope`` times draft quality, and nothing else tells anything."""
+    arrays = {name: np.zeros(2 * d + 1) for name, d in HEADS.items()}
+    for name, d in HEADS.items():
+        arrays[name][d] = slope
+        arrays[f"{name}_precision"] = 1e6 * np.eye(d)
+    np.savez(path, history=np.zeros(SHAPE), **arrays)
+    return path
+
+
+def feed(hazard: Hazard, level: str, rate: float, steps: int, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    signals = np.zeros((4, 4))
+    signals[:, CONFIDENCE], signals[:, MARGIN] = 0.5, 1.0
+    for _ in range(steps):
+        n = int(np.argmin(np.append(rng.random(4) < rate, False)))
+        outcome = Outcome(4, n, min(n + 1, 4), n + 1, signals=signals, level=level)
+        step = Step(Context(level=level), hazard)
+        step.extend(outcome.tested, signals)
+        hazard.add(step, outcome.tested, outcome.accepted)
+        hazard.refresh()
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.85])
+def test_finds_the_quality_that_explains_the_acceptances(tmp_path: Path, rate: float) -> None:
+    hazard = Hazard(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
+    feed(hazard, "nf4", rate, 600)
+    assert hazard.quality.value("nf4") == pytest.approx(np.log(rate / (1 - rate)) / 3, abs=0.06)
+    step = Step(Context(level="nf4"), hazard)
+    assert step.chance() == pytest.approx(rate, abs=0.04)
+    # Another level knows nothing of it.
+    assert hazard.quality.value("fp16") == pytest.approx(MEAN + PRECISION**-0.5)
+
+
+def test_unknown_drafts_are_given_the_benefit_of_the_doubt(tmp_path: Path) -> None:
+    hazard = Hazard(prior(tmp_path / "w.npz"), strength=1e9)
+    sums = hazard.quality
+    excess = []
+    for _ in range(3):
+        excess.append(sums.value("x") - MEAN)
+        sums.add({"x": np.array([10.0, 10.0 * MEAN])}, 1)
+    assert excess[0] > excess[1] > excess[2] > 0
+
+
+def test_quality_merges_and_saves_like_the_rest() -> None:
+    alone, learner, workers = DraftQuality(0.99), DraftQuality(0.99), [DraftQuality(0.99) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        sums = {"a": rng.random(2), "b": rng.random(2)} if i % 3 else {"b": rng.random(2)}
+        alone.add(sums, 2)
+        workers[i // 4].add(sums, 2)
+    for worker in workers:
+        delta = worker.take_delta()
+        learner.merge(delta)
+        assert set(worker.take_delta()) == {"quality_steps"}
+        worker.restore_delta(delta)
+        assert all(np.allclose(v, delta[k]) for k, v in worker.take_delta().items())
+    again = DraftQuality(0.99)
+    again.load(learner.state())
+    for level in ("a", "b", "c"):
+        assert learner.value(level) == pytest.approx(alone.value(level), abs=1e-12)
+        assert again.value(level) == pytest.approx(alone.value(level), abs=1e-12)
+    with pytest.raises(PolicyError, match="negative"):
+        again.load({"quality.a": np.array([-1.0, 0.0])})
+
+
+def test_quality_of_training_rows() -> None:
+    assert quality(0.0, 0.0) == 0.0
+    assert quality(9_000, 10_000) == pytest.approx(np.log(9) / 3, abs=0.01)
+    assert quality(100, 100) < quality(1_000, 1_000) < 3.0
+
+
+def test_agreement_has_weights_of_its_own() -> None:
+    start = [0.1, 0.0, 0.2, 0.3]
+    rows = {}
+    for n in (-4.0, 0.0, 4.0):
+        own = token_features([1.0, 0.5, 1.0, n])
+        rows[n] = after_features(start, own, None, 0)
+        assert len(rows[n]) == AFTER
+        assert rows[n][1:4] == list(own[:3])
+    assert rows[4.0][8:12] == [1.0, 1.0, *rows[4.0][1:3]]
+    assert not any(rows[4.0][12:])
+    assert rows[-4.0][12:] == [1.0, 1.0, *rows[-4.0][1:3]]
+    assert not any(rows[-4.0][8:12])
+    assert not any(rows[0.0][8:])
+    assert BEFORE == AFTER == 16
