@@ -28,6 +28,8 @@ DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
 WAITING = 64
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.005
+#: How many times as fast the quality of a draft is forgotten: it is one number, and another draft has another.
+QUALITY = 20.0
 
 
 def prior_means() -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +72,7 @@ class Hazard:
         )
         self._slopes = tuple(prior[len(a) : -1] for prior, a in zip(priors, precisions, strict=True))
         self._curves = tuple(float(prior[-1]) for prior in priors)
-        self.discount, self.quality = discount, DraftQuality(discount)
+        self.quality = DraftQuality(discount**QUALITY)
         self.history = TokenHistory(table, discount)
         self._steps: list[tuple[Step, int, int]] = []
         self._read()
@@ -116,7 +118,7 @@ class Hazard:
             labels += [1.0] * accepted + [0.0] * (tested - accepted)
             lengths.append(tested)
         at = np.repeat([levels.index(step.level) for step, _, _ in self._steps], lengths)
-        age = np.repeat(self.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
+        age = np.repeat(self.quality.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
         self._steps.clear()
         y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
         sums = np.zeros((2, len(levels)))

@@ -21,6 +21,8 @@ HALF_LIFE = 400.0
 REFIT_EVERY, REFIT_ALWAYS = 32, 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
 OWN = 5.0
+#: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
+RATE = 4
 _K = np.arange(WIDTHS)
 
 
@@ -98,6 +100,7 @@ class LevelCosts:
         rest = max(total - outcome.draft_seconds - outcome.verify_seconds, 0.0)
         sums[5] += g
         sums[6] += g * (min(rest, 3.0 * self.overhead) if self._measured[1] > 3 else min(rest, verify))
+        g **= RATE
         sums[7] += g * outcome.produced
         sums[8] += g * min(total, verify + draft + rest)
         self._pending += 1
@@ -124,11 +127,11 @@ class LevelCosts:
         if not self._pending:
             return
         scale = self._keep ** (self._pending - 1)
-        block, block_sums = np.array(self._block).reshape(5, WIDTHS) * scale, np.array(self._block_sums) * scale
+        block, block_sums = np.array(self._block).reshape(5, WIDTHS) * scale, np.array(self._block_sums) * _faded(scale)
         self.add(block, block_sums, self._pending)
         widths, sums, count = self._delta
         keep = self._keep**self._pending
-        self._delta = (widths * keep + block, sums * keep + block_sums, count + self._pending)
+        self._delta = (widths * keep + block, sums * _faded(keep) + block_sums, count + self._pending)
         self._clear_block()
         self._refit()
 
@@ -136,7 +139,7 @@ class LevelCosts:
         """Add sums over ``count`` steps, after forgetting by as much."""
         keep = self._keep**count
         self._widths *= keep
-        self._sums *= keep
+        self._sums *= _faded(keep)
         self._widths += widths
         self._sums += sums
 
@@ -229,6 +232,11 @@ class LevelCosts:
         self.add(check_array(delta, "widths", (5, WIDTHS)), check_array(delta, "sums", (9,)), count)
         self.steps += count
         self._refit()
+
+
+def _faded(keep: float) -> np.ndarray:
+    """What is kept of the sums where ``keep`` is kept of times, shape (9,)."""
+    return np.array([keep] * 7 + [keep**RATE] * 2)
 
 
 def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:

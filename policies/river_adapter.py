@@ -64,7 +64,7 @@ class River(CostAware):
         else:
             share = self._shares(ids)
             arm = self.bandit.pull(ids) if features is None else self.bandit.pull(ids, context=_named(features))
-            propensity = 1.0 if share is None else float(share[arm])
+            propensity = 1.0 if share is None else min(float(share[arm]), 1.0)  # sums may round up
         return Decision(self.new_id(), min(self.arms[arm], context.max_gamma), False, propensity, 0, features)
 
     def _legal(self, context: Context) -> list[int]:

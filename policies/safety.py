@@ -8,7 +8,8 @@ modelled seconds. While the budget is overdrawn the baseline is played instead, 
 
 in expectation over the baseline's own luck, up to the probes below, and with the rates as the cost model and the
 acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
-long bad time later.
+long bad time later. Where the fixed gamma, played by the guard, falls short of three quarters of its estimate by a
+burn-in, the estimate was of another time (another draft, say): it is made anew, and the burn-in starts anew.
 
 What the fixed gamma would have produced from where a step began is known from every step that drafted as many or met a
 rejection. Where the policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on
@@ -39,6 +40,8 @@ PROBE, CLEAR = 8, 4
 CLOSE = 0.9
 #: Weight of the latest step in the local mean of the fixed gamma's tokens per step.
 LOCAL = 0.2
+#: Share of its estimated tokens that the fixed gamma should make when it is played.
+FAIR = 0.75
 
 
 class _Ledger:
@@ -51,7 +54,7 @@ class _Ledger:
         # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
         # Worth two steps at acceptance one half before there is data.
         self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
-        self.tokens, self.fixed_steps = 2.0 * self.local, 2.0
+        self.forget()
         # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
         # met a rejection there), and how many of the first r were accepted in all.
         self.seen = [2.0] * gamma
@@ -59,6 +62,21 @@ class _Ledger:
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
         self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
         self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
+
+    def forget(self) -> None:
+        """Judge the fixed gamma by the latest steps only."""
+        self.tokens, self.fixed_steps, self.short = 2.0 * self.local, 2.0, 0.0
+
+    def disproved(self, produced: int, allowance: float) -> bool:
+        """Whether the fixed gamma, played by the guard, has fallen far short of its estimate, which is forgotten then.
+
+        Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
+        """
+        self.short = max(self.short + FAIR * self.tokens / self.fixed_steps - produced, 0.0)
+        if self.short <= allowance:
+            return False
+        self.forget()
+        return True
 
     def row(self) -> list[float]:
         """Everything that is saved."""
@@ -207,6 +225,9 @@ class SafetyGuard(Wrapper):
         ledger.budget += outcome.produced - ledger.rate * seconds
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)
+        if stop >= 0 and k == self.gamma and ledger.disproved(outcome.produced, self.burn_in):
+            ledger.budget = self.burn_in
+            self._review(ledger, costs)
         if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:
             self._review(ledger, costs)
             if ledger.steps >= REVIEW_EVERY:

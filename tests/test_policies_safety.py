@@ -177,3 +177,22 @@ def test_faults_of_the_policy_reach_the_fault_guard() -> None:
     guard = FaultGuard(SafetyGuard(Broken(0)))
     assert guard.decide(Context()).gamma == 4
     assert guard.faults == {"impossible gamma": 1}
+
+
+def test_an_estimate_of_another_time_is_given_up() -> None:
+    """A draft that was always right is replaced by one that never is: the old rate must not be held on to."""
+    guard = told(SafetyGuard(Stubborn(16)), "nf4")
+    for i in range(1200):
+        decision = guard.decide(Context(level="nf4", step=i))
+        k = decision.gamma
+        n = k if i < 600 else 0
+        seconds = 0.161 + 0.002 * k
+        outcome = Outcome(
+            k, n, min(n + 1, k), n + 1, seconds, 0.001 * k, 0.16 + 0.001 * k, "nf4", 100, 0, np.zeros((k, 4))
+        )
+        guard.learn(decision, outcome)
+        if i == 599:
+            before = guard.ledger("nf4").tokens / guard.ledger("nf4").fixed_steps
+    ledger = guard.ledger("nf4")
+    assert before > 4.5
+    assert ledger.tokens / ledger.fixed_steps < 1.2
