@@ -29,7 +29,7 @@ WAITING = 64
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.005
 #: How many times as fast the quality of a draft is forgotten: it is one number, and another draft has another.
-QUALITY = 20.0
+QUALITY = 5.0
 
 
 def prior_means() -> tuple[np.ndarray, np.ndarray]:

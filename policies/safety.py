@@ -9,7 +9,8 @@ modelled seconds. While the budget is overdrawn the baseline is played instead, 
 in expectation over the baseline's own luck, up to the probes below, and with the rates as the cost model and the
 acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
 long bad time later. Where the fixed gamma, played by the guard, falls short of three quarters of its estimate by a
-burn-in, the estimate was of another time (another draft, say): it is made anew, and the burn-in starts anew.
+burn-in, the estimate was of another time (another draft, say): it is made anew, the policy returns to what it started
+from, and the burn-in starts anew.
 
 What the fixed gamma would have produced from where a step began is known from every step that drafted as many or met a
 rejection. Where the policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on
@@ -29,6 +30,7 @@ import numpy as np
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
 from policies.cost import CostModel
 from policies.guard import Wrapper
+from policies.learned import CostAware
 from policies.level_cost import LevelCosts
 
 REVIEW_EVERY = 16
@@ -227,6 +229,8 @@ class SafetyGuard(Wrapper):
         ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)
         if stop >= 0 and k == self.gamma and ledger.disproved(outcome.produced, self.burn_in):
             ledger.budget = self.burn_in
+            if isinstance(self.policy, CostAware):
+                self.policy.forget()
             self._review(ledger, costs)
         if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:
             self._review(ledger, costs)
