@@ -18,6 +18,8 @@ from policies.gaussian import check_array
 #: a draft that is right at 0.43 of the tokens, 0.5 at 0.80, and 1.6 for one that is always right.
 MEAN, PRECISION = 0.2, 3.0
 LEAST, MOST = -1.0, 2.0
+#: How far above the likeliest m decisions take it to be, in standard deviations.
+HOPE = 1.0
 
 
 def quality(accepted: float, tested: float) -> float:
@@ -46,13 +48,19 @@ class DraftQuality:
         self._count = 0
 
     def value(self, level: str) -> float:
-        """Return m of a level, one standard deviation above what is likeliest.
+        """Return m of a level, some way above what is likeliest: a draft that is taken for worse than it is would not
+        be asked for the tokens that prove it. A level starts from what is known of the others."""
+        others = [self._likeliest(name, MEAN) for name in self._sums if name != level]
+        m = self._likeliest(level, sum(others) / len(others) if others else MEAN)
+        return min(max(m + HOPE * (PRECISION + self.information(level)) ** -0.5, LEAST), MOST)
 
-        A draft that is taken for worse than it is would not be asked for the tokens that prove it.
-        """
+    def information(self, level: str) -> float:
+        """Return how much is known of a level beyond the prior, in the units of ``PRECISION``."""
+        return float(self._sums[level][0]) if level in self._sums else 0.0
+
+    def _likeliest(self, level: str, mean: float) -> float:
         information, score = self._sums.get(level, (0.0, 0.0))
-        m = (PRECISION * MEAN + score) / (PRECISION + information)
-        return float(min(max(m + (PRECISION + information) ** -0.5, LEAST), MOST))
+        return float((PRECISION * mean + score) / (PRECISION + information))
 
     def add(self, sums: dict[str, np.ndarray], steps: int) -> None:
         """Add (information, score) by level over the latest ``steps`` steps, discounted to the last of them."""

@@ -125,8 +125,10 @@ class Goodput(CostAware):
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
         step.extend(outcome.tested, outcome.signals)
         self.hazard.add(step, outcome.tested, outcome.accepted)
-        # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits.
-        if self.hazard.pending >= min(self.every, 1 + self.hazard.heads[0].steps // 8):
+        # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
+        # every level.
+        known = min(self.hazard.heads[0].steps, self.hazard.quality.information(step.level))
+        if self.hazard.pending >= min(self.every, 1 + known // 8):
             self.hazard.refresh()
             self.version += 1
 

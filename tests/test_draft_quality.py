@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from policies.base import CONFIDENCE, MARGIN, Context, Outcome, PolicyError
-from policies.draft_quality import MEAN, PRECISION, DraftQuality, quality
+from policies.draft_quality import HOPE, MEAN, PRECISION, DraftQuality, quality
 from policies.hazard import HEADS, Hazard
 from policies.step_features import AFTER, BEFORE, Step, after_features, token_features
 from policies.token_history import SHAPE
@@ -44,8 +44,9 @@ def test_finds_the_quality_that_explains_the_acceptances(tmp_path: Path, rate: f
     assert hazard.quality.value("nf4") == pytest.approx(np.log(rate / (1 - rate)) / 3, abs=0.06)
     step = Step(Context(level="nf4"), hazard)
     assert step.chance() == pytest.approx(rate, abs=0.04)
-    # Another level knows nothing of it.
-    assert hazard.quality.value("fp16") == pytest.approx(MEAN + PRECISION**-0.5)
+    # A level that was never met starts from there, less sure of it.
+    assert hazard.quality.value("fp16") - hazard.quality.value("nf4") == pytest.approx(HOPE * PRECISION**-0.5, abs=0.05)
+    assert DraftQuality(0.9).value("fp16") == pytest.approx(MEAN + HOPE * PRECISION**-0.5)
 
 
 def test_unknown_drafts_are_given_the_benefit_of_the_doubt(tmp_path: Path) -> None:
