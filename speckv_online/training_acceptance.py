@@ -126,15 +126,16 @@ class Tokens:
             np.add.at(found[1], index[known], self.weight * self.y[known])
         return found
 
-    def with_history(self, table: np.ndarray, own: str = "") -> Tokens:
+    def with_history(self, table: np.ndarray, own: str | None = None) -> Tokens:
         """Return the rows with what the table knows of their tokens.
 
         Where ``own`` names the draft that the table is of, the rows' own prompts are left out of it.
         """
         before, known = self.before.copy(), self.buckets
         before[:, -2:] = excess(table, known)
-        for prompt in np.unique(self.prompt[self.group[:, 0] == own]) if own else []:
-            mine = (self.prompt == prompt) & (self.group[:, 0] == own)
+        inside = self.group[:, 0] == own if own is not None else np.zeros(len(self), dtype=bool)
+        for prompt in np.unique(self.prompt[inside]):
+            mine = (self.prompt == prompt) & inside
             before[mine, -2:] = excess(np.maximum(table - self[mine].counts(), 0.0), known[mine])
         return replace(self, before=before)
 

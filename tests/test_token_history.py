@@ -113,9 +113,9 @@ def test_merging_leaves_what_is_not_shared_yet() -> None:
 def test_a_prompt_s_own_drafts_do_not_vouch_for_it() -> None:
     """Left out of their own table: with a single prompt the table says nothing in training."""
     tokens = tokens_from_traces([made_trace(0, "nf4")])
-    rows = tokens.with_history(tokens.counts(), leave_out=True)
+    rows = tokens.with_history(tokens.counts(), str(tokens.group[0, 0]))
     assert np.abs(rows.before[:, -2:]).max() < 1e-9
-    assert np.abs(tokens.with_history(tokens.counts(), leave_out=False).before[:, -2:]).max() > 0.01
+    assert np.abs(tokens.with_history(tokens.counts()).before[:, -2:]).max() > 0.01
     assert train_acceptance(tokens)["history"].sum() > 0
 
 
