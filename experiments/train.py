@@ -200,8 +200,13 @@ def describe(traces: list[Trace]) -> dict[str, Any]:
     """Say in a card where traces come from."""
     source: dict[str, Any] = {"kind": "exact traces", "traces": len(traces), "tokens": sum(len(t) for t in traces)}
     for key in ("target", "draft", "draft_fingerprint", "max_new_tokens"):
-        source[key] = sorted({t.meta.get(key) for t in traces}, key=str)
+        source[key] = sorted({bare(t.meta.get(key)) for t in traces}, key=str)
     return source
+
+
+def bare(value: Any) -> Any:
+    """Return a model's folder by its last part: a card that ships should not name directories of one machine."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], card: dict[str, Any]) -> None:

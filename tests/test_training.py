@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.train import main
+from experiments.train import describe, main
 from policies.base import Context
 from policies.hazard import prior_means
 from policies.mlp16 import DEFAULT_WEIGHTS, Mlp16, load_weights
@@ -276,3 +276,10 @@ def test_release_records_read_as_published() -> None:
     fit = train_mlp16(data, epochs=60, seeds=[0])
     assert 0.5 < fit.metrics["correlation"] < 0.8  # 0.651 with whole prompts held out, cross-validated
     assert isinstance(rows[0], StepRow)
+
+
+def test_cards_name_no_directory_of_a_machine(tmp_path: Path) -> None:
+    trace = made_trace(0)
+    trace.meta["target"] = str(tmp_path / "a-model")
+    assert describe([trace])["target"] == ["a-model"]
+    assert describe([trace])["draft"] == [trace.meta.get("draft")]
