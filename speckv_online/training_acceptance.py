@@ -33,6 +33,11 @@ COLUMNS = ("before", "after", "y", "prompt", "buckets", "group")
 ROWS = 100_000
 
 
+def draft_of(trace: Trace) -> str:
+    """Return what tells a trace's draft from others; empty where the trace does not say."""
+    return str(trace.meta.get("draft_fingerprint", ""))
+
+
 class _Starts(Schedule):
     """A schedule that describes, at each step's start, all tokens that a long draft would have tested."""
 
@@ -49,8 +54,7 @@ class _Starts(Schedule):
         step = Step(context, self.hazard)
         context.drafts = trace.drafts[t].tolist()
         step.extend(tested, trace.signals[t])
-        group = (str(trace.meta.get("draft_fingerprint", "")), trace.level)
-        self.tokens.add(step, tested, accepted, trace.prompt_id, group)
+        self.tokens.add(step, tested, accepted, trace.prompt_id, (draft_of(trace), trace.level))
         decision = super().decide(context)
         decision.features = step
         return decision
@@ -153,8 +157,7 @@ def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
     schedules = [_Starts(gammas, seed=seed + i) for i, gammas in enumerate(schedule_gammas().values())]
     positions: dict[str, int] = {}
     for trace in traces:
-        draft = str(trace.meta.get("draft_fingerprint", ""))
-        positions[draft] = positions.get(draft, 0) + len(trace)
+        positions[draft_of(trace)] = positions.get(draft_of(trace), 0) + len(trace)
         for schedule in schedules:
             schedule.run(trace)
     rows = [schedule.tokens for schedule in schedules]
