@@ -172,7 +172,7 @@ def insert(path: Path, text: str, name: str) -> None:
 
 
 def around(path: Path, name: str) -> tuple[str, str]:
-    """Return a document up to and with the first marker of a name, and from the second on.
+    """Return a document up to and with the first marker of a name that starts a line, and from the second marker on.
 
     Raises
     ------
@@ -184,11 +184,12 @@ def around(path: Path, name: str) -> tuple[str, str]:
         old = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no document {path}: make one with the lines {begin} and {end}") from None
-    head, found, rest = old.partition(begin)
+    # Only at a line's start: a sentence about the markers is not the place.
+    head, found, rest = ("\n" + old).partition("\n" + begin)
     _, closed, rest = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} lacks the lines {begin} and {end} that the tables go between")
-    return head + begin, end + rest
+    return f"{head}\n{begin}".removeprefix("\n"), end + rest
 
 
 if __name__ == "__main__":

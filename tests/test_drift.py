@@ -36,10 +36,11 @@ def test_a_stream_is_decoded_resumed_and_drawn(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, doc, image = tmp_path / "run", tmp_path / "page.md", tmp_path / "img" / "stream.png"
-    doc.write_text("Before\n<!-- drift: begin --><!-- drift: end -->\nAfter\n")
+    before = "Between `<!-- drift: begin -->` and `<!-- drift: end -->`:\n<!-- drift: begin -->"
+    doc.write_text(f"{before}<!-- drift: end -->\nAfter\n")
     assert main([*flags, "--doc", str(doc), "--plot", str(image)]) == 0
     page = doc.read_text()
-    assert page.startswith("Before\n") and page.endswith("\nAfter\n") and "(img/stream.png)" in page  # noqa: PT018
+    assert page.startswith(f"{before}\n") and page.endswith("\nAfter\n") and "(img/stream.png)" in page  # noqa: PT018
     assert image.read_bytes() == (run / "drift.png").read_bytes()
     units = read_units(run)
     assert len({u.unit.key for u in units}) == len(units) == 4 * 2 * 3
