@@ -1,8 +1,8 @@
 """``speckv submit``: run a comparison as a job on a Ray cluster, follow it, and bring its run directory back.
 
 Only the cluster's job server (the dashboard, port 8265) is talked to. The code of the three packages, the config and
-the prompts file that it names are uploaded, so the cluster needs the dependencies but not this project. The run
-directory lies on the cluster's head node; it comes back through the log of a second, tiny job.
+the prompts file that it or ``--set`` names are uploaded, so the cluster needs the dependencies but not this project.
+The run directory lies on the cluster's head node; it comes back through the log of a second, tiny job.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``speckv submit``; return the exit code of the job."""
     config = Path(arguments.config)
-    settings = read_settings(config)
+    settings, sets = _settings(config, arguments.set)
     name = arguments.name or f"{config.stem}__{time.strftime('%Y%m%d-%H%M%S')}"
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"--name {name!r}: use letters, digits, dots, hyphens and underscores")
@@ -65,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{remote} is not absolute: a job runs in a copy of the code that is deleted later")
     client = _connect(arguments.address)
     with tempfile.TemporaryDirectory(prefix="speckv-submit-") as folder:
-        _stage(Path(folder), config, settings, arguments.add)
+        _stage(Path(folder), settings, arguments.add)
         commit = git_state().get("commit")
         runtime = {"working_dir": folder, "env_vars": {"SPECKV_GIT_COMMIT": commit} if commit else {}}
         words = [arguments.python, "-m", "experiments.compare", "--config", "config.yaml"]
-        command = shlex.join([*words, *(f"--set={text}" for text in arguments.set)]) + f" --out {_quoted(remote)}"
+        command = shlex.join([*words, *(f"--set={text}" for text in sets)]) + f" --out {_quoted(remote)}"
         say(f"submitting {name}: {command}")
         try:
             job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
@@ -138,18 +138,32 @@ def _connect(address: str | None) -> Any:
         ) from e
 
 
-def _stage(folder: Path, config: Path, settings: dict[str, Any], more: Sequence[str]) -> None:
-    """Put together what is uploaded: the packages, the config, its prompts file, and what the user adds."""
+def _settings(config: Path, sets: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the config with the prompts of ``--set`` in it, maybe a file to upload, and the other ``--set``."""
+    settings, others = read_settings(config), []
+    for text in sets:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if name == "prompts":
+            settings["prompts"] = value
+        else:
+            others.append(text)
+    return settings, others
+
+
+def _stage(folder: Path, settings: dict[str, Any], more: Sequence[str]) -> None:
+    """Put together what is uploaded: the packages, the settings, their prompts file, and what the user adds."""
+    from speckv_online.prompts import PACKAGED
+
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
             raise UserError(f"the {package} package is not installed here: install speckv_online from its repository")
         source = found.submodule_search_locations[0]
         shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    prompts = Path(str(settings.get("prompts", "")))
-    if prompts.suffix == ".jsonl":
+    prompts = str(settings.get("prompts", ""))
+    if prompts and not prompts.isdigit() and prompts.lower() not in PACKAGED:
         # As experiments.compare would read it: from where the user is.
-        _copy(prompts, folder / "prompts.jsonl")
+        _copy(Path(prompts), folder / "prompts.jsonl")
         settings = settings | {"prompts": "prompts.jsonl"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     for path in map(Path, more):

@@ -60,13 +60,46 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, kind: str) -> None:
     assert not list((tmp_path / "back").glob("*"))
 
 
-def test_what_is_uploaded(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sets", "prompts", "uploaded"),
+    [
+        ([], 2, None),
+        (["prompts=9", "prompts = mine.txt"], "prompts.jsonl", "mine"),
+        (["prompts=12"], "12", None),
+        (["prompts=HumanEval"], "HumanEval", None),
+    ],
+    ids=["config", "file", "count", "packaged"],
+)
+def test_prompts_given_with_set_travel_too(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sets: list[str],
+    prompts: object,
+    uploaded: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit, "PACKAGES", ())  # 28 MB, looked at below
+    Path("mine.txt").write_text("mine")
+    settings, others = submit._settings(config, ["seed=3", *sets])
+    assert others == ["seed=3"]
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    submit._stage(folder, settings, [])
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"levels": ["nf4"], "prompts": prompts}
+    copy = folder / "prompts.jsonl"
+    assert (copy.read_text() if copy.exists() else None) == uploaded
+    with pytest.raises(UserError, match="cannot read absent"):
+        submit._stage(folder, {"prompts": "absent"}, [])
+
+
+def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text('{"task": "chat", "prompt": "hello"}\n')
     Path("twice.py").write_text("x = 1\n")
     folder = tmp_path / "staged"
     folder.mkdir()
-    submit._stage(folder, config, {"levels": ["nf4"], "prompts": "mine.jsonl"}, ["twice.py"])
+    submit._stage(folder, {"levels": ["nf4"], "prompts": "mine.jsonl"}, ["twice.py"])
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.yaml", "experiments", "policies", "prompts.jsonl", "speckv_online", "twice.py",
     ]  # fmt: skip
