@@ -23,6 +23,7 @@ import importlib
 import inspect
 import types
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from policies.base import Policy, PolicyError
@@ -114,15 +115,21 @@ def _resolve(spec: str) -> tuple[str, type[Policy], str]:
     if name in plugins:
         return name, _load(plugins[name].value), rest
     attribute, _, options = rest.partition(":")
+    if name.endswith(".py"):
+        module = PurePath(name).stem
+        raise PolicyError(
+            f"'{name}' is a file: name its module, {module}:{attribute or 'CLASS'}, from the file's folder"
+        )
     if attribute.isidentifier() and all(part.isidentifier() for part in name.split(".")):
         try:
             return f"{name}:{attribute}", _load(f"{name}:{attribute}"), options
-        except PolicyError:
-            if "." in name:
+        except PolicyError as error:
+            missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+            if "." in name or missing != name:  # a module that is there but will not load is no misspelt policy
                 raise
     known = sorted({*BUILTIN, *plugins})
     close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}, or give MODULE:CLASS"
     raise PolicyError(f"unknown policy '{name}': {hint}")
 
 
@@ -133,7 +140,7 @@ def _load(target: str) -> type[Policy]:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise PolicyError(f"cannot import policy {target}: no module named '{error.name}'") from error
-    except AttributeError as error:
+    except (AttributeError, ImportError, SyntaxError) as error:
         raise PolicyError(f"cannot import policy {target}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"{target} is not a subclass of policies.base.Policy")

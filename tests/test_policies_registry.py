@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,35 @@ def test_defaults_yield_to_the_spec_and_to_policies_without_the_option() -> None
     ],
 )
 def test_bad_specs_are_refused_in_one_line(spec: str, message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        make_policy(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("uses_nothing_there:Mine", "no module named 'nothing_there'"),
+        ("misspells_an_import:Mine", "cannot import name 'Polisy' from 'policies.base'"),
+        ("half_written:Mine", "half_written.py, line 1"),
+        ("uses_numpy:Myne", "module 'uses_numpy' has no attribute 'Myne'"),
+        ("nobody_wrote_it:Mine", "unknown policy 'nobody_wrote_it'"),
+        ("folder/uses_numpy.py:Mine", "name its module, uses_numpy:Mine"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_of_ones_own_is_said(
+    spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = {
+        "uses_nothing_there": "import nothing_there",
+        "misspells_an_import": "from policies.base import Polisy",
+        "half_written": "class Mine(",
+        "uses_numpy": "import numpy",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text + "\n")
     with pytest.raises(PolicyError) as caught:
         make_policy(spec)
     assert message in str(caught.value)
