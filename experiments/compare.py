@@ -19,11 +19,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from experiments.config import CompareConfig, parse
+from experiments.config import CompareConfig, launch
 from experiments.display import Display
 from experiments.ledger import Ledger, earlier_workers
 from speckv_online import manifest
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
@@ -36,9 +35,7 @@ TASKS = ("code", "math", "chat", "summarization")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.compare"
-    return run_command("compare", lambda: compare(parse(CompareConfig, argv, prog, description)))
+    return launch(compare, CompareConfig, argv)
 
 
 def compare(config: CompareConfig) -> int:

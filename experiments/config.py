@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from speckv_online.commands import split_specs
+from speckv_online.commands import run_command, split_specs
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
@@ -157,6 +158,20 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
         except yaml.YAMLError as e:
             raise UserError(f"--set {text}: not a valid value") from e
     return cls(**(check(cls, values, "--set" if sets else str(file)) | given))
+
+
+def launch(job: Callable[[T], int | None], cls: type[T], argv: Sequence[str] | None) -> int:
+    """Run a module's job with the settings of its command line, whose help is the head of its docstring.
+
+    Returns
+    -------
+    int
+        The exit code: the job's own, 2 for what a user can put right.
+    """
+    module = sys.modules[job.__module__]
+    name = module.__spec__.name if module.__spec__ else module.__name__  # __name__ is __main__ under `python -m`
+    description = (module.__doc__ or "").split("\n\n")[0]
+    return run_command(name.partition(".")[2], lambda: job(parse(cls, argv, f"python -m {name}", description)))
 
 
 def check(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare import TASKS, bundled
-from experiments.config import option, parse
+from experiments.config import launch, option
 from experiments.ledger import earlier_workers
 from speckv_online import manifest
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
@@ -94,8 +93,7 @@ class DriftConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    return run_command("drift", lambda: drift(parse(DriftConfig, argv, "python -m experiments.drift", description)))
+    return launch(drift, DriftConfig, argv)
 
 
 def drift(config: DriftConfig) -> int:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import option, parse
-from speckv_online.commands import run_command
+from experiments.config import launch, option
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ class GateConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    return run_command("gate", lambda: run(parse(GateConfig, argv, "python -m experiments.gate", description)))
+    return launch(run, GateConfig, argv)
 
 
 def run(config: GateConfig) -> int:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare import bundled
-from experiments.config import option, parse
-from speckv_online.commands import run_command, say
+from experiments.config import launch, option
+from speckv_online.commands import say
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
@@ -71,9 +71,7 @@ class ProfileConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.profile"
-    return run_command("profile", lambda: profile(parse(ProfileConfig, argv, prog, description)))
+    return launch(profile, ProfileConfig, argv)
 
 
 def select_prompts(config: ProfileConfig) -> list[Prompt]:

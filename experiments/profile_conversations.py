@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.config import option, parse
-from speckv_online.commands import run_command
+from experiments.config import launch, option
 from speckv_online.errors import UserError
 
 
@@ -39,9 +38,7 @@ class ConversationsConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.profile_conversations"
-    return run_command("profile_conversations", lambda: collect(parse(ConversationsConfig, argv, prog, description)))
+    return launch(collect, ConversationsConfig, argv)
 
 
 def collect(config: ConversationsConfig) -> int:

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import option, parse
+from experiments.config import launch, option
 from policies.registry import BUILTIN, make_policy
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,9 +80,7 @@ class Cell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.replays"
-    return run_command("replays", lambda: replays(parse(ReplaysConfig, argv, prog, description)))
+    return launch(replays, ReplaysConfig, argv)
 
 
 def replays(config: ReplaysConfig) -> int:

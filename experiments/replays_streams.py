@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import option, parse
+from experiments.config import launch, option
 from experiments.replays import check_traces, insert
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.report import markdown_table
 
@@ -67,9 +66,7 @@ class StreamsConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.replays_streams"
-    return run_command("replays_streams", lambda: streams(parse(StreamsConfig, argv, prog, description)))
+    return launch(streams, StreamsConfig, argv)
 
 
 def streams(config: StreamsConfig) -> int:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare import bundled
-from experiments.config import option, parse
+from experiments.config import launch, option
 from policies.base import Policy
 from policies.registry import make_policy
-from speckv_online.commands import run_command
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt, choose
@@ -77,9 +76,7 @@ class ResultsConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.results"
-    return run_command("results", lambda: results(parse(ResultsConfig, argv, prog, description)))
+    return launch(results, ResultsConfig, argv)
 
 
 def results(config: ResultsConfig) -> int:

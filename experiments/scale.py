@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import CompareConfig, option, parse
+from experiments.config import CompareConfig, launch, option
 from experiments.replays import check_traces, insert
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 
 PARTS = ("real", "simulated", "arithmetic")
@@ -70,8 +69,7 @@ class ScaleConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    return run_command("scale", lambda: scale(parse(ScaleConfig, argv, "python -m experiments.scale", description)))
+    return launch(scale, ScaleConfig, argv)
 
 
 def scale(config: ScaleConfig) -> int:

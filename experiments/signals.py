@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.config import option, parse
-from speckv_online.commands import run_command, say
+from experiments.config import launch, option
+from speckv_online.commands import say
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,9 +189,7 @@ def signals(config: SignalsConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    prog = "python -m experiments.signals"
-    description = (__doc__ or "").split("\n\n")[0]
-    return run_command("signals", lambda: signals(parse(SignalsConfig, argv, prog, description)))
+    return launch(signals, SignalsConfig, argv)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.config import option, parse
+from experiments.config import launch, option
 from experiments.replays import check_traces, insert
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,9 +83,7 @@ class Transfer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.transfer"
-    return run_command("transfer", lambda: transfer(parse(TransferConfig, argv, prog, description)))
+    return launch(transfer, TransferConfig, argv)
 
 
 def transfer(config: TransferConfig) -> int:

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.config import option, parse
-from speckv_online.commands import run_command
+from experiments.config import launch, option
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,9 +50,7 @@ class UnseenConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.unseen_level"
-    return run_command("unseen level", lambda: unseen_level(parse(UnseenConfig, argv, prog, description)))
+    return launch(unseen_level, UnseenConfig, argv)
 
 
 def unseen_level(config: UnseenConfig) -> int:

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments.compare import bundled
-from experiments.config import option, parse
-from speckv_online.commands import run_command
+from experiments.config import launch, option
 from speckv_online.errors import UserError
 from speckv_online.prompts import choose
 from speckv_online.stats import goodput, paired_ratio
@@ -182,8 +181,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    prog = "python -m experiments.bench.decoder"
-    return run_command("bench.decoder", lambda: bench(parse(BenchConfig, argv, prog, (__doc__ or "").split("\n\n")[0])))
+    return launch(bench, BenchConfig, argv)
 
 
 def bench(config: BenchConfig) -> int:

@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from experiments.changes import Patch, Reply, patched
-from experiments.config import option, parse
+from experiments.config import launch, option
 from experiments.learner import Key
 from experiments.wire import LearnerActor, RemoteSync
 from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, State
 from policies.registry import make_policy
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.signals import History
 
@@ -247,9 +246,7 @@ def judge(found: Sequence[Load], config: BenchConfig) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.bench.learner"
-    return run_command("bench", lambda: bench(parse(BenchConfig, argv, prog, description)))
+    return launch(bench, BenchConfig, argv)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from time import process_time
 
 import numpy as np
 
-from experiments.config import option, parse
+from experiments.config import launch, option
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS
 from policies.registry import make_policy
-from speckv_online.commands import run_command
 from speckv_online.contest import tell_costs
 from speckv_online.cost import RTX3090_RELEASE
 from speckv_online.errors import UserError
@@ -85,9 +84,7 @@ def measure(config: SimulatorConfig) -> list[dict[str, float | str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.bench.simulator"
-    return run_command("bench.simulator", lambda: show(parse(SimulatorConfig, argv, prog, description)))
+    return launch(show, SimulatorConfig, argv)
 
 
 def show(config: SimulatorConfig) -> None:
