@@ -124,18 +124,28 @@ def unpack(text: str, folder: str | Path) -> int:
 
 
 def _connect(address: str | None) -> Any:
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     if address is not None and not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: give the job server's address, e.g. http://HEAD:8265")
+    where = f"at {address}" if address else "here"
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        where = f"at {address}" if address else "here"
+    except RayError as e:  # its AuthenticationError, which older versions do not have
         raise UserError(
-            f"no Ray job server answers {where} ({' '.join(str(e).split())[:120]}): "
+            f"the Ray {where} does not let this command in ({_short(e)}): if it wants a token, "
+            "`export RAY_AUTH_MODE=token` and have the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from e
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise UserError(
+            f"no Ray job server answers {where} ({_short(e)}): "
             "start one with `ray start --head`, or give --address http://HEAD:8265"
         ) from e
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def _settings(config: Path, sets: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

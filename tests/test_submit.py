@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,22 @@ def test_mistakes_are_one_line(
         (line,) = shown.err.splitlines()
         assert line.startswith("speckv: error: ")
         assert message in line
+
+
+def test_a_cluster_that_wants_a_token(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert main(["submit", str(config), "--address", f"http://127.0.0.1:{server.server_port}"]) == 2
+        finally:
+            server.shutdown()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not let this command in (Authentication required" in line
+    assert "export RAY_AUTH_MODE=token" in line
