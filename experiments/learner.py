@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Condition, Lock
+from time import sleep
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class Key(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """Version (batches merged so far) and state of a policy, for :func:`~experiments.changes.patched`."""
+    """Version (number of batches in it) and state of a policy, for :func:`~experiments.changes.patched`."""
 
     version: int
     state: Reply
@@ -74,6 +75,8 @@ class Batches:
         return {source: [first, *sorted(self.ahead.get(source, ()))] for source, first in self.counts.items()}
 
 
+#: Seconds that a checkpoint waits for more batches, where several workers call at a time.
+GATHER = 0.005
 #: Marks the learner's own arrays in a checkpoint, beside those of the policy.
 _OWN = "learner."
 
@@ -85,7 +88,9 @@ class Learner:
     (a call that was retried, a prompt that another worker decoded again) counts once.
 
     Several threads may call at a time. While one of them writes a checkpoint, others merge; the next checkpoint then
-    confirms all of theirs (group commit), so that a busy learner does not wait for the disk once per batch.
+    confirms all of theirs (group commit), so that a busy learner does not wait for the disk once per batch. What it
+    hands back is the state of the latest checkpoint: workers never hold anything that a crash could take back, and the
+    work of making a state out of the sums is shared as well.
 
     Parameters
     ----------
@@ -103,6 +108,7 @@ class Learner:
         self._saved = 0  # how many of them are on disk, or known to be lost
         self._lost: deque[tuple[int, int, UserError]] = deque(maxlen=64)  # first and last merge, and why
         self._dirty: set[Key] = set()
+        self._crowded = False  # whether the last checkpoint confirmed more than one batch
 
     def sync(
         self,
@@ -128,37 +134,41 @@ class Learner:
         Returns
         -------
         dict
-            For each policy its version, which is the number of batches merged so far, and its state (``{}`` at
-            version 0). Where no version is known to the caller, the state holds whole arrays only.
+            For each policy the version of its latest checkpoint, which is the number of batches in it, this one
+            included, and its state (``{}`` at version 0). Where no version is known to the caller, the state holds
+            whole arrays only.
         """
-        merged: dict[Key, Merged] = {}
-        ticket = 0
         with self._merging:
             for given, delta in deltas.items():
                 key = Key(*given)
-                if not delta and key not in self.policies and not (self.folder / checkpoint_name(key)).exists():
-                    merged[key] = Merged(0, {})
-                    continue
-                policy, applied = self._policy(key), self.applied[key]
-                if delta and (source, sequence) not in applied:
+                if delta and (source, sequence) not in self._applied(key):
+                    policy = self.policies[key]
                     (policy.load_state_dict if whole else policy.merge)(delta)
-                    applied.add(source, sequence)
-                    self.changes[key].note(len(applied), own_state(policy))
+                    self.applied[key].add(source, sequence)
                     self._dirty.add(key)
                     self._merges += 1
-                version = (known or {}).get(key, 0)
-                merged[key] = Merged(len(applied), self.changes[key].since(version) if applied else {})
-            if any(deltas.values()):  # also a batch that was there before may not be on disk yet
-                ticket = self._merges
+            # A batch that was there before may not be on disk yet either.
+            ticket = self._merges if self._merges > self._saved else 0
         if ticket:
             self._confirm(ticket)
+        merged: dict[Key, Merged] = {}
+        with self._merging:
+            for key in (Key(*given) for given in deltas):
+                if key in self.changes or (self.folder / checkpoint_name(key)).exists():
+                    self._applied(key)  # another batch's failure may have dropped it
+                    changes = self.changes[key]
+                    reply = changes.since((known or {}).get(key, 0)) if changes.version else {}
+                    merged[key] = Merged(changes.version, reply)
+                else:
+                    merged[key] = Merged(0, {})
         return merged
 
     def versions(self) -> dict[str, int]:
         """Return the number of batches merged so far, per policy, seed and scope."""
         return {f"{k.spec} seed {k.seed} {k.scope}".rstrip(): len(applied) for k, applied in self.applied.items()}
 
-    def _policy(self, key: Key) -> Policy:
+    def _applied(self, key: Key) -> Batches:
+        """Return what was added to a policy, which is taken up from its checkpoint at first use."""
         if key not in self.policies:
             policy, applied = make_policy(key.spec, seed=key.seed), Batches()
             file = self.folder / checkpoint_name(key)
@@ -167,7 +177,7 @@ class Learner:
                 policy.load_state_dict(state)
             self.policies[key], self.applied[key] = policy, applied
             self.changes[key] = Changes(len(applied), own_state(policy))
-        return self.policies[key]
+        return self.applied[key]
 
     def _confirm(self, ticket: int) -> None:
         """Return once the first ``ticket`` merges are on disk; raises :class:`UserError` if they cannot be."""
@@ -188,17 +198,18 @@ class Learner:
                 raise error
 
     def _save(self) -> None:
-        """Write checkpoints of all policies that changed."""
+        """Write checkpoints of all policies that changed; from then on they are what workers are sent."""
+        if self._crowded:
+            sleep(GATHER)
         with self._merging:
             first, last = self._saved + 1, self._merges
-            states = {}
-            for key in sorted(self._dirty):
-                names = json.dumps(self.applied[key].packed()).encode()
-                states[key] = self.changes[key].state | {f"{_OWN}applied": np.frombuffer(names, np.uint8)}
+            states = {key: (len(self.applied[key]), own_state(self.policies[key])) for key in sorted(self._dirty)}
+            names = {key: json.dumps(self.applied[key].packed()).encode() for key in states}
             self._dirty.clear()
         try:
-            for key, state in states.items():
-                save_arrays(self.folder / checkpoint_name(key), state)
+            for key, (_, state) in states.items():
+                own = {f"{_OWN}applied": np.frombuffer(names[key], np.uint8)}
+                save_arrays(self.folder / checkpoint_name(key), state | own)
         except UserError as error:
             with self._merging:  # memory and disk differ now: start again from the checkpoints
                 last = self._merges
@@ -207,7 +218,11 @@ class Learner:
                 self.applied.clear()
                 self.changes.clear()
                 self._dirty.clear()
-        self._saved = last
+        else:
+            with self._merging:
+                for key, (version, state) in states.items():
+                    self.changes[key].note(version, state)
+        self._saved, self._crowded = last, last > first
 
 
 def own_state(policy: Policy) -> State:
