@@ -183,7 +183,9 @@ class TokenHistory:
         own = (self._now() - self._table) / self._weight if noted else 0.0
         self._fade(self.discount**count)
         now = self._now()
-        now[:, index] += sums * self._weight
+        index = index.astype(np.intp)
+        for row, more in zip(now, sums * self._weight, strict=True):  # both at once take many times as long
+            row[index] += more
         if noted:  # what is not handed out yet fades by others' steps here, and where it is added later
             self._table = now - own * self._weight
             self._open(now)
