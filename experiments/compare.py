@@ -49,8 +49,8 @@ def compare(config: CompareConfig) -> int:
     prompts = select_prompts(config)
     path = run_path(config)
     digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
-    run = RunDir.open(path, asdict(config) | {"prompts_sha256": digest}, volatile=CompareConfig.VOLATILE)
     check_names(config)
+    run = RunDir.open(path, asdict(config) | {"prompts_sha256": digest}, volatile=CompareConfig.VOLATILE)
 
     # Imported late: torch and transformers take seconds, and mistakes should show at once.
     from experiments.ray_runner import RayRun, connect

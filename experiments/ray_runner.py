@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ def connect(address: str = "") -> Iterator[list[Node]]:
     set_environment(address)
     import ray
 
+    _check_answers(address)
     try:
         if address:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
@@ -79,6 +81,25 @@ def connect(address: str = "") -> Iterator[list[Node]]:
         yield [Node(int(found.get("CPU", 0)), float(found.get("GPU", 0))) for found in alive]
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse a ``HOST:PORT`` where nothing listens: Ray itself would try for minutes."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    hosts = [host.strip("[]")]
+    if hosts[0] in ("127.0.0.1", "localhost"):  # which Ray takes for the machine's own address
+        hosts.append(ray.util.get_node_ip_address())
+    for name in hosts:
+        with contextlib.suppress(OSError), socket.create_connection((name, int(port)), timeout=10):
+            return
+    raise UserError(
+        f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset RAY_ADDRESS or --address, "
+        "or use --local"
+    )
 
 
 @dataclass(eq=False)

@@ -12,13 +12,25 @@ import yaml
 from experiments.compare import main
 from experiments.config import CompareConfig
 from experiments.learner import Key, Learner, checkpoint_name, read_checkpoint
+from experiments.ray_runner import connect
 from experiments.runner import run_local
 from experiments.schedule import Node, plan
 from experiments.work import Event, Job, Work, blocks
 from experiments.worker import Worker
+from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt
 from speckv_online.rundir import StepWriter, read_manifest, read_units
-from tests.compare_env import COUNTER, FAULTY, HERMIT, PROMPTS, flags, make_config, write_prompts, write_weights
+from tests.compare_env import (
+    COUNTER,
+    FAULTY,
+    HERMIT,
+    PROMPTS,
+    flags,
+    free_port,
+    make_config,
+    write_prompts,
+    write_weights,
+)
 from tests.conftest import TinyPair
 from tests.test_rundir import STEP
 
@@ -252,8 +264,15 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
         assert len(errors) == 1
         assert errors[0].startswith("compare: error: ")
         assert message in errors[0]
+        if "unknown" in message:
+            assert not out.exists(), "a misspelt name should leave no directory behind"
         for left in out.glob("*"):
             left.unlink()
+
+
+def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="no Ray cluster answers"), connect(f"127.0.0.1:{free_port()}"):
+        pass
 
 
 def test_a_ray_job_needs_an_absolute_output(
