@@ -123,8 +123,7 @@ class ModelRows:
             proposal = None
             if sampler is not None:
                 prefix = [*self.contexts[row], *self.drafted[row]]
-                proposal = sampler.probabilities(self.drafter.whole(logits[i])[None], prefix)[0]
-                token = sampler.draw(proposal)
+                token, proposal = sampler.propose(self.drafter.whole(logits[i]), prefix)
             signals[i][[ENTROPY, CONFIDENCE, MARGIN]] = nats / _LOG2, confidence, first - second
             signals[i][NGRAM] = self.ngrams[row].signal(self.drafted[row], token)
             self.drafted[row].append(token)

@@ -81,7 +81,9 @@ class ModelDrafter:
         self.rows = vocab_size if head_ids is None else len(head_ids)
         self._head_ids = None if head_ids is None else head_ids.to(model.device)
         self.head_ids = None if head_ids is None else head_ids.tolist()
-        self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        config = model.config.get_text_config(decoder=True)
+        self.layers = int(config.num_hidden_layers)
+        self.max_length = int(getattr(config, "max_position_embeddings", 1 << 30))
         embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         #: Largest id that the model can read, where that is less than the target may say: others are read as it.
         self.last_id = embedded - 1 if embedded < vocab_size else None
@@ -90,7 +92,7 @@ class ModelDrafter:
         """Start a sequence; nothing is fed to the model before the first draft."""
         self.sampler = sampler
         self.proposals: list[torch.Tensor | None] = []
-        self.cache = KVCache(int(self.model.config.num_hidden_layers), capacity)
+        self.cache = KVCache(self.layers, capacity)
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
@@ -179,9 +181,9 @@ class ModelDrafter:
 
     def _sample(self, logits: torch.Tensor, sampler: Sampler) -> int:
         """Draw a token from the draft's distribution, over the whole vocabulary."""
-        proposal = sampler.probabilities(self.whole(logits)[None], [*self.context, *self.drafted])[0]
+        token, proposal = sampler.propose(self.whole(logits), [*self.context, *self.drafted])
         self.proposals.append(proposal)
-        return sampler.draw(proposal)
+        return token
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Spread the logits of the head's rows over the whole vocabulary, shape (vocab_size,)."""

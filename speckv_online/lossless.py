@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from speckv_online.adopt import text_config
 from speckv_online.kvcache import KVCache
 
 
@@ -48,7 +49,7 @@ def check_greedy(
 
     Each token is compared with the plain choice *after the tokens before it*, so one tie does not count twice.
     """
-    cache = KVCache(int(target.config.num_hidden_layers), len(prompt) + len(tokens) + 1)
+    cache = KVCache(int(text_config(target).num_hidden_layers), len(prompt) + len(tokens) + 1)
     check = GreedyCheck(len(tokens))
 
     def forward(feed: list[int]) -> torch.Tensor:

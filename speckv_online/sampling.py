@@ -100,6 +100,16 @@ class Sampler:
             return int(probabilities.argmax())
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
+    def propose(self, logits: torch.Tensor, context: list[int]) -> tuple[int, torch.Tensor | None]:
+        """Draw a draft after ``context`` from a drafter's logits, shape (vocab,); return it and what it was drawn from.
+
+        A drafter may not know any token that the processors allow: then its likeliest one is proposed as it is.
+        """
+        proposal = self.probabilities(logits[None], context)[0]
+        if proposal.isnan().any():
+            return int(logits.argmax()), None
+        return self.draw(proposal), proposal
+
     def verify(
         self, target: torch.Tensor, drafts: Sequence[int], proposals: Sequence[torch.Tensor | None]
     ) -> tuple[int, int]:
@@ -124,7 +134,7 @@ class Sampler:
         uniform = torch.rand(len(drafts), generator=self.generator, device=target.device)
         q = torch.stack([target.new_ones(()) if p is None else p[d] for d, p in zip(drafts, proposals, strict=True)])
         p = target[range(len(drafts)), list(drafts)]
-        refused = torch.nonzero(uniform * q >= p)
+        refused = torch.nonzero(~(uniform * q < p))  # so that a p which is no number refuses too, and drawing tells
         if not len(refused):
             return len(drafts), self.draw(target[-1])
         n = int(refused[0])

@@ -24,6 +24,7 @@ from transformers import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -41,6 +42,8 @@ _KNOWN = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
     "token_type_ids", "output_attentions", "output_hidden_states", "return_dict",
 }  # fmt: skip
+#: The last one is what a config with ``prompt_lookup_num_tokens`` asks for: the decoder's drafter takes its place.
+_MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 #: Processors that count their calls or run the model themselves: drafted tokens would go through them as well.
 _STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
@@ -94,12 +97,14 @@ def run(
 
     wanted = bool(generation_config.return_dict_in_generate)
     keep_logits = wanted and bool(generation_config.output_scores or generation_config.output_logits)
+    parts = _split(input_ids, model_kwargs.get("attention_mask"))
+    _check_positions(model_kwargs.get("position_ids"), parts)
     rows = [
         Row(
             ids, pads, of_row(logits_processor, i, len(input_ids)), StoppingCriteriaList(rest), generation_config,
             model.device, keep_logits,
         )
-        for i, (ids, pads) in enumerate(_split(input_ids, model_kwargs.get("attention_mask")))
+        for i, (ids, pads) in enumerate(parts)
     ]  # fmt: skip
     cache: KVCache | None = None
     if len(rows) == 1:
@@ -143,6 +148,9 @@ def _refuse(
     """Raise for what the decoder cannot do exactly."""
     if (config.num_beams or 1) > 1:
         raise UserError("speculative decoding has no beams: use num_beams=1")
+    mode = config.get_generation_mode()
+    if mode not in _MODES:
+        raise UserError(f"{mode.value.replace('_', ' ')} is not supported: only greedy decoding and sampling are")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise UserError("output_attentions and output_hidden_states are not supported with speculative decoding")
     if synced_gpus:
@@ -182,6 +190,15 @@ def _split(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[lis
             raise UserError("the attention mask hides tokens after the first visible one: pad prompts on the left")
         found.append((row[pads:], row[:pads]))
     return found
+
+
+def _check_positions(positions: torch.Tensor | None, parts: list[tuple[list[int], list[int]]]) -> None:
+    """Raise if positions were given (``generate`` prepares the usual ones itself) that do not count from zero."""
+    if positions is None or positions.shape != (len(parts), sum(map(len, parts[0]))):
+        return  # none, or those of the tokens that a cache lacks
+    for (prompt, pads), row in zip(parts, positions.tolist(), strict=True):
+        if row[len(pads) :] != list(range(len(prompt))):
+            raise UserError("position_ids of your own are not supported: leave them to generate")
 
 
 def _join(input_ids: torch.Tensor, answers: list[Generation], config: GenerationConfig) -> torch.Tensor:
