@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from speckv_online.commands import say
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.drafters import Drafter
 from speckv_online.errors import UserError
@@ -70,13 +71,18 @@ def _quiet_bitsandbytes() -> None:
 
 def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
     """Call ``kind.from_pretrained`` and turn what a user can put right into one line."""
-    if source.startswith(("/", ".", "~")) and not Path(source).expanduser().is_dir():
+    if source.startswith(("/", ".", "~")) and not _is_folder(source):
         raise UserError(f"there is no model folder {source}: check --target and --draft")
     try:
         return kind.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
         reason = " ".join(str(e).split())
-        raise UserError(f"cannot load {source!r}: {reason[:300]}") from e
+        where = "" if _is_folder(source) else "it is no folder here, and as a model id: "
+        raise UserError(f"cannot load {source!r}: {where}{reason[:300]}") from e
+
+
+def _is_folder(source: str) -> bool:
+    return Path(source).expanduser().is_dir()
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -175,6 +181,9 @@ def load_pair(
     where, spec = pick_device(device), parse_drafter(drafter)
     spec.check_models(target, draft)
     source = target or str(prepare(pair))
+    for name in (source, draft):
+        if name and not _is_folder(name) and name[0] not in "/.~":
+            say(f"loading {name} from the Hugging Face hub, or its cache")  # a download may take long
     tokenizer = load_tokenizer(source)
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import Any, TextIO
 
+from huggingface_hub.utils import enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -91,8 +93,10 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' bars, the hub client's retries and bitsandbytes' notes on casts out of the output."""
+    """Keep bars of loading, the hub client's retries and bitsandbytes' notes on casts out of the output."""
     transformers_logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()  # of downloads, which the line before turns off too
     transformers_logging.set_verbosity_error()
     for name in ("bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -104,6 +104,12 @@ def test_unknown_names() -> None:
         load_pair(target="/does/not/exist")
 
 
+def test_a_model_id_may_have_to_be_fetched_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no folder here, and as a model id: "):
+        load_pair(target="no-such-owner/no-such-model", draft="/nor/this", device="cpu")
+    assert capsys.readouterr().err == "loading no-such-owner/no-such-model from the Hugging Face hub, or its cache\n"
+
+
 def test_two_tokenizers_are_refused(tiny_pair: TinyPair, tmp_path: Path) -> None:
     tiny_pair.draft.save_pretrained(tmp_path)
     tiny_tokenizer(words=3).save_pretrained(tmp_path)
