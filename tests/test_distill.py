@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.compare import bundled
 from experiments.distill.data import (
     ANSWER,
     FORCED,
@@ -24,7 +26,7 @@ from experiments.distill.data import (
     plan_batches,
 )
 from experiments.distill.draft import Draft, distillation_loss
-from experiments.distill.evaluate import accepted_and_tested, evaluate, greedy_answers, load_prompts, matches
+from experiments.distill.evaluate import accepted_and_tested, evaluate, greedy_answers, matches
 from experiments.distill.export import export_draft
 from experiments.distill.generate import count_answers, generate
 from experiments.distill.ragged import RaggedLlama
@@ -215,9 +217,8 @@ def test_greedy_answers_and_acceptance(target: PreTrainedModel) -> None:
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=EOS
         )
         assert answer == expected[0, len(prompt) :].tolist()
-    rows = [{"task": "chat"}, {"task": "math"}, {"task": "math"}]
     everything = Draft(target, (0, 1, 2), np.arange(300)).eval()  # the target itself is always right
-    result = evaluate(everything, rows, prompts, answers)
+    result = evaluate(everything, ["chat", "math", "math"], prompts, answers)
     assert {r["teacher_forced"] for r in result.values()} == {1.0}
     assert result["all"]["positions"] == sum(map(len, answers))
     without = np.setdiff1d(np.arange(300), answers[0])  # a head that lacks every id of the first answer
@@ -238,12 +239,10 @@ def test_accepted_over_tested(hits: str, gamma: int, expected: tuple[int, int]) 
 
 
 def test_prompts_are_disjoint_and_balanced() -> None:
-    train_rows, test_rows = load_prompts("train"), load_prompts("test")
-    assert len(train_rows) == len(test_rows) == 80
-    texts = [row["prompt"] for row in train_rows + test_rows]
-    assert len(set(texts)) == 160
-    for rows in (train_rows, test_rows):
-        assert {t: sum(r["task"] == t for r in rows) for t in SEEDS} == dict.fromkeys(SEEDS, 20)
+    train, test = bundled("train"), bundled("test")
+    assert len({prompt.text for prompt in train + test}) == 160
+    for prompts in (train, test):
+        assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(SEEDS, 20)
 
 
 def test_settings_are_plain_json() -> None:

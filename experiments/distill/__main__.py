@@ -20,9 +20,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import speckv_online
+from experiments.compare import bundled
 from experiments.distill.data import Conversations, choose_head_ids, load_conversations
 from experiments.distill.draft import Draft
-from experiments.distill.evaluate import evaluate, greedy_answers, load_prompts
+from experiments.distill.evaluate import evaluate, greedy_answers
 from experiments.distill.export import export_draft, write_card
 from experiments.distill.generate import generate
 from experiments.distill.settings import Settings
@@ -137,8 +138,8 @@ class Distillation:
         draft, _ = self._trained()
         result = {}
         for split in ("train", "test"):
-            rows = load_prompts(split)
-            ids = [chat_prompt(self.tokenizer, row["prompt"]) for row in rows]
+            prompts = bundled(split)
+            ids = [chat_prompt(self.tokenizer, prompt.text) for prompt in prompts]
             key = hashlib.sha256(json.dumps([self.folder.name, ids, ANSWER_LENGTH]).encode()).hexdigest()[:16]
             cache = self.work / f"answers-{key}.json"
             if cache.exists():
@@ -147,7 +148,7 @@ class Distillation:
                 log.info("decoding %d answers of the target (%s prompts)", len(ids), split)
                 answers = greedy_answers(self.target, ids, ANSWER_LENGTH, self.tokenizer.eos_token_id)
                 _write(cache, json.dumps(answers))
-            result["prompts_" + split] = evaluate(draft, rows, ids, answers)
+            result["prompts_" + split] = evaluate(draft, [prompt.task for prompt in prompts], ids, answers)
             for task, row in result["prompts_" + split].items():
                 log.info("%s prompts, %-14s %s", split, task, row)
         _write(self.work / "acceptance.json", json.dumps(result, indent=1))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +12,6 @@ from transformers import PreTrainedModel
 
 from experiments.distill.draft import Draft
 from experiments.distill.ragged import RaggedLlama
-
-log = logging.getLogger(__name__)
-
-PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
-
-
-def load_prompts(split: str, folder: Path = PROMPTS) -> list[dict[str, str]]:
-    """Return the hand-written prompts of one split, ``"train"`` or ``"test"``."""
-    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    return [row for row in rows if row["split"] == split]
 
 
 @torch.inference_mode()
@@ -75,21 +62,21 @@ def accepted_and_tested(hits: np.ndarray, gamma: int) -> tuple[int, int]:
 
 def evaluate(
     draft: Draft,
-    prompts: Sequence[dict[str, str]],
+    tasks: Sequence[str],
     ids: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     gamma: int = 4,
 ) -> dict[str, dict[str, Any]]:
-    """Return per task, and for all of them together, two measures of acceptance.
+    """Return per task of the prompts, and for all of them together, two measures of acceptance.
 
     ``teacher_forced`` is the share of answer positions where the draft's argmax is the target's token; accepted over
     tested counts only the positions that decoding with ``gamma`` would have tested.
     """
     sums: dict[str, np.ndarray] = {}
-    for row, p, a in zip(prompts, ids, answers, strict=True):
+    for task, p, a in zip(tasks, ids, answers, strict=True):
         hits = matches(draft, p, a)
         counts = np.array([hits.sum(), len(hits), *accepted_and_tested(hits, gamma)])
-        for key in (row["task"], "all"):
+        for key in (task, "all"):
             sums[key] = sums.get(key, 0) + counts
     return {
         key: {
