@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from experiments.learner import checkpoint_name
 from policies.base import Policy
 from policies.registry import make_policy
-from speckv_online.calibrate import calibrate
+from speckv_online.calibrate import WARM_UP, calibrate
 from speckv_online.decoding import Generation, SpeculativeDecoder
 from speckv_online.drafters import Drafter, ModelDrafter, NgramDrafter
 from speckv_online.errors import UserError
@@ -25,8 +25,6 @@ from speckv_online.session import quiet_libraries
 
 if TYPE_CHECKING:
     from experiments.drift import DriftConfig, Phase
-
-WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
 
 class Stage:

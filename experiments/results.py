@@ -42,7 +42,6 @@ OTHERS = (
 )  # fmt: skip
 PEER = "transformers"
 PLACES = ("doc", "readme", "plot", "out")
-WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Bench:
         import torch
 
         from experiments.peers import SCHEDULES, Stock
-        from speckv_online.calibrate import calibrate
+        from speckv_online.calibrate import WARM_UP, calibrate
         from speckv_online.cost import LevelCost
         from speckv_online.manifest import cores
         from speckv_online.models import chat_prompt, load_pair

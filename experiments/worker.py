@@ -15,7 +15,7 @@ from experiments.config import CompareConfig
 from experiments.learner import Key, Merged
 from policies.base import Policy, State
 from policies.registry import make_policy
-from speckv_online.calibrate import calibrate
+from speckv_online.calibrate import WARM_UP, calibrate
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.manifest import now, weight_hashes
@@ -28,8 +28,6 @@ from speckv_online.session import quiet_libraries
 
 #: :meth:`experiments.learner.Learner.sync`, here or on another machine.
 Sync = Callable[[str, int, Mapping[Key, State], bool, Mapping[Key, int]], dict[Key, Merged]]
-
-WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 
 
 @dataclass(slots=True)

@@ -12,29 +12,21 @@ from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import Drafter
 from speckv_online.records import StepRecord
 
+#: A prompt to warm up and calibrate with.
+WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 GAMMAS = (0, 1, 2, 4, 8)
+#: Timed steps per gamma.
+REPEATS = 3
 
 
 class _Cycle(Policy):
-    """Play some gammas in turn."""
-
-    def __init__(self, gammas: Sequence[int]) -> None:
-        super().__init__()
-        self.gammas = tuple(gammas)
+    """Play :data:`GAMMAS` in turn."""
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)])
+        return Decision(self.new_id(), GAMMAS[context.step % len(GAMMAS)])
 
 
-def calibrate(
-    target: PreTrainedModel,
-    drafter: Drafter,
-    level: str,
-    prompt_ids: Sequence[int],
-    *,
-    gammas: Sequence[int] = GAMMAS,
-    repeats: int = 3,
-) -> LevelCost:
+def calibrate(target: PreTrainedModel, drafter: Drafter, level: str, prompt_ids: Sequence[int]) -> LevelCost:
     """Return the seconds per drafted token and per verify width of a loaded pair, as medians.
 
     The first step at every gamma warms caches and kernels up and is no data. The end of the sequence is ignored, since
@@ -46,14 +38,10 @@ def calibrate(
         As for :class:`~speckv_online.decoding.SpeculativeDecoder`.
     prompt_ids : sequence of int
         Any prompt.
-    gammas : sequence of int
-        Speculation lengths to time.
-    repeats : int
-        Timed steps per gamma.
     """
-    decoder = SpeculativeDecoder(drafter, policy=_Cycle(gammas), target=target, level=level)
-    warm, wanted = len(gammas), len(gammas) * (1 + repeats)
+    decoder = SpeculativeDecoder(drafter, policy=_Cycle(), target=target, level=level)
+    warm, wanted = len(GAMMAS), len(GAMMAS) * (1 + REPEATS)
     steps: list[StepRecord] = []
     while len(steps) < wanted:  # a step gives at least one token, and more where drafts are right
-        steps += decoder.generate(prompt_ids, wanted - len(steps) + max(gammas), eos_ids=()).steps
+        steps += decoder.generate(prompt_ids, wanted - len(steps) + max(GAMMAS), eos_ids=()).steps
     return fit_level(steps[warm:wanted])
