@@ -6,6 +6,7 @@ every draft is a call of the assistant's ``generate``, and takes whatever that l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -26,8 +27,6 @@ from speckv_online.adopt import as_policy, level_of
 from speckv_online.ngram import NgramIndex
 from speckv_online.sequences import Generation, Totals, record_of, untimed
 from speckv_online.signals import History
-
-_LOG2 = 0.6931471805599453
 
 
 class PolicyAssistant:
@@ -164,7 +163,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
             row = logits[0, i].float()
             top = row.topk(2).values
             p = row.softmax(-1)
-            wanted = torch.stack((torch.special.entr(p).sum() / _LOG2, p.amax(), top[0] - top[1])).tolist()
+            wanted = torch.stack((torch.special.entr(p).sum() / math.log(2), p.amax(), top[0] - top[1])).tolist()
             self.signals[i, [ENTROPY, CONFIDENCE, MARGIN]] = wanted
             self.signals[i, NGRAM] = self.ngrams.signal(self.drafts, new[i])
             self.drafts.append(new[i])

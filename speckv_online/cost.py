@@ -45,25 +45,20 @@ class LevelCost(CostPrior):
         super().__post_init__()
         object.__setattr__(self, "verify_seconds", tuple(self.table().tolist()))
 
-    def seconds(
-        self, drafted: int, submitted: int | None = None, context: float | None = None, caught_up: int = 0
-    ) -> float:
-        """Return the modelled seconds of a step.
+    def seconds(self, drafted: int, context: float | None = None) -> float:
+        """Return the modelled seconds of a step that verifies all it drafts, the draft's catching up left out.
 
         Parameters
         ----------
-        drafted, submitted : int
-            Tokens drafted, and how many of them the target verified (all by default).
+        drafted : int
+            Tokens drafted.
         context : float, optional
             Tokens of context; ``context_length`` by default.
-        caught_up : int
-            Context tokens that the draft had to read first.
         """
-        verify = self.verify_seconds[drafted if submitted is None else submitted]
+        verify = self.verify_seconds[drafted]
         if context is not None:
             verify += self.context_seconds * (context - self.context_length)
-        catch_up = self.catch_up_seconds * caught_up if drafted else 0.0
-        return self.draft_seconds * drafted + catch_up + verify + self.overhead_seconds
+        return self.draft_seconds * drafted + verify + self.overhead_seconds
 
 
 @dataclass(frozen=True)

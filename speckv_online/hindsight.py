@@ -47,7 +47,7 @@ def best_fixed(
     return found
 
 
-def clairvoyant(traces: Iterable[Trace], cost: CostTable, max_gamma: int = MAX_GAMMA) -> dict[str, Replay]:
+def clairvoyant(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     """Replay, per level, an oracle that knows the accepted length of every draft beforehand.
 
     It drafts the k that maximises ``tokens - rate * seconds`` of the step, where ``rate`` is its own goodput over the
@@ -57,47 +57,47 @@ def clairvoyant(traces: Iterable[Trace], cost: CostTable, max_gamma: int = MAX_G
     for level, group in by_level(traces).items():
         rate = 0.0
         while True:
-            replay = Replay.join([_oracle(trace, cost.level(level), rate, max_gamma) for trace in group])
+            replay = Replay.join([_oracle(trace, cost.level(level), rate) for trace in group])
             if replay.goodput <= rate:
                 break
             found[level], rate = replay, replay.goodput
     return found
 
 
-def fastest(traces: Iterable[Trace], cost: CostTable, max_gamma: int = MAX_GAMMA) -> dict[str, Replay]:
+def fastest(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     """Replay, per level, the sequence of k that takes the least modelled time of all, by dynamic programming.
 
     A true bound: unlike :func:`clairvoyant` it also weighs where a step leaves off. The catching up of the draft is
     charged as a policy would be, but not planned for.
     """
     return {
-        level: Replay.join([_shortest(trace, cost.level(level), max_gamma) for trace in group])
+        level: Replay.join([_shortest(trace, cost.level(level)) for trace in group])
         for level, group in by_level(traces).items()
     }
 
 
-def _steps(trace: Trace, t: int, max_gamma: int, cost: LevelCost) -> tuple[np.ndarray, np.ndarray]:
+def _steps(trace: Trace, t: int, cost: LevelCost) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and seconds of drafting k = 0, 1, ... accepted tokens at position t; to draft more would be a waste."""
-    k = np.arange(min(int(trace.accepted[t]), max_gamma, trace.budget - t - 1) + 1)
+    k = np.arange(min(int(trace.accepted[t]), MAX_GAMMA, trace.budget - t - 1) + 1)
     tokens = np.minimum(k + 1, len(trace) - t)
     context = len(trace.prompt) + t
     return tokens, np.array([cost.seconds(int(j), context=context) for j in k])
 
 
-def _oracle(trace: Trace, cost: LevelCost, rate: float, max_gamma: int) -> Replay:
+def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:
     choice, t = {}, 0
     while t < len(trace):
-        tokens, seconds = _steps(trace, t, max_gamma, cost)
+        tokens, seconds = _steps(trace, t, cost)
         choice[t] = int(np.argmax(tokens - rate * seconds))
         t += int(tokens[choice[t]])
     return _replay(trace, choice, cost)
 
 
-def _shortest(trace: Trace, cost: LevelCost, max_gamma: int) -> Replay:
+def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     length = len(trace)
     least, best = np.zeros(length + 1), np.zeros(length, dtype=int)
     for t in range(length - 1, -1, -1):
-        tokens, seconds = _steps(trace, t, max_gamma, cost)
+        tokens, seconds = _steps(trace, t, cost)
         total = seconds + least[t + tokens]
         best[t] = int(np.argmin(total))
         least[t] = total[best[t]]

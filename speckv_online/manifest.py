@@ -83,13 +83,13 @@ def software() -> dict[str, str | None]:
     return versions
 
 
-def git_state(folder: Path | None = None) -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Return the commit that the code comes from and whether the tree had changes; None outside of a repository.
 
     A job that runs in an unpacked copy has no repository: the submitter's commit can be handed over in
     ``SPECKV_GIT_COMMIT``.
     """
-    folder = folder or Path(speckv_online.__file__).parent
+    folder = Path(speckv_online.__file__).parent
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return {"commit": os.environ.get("SPECKV_GIT_COMMIT"), "dirty": None}

@@ -74,16 +74,12 @@ def fit_quietly(model: Any, x: np.ndarray, y: np.ndarray) -> Any:
 
 
 def compare_estimators(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    gammas: Sequence[int],
-    names: Sequence[str] = ("Ridge", "MLP-16", "MLP-32", "RF-10", "RF-100"),
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], gammas: Sequence[int]
 ) -> list[Score]:
-    """Fit predictors to ``train`` and score them on ``test``, each a pair of inputs (N, 6) and rates (N,)."""
-    makers = estimators()
+    """Fit all of :func:`estimators` to ``train`` and score them on ``test``: each inputs (N, 6) and rates (N,)."""
     scores = []
-    for name in names:
-        model = fit_quietly(makers[name](), *train)
+    for name, make in estimators().items():
+        model = fit_quietly(make(), *train)
         rate = np.clip(model.predict(test[0]), 0.0, 1.0)
         scores.append(Score(name, *error_and_correlation(rate, test[1]), decision_time(model, test[0][:1], gammas)))
     return scores
@@ -96,14 +92,14 @@ def error_and_correlation(predicted: np.ndarray, y: np.ndarray) -> tuple[float, 
     return float(np.mean((predicted - y) ** 2)), correlation
 
 
-def decision_time(model: Any, row: np.ndarray, gammas: Sequence[int], decisions: int = DECISIONS) -> float:
+def decision_time(model: Any, row: np.ndarray, gammas: Sequence[int]) -> float:
     """Return the median milliseconds of one decision: a prediction of ``row`` (1, 6) for each gamma in turn."""
     times = []
-    for _ in range(2 * decisions):
+    for _ in range(2 * DECISIONS):
         start = time.perf_counter()
         for gamma in gammas:
             sample = row.copy()
             sample[0, -1] = gamma
             model.predict(sample)
         times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times[decisions:]))
+    return 1e3 * float(np.median(times[DECISIONS:]))
