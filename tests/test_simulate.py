@@ -144,15 +144,11 @@ def test_seconds_are_the_cost_table_s() -> None:
     assert replay.goodput == pytest.approx(6 / (first + second + third))
 
 
-class Same(Policy):
-    """A fixed gamma that the simulator does not recognise."""
+class Same(Fixed):
+    """A fixed gamma that the simulator asks in every step, as it might learn."""
 
-    def __init__(self, gamma: int) -> None:
-        super().__init__()
-        self.gamma = gamma
-
-    def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), min(self.gamma, context.max_gamma))
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        pass
 
 
 @pytest.mark.parametrize("finish", ["eos", "length"])
