@@ -59,7 +59,7 @@ def unseen_level(config: UnseenConfig) -> int:
     from speckv_online import manifest
     from speckv_online.cost import load_cost
     from speckv_online.files import write_atomically
-    from speckv_online.report import text_table
+    from speckv_online.report import markdown_table, text_table
     from speckv_online.rundir import check_writable
 
     for spec in config.policies:
@@ -71,8 +71,7 @@ def unseen_level(config: UnseenConfig) -> int:
     cost = load_cost(config.cost)
     rows = play_all(config, cost)
     table = [HEAD, *map(cells, rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    text = "\n".join([lines[0], "|" + "---|" * len(HEAD), *lines[1:]])
+    text = "\n".join(markdown_table(table))
     document = {"seconds": "modelled", "cost": cost.name, "git": manifest.git_state(), "settings": asdict(config)}
     write_atomically(
         out / "unseen-level.json", lambda f: f.write(json.dumps(document | {"rows": rows}, indent=1) + "\n")

@@ -160,7 +160,10 @@ def test_the_fast_path_for_fixed_gammas_equals_the_general_one(finish: str) -> N
         lengths = np.minimum(np.where(rng.random(length) < 0.2, 16, rng.geometric(0.4, length) - 1), left)
         trace = made(np.minimum(lengths, 16).tolist(), finish)
         for gamma in (0, 1, 3, 16):
-            fast, slow = replay_fixed(trace, gamma, COST.levels["fp32"]), Simulator(Same(gamma=gamma), COST).replay(trace)
+            fast, slow = (
+                replay_fixed(trace, gamma, COST.levels["fp32"]),
+                Simulator(Same(gamma=gamma), COST).replay(trace),
+            )
             for name in fast.__dataclass_fields__:
                 np.testing.assert_allclose(getattr(fast, name), getattr(slow, name), err_msg=name)
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from experiments.compare import bundled
-from experiments.config import option, parse
+from experiments.config import launch, option
 from policies.registry import make_policy
 from speckv_online.batch import MAX_BATCH
-from speckv_online.commands import run_command
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.models import LoadedPair, chat_prompt, load_pair
@@ -125,8 +124,12 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return launch(bench, BatchConfig, argv)
+
+
+def bench(config: BatchConfig) -> int:
     """Run the benchmark and print it."""
-    config = parse(BatchConfig, argv, "python -m experiments.bench.batch", __doc__ or "")
     quiet_libraries()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -136,4 +139,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("python -m experiments.bench.batch", main))
+    sys.exit(main())
