@@ -68,7 +68,7 @@ class Display:
         elif event.kind == "ready":
             text = f"ready: {(event.facts or {}).get('arithmetic', '')}"
         elif event.kind == "finished":
-            text = "finished"
+            text = f"worker {event.worker} finished"
         elif event.kind in ("failed", "trouble"):
             text = f"failed: {event.text}" if event.kind == "failed" else event.text
         elif event.progress is not None:
