@@ -94,6 +94,12 @@ def known_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def eos_of(model: PreTrainedModel) -> frozenset[int]:
+    """Return the ids that end a sequence by the model's generation config."""
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
 def level_of(model: PreTrainedModel) -> str:
     """Return the name of the compression level that a loaded model is at, e.g. ``nf4``, ``bf16`` or ``gptq-4bit``."""
     config = getattr(model.config, "quantization_config", None)

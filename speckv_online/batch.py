@@ -115,6 +115,8 @@ def decode_batch(
         history.context.drafters = decoder.drafter.names if decoder.drafter is not None else ()
         budget = min(max_new_tokens, decoder.room(prompt))
         rows.append(_Row(i, sequence, history, budget, np.zeros((max(decoder.max_gamma, 1), N_SIGNALS))))
+    if max(len(row.sequence.tokens) + row.budget for row in rows) > decoder.rope.at:
+        raise UserError(f"past {decoder.rope.at} tokens this model decodes one prompt at a time")
     answers = [row.out for row in rows]
     _run(decoder, rows, on_tokens)
     for answer in answers:

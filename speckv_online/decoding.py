@@ -16,15 +16,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
-from speckv_online.adopt import as_drafter, as_policy, check_model, level_of, text_config
+from speckv_online.adopt import as_drafter, as_policy, check_model, eos_of, level_of, text_config
 from speckv_online.clock import StepClock
 from speckv_online.drafters import Drafter, ModelDrafter
-from speckv_online.drafting import draft, draft_ahead
+from speckv_online.drafting import draft, draft_ahead, judge_ahead
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.records import StepRecord
+from speckv_online.rope import RopeSwitch
 from speckv_online.sampling import Sampler
-from speckv_online.sequences import Generation, TokenSequence, Totals, matching, record_of, untimed
+from speckv_online.sequences import Generation, TokenSequence, Totals, record_of, untimed
 from speckv_online.signals import History
 
 __all__ = ["Generation", "SpeculativeDecoder"]
@@ -103,8 +104,8 @@ class SpeculativeDecoder:
         self.level = level_of(target) if level is None else level
         self.layers = int(text_config(target).num_hidden_layers)
         self.max_length = int(getattr(text_config(target), "max_position_embeddings", 1 << 30))
-        eos = target.generation_config.eos_token_id if target.generation_config is not None else None
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.rope = RopeSwitch.of(target)
+        self.eos_ids = eos_of(target)
         self._clock = StepClock(target.device)
         self._target = target
 
@@ -219,7 +220,7 @@ class SpeculativeDecoder:
         """Most tokens worth drafting: one fewer than the budget (the target adds one), never past the contexts."""
         if self.drafter is None:
             return 0
-        room = min(self.max_length, self.drafter.max_length) - context_length
+        room = min(self.max_length, self.drafter.max_length, self.rope.end(context_length)) - context_length
         return max(0, min(self.max_gamma, remaining - 1, room))
 
     def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
@@ -258,17 +259,13 @@ class SpeculativeDecoder:
                 # Dropping a drawn token for what it is would bias the output: no trimming in sampled decoding.
                 asked = draft(policy, drafter, decision, gamma, signals, drafts, not sampled)
         clock.verify()
+        self.rope.restart(cache, context.context_length)
         unread = sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
         logits = self._forward([*unread, *drafts], cache, 1 + (gamma if ahead is not None else len(drafts)), ahead)
         if on_logits is not None:
             on_logits(logits)
         if ahead is not None:
-            found = torch.cat((logits.argmax(-1).float(), ahead.to(logits.device).flatten()))
-            clock.launched()
-            numbers = found.tolist()  # the one transfer of the step
-            rows = [numbers[i : i + 5] for i in range(gamma + 1, len(numbers), 5)]
-            drafts += cast(ModelDrafter, drafter).take_ahead(rows, signals)
-            n, following = matching(drafts, [int(c) for c in numbers[: gamma + 1]])
+            n, following = judge_ahead(logits, ahead, cast(ModelDrafter, drafter), signals, drafts, clock)
         else:
             clock.launched()
             n, following = sequence.verify(logits, drafts, drafter.proposals[: len(drafts)] if drafter else ())

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from policies.base import Decision, Policy
+from speckv_online.clock import StepClock
 from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter
+from speckv_online.sequences import matching
 
 
 def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool) -> torch.Tensor | None:
@@ -20,6 +22,26 @@ def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool)
     if not gamma or decision.stops or sampled or type(drafter) is not ModelDrafter:
         return None
     return drafter.ahead(gamma)
+
+
+def judge_ahead(
+    logits: torch.Tensor,
+    ahead: torch.Tensor,
+    drafter: ModelDrafter,
+    signals: np.ndarray,
+    drafts: list[int],
+    clock: StepClock,
+) -> tuple[int, int]:
+    """Fetch what :func:`draft_ahead` gave, fill ``drafts`` and ``signals``, and judge them by the target's ``logits``.
+
+    Returns how many drafts agree, and the token that follows them.
+    """
+    found = torch.cat((logits.argmax(-1).float(), ahead.to(logits.device).flatten()))
+    clock.launched()
+    numbers, count = found.tolist(), len(ahead)  # the one transfer of the step
+    rows = [numbers[i : i + 5] for i in range(count + 1, len(numbers), 5)]
+    drafts += drafter.take_ahead(rows, signals)
+    return matching(drafts, [int(c) for c in numbers[: count + 1]])
 
 
 def draft(
