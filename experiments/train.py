@@ -1,21 +1,20 @@
 """Train the weights that policies start from, and write them with cards that say where they come from.
 
-``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments; ``goodput.npz`` the
-acceptance weights of token-level policies, which only exact traces can teach. Each card is a JSON file of the same
-name.
+``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments and, where further
+traces are of other drafts, how its output layer would differ for those; ``goodput.npz`` the acceptance weights of
+token-level policies, which only exact traces can teach. Each card is a JSON file of the same name.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import option, parse
-from speckv_online.commands import run_command
+from experiments.config import launch, option
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class TrainConfig:
 
     traces: str = option("", "directory of traces, from python -m experiments.profile")
     more: tuple[str, ...] = option(
-        (), "directories of further traces, for the acceptance weights only, comma separated"
+        (), "directories of further traces, for the acceptance weights and for other drafts, comma separated"
     )
     records: str = option("", "CSV of step records instead of traces")
     split: str = option("train", "which split of the prompts to train on: train, test or all")
@@ -67,9 +66,7 @@ class TrainConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = (__doc__ or "").split("\n\n")[0]
-    prog = "python -m experiments.train"
-    return run_command("train", lambda: train(parse(TrainConfig, argv, prog, description)))
+    return launch(train, TrainConfig, argv)
 
 
 def train(config: TrainConfig) -> int:
@@ -83,6 +80,7 @@ def train(config: TrainConfig) -> int:
     from speckv_online.traces import load_traces
     from speckv_online.training import data_from_rows, data_from_traces
     from speckv_online.training_estimators import require_sklearn
+    from speckv_online.training_shift import other_drafts
 
     out = Path(config.out).expanduser() if config.out else DEFAULT_WEIGHTS.parent
     if config.compare:
@@ -107,16 +105,29 @@ def train(config: TrainConfig) -> int:
     traces = load_traces(config.traces, levels=config.levels, splits=splits)
     check_writable(out)
     common["data"] = describe(traces)
-    data = data_from_traces(traces, config.features, [int(g) for g in config.gammas], config.seed)
-    write_mlp16(config, out, data, common)
     more = [trace for folder in config.more for trace in load_traces(folder)]
+
+    def labelled(chosen: Sequence[Trace]) -> Data:
+        return data_from_traces(chosen, config.features, [int(g) for g in config.gammas], config.seed)
+
+    drafts = {name: labelled(own) for name, own in other_drafts(traces, more).items()}
+    write_mlp16(config, out, labelled(traces), common, drafts)
     write_acceptance(config, out, traces + more, common | {"data": describe(traces + more)})
     return 0
 
 
-def write_mlp16(config: TrainConfig, out: Path, data: Data, common: dict[str, Any]) -> None:
-    """Train MLP16 and write ``mlp16.npz`` and its card."""
+def write_mlp16(
+    config: TrainConfig,
+    out: Path,
+    data: Data,
+    common: dict[str, Any],
+    drafts: Mapping[tuple[str, str], Data] | None = None,
+) -> None:
+    """Train MLP16 and write ``mlp16.npz`` and its card; ``drafts`` are rows of other drafts, by draft and level."""
+    import numpy as np
+
     from speckv_online.training import train_mlp16
+    from speckv_online.training_shift import head_shift
 
     seeds = range(config.seed, config.seed + config.seeds)
     how: dict[str, Any] = {"holdout": config.holdout / 100, "epochs": config.epochs}
@@ -138,6 +149,15 @@ def write_mlp16(config: TrainConfig, out: Path, data: Data, common: dict[str, An
         "noise_var": fit.noise_var,
         "starts": fit.runs,
     }
+    arrays = fit.arrays(len(data))
+    if drafts:
+        shifts = [head_shift(fit.weights, own) for own in drafts.values()]
+        arrays["head_shift"] = np.array([found.shift for found in shifts])
+        card["other_drafts"] = [
+            {"draft_fingerprint": draft, "level": level, "rows": found.rows, "mse_of_mlp16": found.before,
+             "mse_of_its_own_head": found.after}
+            for (draft, level), found in zip(drafts, shifts, strict=True)
+        ]  # fmt: skip
     if config.compare:
         card["compared"] = compare(config, data, fit)
     card["data"] = card["data"] | {
@@ -145,7 +165,7 @@ def write_mlp16(config: TrainConfig, out: Path, data: Data, common: dict[str, An
         "prompts": len(set(data.prompt.tolist())),
         "sha256": data.sha256(),
     }
-    write(out / "mlp16.npz", fit.arrays(len(data)), card)
+    write(out / "mlp16.npz", arrays, card)
     scores = {name: [m[name] or 0.0 for m in (fit.metrics, *others)] for name in SCORES}
     mse, plain, correlation = (" ".join(f"{v:.3f}" for v in scores[name]) for name in SCORES)
     print(f"MLP16: {len(data)} rows; on held-out prompts, by {1 + SPLITS} splits: mean squared error {mse}")

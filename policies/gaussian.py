@@ -213,6 +213,21 @@ class GaussianHead:
             self._delta_count += int(delta["head.count"])
 
 
+def widen(precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Return the precision whose covariance has ``directions``^T ``directions`` added (Woodbury's identity).
+
+    Parameters
+    ----------
+    precision : ndarray, shape (D, D)
+        Positive definite.
+    directions : ndarray, shape (R, D)
+        Each as long as a weight's standard deviation along it is to be, in the units of the precision.
+    """
+    along = directions @ precision  # (R, D)
+    wider: np.ndarray = precision - along.T @ np.linalg.solve(np.eye(len(along)) + along @ directions.T, along)
+    return 0.5 * (wider + wider.T)
+
+
 def check_array(state: State, key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return an array of a state; raises :class:`PolicyError` if it is missing, misshapen or not finite."""
     if key not in state:

@@ -35,7 +35,8 @@ Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
 class Weights:
     """MLP16's weights: W1 (6, 16), b1 (16,), W2 (16, 1), b2 (1,).
 
-    ``phi_cov`` (17, 17) is the offline data's mean phi phi^T and ``noise_var`` its mean squared residual, where known.
+    ``phi_cov`` (17, 17) is the offline data's mean phi phi^T and ``noise_var`` its mean squared residual, where known;
+    ``head_shift`` (R, 17) is how heads fitted to other drafts, at one level each, differ from this one.
     """
 
     W1: np.ndarray
@@ -44,6 +45,16 @@ class Weights:
     b2: np.ndarray
     phi_cov: np.ndarray | None = None
     noise_var: float | None = None
+    head_shift: np.ndarray | None = None
+
+    @property
+    def moments(self) -> np.ndarray:
+        """``phi_cov`` made regular, shape (17, 17); the identity where it is not known."""
+        d = HIDDEN + 1
+        found = np.eye(d) if self.phi_cov is None else self.phi_cov
+        # Units that were never active offline have no precision of their own: a little of the mean stands in.
+        regular: np.ndarray = found + 0.01 * np.trace(found) / d * np.eye(d)
+        return regular
 
     @property
     def head(self) -> np.ndarray:
@@ -88,6 +99,8 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
     shapes: dict[str, tuple[int, ...]] = dict(SHAPES)
     shapes |= {"phi_cov": (HIDDEN + 1, HIDDEN + 1), "x_mean": (INPUTS,), "x_scale": (INPUTS,)}
     shapes["noise_var"] = ()
+    if "head_shift" in arrays:
+        shapes["head_shift"] = (len(np.atleast_1d(arrays["head_shift"])), HIDDEN + 1)
     missing = [key for key in SHAPES if key not in arrays]
     if missing:
         raise PolicyError(f"{source} lacks the arrays {', '.join(missing)}; MLP16 needs W1, b1, W2, b2")
@@ -110,7 +123,7 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
     noise = float(found["noise_var"]) if "noise_var" in found else None
     if noise is not None and noise <= 0:
         raise PolicyError(f"{source}: noise_var must be positive")
-    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"), noise)
+    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"), noise, found.get("head_shift"))
 
 
 def level_code(level: str) -> float:

@@ -4,6 +4,9 @@ The head keeps predicting MLP16's quantity, every arm's acceptance rate accepted
 over its Gaussian posterior picks the arm with the best reward, rate * gamma + 1 - lambda * T(gamma), in tokens.
 
 A step teaches about more arms than the one played, see :mod:`policies.labels`.
+
+The prior is that of MLP16's own draft and data. It is wide in the directions in which heads fitted to other drafts
+differ, where the weights tell them. So a few steps with a better or worse draft move the head as a whole.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
-from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array
+from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array, widen
 from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
 from policies.level_features import N_LEVEL
@@ -22,6 +25,10 @@ from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Objective, resolve_weights
 STATE_FORMAT = 2
 #: Posterior samples per refresh; a Thompson decision picks one of them, so its propensity is exact.
 ENSEMBLE = 16
+#: How likely a draft is to be like the others that heads were fitted to, rather than like MLP16's own.
+OTHER = 0.5
+#: Steps until the first update of the posterior.
+FIRST = 4
 
 
 class Online(CostAware):
@@ -43,7 +50,7 @@ class Online(CostAware):
     noise : float
         Noise variance of a rate; 0 estimates it.
     refresh : int
-        Steps between updates of the posterior that decisions use.
+        Steps between updates of the posterior that decisions use; the first updates come sooner.
     levels : {'described', 'code'}
         ``described`` adds bits per weight, the cost of a drafted token relative to the target's and the growth of
         verify time with width to the head's inputs, with weights that start at zero; with ``code``, MLP16's 0, 1, 2 is
@@ -85,15 +92,17 @@ class Online(CostAware):
         found = resolve_weights(weights)
         extra = N_LEVEL if levels == "described" else 0
         self.net = Mlp16(found, self.arms, extra)
-        d = HIDDEN + 1
-        moments = np.eye(d) if found.phi_cov is None else found.phi_cov
-        # Units that were never active offline have no precision of their own: a little of the mean keeps A0 regular.
-        moments = moments + 0.01 * np.trace(moments) / d * np.eye(d)
+        d, prior_noise = HIDDEN + 1, found.noise_var or PRIOR_NOISE
         # The offline data does not say how the rest of a level's description bears on acceptance: weights near zero.
-        precision = np.eye(d + extra)
-        precision[:d, :d] = moments
+        precision = strength * np.eye(d + extra)
+        precision[:d, :d] = strength * found.moments
+        if found.head_shift is not None:
+            # Another draft moves the whole head at once: empirical Bayes over the drafts that heads were fitted to.
+            # The covariance added is the mean square of the shifts, where the own draft's is zero.
+            shift = np.pad(found.head_shift, ((0, 0), (0, extra)))
+            precision = widen(precision, (OTHER / len(shift) / prior_noise) ** 0.5 * shift)
         mean = np.append(found.head, np.zeros(extra))
-        self.head = GaussianHead(mean, strength * precision, discount, noise, found.noise_var or PRIOR_NOISE)
+        self.head = GaussianHead(mean, precision, discount, noise, prior_noise)
         self._waiting: list[tuple[str, np.ndarray, int, int, np.ndarray]] = []
         self._most = np.tile(self.gammas, (ENSEMBLE if self.explore == "thompson" else 1, 1))
         self._prices: dict[str, tuple[int, np.ndarray]] = {}
@@ -115,6 +124,8 @@ class Online(CostAware):
         self._draw()
 
     def _draw(self) -> None:
+        # The first steps tell most: what is new to the prior shows in them.
+        self._due = min(self.every, FIRST + int(self.head.steps))
         if self.explore == "thompson":
             self._heads = self.head.sample(self.rng, ENSEMBLE, self.spread)
             self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
@@ -178,7 +189,7 @@ class Online(CostAware):
         start, stop, y = self.labels(outcome, features.item(4))
         if start < stop:
             self._waiting.append((outcome.level, features, start, stop, y))
-            if len(self._waiting) >= self.every:
+            if len(self._waiting) >= self._due:
                 self._refresh()
 
     def forget(self) -> None:
