@@ -65,6 +65,9 @@ class Context:
     tokens, drafts : sequence of int
         Ids of the tokens in the target's context, and of those drafted so far in this step: live views, to be read and
         not kept. Empty where the caller does not tell.
+    lookups : sequence of float
+        For each token drafted so far in this step, and for the next one: how sure the drafter is of it where it takes
+        no forward of a model (a lookup's proposal), 0 where it does. A live view; empty where the caller does not tell.
     memory : dict
         Scratch space of the policy for this sequence; new for every prompt.
     """
@@ -86,6 +89,7 @@ class Context:
     drafters: tuple[str, ...] = ()
     tokens: Sequence[int] = ()
     drafts: Sequence[int] = ()
+    lookups: Sequence[float] = ()
     memory: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -147,6 +151,9 @@ class Outcome:
         Signals of every drafted token.
     drafter : str
         Name of the drafter of this step, empty if there was none to choose.
+    forwards : int
+        Tokens that took a forward of the draft model, also those that the policy dropped again: what the draft seconds
+        paid for. By default all of ``drafted``.
     """
 
     drafted: int
@@ -161,6 +168,11 @@ class Outcome:
     caught_up: int = 0
     signals: np.ndarray = field(default_factory=lambda: np.empty((0, N_SIGNALS)))
     drafter: str = ""
+    forwards: int = -1
+
+    def __post_init__(self) -> None:
+        if self.forwards < 0:
+            self.forwards = self.drafted
 
     @property
     def rejected(self) -> bool:

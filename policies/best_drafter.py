@@ -97,6 +97,8 @@ class BestDrafter(Policy):
         if self._fresh:
             self._name, self._left = self._choose(context), self.block
         self._left -= 1
+        if self._name != context.drafters[0]:
+            context.lookups = ()  # they tell of the default drafter
         decision = self._copy(self._name).decide(context)
         decision.drafter = self._name
         if self._fresh:

@@ -25,8 +25,11 @@ BINS = 32
 #: G[b, m - 1] = p + p^2 + ... + p^m at the middle of bin b.
 _GAIN = np.cumsum(((np.arange(BINS) + 0.5) / BINS)[:, None] ** np.arange(1, MAX_GAMMA + 1), axis=1)
 _M = np.arange(1, MAX_GAMMA + 1)
-#: Version of the costs that a level's rule was made from, least survivals by k, and price of a verify by k.
+#: Version of the costs that a level's rule was made from, least survivals by k and kind of the next token, and price of
+#: a verify by k.
 Rule = tuple[int, dict[int, list[float]], list[float]]
+#: What the next token may take: a forward, the step's first forward, nothing (a lookup proposes it).
+FORWARD, FIRST, FREE = 0, 1, 2
 
 
 class Goodput(CostAware):
@@ -84,10 +87,13 @@ class Goodput(CostAware):
         if not self.timed:
             return True
         rows = self._rule(level)[1]
-        row = rows.get(k)
+        p = step.sure()
+        kind = FREE if p else FORWARD if step.forwards else FIRST
+        row = rows.get(3 * k + kind)
         if row is None:
-            row = rows[k] = thresholds(self.costs.level(level), k).tolist()
-        p = step.chance()
+            row = rows[3 * k + kind] = thresholds(self.costs.level(level), k, kind).tolist()
+        if not p:
+            p = step.chance()
         return step.survival[k] >= row[int(p * BINS) if p < 1.0 else BINS - 1]
 
     def decide(self, context: Context) -> Decision:
@@ -117,8 +123,7 @@ class Goodput(CostAware):
         return count
 
     def drafted(self, decision: Decision, outcome: Outcome) -> int:
-        step: Step | None = decision.features
-        return outcome.drafted if step is None else max(len(step.after), outcome.drafted)
+        return outcome.forwards
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         step: Step = decision.features
@@ -163,11 +168,15 @@ class Goodput(CostAware):
         self.hazard.restore_delta(delta)
 
 
-def thresholds(costs: LevelCosts, k: int) -> np.ndarray:
-    """Least survival that pays for drafting on after k tokens, shape (BINS,): min over m of lambda * cost / gain."""
+def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:
+    """Least survival that pays for drafting on after k tokens, shape (BINS,): min over m of lambda * cost / gain.
+
+    What the next token takes, ``kind``, is taken for all of those after it.
+    """
     verify, m = costs.verify, _M[: MAX_GAMMA - k]
-    cost = costs.rate * (m * costs.draft + verify[k + 1 :] - verify[k])
-    if not k:
+    price = 0.0 if kind == FREE else costs.draft
+    cost = costs.rate * (m * price + verify[k + 1 :] - verify[k])
+    if kind == FIRST:
         cost += costs.rate * costs.first
     found: np.ndarray = (cost / _GAIN[:, : len(m)]).min(axis=1)
     return found

@@ -113,17 +113,18 @@ class Hazard:
         lengths: list[int] = []
         levels = list(dict.fromkeys(step.level for step, _, _ in self._steps))
         for step, tested, accepted in self._steps:
-            before += step.before[:tested]
-            after += step.after[:tested]
-            labels += [1.0] * accepted + [0.0] * (tested - accepted)
-            lengths.append(tested)
+            told = [j for j in range(tested) if step.after[j]]
+            before += [step.before[j] for j in told]
+            after += [step.after[j] for j in told]
+            labels += [float(j < accepted) for j in told]
+            lengths.append(len(told))
         at = np.repeat([levels.index(step.level) for step, _, _ in self._steps], lengths)
         age = np.repeat(self.quality.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
         self._steps.clear()
         y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
         sums = np.zeros((2, len(levels)))
         for head, rows, slope, curve in zip(self.heads, (before, after), self._slopes, self._curves, strict=True):
-            phi = np.array(rows)
+            phi = np.array(rows).reshape(-1, len(slope))
             own, by_quality = phi @ head.mean, phi @ slope
             p = 1.0 / (1.0 + np.exp(-np.clip(own + m * (by_quality + m * curve), -30.0, 30.0)))
             variance = np.maximum(p * (1.0 - p), FLOOR)

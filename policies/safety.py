@@ -40,10 +40,13 @@ KEEP = 0.98
 PROBE, CLEAR = 8, 4
 #: A baseline is clearly worse below this share of the policy's own rate.
 CLOSE = 0.9
-#: Weight of the latest step in the local mean of the fixed gamma's tokens per step.
-LOCAL = 0.2
+#: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the share of its tokens that
+#: take a forward.
+LOCAL, SHARE = 0.2, 0.02
 #: Share of its estimated tokens that the fixed gamma should make when it is played.
 FAIR = 0.75
+#: Numbers of a ledger's row that do not depend on the fixed gamma.
+OWN = 11
 
 
 class _Ledger:
@@ -61,6 +64,8 @@ class _Ledger:
         # met a rejection there), and how many of the first r were accepted in all.
         self.seen = [2.0] * gamma
         self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, gamma + 1)]
+        # Share of drafted tokens that took a forward of the draft model.
+        self.forwards = 1.0
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
         self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
         self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
@@ -83,16 +88,16 @@ class _Ledger:
     def row(self) -> list[float]:
         """Everything that is saved."""
         counts = [float(x) for x in (self.steps, self.budget, self.interventions, *self.probes, *self.due)]
-        return [*counts, self.local, self.tokens, self.fixed_steps, *self.seen, *self.more]
+        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, *self.seen, *self.more]
 
     def fill(self, row: list[float]) -> None:
         """Restore :meth:`row`."""
         self.steps, self.interventions = int(row[0]), int(row[2])
         self.budget = row[1]
         self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
-        self.local, self.tokens, self.fixed_steps = row[7:10]
+        self.local, self.tokens, self.fixed_steps, self.forwards = row[7:OWN]
         gamma = len(self.seen)
-        self.seen, self.more = row[10 : 10 + gamma], row[10 + gamma :]
+        self.seen, self.more = row[OWN : OWN + gamma], row[OWN + gamma :]
 
     def count(self, gamma: int, outcome: Outcome, stop: int) -> None:
         """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
@@ -152,7 +157,6 @@ class SafetyGuard(Wrapper):
         self._ledgers: dict[str, _Ledger] = {}
         # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
         self._taken: dict[int, int] = {}
-        self._drafted: dict[int, int] = {}  # drafted tokens of steps that were asked what to submit
 
     def ledger(self, level: str) -> _Ledger:
         """Return a level's ledger, made on first use."""
@@ -197,9 +201,6 @@ class SafetyGuard(Wrapper):
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        if len(self._drafted) >= 1024:
-            self._drafted.clear()
-        self._drafted[decision.id] = drafted
         taken = self._taken.get(decision.id)
         if taken is None:
             return self.policy.submit(decision, drafted, signals)
@@ -213,7 +214,7 @@ class SafetyGuard(Wrapper):
         if seen:
             return
         if not self._shared:
-            self.model.observe(outcome)
+            self.model.observe(outcome, outcome.forwards)
         ledger, k = self.ledger(outcome.level), outcome.drafted
         stop = self._taken.pop(decision.id, -1)
         ledger.count(self.gamma, outcome, stop)
@@ -222,8 +223,11 @@ class SafetyGuard(Wrapper):
         elif k >= self.gamma:
             self._postpone(ledger, 1)
         costs = self.model.level(outcome.level)
-        wasted = self._drafted.pop(decision.id, k) - k
-        seconds = costs.seconds.item(k) + costs.draft * wasted
+        paid = self.policy.drafted(decision, outcome) if isinstance(self.policy, CostAware) else outcome.forwards
+        seconds = costs.seconds.item(k) + costs.draft * (paid - k)
+        if k:
+            ledger.forwards += SHARE * (min(paid / k, 1.0) - ledger.forwards)
+            seconds -= 0.0 if paid else costs.first
         ledger.budget += outcome.produced - ledger.rate * seconds
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)
@@ -247,7 +251,8 @@ class SafetyGuard(Wrapper):
     def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
         """Find the better baseline anew."""
         plain = 1.0 / float(costs.seconds[0])
-        fixed = ledger.tokens / ledger.fixed_steps / float(costs.seconds[self.gamma])
+        free = (1.0 - ledger.forwards) * self.gamma * costs.draft
+        fixed = ledger.tokens / ledger.fixed_steps / (float(costs.seconds[self.gamma]) - free)
         ledger.baseline = self.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
         near = CLOSE * max(plain, fixed, costs.rate)
@@ -270,7 +275,7 @@ class SafetyGuard(Wrapper):
         # A level without a ledger in the state (merged statistics have none) keeps the one it has.
         for key in (k for k in own if k.startswith("safety.")):
             row = np.asarray(state[key], dtype=float)
-            if row.shape != (10 + 2 * self.gamma,) or not np.isfinite(row).all():
+            if row.shape != (OWN + 2 * self.gamma,) or not np.isfinite(row).all():
                 raise PolicyError(
                     f"the state's '{key}' is not a ledger of safety gamma {self.gamma}: use the one it had"
                 )

@@ -87,13 +87,16 @@ class Step:
     Attributes
     ----------
     before, after : list of list of float
-        Features of the tokens so far, before and after they were drafted.
+        Features of the tokens so far, before and after they were drafted; empty for a lookup's, whose chance
+        the drafter tells.
     survival : list of float
         Estimated chance that all of the first k tokens are accepted, k = 0, 1, ...
     level : str
         The context's compression level.
     tails : list of tuple of int
         The last tokens, up to four, that each token follows; empty tuples where they are not known.
+    forwards : int
+        How many of the tokens so far took a forward of the draft model.
     """
 
     __slots__ = (
@@ -107,6 +110,7 @@ class Step:
         "_tokens",
         "after",
         "before",
+        "forwards",
         "level",
         "survival",
         "tails",
@@ -121,11 +125,18 @@ class Step:
         self.before: list[list[float]] = []
         self.after: list[list[float]] = []
         self.survival = [1.0]
+        self.forwards = 0
         self._tokens: list[Token] = []
         self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
 
+    def sure(self) -> float:
+        """How sure the drafter is of the next token if that takes no forward of a model, else 0."""
+        context, j = self._context, len(self._tokens)
+        lookups = context.lookups
+        return lookups[j] if j < len(lookups) and context.step == self._number else 0.0
+
     def chance(self) -> float:
-        """Chance that the next token is accepted if those before it are."""
+        """Chance that the next token, which takes a forward, is accepted if those before it are."""
         self._look()
         return probability(self._before, self.before[-1])
 
@@ -142,19 +153,25 @@ class Step:
         tokens, context = self._tokens, self._context
         drafts = context.drafts if context.step == self._number else ()
         for j in range(len(tokens), drafted):
-            self._look()
-            own = token_features(signals[j].tolist())
-            features = after_features(self._start, own, tokens[j - 1] if j else None, j)
-            self.after.append(features)
+            own, chance = token_features(signals[j].tolist()), self.sure()
+            if chance:
+                self.before[j:] = self.after[j:] = [[]]
+            else:
+                self._look()
+                features = after_features(self._start, own, tokens[j - 1] if j else None, j)
+                self.after.append(features)
+                chance = probability(self._after, features)
+                self.forwards += 1
             tokens.append(own)
-            self.survival.append(self.survival[j] * probability(self._after, features))
+            self.survival.append(self.survival[j] * chance)
             tail = self.tails[j]
             self.tails.append((*tail[1 - TAIL :], drafts[j]) if tail and j < len(drafts) else ())
 
     def note(self, tested: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
         for j in range(tested):
-            self._hazard.history.note(self._memory, self.tails[j], j < accepted)
+            if self.after[j]:
+                self._hazard.history.note(self._memory, self.tails[j], j < accepted)
 
 
 def probability(weights: list[float], features: list[float]) -> float:

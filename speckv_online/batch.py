@@ -50,6 +50,7 @@ class _Row:
     out: Generation = field(default_factory=Generation)
     decision: Decision = field(default_factory=lambda: Decision(0, 0))
     drafts: list[int] = field(default_factory=list)
+    lookups: list[float] = field(default_factory=list)
     lag: int = 0
     used: str = ""
     policy_seconds: float = 0.0
@@ -193,6 +194,7 @@ def _step(policy: Policy, target: BatchModel, drafter: RowDrafter | None, rows: 
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=row.draft_seconds,
             verify_seconds=verify_seconds, level=context.level, context_length=context.context_length,
             caught_up=max(row.lag - 1, 0) if k else 0, signals=row.signals[:k].copy(), drafter=row.used,
+            forwards=row.lookups[:-1].count(0.0),
         )  # fmt: skip
         outcomes.append(outcome)
     own = [row.policy_seconds + row.draft_seconds + verify_seconds for row in rows]
@@ -218,11 +220,14 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
         row.drafts = []
         context.drafts = row.drafts
         row.draft_seconds = 0.0
+        row.lookups = context.lookups = [] if drafter is None else [drafter.sure(i)]
         t = perf_counter()
         row.decision = policy.decide(context)
         row.policy_seconds = perf_counter() - t
         if drafter is not None:
             row.lag, row.used = drafter.lag(i), drafter.use(i, row.decision.drafter)
+            if row.decision.drafter:
+                row.lookups = context.lookups = [drafter.sure(i)]
             if min(row.decision.gamma, context.max_gamma) > 0:
                 wanted.append(i)
     while wanted and drafter is not None:
@@ -236,6 +241,7 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
             if token == NO_PROPOSAL:
                 continue
             row.drafts.append(token)
+            row.lookups.append(drafter.sure(i))
             if len(row.drafts) >= min(row.decision.gamma, row.history.context.max_gamma):
                 continue
             if row.decision.stops:

@@ -29,6 +29,9 @@ class RowDrafter(Protocol):
     def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
         """Propose one more token, or ``NO_PROPOSAL``, for each of these rows, and write its signals."""
 
+    def sure(self, row: int) -> float:
+        """Return how likely the row's coming proposal is right where it takes no forward of a model, else 0."""
+
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """Return the distributions that the row's drafts of this step were drawn from."""
 
@@ -69,6 +72,10 @@ class Copies:
     def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
         """See :class:`RowDrafter`."""
         return [self.drafters[row].draft(own) for row, own in zip(rows, signals, strict=True)]
+
+    def sure(self, row: int) -> float:
+        """See :class:`RowDrafter`."""
+        return self.drafters[row].sure()
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""
@@ -130,6 +137,10 @@ class ModelRows:
             self.drawn[row].append(proposal)
             tokens.append(token)
         return tokens
+
+    def sure(self, row: int) -> float:
+        """Every token takes a forward."""
+        return 0.0
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""

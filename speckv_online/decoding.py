@@ -243,6 +243,7 @@ class SpeculativeDecoder:
         policy, drafter, signals, clock = self.policy, self.drafter, self._signals, self._clock
         context = history.context
         t0 = perf_counter()
+        lookups = context.lookups = [] if drafter is None else [drafter.sure()]
         decision = policy.decide(context)
         gamma = min(decision.gamma, context.max_gamma)
         t1 = perf_counter()
@@ -254,10 +255,12 @@ class SpeculativeDecoder:
         sampled, ahead = sequence.sampler is not None, None
         if drafter is not None:
             lag, used = drafter.lag, drafter.use(decision.drafter)
+            if decision.drafter:  # not the one that was asked
+                lookups = context.lookups = [drafter.sure()]
             ahead = draft_ahead(drafter, decision, gamma, sampled)
             if ahead is None:
                 # Dropping a drawn token for what it is would bias the output: no trimming in sampled decoding.
-                asked = draft(policy, drafter, decision, gamma, signals, drafts, not sampled)
+                asked = draft(policy, drafter, decision, gamma, signals, drafts, lookups, not sampled)
         clock.verify()
         self.rope.restart(cache, context.context_length)
         unread = sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
@@ -285,6 +288,7 @@ class SpeculativeDecoder:
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=draft_seconds - asked,
             verify_seconds=verify_seconds, level=self.level, context_length=context.context_length,
             caught_up=max(lag - 1, 0) if k else 0, signals=signals[:k].copy(), drafter=used,
+            forwards=k if ahead is not None else lookups[:-1].count(0.0),
         )  # fmt: skip
         t2 = perf_counter()
         outcome.seconds = t2 - t0

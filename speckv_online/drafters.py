@@ -51,6 +51,9 @@ class Drafter(Protocol):
         (exact traces rest on that, unless a drafter learns).
         """
 
+    def sure(self) -> float:
+        """Return how likely the coming proposal is right where it takes no forward of a model, 0 where it does."""
+
     def end(self, accepted: int) -> None:
         """Forget this step's drafts, of which the first ``accepted`` are about to be confirmed by ``extend``."""
 
@@ -158,6 +161,10 @@ class ModelDrafter:
         self.drafted.append(token)
         return token
 
+    def sure(self) -> float:
+        """Every token takes a forward."""
+        return 0.0
+
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
         logits = self.logits()
@@ -234,6 +241,11 @@ class NgramDrafter:
         self.ngrams.push(found.token)
         self.proposals.append(None)
         return found.token
+
+    def sure(self) -> float:
+        """Return the coming proposal's confidence, 0 where there is none."""
+        found = self.ngrams.propose()
+        return 0.0 if found is None else found.confidence
 
     def end(self, accepted: int) -> None:
         """Take this step's drafts out of the index."""

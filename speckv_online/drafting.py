@@ -45,11 +45,20 @@ def judge_ahead(
 
 
 def draft(
-    policy: Policy, drafter: Drafter, decision: Decision, gamma: int, signals: np.ndarray, drafts: list[int], trim: bool
+    policy: Policy,
+    drafter: Drafter,
+    decision: Decision,
+    gamma: int,
+    signals: np.ndarray,
+    drafts: list[int],
+    lookups: list[float],
+    trim: bool,
 ) -> float:
     """Append up to ``gamma`` proposals to ``drafts``, their signals to ``signals``, asking the policy where it wants.
 
-    ``trim`` lets the policy drop drafts after the fact. Returns the seconds spent in the policy.
+    ``lookups`` says how sure the drafter is of the next proposal if that is free; the ones after it are appended, so
+    that it is one longer than what was drafted. ``trim`` lets the policy drop drafts after the fact. Returns the
+    seconds spent in the policy.
     """
     asked = 0.0
     while len(drafts) < gamma:
@@ -57,6 +66,7 @@ def draft(
         if token == NO_PROPOSAL:
             break
         drafts.append(token)
+        lookups.append(drafter.sure())
         if decision.stops and len(drafts) < gamma:
             t = perf_counter()
             go_on = policy.proceed(decision, len(drafts), signals)

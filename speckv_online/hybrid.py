@@ -75,7 +75,7 @@ class HybridDrafter(ModelDrafter):
         found = self.ngrams.propose()
         if found is None and self.kind == "ngram":
             return NO_PROPOSAL
-        if found is not None and (self.kind == "ngram" or self._sure(found)):
+        if found is not None and (self.kind == "ngram" or self.skips(found)):
             write_signals(found, signals)
             self.proposals.append(None)
             return self._append(found.token)
@@ -103,7 +103,7 @@ class HybridDrafter(ModelDrafter):
         if found is None:
             signals[NGRAM] = 0.0
             return token
-        sure = self._sure(found)
+        sure = self.skips(found) > 0.0
         if found.token == token and not sure:
             signals[NGRAM] = found.length
         elif sure or self.gate.prefers_lookup(gate_features(found, signals)):
@@ -113,8 +113,19 @@ class HybridDrafter(ModelDrafter):
             signals[NGRAM] = -found.length
         return token
 
-    def _sure(self, found: Proposal) -> bool:
-        return self.skip < 1.0 and self.gate.sure(found) >= self.skip
+    def skips(self, found: Proposal | None) -> float:
+        """Return how sure the gate is of a lookup where that is enough not to ask the model, else 0."""
+        if found is None or self.skip >= 1.0:
+            return 0.0
+        p = self.gate.sure(found)
+        return p if p >= self.skip else 0.0
+
+    def sure(self) -> float:
+        """Return how likely the coming proposal is right if it is the lookup's alone, 0 if the model is asked."""
+        if self.kind == "model":
+            return 0.0
+        found = self.ngrams.propose()
+        return self.gate.sure(found) if found is not None and self.kind == "ngram" else self.skips(found)
 
     def _append(self, token: int) -> int:
         self.drafted.append(token)
@@ -125,6 +136,7 @@ class HybridDrafter(ModelDrafter):
         """Drop what belongs to this step's drafts."""
         super().end(accepted)
         self.ngrams.undo()
+        self.kind = self.names[0]  # what the next step gets without asking
 
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context; they say which proposals were right."""

@@ -167,7 +167,7 @@ class Simulator:
             tested = n if whole or n == k else n + 1
             outcome = Outcome(
                 k, n, tested, produced, seconds, draft_seconds, verify_seconds, level, context.context_length,
-                lag - 1 if k else 0, drafts[:k],
+                lag - 1 if k else 0, drafts[:k], "", proposed,
             )  # fmt: skip
             learn(decision, outcome)
             yield t, decision.gamma, k, n, tested, produced, proposed, seconds

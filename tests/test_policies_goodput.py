@@ -172,7 +172,7 @@ def test_wasted_drafting_is_timed() -> None:
         decision.gamma = 4
         k = policy.submit(decision, 4, table)
         assert k == 0
-        policy.learn(decision, Outcome(0, 0, 0, 1, 0.18, 0.08, 0.1, "nf4", 100))
+        policy.learn(decision, Outcome(0, 0, 0, 1, 0.18, 0.08, 0.1, "nf4", 100, forwards=4))
     assert policy.costs.level("nf4").draft == pytest.approx(0.02, rel=0.15)
 
 

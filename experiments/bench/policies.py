@@ -101,6 +101,7 @@ class Timed:
             context.context_length,
             0,
             rows[:k],
+            forwards=drafted,
         )
         clock = perf_counter()
         policy.learn(decision, outcome)
