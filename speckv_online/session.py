@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any, TextIO
 
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
