@@ -76,7 +76,7 @@ class Batches:
 
 
 #: Seconds that a checkpoint waits for more batches, where several workers call at a time.
-GATHER = 0.005
+GATHER = 0.01
 #: Marks the learner's own arrays in a checkpoint, beside those of the policy.
 _OWN = "learner."
 

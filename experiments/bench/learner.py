@@ -167,9 +167,9 @@ def measure(config: BenchConfig, policy: str, outcomes: int, folder: str) -> Loa
     """Time one policy at one size of batch; Ray must be connected."""
     import ray
 
-    from experiments.ray_runner import CALLS
+    from experiments.ray_runner import LEARNER_OPTIONS
 
-    learner: Any = ray.remote(TimedLearner).options(num_cpus=0, max_concurrency=CALLS).remote(folder)
+    learner: Any = ray.remote(TimedLearner).options(**LEARNER_OPTIONS).remote(folder)
     make: Any = ray.remote(FakeWorker).options(num_cpus=0)
     workers = [make.remote(i, policy, outcomes) for i in range(config.workers)]
     try:
