@@ -186,7 +186,8 @@ def report(arguments: argparse.Namespace) -> None:
         if arguments.out:
             raise UserError("--out is for several runs: the report of one goes into its own directory")
         found = write_report(arguments.run[0])
-        print(json.dumps(to_json(found)) if arguments.json else to_text(found))
+        shown = f"{to_text(found)}\nReport: {arguments.run[0].rstrip('/')}/report.html"
+        print(json.dumps(to_json(found)) if arguments.json else shown)
         return
     out = arguments.out or "report"
     several = write_reports(arguments.run, out)

@@ -126,6 +126,9 @@ def test_out_is_for_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = made_run(tmp_path / "run", {BASELINE: 0.1})
     assert main(["report", str(run), "--out", str(tmp_path / "x")]) == 2
     assert "--out is for several runs" in capsys.readouterr().err
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.endswith(f"\nReport: {run}/report.html\n")
+    assert (run / "report.html").exists()
 
 
 def test_a_pipe_in_a_policy_name_does_not_break_the_table(tmp_path: Path) -> None:
