@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from experiments.compare import bundled
-from experiments.config import option, parse
+from experiments.config import launch, option
 from policies.registry import make_policy
-from speckv_online.commands import run_command, say
+from speckv_online.commands import say
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.lossless import check_greedy
 from speckv_online.models import LoadedPair, chat_prompt, load_pair
@@ -110,9 +110,7 @@ def lossless(config: LosslessConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    description = "Check that speculation changes no token of the target's own greedy answer."
-    prog = "experiments.lossless"
-    return run_command(prog, lambda: lossless(parse(LosslessConfig, argv, prog, description)))
+    return launch(lossless, LosslessConfig, argv)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from time import perf_counter
 
 import numpy as np
 
-from experiments.config import option, parse
+from experiments.config import launch, option
 from policies.base import MAX_GAMMA, N_SIGNALS, Context, Outcome, Policy
 from policies.guard import FaultGuard
 from policies.registry import BUILTIN, make_policy
-from speckv_online.commands import run_command
 from speckv_online.errors import UserError
 from speckv_online.signals import History
 
@@ -163,12 +162,16 @@ def show(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return launch(bench, BenchConfig, argv)
+
+
+def bench(config: BenchConfig) -> int:
     """Run the benchmark and print it."""
-    config = parse(BenchConfig, argv, "python -m experiments.bench.policies", __doc__ or "")
     rows = measure(config)
     print(json.dumps(rows, indent=1) if config.json else show(rows))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("python -m experiments.bench.policies", main))
+    sys.exit(main())
