@@ -130,7 +130,7 @@ class Trace:
         path = Path(path)
         try:
             with np.load(path, allow_pickle=False) as file:
-                head = json.loads(str(file["head"]))
+                head = json.loads(str(file["head"])) if "head" in file else {}
                 if head.pop("format", None) != FORMAT:
                     raise ValueError(f"not a {FORMAT} file")
                 if (version := head.pop("version", None)) != VERSION:

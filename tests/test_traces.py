@@ -139,10 +139,11 @@ def test_files_round_trip(saved: tuple[Trace, Path]) -> None:
         (lambda a: a.update(signals=a["signals"] * np.nan), "finite"),
         (lambda a: a.update(head=np.array(str(a["head"]).replace('"version": 1', '"version": 9'))), "version 9"),
         (lambda a: a.update(head=np.array(str(a["head"]).replace("speckv-trace", "other"))), "not a speckv-trace"),
+        (lambda a: a.pop("head"), "not a speckv-trace"),
         (lambda a: a.pop("tokens"), "tokens"),
         (lambda a: a.update(tokens=np.array([object()] * 20)), "pickle"),
     ],
-    ids=["accepted", "shape", "nan", "version", "format", "missing", "pickled"],
+    ids=["accepted", "shape", "nan", "version", "format", "other file", "missing", "pickled"],
 )
 def test_readers_name_the_file_and_the_reason(saved: tuple[Trace, Path], damage: object, reason: str) -> None:
     _, path = saved
