@@ -197,7 +197,7 @@ def test_scores_that_are_no_numbers_are_an_error_in_drafts_too(tiny_pair: TinyPa
 
     class Broken(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return scores * (float("nan") if input_ids.shape[1] > 8 else 1)
+            return scores * (float("nan") if input_ids.shape[1] == 8 else 1)
 
     decoder = decoder_of(tiny_pair, [4])
     with pytest.raises(RuntimeError, match="nan"):
