@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +14,6 @@ from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import Drafter, ModelDrafter
 from speckv_online.ngram import NgramIndex
 from speckv_online.sampling import Sampler
-
-_LOG2 = 0.6931471805599453
 
 
 class RowDrafter(Protocol):
@@ -131,7 +130,7 @@ class ModelRows:
             if sampler is not None:
                 prefix = [*self.contexts[row], *self.drafted[row]]
                 token, proposal = sampler.propose(self.drafter.whole(logits[i]), prefix)
-            signals[i][[ENTROPY, CONFIDENCE, MARGIN]] = nats / _LOG2, confidence, first - second
+            signals[i][[ENTROPY, CONFIDENCE, MARGIN]] = nats / math.log(2), confidence, first - second
             signals[i][NGRAM] = self.ngrams[row].signal(self.drafted[row], token)
             self.drafted[row].append(token)
             self.drawn[row].append(proposal)

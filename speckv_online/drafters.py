@@ -6,6 +6,7 @@ Here are the interface, the drafter with a draft model, and the one without, whi
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +20,6 @@ from speckv_online.sampling import Sampler
 
 #: What :meth:`Drafter.draft` returns where it has nothing to propose: the step drafts no further.
 NO_PROPOSAL = -1
-
-_LOG2 = 0.6931471805599453
 
 
 class Drafter(Protocol):
@@ -135,7 +134,7 @@ class ModelDrafter:
         """Take note of what :meth:`ahead` drafted, now that it is on the host, and return the tokens."""
         tokens = [int(row[0]) for row in rows]  # whole numbers below 2**24 are exact in fp32
         for i, (_, first, second, nats, confidence) in enumerate(rows):
-            signals[i, ENTROPY] = nats / _LOG2
+            signals[i, ENTROPY] = nats / math.log(2)
             signals[i, CONFIDENCE] = confidence
             signals[i, MARGIN] = first - second
             signals[i, NGRAM] = self.ngrams.signal(tokens[:i], tokens[i])
@@ -174,7 +173,7 @@ class ModelDrafter:
         # One transfer for everything that the host needs; a row index is exact in fp32.
         wanted = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax()))
         first, second, row, nats, confidence = wanted.tolist()
-        signals[ENTROPY] = nats / _LOG2
+        signals[ENTROPY] = nats / math.log(2)
         signals[CONFIDENCE] = confidence
         signals[MARGIN] = first - second
         return int(row) if self.head_ids is None else self.head_ids[int(row)], logits

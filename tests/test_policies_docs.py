@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "policies.md"
 def test_example_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOCS.read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    spec = re.search(r"runs as `(twice:[^`]*)`", text)
+    spec = re.search(r"runs as\s`(twice:[^`]*)`", text)
     assert code is not None
     assert spec is not None
     (tmp_path / "twice.py").write_text(code[1], encoding="utf-8")
