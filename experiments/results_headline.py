@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ ROWS: tuple[tuple[str, str, bool], ...] = (
 
 def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
     """Return a caption and the table as Markdown; contenders that are not in the run are left out."""
-    prompts = min(len(calls) for level in levels for calls in level.calls.values() if len(calls) == most(level))
+    shown = {name for _, name, _ in ROWS}
+    prompts = [decoded_by_all(level, shown) for level in levels]
+    count = min(len(found) for found in prompts)
     tokens = manifest.get("settings", {}).get("max_new_tokens", "?")
     lines = [
-        f"Tokens per second, `measured`: {prompts} held-out prompts, {tokens} new tokens each, greedy, whole calls, "
-        f"prompt included, all contenders in turns in one process ({describe(manifest)}). In brackets the ratio to "
-        "transformers' own constant-4, with a 95 % interval over prompts.",
+        f"Tokens per second, `measured`: {count} held-out prompt{'s' * (count != 1)}, {tokens} new tokens each, greedy, "
+        f"whole calls, prompt included, all contenders in turns in one process ({describe(manifest)}). In brackets the "
+        "ratio to transformers' own constant-4, with a 95 % interval over prompts.",
         "",
         f"| | {' | '.join(level.name for level in levels)} |",
         "|---" + "|---:" * len(levels) + "|",
@@ -45,7 +47,7 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         family = name in ("fixed", THEIRS)
         try:
             chosen = [level.best(name) if family else name for level in levels]
-            cells = [cell(level, of, compare) for level, of in zip(levels, chosen, strict=True)]
+            cells = [cell(*given, compare) for given in zip(levels, chosen, prompts, strict=True)]
         except KeyError:
             continue
         if family:
@@ -57,17 +59,19 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def most(level: Level) -> int:
-    """Number of prompts that the leading contenders decoded."""
-    return max(len(calls) for calls in level.calls.values())
+def decoded_by_all(level: Level, shown: Collection[str]) -> list[str]:
+    """Return the prompts that all contenders of the short table decoded, families of schedules included."""
+    families = tuple(name for name in shown if name in ("fixed", THEIRS))
+    calls = [c for n, c in level.calls.items() if n in shown or (n.startswith(families) and "+" not in n)]
+    return sorted(set.intersection(*map(set, calls)))
 
 
-def cell(level: Level, name: str, compare: bool) -> str:
-    """A contender's tokens per second, on request with its ratio to transformers' constant-4."""
-    text = f"{level.goodput(name):.1f}"
+def cell(level: Level, name: str, prompts: Sequence[str], compare: bool) -> str:
+    """A contender's tokens per second on these prompts, on request with its ratio to transformers' constant-4."""
+    text = f"{level.goodput(name, prompts):.1f}"
     if compare:
-        e = level.ratio(name, THEIR_FOUR)
-        text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]"
+        e = level.ratio(name, THEIR_FOUR, prompts)
+        text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]" if len(prompts) > 1 else f" [{e.value:.2f}]"
     return text
 
 

@@ -46,10 +46,10 @@ class Level:
         calls = self.calls[name]
         return goodput(*zip(*(calls[p] for p in prompts or calls), strict=True))
 
-    def ratio(self, name: str, base: str) -> Estimate:
-        """Goodput over that of another contender, on the prompts that both decoded."""
+    def ratio(self, name: str, base: str, prompts: Sequence[str] | None = None) -> Estimate:
+        """Goodput over that of another contender, on the prompts that both decoded, or some."""
         a, b = self.calls[name], self.calls[base]
-        both = [p for p in a if p in b]
+        both = [p for p in prompts or a if p in b]
         columns = [np.array(x) for calls in (a, b) for x in zip(*(calls[p] for p in both), strict=True)]
         return paired_ratio(*columns)
 
