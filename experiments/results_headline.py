@@ -37,8 +37,8 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
     tokens = manifest.get("settings", {}).get("max_new_tokens", "?")
     lines = [
         f"Tokens per second, `measured`: {count} held-out prompt{'s' * (count != 1)}, {tokens} new tokens each, "
-        f"greedy, whole calls, prompt included, all contenders in turns in one process ({describe(manifest)}). In brackets "
-        "the ratio to transformers' own constant-4, with a 95 % interval over prompts.",
+        f"greedy, whole calls, prompt included, all contenders in turns in one process ({describe(manifest)}). "
+        "In brackets the ratio to transformers' own constant-4, with a 95 % interval over prompts.",
         "",
         f"| | {' | '.join(level.name for level in levels)} |",
         "|---" + "|---:" * len(levels) + "|",
