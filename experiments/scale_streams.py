@@ -64,7 +64,7 @@ def weigh(spec: str, batches: Sequence[State], folder: Path) -> Exchange:
     """Exchange with a learner in this process, whose checkpoints go to the disk of ``folder``, a fleet's batches."""
     key, fleet = Key(spec, 0), len(batches)
     timed = max(TIMED, 2 * fleet)
-    with tempfile.TemporaryDirectory(dir=folder) as checkpoints, ThreadPoolExecutor(CALLS) as pool:
+    with tempfile.TemporaryDirectory(dir=folder) as checkpoints, ThreadPoolExecutor(min(CALLS, fleet)) as pool:
         learner = Learner(checkpoints)
 
         def exchange(i: int) -> int:
