@@ -9,6 +9,7 @@ import numpy as np
 from speckv_online.experiment_table import Run, goodput
 from speckv_online.step_table import StepRow, column
 from speckv_online.tables import Table
+from speckv_online.training_estimators import error_and_correlation
 
 #: Signals of the tokens drafted in a step, by the names of the tables.
 SIGNALS = {
@@ -69,8 +70,7 @@ def signal_table(rows: Sequence[StepRow]) -> Table:
     for name, source in SIGNALS.items():
         value = column(kept, source)
         order = np.argsort(value, kind="stable")
-        related = value.std() > 0 and rate.std() > 0
-        r = float(np.corrcoef(value, rate)[0, 1]) if related else float("nan")
+        r = error_and_correlation(value, rate)[1]
         for part in np.array_split(order, min(BINS, len(order))):
             table.add(name, float(value[part].mean()), float(rate[part].mean()), len(part), r)
     return table

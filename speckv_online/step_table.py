@@ -20,7 +20,7 @@ from speckv_online.csv_rows import LARGEST, read_csv
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.signals import summarise
-from speckv_online.simulate import Simulator
+from speckv_online.simulate import Replay, Simulator
 from speckv_online.traces import Trace
 
 
@@ -81,7 +81,7 @@ class Schedule(Policy):
 
     Attributes
     ----------
-    seen : list of Context fields
+    seen : list of tuple
         One tuple per decision since :meth:`begin`, see :data:`NOTED`.
     """
 
@@ -117,11 +117,14 @@ def default_schedules(seed: int = 0) -> dict[str, Schedule]:
     return {name: Schedule(gammas, seed=seed + i) for i, (name, gammas) in enumerate(schedule_gammas().items())}
 
 
+def replay_untimed(trace: Trace, schedule: Schedule) -> Replay:
+    """Replay a trace where seconds play no part: the costs are those of any level."""
+    return Simulator(schedule, CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})).replay(trace)
+
+
 def replay_rows(trace: Trace, schedule: Schedule, name: str = "") -> list[StepRow]:
     """Replay a trace under a schedule and return its steps as rows."""
-    # Seconds play no part here: any level's will do.
-    cost = CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
-    replay = Simulator(schedule, cost).replay(trace)
+    replay = replay_untimed(trace, schedule)
     rows = []
     for i, (position, context, last, hit, rate, *lagged) in enumerate(schedule.seen):
         k, n = int(replay.drafted[i]), int(replay.accepted[i])

@@ -17,14 +17,11 @@ import torch
 
 from policies.base import ARMS, Context, Decision
 from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Weights, level_code
-from speckv_online.cost import RTX3090_RELEASE, CostTable
 from speckv_online.errors import UserError
 from speckv_online.signals import summarise
-from speckv_online.simulate import Simulator
-from speckv_online.step_table import LAGGED, Schedule, StepRow, schedule_gammas
+from speckv_online.step_table import LAGGED, Schedule, StepRow, replay_untimed, schedule_gammas
 from speckv_online.traces import Trace
 
-FEATURES = ("causal", "step-mean")
 GAMMAS = ARMS[1:]
 
 
@@ -86,9 +83,9 @@ def data_from_traces(
     names: list[tuple[str, str, str]] = []
     schedules = [_Reader(drawn, seed=seed + i) for i, drawn in enumerate(schedule_gammas().values())]
     for trace in traces:
-        code, cost = level_code(trace.level), CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})
+        code = level_code(trace.level)
         for schedule in schedules:
-            replay = Simulator(schedule, cost).replay(trace)  # seconds play no part here
+            replay = replay_untimed(trace, schedule)
             for t, lagged in zip(replay.position.tolist(), schedule.read, strict=True):
                 for gamma in gammas:
                     if gamma > min(trace.gamma, trace.budget - t - 1):

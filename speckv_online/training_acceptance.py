@@ -20,10 +20,8 @@ from policies.draft_quality import quality
 from policies.hazard import HEADS, Hazard, prior_means
 from policies.step_features import Step
 from policies.token_history import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES, buckets
-from speckv_online.cost import RTX3090_RELEASE, CostTable
 from speckv_online.errors import UserError
-from speckv_online.simulate import Simulator
-from speckv_online.step_table import Schedule, schedule_gammas
+from speckv_online.step_table import Schedule, replay_untimed, schedule_gammas
 from speckv_online.traces import Trace
 
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
@@ -65,8 +63,7 @@ class _Starts(Schedule):
     def run(self, trace: Trace) -> None:
         """Replay one trace."""
         self.trace = trace
-        cost = CostTable("any", {trace.level: RTX3090_RELEASE.levels["fp16"]})  # seconds play no part here
-        Simulator(self, cost).replay(trace)
+        replay_untimed(trace, self)
 
 
 class _Rows:
