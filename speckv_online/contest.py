@@ -7,7 +7,7 @@ before real decoding, it is told the costs of a calibration first. A prompt's se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from speckv_online.cost import CostTable
 from speckv_online.errors import UserError
 from speckv_online.hindsight import best_fixed, clairvoyant, fastest
 from speckv_online.simulate import Replay, Simulator, replay_fixed
-from speckv_online.stats import Estimate, bootstrap_goodput, goodput, paired_ratio
+from speckv_online.stats import Estimate, goodput, paired_ratio
 from speckv_online.threshold_rules import tuned
 from speckv_online.traces import Trace
 
@@ -44,7 +44,7 @@ class Score:
     learns : bool
         True for policies that change with what they observe.
     faults : int
-        Decisions that failed and fell back.
+        Times that the policy raised or answered nonsense, over all orders.
     note : str
         What hindsight picked.
     """
@@ -66,10 +66,6 @@ class Score:
     def goodput(self) -> float:
         """Tokens per modelled second."""
         return goodput(self.tokens, self.seconds)
-
-    def interval(self) -> Estimate:
-        """Goodput with its interval over prompts."""
-        return bootstrap_goodput(self.tokens, self.seconds)
 
     def over(self, other: Score) -> Estimate:
         """Ratio of goodputs, paired by prompt, with its interval over prompts."""
@@ -190,13 +186,12 @@ class Contest:
     def best(self) -> Score:
         """The best fixed gamma in hindsight."""
         gamma = best_fixed(self.traces, self.cost)[self.level].gamma
-        found = self.fixed(gamma)
-        return Score(**vars(found) | {"name": "best fixed gamma", "kind": HINDSIGHT, "note": f"γ {gamma}"})
+        return replace(self.fixed(gamma), name="best fixed gamma", kind=HINDSIGHT, note=f"γ {gamma}")
 
     @cached_property
     def task_oracle(self) -> Score:
         """The best fixed gamma of each task in hindsight."""
-        table, gammas, replays = self.cost.level(self.level), {}, []
+        table, gammas = self.cost.level(self.level), {}
         for task in sorted({t.task for t in self.traces}):
             gammas[task] = best_fixed([t for t in self.traces if t.task == task], self.cost)[self.level].gamma
         replays = [replay_fixed(t, gammas[t.task], table) for t in self.traces]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,7 @@ def _shares(plt: Any, table: Table) -> Any:
 def _estimators(plt: Any, table: Table) -> Any:
     """Overhead against accuracy."""
     figure, (axis,) = _panels(plt, [""], table.title, 5.5)
-    points: Iterable[dict[str, Any]] = _records(table)
-    for r in points:
+    for r in _records(table):
         axis.plot(r["ms per decision"], r["correlation"], "o")
         axis.annotate(r["model"], (r["ms per decision"], r["correlation"]), xytext=(5, 4), textcoords="offset points")
     axis.set_xscale("log")

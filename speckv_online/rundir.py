@@ -1,6 +1,6 @@
 """The directory that a run writes: manifest, resolved config, step records and policy checkpoints.
 
-``run.json`` (manifest), ``config.yaml`` (resolved), ``steps-*.jsonl`` (append-only, one file per worker) and
+``run.json`` (manifest), ``config.yaml`` (resolved), ``steps-*.jsonl`` (append-only, one file per level) and
 ``policy-*.npz``. A *unit* is one prompt decoded under one policy at one level in one seeded order. Its steps count only
 once a line says that the unit is done, and only once, so that a run which was killed can go on where it stopped.
 """
@@ -48,7 +48,7 @@ class Unit:
 
 @dataclass(slots=True)
 class UnitResult:
-    """A finished unit, with its steps and what its last line says besides (``output`` token ids, seconds, faults)."""
+    """A finished unit, with its steps and what its last line says besides, such as its ``output`` token ids."""
 
     unit: Unit
     steps: list[StepRecord]
@@ -71,8 +71,8 @@ class RunDir:
     Use :meth:`open`, which refuses a place that cannot be written before any model is loaded.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], resumed: bool) -> None:
-        self.path, self.config, self.resumed = path, dict(config), resumed
+    def __init__(self, path: Path, resumed: bool) -> None:
+        self.path, self.resumed = path, resumed
 
     @classmethod
     def open(cls, path: str | Path, config: Mapping[str, Any], *, volatile: Sequence[str] = ()) -> RunDir:
@@ -110,7 +110,7 @@ class RunDir:
         elif any(not file.name.startswith(".") for file in path.iterdir()):  # a killed run may have left those
             raise UserError(f"{path} is neither empty nor a run directory: give another --out")
         write_atomically(path / "config.yaml", lambda f: yaml.safe_dump(config, f, sort_keys=False))
-        return cls(path, config, resumed)
+        return cls(path, resumed)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
@@ -118,7 +118,7 @@ class RunDir:
 
 
 class StepWriter:
-    """Appends finished units to one worker's ``steps-*.jsonl``.
+    """Appends finished units to one ``steps-*.jsonl``.
 
     The steps of a unit and the line that closes it are written together; if that fails, the file is cut back to what it
     was. Whatever a killed process left behind its last complete unit is cut off when the file is opened again.
@@ -252,8 +252,8 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
 def read_from(path: str | Path, start: int = 0) -> Iterator[tuple[UnitResult | None, int]]:
     """Yield (unit, offset behind it) for every complete unit of a file, and (None, offset) behind the header.
 
-    Lines after the last complete unit are not judged: a worker may be writing them right now. ``start`` is an offset
-    that was yielded before, to go on from there.
+    Steps without the line that closes their unit, and a last line without its end, are left out: they may be being
+    written right now. ``start`` is an offset that was yielded before, to go on from there.
     """
     try:
         with open(path, "rb") as f:
