@@ -72,6 +72,8 @@ class CostTable:
     source : str
         Where the numbers come from.
     levels : mapping of str to LevelCost
+    details : mapping
+        Hardware, software and whatever else is to be kept with the numbers.
     """
 
     name: str

@@ -35,7 +35,7 @@ def evaluate(
     ----------
     protocol : {'paper', 'honest'}
     source : str or Path
-        CSV of step records (the release's, or one of ours with ``experiment``), or a directory of traces (``honest``).
+        CSV of step records in the release's columns, or a directory of traces (``honest``).
     experiment : str or Path, optional
         The release's experiment CSV; by default the file beside the records whose name has ``experiment`` for ``step``.
     cost : str or Path, optional

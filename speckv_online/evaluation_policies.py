@@ -21,7 +21,8 @@ class Realised:
     Attributes
     ----------
     kind : str
-        ``policy``, or ``hindsight`` for what has seen the outcomes that it is scored on.
+        ``policy``, ``matched`` for one whose speed is an estimate (see :mod:`speckv_online.evaluation_released`), or
+        ``hindsight`` for what has seen the outcomes that it is scored on.
     tokens, seconds : dict of str to float
         By prompt.
     gammas : dict of int to float

@@ -32,7 +32,7 @@ LABELLED = (1, 2, 4, 8)
 
 
 def steps_of(traces: Sequence[Trace], gammas: Sequence[int] = (2, 4, 6, 8)) -> list[StepRow]:
-    """Replay traces at fixed gammas: the steps that the release's way of profiling would have recorded."""
+    """Replay traces at fixed gammas, as the release profiled; where the budget ends, gamma is what that leaves."""
     return [row for g in gammas for t in traces for row in replay_rows(t, Schedule((g,)), f"fixed:{g}")]
 
 

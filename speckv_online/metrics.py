@@ -12,7 +12,7 @@ the tags ``level`` and ``policy``:
 ``ray_speckv_accepted_at_total``        accepted at each ``position`` of the draft, from 1
 ``ray_speckv_produced_tokens_total``    tokens of output
 ``ray_speckv_decoding_seconds_total``   seconds of all steps
-``ray_speckv_fallbacks_total``          steps in which a policy failed and a fixed gamma stepped in
+``ray_speckv_fallbacks_total``          times that a policy raised, stalled or answered nonsense
 ``ray_speckv_decide_seconds``           histogram over steps: the policy's own time
 ``ray_speckv_goodput``                  histogram over prompts: tokens per second of decoding
 ======================================  ==========================================================
@@ -37,7 +37,7 @@ COUNTERS = {
     "accepted_tokens": "Drafted tokens that the target accepted",
     "produced_tokens": "Tokens of output",
     "decoding_seconds": "Seconds of all steps",
-    "fallbacks": "Steps in which a policy failed and a fixed gamma stepped in",
+    "fallbacks": "Times that a policy raised, stalled or answered nonsense",
 }
 DECIDE_BOUNDS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 GOODPUT_BOUNDS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0]

@@ -88,7 +88,7 @@ class Progress:
         for file in sorted(self.path.glob("steps-*.jsonl")):
             start = self._offsets.get(file, 0)
             if file.stat().st_size < start:
-                start = 0  # cut back by a worker that was restarted; units that are known do not count again
+                start = 0  # cut back when the run was resumed; units that are known do not count again
             for result, offset in read_from(file, start):
                 self._offsets[file] = offset
                 if result is not None and result.unit.key not in self._seen:

@@ -12,9 +12,9 @@ SCHEMA_VERSION = 1
 class StepRecord:
     """One step of one prompt. Times in seconds, entropies in bits.
 
-    ``gamma`` is what the policy asked for, ``drafted`` what was drafted and submitted, ``accepted`` n, ``produced`` the
-    tokens added to the output. The signal summaries are over the drafted tokens of this very step (NaN-free: zero when
-    nothing was drafted), ``tested`` is the number of positions whose label is known.
+    ``gamma`` is what the policy asked for, cut to what the step allowed, ``drafted`` what was drafted and submitted,
+    ``accepted`` n, ``produced`` the tokens added to the output. The signal summaries are over the drafted tokens of
+    this very step (zero where nothing was drafted), ``tested`` is the number of positions whose label is known.
     """
 
     step: int

@@ -147,7 +147,7 @@ def reliability(groups: Mapping[tuple[str, str], Sequence[UnitResult]], bins: in
 
 def modelled(groups: Mapping[tuple[str, str], Sequence[UnitResult]], manifest: Mapping[str, Any]) -> list[Modelled]:
     """Return measured and modelled goodput of every policy at the levels whose worker wrote down its calibration."""
-    from speckv_online.cost import LevelCost  # needs the policies' package, which a report can do without
+    from speckv_online.cost import LevelCost  # imports the policies' package, which nothing else of a report does
 
     costs: dict[str, LevelCost] = {}
     for key, worker in manifest.get("workers", {}).items():

@@ -30,7 +30,7 @@ class Replay:
     position : ndarray of int
         Output position t at which each step began.
     gamma : ndarray of int
-        What the policy asked for.
+        What the policy asked for, cut to what the step allowed.
     drafted, accepted, tested, produced : ndarray of int
         As in a step record: ``drafted`` counts the tokens that were submitted.
     proposed : ndarray of int

@@ -68,6 +68,11 @@ def bootstrap_goodput(
         Number of bootstrap samples, and the seed that picks them.
     level : float
         Coverage of the interval.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, or a prompt took no time or gave no token.
     """
     t, s = _columns(tokens, seconds)
     draws = np.empty(0)

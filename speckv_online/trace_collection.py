@@ -258,8 +258,7 @@ def _roll_out(
     signals : ndarray of float32, shape (m, steps, N_SIGNALS)
     """
     rows, longest, device = len(lengths), int(lengths.max()), drafter.model.device
-    # Keys carry their rotary position, so a prefix may sit anywhere in the cache: right-aligned, windows stay exact
-    # too.
+    # Keys carry their rotary position, so a prefix may sit anywhere; right-aligned, sliding windows stay exact too.
     source = np.arange(longest) - (longest - lengths[:, None])
     index = torch.from_numpy(source.clip(min=0)).to(device)
     cache = KVCache(len(shared.layers), longest + steps)
