@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
         except RuntimeError as e:
             reason = " ".join(str(e).split())[:200]
-            raise UserError(f"the cluster at {arguments.address} did not take the job ({reason}): try again") from e
+            raise UserError(f"the cluster did not take the job ({reason}): try again") from e
         code = _follow(client, job)
         if arguments.no_fetch:
             say(f"the run directory is {remote} on the cluster's head node")

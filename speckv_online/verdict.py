@@ -49,7 +49,8 @@ def advice(rows: Sequence[Row], ratio: Ratio) -> list[str]:
 def _advise(level: str, rows: Sequence[Row], ratio: Ratio) -> str:
     prompts = min(row.prompts for row in rows)
     if prompts < ENOUGH:
-        return f"{level}: {prompts} prompt{'s' * (prompts > 1)} are too few to choose by; run at least {ENOUGH}."
+        few = "1 prompt is" if prompts == 1 else f"{prompts} prompts are"
+        return f"{level}: {few} too few to choose by; run at least {ENOUGH}."
     best, tied = _leaders(level, rows, ratio)
     names = {row.policy: row for row in rows}
     if len(rows) == 1:
