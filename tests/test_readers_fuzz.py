@@ -245,10 +245,8 @@ def test_arrays_of_the_wrong_kind_are_no_weights(tmp_path: Path) -> None:
 
 def test_a_cost_file_with_strings_for_seconds_is_refused(tmp_path: Path) -> None:
     document = json.loads(RTX3090_RELEASE.save(tmp_path / "cost.json").read_text())
-    for value in ("fast", None, -1, [], True, float("nan")):
+    for value in ("fast", None, -1, [], float("nan")):
         document["levels"]["nf4"]["draft_seconds"] = value
         (tmp_path / "cost.json").write_text(json.dumps(document))
-        if value is True:
-            continue
         with pytest.raises(UserError, match=r"cost\.json"):
             load_cost(tmp_path / "cost.json")

@@ -18,7 +18,7 @@ from policies.token_history import SHAPE
 from speckv_online.cost import RTX3090_RELEASE
 from speckv_online.errors import UserError
 from speckv_online.simulate import Simulator
-from speckv_online.step_table import COLUMNS, RELEASE_COLUMNS, StepRow, read_rows, trace_rows, write_rows
+from speckv_online.step_table import COLUMNS, RELEASE_COLUMNS, read_rows, trace_rows, write_rows
 from speckv_online.traces import Trace, load_traces
 from speckv_online.training import Data, data_from_rows, data_from_traces, evaluate, split_by_prompt, train_mlp16
 from speckv_online.training_acceptance import (
@@ -28,9 +28,10 @@ from speckv_online.training_acceptance import (
     tokens_from_traces,
     train_acceptance,
 )
+from tests.made_release import RELEASE
 from tests.made_traces import made_trace
 
-RELEASE = Path(__file__).parents[2] / "shared" / "speckv_release" / "phase2_step_results.csv"
+RECORDS = RELEASE / "phase2_step_results.csv"
 
 
 @pytest.fixture(scope="module")
@@ -265,17 +266,16 @@ def test_shipped_weights_are_described_by_their_card() -> None:
     assert card["held_out"]["mse"] < card["held_out"]["mse_of_mean_per_level_and_gamma"]
 
 
-@pytest.mark.skipif(not RELEASE.exists(), reason="the release's records are not here")
+@pytest.mark.skipif(not RECORDS.exists(), reason="the release's records are not here")
 def test_release_records_read_as_published() -> None:
-    rows = read_rows(RELEASE)
+    rows = read_rows(RECORDS)
     assert len(rows) == 5112
-    assert len({(r.prompt_id) for r in rows}) == 20
+    assert len({r.prompt_id for r in rows}) == 20
     fours = [r.tokens_produced for r in rows if r.gamma == 4]
     assert np.mean(fours) == pytest.approx(3.76, abs=0.005)
     data = data_from_rows(rows, "step-mean")
     fit = train_mlp16(data, epochs=60, seeds=[0])
     assert 0.5 < fit.metrics["correlation"] < 0.8  # 0.651 with whole prompts held out, cross-validated
-    assert isinstance(rows[0], StepRow)
 
 
 def test_cards_name_no_directory_of_a_machine(tmp_path: Path) -> None:
