@@ -63,7 +63,7 @@ class CompareConfig:
     sharing: str = option("global", "who learns together: none (each worker alone), per-level, or global (all levels)")
     sync_every: int = option(32, "steps after which a worker sends what a policy learnt and pulls the merged one")
     workers: int = option(1, "workers per level, on Ray")
-    threads: int = option(0, "CPU threads per worker; workers run side by side if the cores allow it (0: all cores)")
+    threads: int = option(0, "CPU threads per worker (0: its part of the cores, up to 8)")
     resources: dict[str, Resources] = field(
         default_factory=dict,
         metadata={"help": "workers, threads and gpus by level; `default` for the rest", "of": Resources},

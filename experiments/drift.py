@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.compare import TASKS, bundled
 from experiments.config import launch, option
@@ -22,9 +22,6 @@ from speckv_online.errors import UserError
 from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
 from speckv_online.rundir import RunDir, StepWriter, Unit
-
-if TYPE_CHECKING:
-    from experiments.drift_models import Stage
 
 #: One stage of the stream: tasks, level, draft.
 PHASES = ("code+math@fp16", "chat@fp16", "chat@nf4", "chat+code@nf4@layers:4", "code+math@nf4", "code+math@fp16@ngram")
@@ -166,7 +163,7 @@ def decode(
 
     from experiments.drift_models import Stage
 
-    stage: Stage = Stage(config, path)
+    stage = Stage(config, path)
     bar = tqdm(units, unit="unit", disable=not sys.stderr.isatty(), file=sys.stderr)
     for number, (unit, phase, prompt) in enumerate(bar, start=1):
         if unit.key in writer.done:

@@ -155,7 +155,7 @@ def find_alarms(prompts: Sequence[Sequence[StepRecord]], phases: Sequence[int], 
 
 
 def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
-    """Write ``drift.json`` and ``drift.png`` into a run directory; return the table for a terminal."""
+    """Write ``drift.json``, ``drift.md`` and ``drift.png`` into a run directory; return the tables for a terminal."""
     found = tracks(read_units(path), phases, threshold)
     document = {
         "kind": "measured",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Condition, Lock
 from time import sleep
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -114,9 +114,9 @@ class Learner:
         self,
         source: str,
         sequence: int,
-        deltas: Mapping[Any, State],
+        deltas: Mapping[Key, State],
         whole: bool = False,
-        known: Mapping[Any, int] | None = None,
+        known: Mapping[Key, int] | None = None,
     ) -> dict[Key, Merged]:
         """Add a batch, unless it was added before, and return the merged state of every policy in it.
 
@@ -124,11 +124,11 @@ class Learner:
         ----------
         source, sequence : str, int
             Name of the batch.
-        deltas : mapping of (spec, seed[, scope]) to State
+        deltas : mapping of Key to State
             What :meth:`~policies.base.Policy.take_delta` gave; empty to ask for the state only.
         whole : bool
             The arrays are whole states that replace what is there, not sums that are added to it.
-        known : mapping of (spec, seed[, scope]) to int, optional
+        known : mapping of Key to int, optional
             The version that the caller has of a policy: of large arrays it is sent what changed since.
 
         Returns
@@ -139,8 +139,7 @@ class Learner:
             whole arrays only.
         """
         with self._merging:
-            for given, delta in deltas.items():
-                key = Key(*given)
+            for key, delta in deltas.items():
                 if delta and (source, sequence) not in self._applied(key):
                     policy = self.policies[key]
                     (policy.load_state_dict if whole else policy.merge)(delta)
@@ -153,7 +152,7 @@ class Learner:
             self._confirm(ticket)
         merged: dict[Key, Merged] = {}
         with self._merging:
-            for key in (Key(*given) for given in deltas):
+            for key in deltas:
                 if key in self.changes or (self.folder / checkpoint_name(key)).exists():
                     self._applied(key)  # another batch's failure may have dropped it
                     changes = self.changes[key]
@@ -162,10 +161,6 @@ class Learner:
                 else:
                     merged[key] = Merged(0, {})
         return merged
-
-    def versions(self) -> dict[str, int]:
-        """Return the number of batches merged so far, per policy, seed and scope."""
-        return {f"{k.spec} seed {k.seed} {k.scope}".rstrip(): len(applied) for k, applied in self.applied.items()}
 
     def _applied(self, key: Key) -> Batches:
         """Return what was added to a policy, which is taken up from its checkpoint at first use."""

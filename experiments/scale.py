@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config import CompareConfig, launch, option
-from experiments.replays import check_traces, insert
+from experiments.replays import insert
 from speckv_online.errors import UserError
 
 PARTS = ("real", "simulated", "arithmetic")
@@ -63,8 +63,8 @@ class ScaleConfig:
         counts = ("every", "steps", "max_new_tokens", "walkers", "fleet", "processes")
         if min(getattr(self, name) for name in counts) < 1 or not self.rate > 0:
             raise UserError(f"{', '.join(counts)} must be at least 1, --rate above zero")
-        if "simulated" in self.parts:
-            check_traces((f"traces={self.traces}",) if self.traces else ())
+        if "simulated" in self.parts and not self.traces:
+            raise UserError("the part simulated needs --traces DIRECTORY, from python -m experiments.profile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from experiments.bench.learner import made_up_delta
-from experiments.changes import Patch
+from experiments.bench.learner import array_bytes, made_up_delta
 from experiments.learner import Key, Learner
 from experiments.ray_runner import CALLS
 from experiments.streams import Walker, endless
@@ -70,18 +69,13 @@ def weigh(spec: str, batches: Sequence[State], folder: Path) -> Exchange:
         def exchange(i: int) -> int:
             # A worker has what was merged when its turn was last: a batch of every other one is new to it.
             known = {key: max(1, i - fleet)}
-            return reply_bytes(
+            return array_bytes(
                 learner.sync(str(i % fleet), i // fleet, {key: batches[i % fleet]}, False, known)[key].state
             )
 
         learner.sync("first", 0, {key: batches[0]})
-        alone = reply_bytes(learner.sync("alone", 0, {key: batches[0]}, False, {key: 1})[key].state)
+        alone = array_bytes(learner.sync("alone", 0, {key: batches[0]}, False, {key: 1})[key].state)
         start = perf_counter()
         back = list(pool.map(exchange, range(2, timed + 2)))
         seconds = (perf_counter() - start) / timed
-    return Exchange(float(np.mean([reply_bytes(batch) for batch in batches])), alone, back[-1], seconds)
-
-
-def reply_bytes(state: Mapping[str, np.ndarray | Patch]) -> int:
-    """Return the bytes of a state's arrays, or of the parts of them that are sent."""
-    return sum(sum(a.nbytes for a in part) if isinstance(part, Patch) else part.nbytes for part in state.values())
+    return Exchange(float(np.mean([array_bytes(batch) for batch in batches])), alone, back[-1], seconds)

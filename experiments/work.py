@@ -73,7 +73,7 @@ class Work:
     def record(self, unit: Unit, steps: Sequence[StepRecord], facts: Mapping[str, Any], seconds: float) -> Progress:
         """Write a finished unit down; raises :class:`~speckv_online.errors.UserError` if the disk is full."""
         self.writer.write(unit, steps, facts)
-        return Progress(unit.level, unit, self.done, self.total, sum(s.produced for s in steps), seconds)
+        return Progress(unit, self.done, self.total, sum(s.produced for s in steps), seconds)
 
     def give_back(self, units: Sequence[tuple[Unit, int]]) -> None:
         """Put what a worker could not finish in front of the queue."""
@@ -89,7 +89,6 @@ class Work:
 class Progress:
     """One finished unit, as a progress display wants it."""
 
-    level: str
     unit: Unit
     done: int
     total: int

@@ -52,7 +52,7 @@ def accepted_and_tested(hits: np.ndarray, gamma: int) -> tuple[int, int]:
     """
     accepted = tested = at = 0
     while at < len(hits):
-        drafted = hits[at : at + min(gamma, len(hits) - at)]
+        drafted = hits[at : at + gamma]
         right = int(np.argmin(drafted)) if not drafted.all() else len(drafted)
         accepted += right
         tested += min(right + 1, len(drafted))
