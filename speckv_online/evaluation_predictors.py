@@ -100,7 +100,7 @@ def prediction_tables(data: Mapping[str, Data], fits: Mapping[str, Mapping[str, 
     """Score predictions of each set of features: error, correlation, Brier score and calibration error by split."""
     scores = Table(
         "predictions",
-        "MLP16 on held-out prompts, tasks and levels (Brier and calibration error per drafted token)",
+        "MLP16 on held-out prompts, tasks and levels (Brier score per drafted token; calibration error by rows)",
         ("features", "held out", "rows", "correlation", "MSE", "MSE of mean rate", "Brier", "calibration error"),
     )
     curve = Table(

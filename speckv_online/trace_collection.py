@@ -144,8 +144,7 @@ def draft_table(
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
     if not isinstance(drafter, ModelDrafter):
         return _one_by_one(drafter, prompt, tokens, gamma)
-    layers = int(drafter.model.config.num_hidden_layers)
-    cache = KVCache(layers, start + length)
+    cache = KVCache(drafter.layers, start + length)
     ids = torch.tensor([[*prompt, *tokens]], device=drafter.model.device)
     logits = drafter.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=length + 1).logits[0]
     first, first_signals = _choose(drafter, logits)
