@@ -76,6 +76,8 @@ def decode_batch(
 
     Parameters
     ----------
+    decoder : SpeculativeDecoder
+        Whose target, drafter and policy decode, and whose counts grow.
     prompts : sequence of sequence of int
         At least one token each.
     tasks : sequence of str, optional

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-#: What LLM.int8 multiplies by in bitsandbytes: 1 / 127 squared, and 1 / 127.
+#: What LLM.int8 multiplies by in bitsandbytes: 1 / 127 squared (its literal is one zero short), and 1 / 127.
 _BOTH, _ONE = 6.200124e-05, 7.874015718698502e-3
 #: bitsandbytes' kernels by 4-bit type.
 _kernels: dict[str, Any] = {}

@@ -168,7 +168,7 @@ class SpeculativeDecoder:
         Raises
         ------
         UserError
-            If the prompt is empty or leaves no room in the target's context.
+            If the prompt is empty or longer than the target's context.
         """
         started = perf_counter()
         prompt = self.check_prompt(prompt_ids)
@@ -203,7 +203,7 @@ class SpeculativeDecoder:
         return out
 
     def check_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Return the prompt as a list; raises :class:`UserError` if it is empty or leaves no room."""
+        """Return the prompt as a list; raises :class:`UserError` if it is empty or too long."""
         self.target  # noqa: B018 - refuses to go on without one
         prompt = [int(t) for t in prompt_ids]
         if not prompt:

@@ -153,7 +153,7 @@ class ModelDrafter:
         return out.logits[0, -1, : self.rows].float()
 
     def draft(self, signals: np.ndarray) -> int:
-        """Draft one token: entropy in bits, confidence, margin in logits, n-gram agreement."""
+        """Draft one token; its signals are entropy (bits), confidence, margin (logits) and n-gram agreement."""
         token, logits = self.likeliest(signals)
         token = self.settle(token, logits)
         signals[NGRAM] = self.ngrams.signal(self.drafted, token)

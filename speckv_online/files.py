@@ -50,7 +50,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[Any]], Any], *, binar
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(fd, "wb" if binary else "w", encoding=None if binary else "utf-8", newline=None) as file:
+        with os.fdopen(fd, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

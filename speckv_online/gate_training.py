@@ -21,7 +21,7 @@ from speckv_online.traces import Trace
 #: Ridge of both logistic fits, on standardised features.
 RIDGE = 1.0
 
-#: Thresholds that :func:`tune_skip` tries, and how much of the right proposals it may cost not to ask the model.
+#: Thresholds that :func:`tune_skip` tries, and the share of positions that not asking the model may cost.
 SKIPS = tuple(round(0.3 + 0.05 * i, 2) for i in range(14))
 TOLERANCE = 0.002
 

@@ -24,7 +24,7 @@ class Level:
     bits : float
         Bits per weight of the linear layers, as :func:`policies.level_features.level_bits` tells them to policies.
     dtype : torch.dtype
-        Type that the checkpoint is loaded as.
+        Type that the checkpoint is loaded as; a quantized level is loaded in its compute type instead.
     quantization : callable or None
         Makes the transformers quantization config for a compute dtype, if the level is quantized.
     """

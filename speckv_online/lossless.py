@@ -28,7 +28,6 @@ class GreedyCheck:
         best one.
     """
 
-    length: int
     ties: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -50,7 +49,7 @@ def check_greedy(
     Each token is compared with the plain choice *after the tokens before it*, so one tie does not count twice.
     """
     cache = KVCache(int(text_config(target).num_hidden_layers), len(prompt) + len(tokens) + 1)
-    check = GreedyCheck(len(tokens))
+    check = GreedyCheck()
 
     def forward(feed: list[int]) -> torch.Tensor:
         ids = torch.tensor([feed], device=target.device)

@@ -16,7 +16,7 @@ from speckv_online.bnb_cpu import lighten
 
 #: Rows that the layout is chosen for: the verification of a few drafts.
 ROWS = 5
-#: Rows from which on the packed weight is the quicker one.
+#: Tokens of a sequence from which on the packed weight is the quicker one; how many sequences there are does not count.
 FROM_ROWS = 4
 #: Most bytes of weights that are kept twice; larger models stay as they are.
 MOST_BYTES = 4 << 30

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
 
+from speckv_online.adopt import text_config
 from speckv_online.kvcache import KVCache
 
 _NEVER = 1 << 30
@@ -35,7 +36,7 @@ class RopeSwitch:
     @classmethod
     def of(cls, model: PreTrainedModel) -> RopeSwitch:
         """Return the switch of a model."""
-        config = model.config.get_text_config(decoder=True)
+        config = text_config(model)
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") != "longrope":
             return cls()

@@ -28,7 +28,7 @@ def load_shipped_draft(
     device : torch.device
         fp16 on CUDA, fp32 on a CPU.
     path : Path, optional
-        Another draft file of the same format than the one in the package.
+        Another draft file of the same format as the one in the package.
     full_head : bool
         Give the draft all rows of the target's head, as transformers' own ``assistant_model=`` needs: slower, and able
         to propose any token.
