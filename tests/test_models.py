@@ -19,7 +19,7 @@ from speckv_online.levels import LEVELS, get_level
 from speckv_online.lossless import check_greedy
 from speckv_online.models import chat_prompt, load_pair, load_target, prepare
 from speckv_online.ngram import NgramIndex
-from speckv_online.shipped_draft import DRAFT_FILE, load_shipped_draft
+from speckv_online.shipped_draft import load_shipped_draft
 from tests.conftest import TinyPair, tiny_llama, tiny_tokenizer
 from tests.test_decoding import Scripted, plain, prompt_of
 
@@ -255,7 +255,6 @@ def test_preparing_again_checks_what_is_there(tmp_path: Path, monkeypatch: pytes
 def test_the_shipped_draft_belongs_to_the_default_target() -> None:
     pair = load_pair(level="fp32", device="cpu")
     assert pair.target.config.num_hidden_layers == 30
-    assert Path(DRAFT_FILE).suffix == ".safetensors"
     prompt = chat_prompt(pair.tokenizer, "Name three rivers in Europe.")
     policy = Scripted([4])
     out = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level="fp32").generate(prompt, 24)
