@@ -135,7 +135,7 @@ def check_names(config: CompareConfig) -> None:
 
 
 def _flags(config: CompareConfig) -> Iterator[str]:
-    """The flags that make this config again; the paths of models and output are cut to their last part."""
+    """The flags that make this config again, but for where it runs and writes; paths are cut to their last part."""
     default = CompareConfig()
     for key, value in asdict(config).items():
         if value == getattr(default, key) or key in ("out", "address"):

@@ -35,7 +35,7 @@ class GateConfig:
     levels: tuple[str, ...] = option((), "compression levels, comma separated (default: all there are)")
     costs: tuple[str, ...] = option((), "cost tables for the modelled part: files or built-in names, comma separated")
     skips: tuple[str, ...] = option(
-        ("0.6", "0.8", "1"), "also judge these: how sure the lookup has to be for the model not to be asked (1: always)"
+        ("0.6", "0.8", "1"), "also judge: how sure the lookup has to be for the model not to be asked (1: it always is)"
     )
     out: str = option("runs/gate/gate-smollm2.npz", "file of the gate; its card is written beside it")
 

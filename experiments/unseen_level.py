@@ -109,17 +109,8 @@ def play_all(config: UnseenConfig, cost: CostTable) -> list[dict[str, Any]]:
         source = [t for name, traces in sources.items() if name != level for t in traces]
         print(f"{level}: learning from {len(source)} traces of other levels", file=sys.stderr, flush=True)
         for spec in config.policies:
-            both = [
-                play(
-                    f"{spec}{',' if ':' in spec else ':'}levels={kind}",
-                    group,
-                    cost,
-                    seeds,
-                    make=experienced,
-                    source=source,
-                )
-                for kind in KINDS
-            ]
+            start = f"{spec}{',' if ':' in spec else ':'}levels="
+            both = [play(start + kind, group, cost, seeds, make=experienced, source=source) for kind in KINDS]
             row = {kind: score.goodput for kind, score in zip(KINDS, both, strict=True)}
             rows.append({"level": level, "policy": spec} | row | asdict(both[1].over(both[0])))
     return rows

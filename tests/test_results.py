@@ -146,8 +146,6 @@ def test_unknown_contenders_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["--doc", str(tmp_path / "doc.md"), "--out", str(tmp_path / "run")]) == 2
     assert "lacks the lines" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError):
-        read_units(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@
 Every fake worker makes one batch of statistics beforehand, from a real policy that has learnt from made-up steps, and
 then sends it again and again under new names, each time waiting for what was merged since its last and putting that
 into its copy of the state, as a real worker does. What is timed is all that the learner does: the call, the merge, the
-checkpoint on disk, the reply. ``outcomes/s`` is by the
-wall clock, with workers and Ray on the same machine; ``per CPU second`` counts the learner's own processor time alone,
-and is what one core can do. Batches are sums, so a batch of many outcomes should take no longer than one of few.
+checkpoint on disk, the reply. ``outcomes/s`` is by the wall clock, with workers and Ray on the same machine; ``per CPU
+second`` counts the learner's own processor time alone, and is what one core can do. Batches are sums, so a batch of
+many outcomes should take no longer than one of few.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ BAR = 20_000
 #: A batch of the largest size may cost this much more than one of the smallest.
 SAME = 1.5
 SHARED = Key("", 0)
+HEAD = ("policy", "outcomes/batch", "batches/s", "outcomes/s", "per CPU second", "CPU ms/batch", "bytes sent", "back")
 #: Size of the default pair's vocabulary.
 VOCABULARY = 49_152
 
@@ -205,17 +206,7 @@ def bench(config: BenchConfig) -> int:
         rows = [asdict(f) | {"per_second": f.per_second, "per_cpu_second": f.per_cpu_second} for f in found]
         print(json.dumps({"kind": "measured", "workers": config.workers, "rows": rows, "checks": checks}))
     else:
-        head = (
-            "policy",
-            "outcomes/batch",
-            "batches/s",
-            "outcomes/s",
-            "per CPU second",
-            "CPU ms/batch",
-            "bytes sent",
-            "back",
-        )
-        table = [head, *(cells(f) for f in found)]
+        table = [HEAD, *(cells(f) for f in found)]
         print("\n".join(text_table(table)))
         print(f"measured with {config.workers} fake workers")
         print("\n".join(f"{check['text']}: {'pass' if check['pass'] else 'fail'}" for check in checks))

@@ -87,20 +87,10 @@ class Timed:
         if decision.stops and k:
             k = policy.submit(decision, k, signals)
         n = k if hits[:k].all() else int(hits[:k].argmin())
-        draft, verify = 0.009 * drafted, 0.16 + 0.01 * k
+        draft, verify, length = 0.009 * drafted, 0.16 + 0.01 * k, context.context_length
+        seconds = draft + verify + 0.001
         outcome = Outcome(
-            k,
-            n,
-            min(n + 1, k),
-            n + 1,
-            draft + verify + 0.001,
-            draft,
-            verify,
-            "nf4",
-            context.context_length,
-            0,
-            rows[:k],
-            forwards=drafted,
+            k, n, min(n + 1, k), n + 1, seconds, draft, verify, "nf4", length, 0, rows[:k], forwards=drafted
         )
         clock = perf_counter()
         policy.learn(decision, outcome)
