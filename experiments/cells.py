@@ -67,10 +67,10 @@ def digest(settings: str = "") -> str:
     """Return a short hash of settings, the policies' code, and the weights that they ship with."""
     import policies
 
-    digest = hashlib.sha256(settings.encode())
+    made = hashlib.sha256(settings.encode())
     for file in sorted(f for f in Path(str(policies.__file__)).parent.rglob("*") if f.suffix in (".py", ".npz")):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+        made.update(file.name.encode() + file.read_bytes())
+    return made.hexdigest()[:16]
 
 
 def _play_all(todo: Sequence[Cell], play: Callable[[Cell], Any], processes: int) -> Iterator[tuple[Cell, Any]]:

@@ -56,7 +56,7 @@ def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair:
     rows = []
     reference: dict[str, list[int]] = {}
     for spec in ("autoregressive", *config.policies):
-        policy = make_policy(spec) if spec == "autoregressive" else make_policy(spec, seed=config.seed)
+        policy = make_policy(spec, seed=config.seed)
         decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=level)
         ties: list[float] = []
         tokens = differing = 0
