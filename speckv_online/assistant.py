@@ -156,7 +156,11 @@ class PolicyCandidates(AssistedCandidateGenerator):
         return arguments
 
     def _note(self, ids: torch.Tensor, logits: torch.Tensor | None, length: int) -> None:
-        """Write the signals of drafts that have none yet; ``logits`` are the assistant's, shape (1, k, vocab)."""
+        """Write the signals of drafts that have none yet.
+
+        ``logits`` are the assistant's scores, shape (1, k, vocab), with temperature, cuts and penalties applied:
+        those of the model alone are not handed out.
+        """
         new = ids[0, length:].tolist()
         for i in range(len(self.drafts), min(len(new), MAX_GAMMA)):
             assert logits is not None
