@@ -1,1 +1,1 @@
-"""Speculation-length policies: numpy, river and torch only, usable without the rest of the project."""
+"""Speculation-length policies: numpy, and river for some, usable without the rest of the project."""

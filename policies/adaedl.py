@@ -37,7 +37,7 @@ class AdaEdl(Policy):
     ) -> None:
         super().__init__(seed=seed, worker=worker)
         if not (-10 <= threshold <= 1 and 0 < target <= 1 and cap >= 1):
-            raise PolicyError(f"adaedl needs threshold <= 1, 0 < target <= 1, cap >= 1: {threshold}, {target}, {cap}")
+            raise PolicyError(f"need threshold from -10 to 1, 0 < target <= 1, cap >= 1: {threshold}, {target}, {cap}")
         self.threshold, self.cap, self.target = threshold, cap, target
         self.rate = target
 

@@ -1,8 +1,8 @@
 """The interface between a policy and whatever runs it: the decoder on real models, or the simulator on traces.
 
-A step goes: ``decide(context)``, then after each drafted token ``proceed(...)`` if the decision asked for it, then
-``submit(...)``, then verification, and some time later (in batches, out of order, perhaps twice) ``learn(decision,
-outcome)``. A policy sees only what exists at the time of each call.
+A step goes: ``decide(context)``, then, if the decision asked for it, ``proceed(...)`` after each drafted token and
+``submit(...)`` after the last, then verification, and some time later (in batches, out of order, perhaps twice)
+``learn(decision, outcome)``. A policy sees only what exists at the time of each call.
 
 Units: times are seconds, entropies bits, confidences probabilities, margins logits, lengths tokens.
 """
@@ -193,7 +193,7 @@ class Policy(ABC):
 
     #: One line for ``speckv policies``.
     summary: ClassVar[str] = ""
-    #: True if the policy changes with what it observes.
+    #: True if the policy changes with what it observes, estimates of times aside.
     learns: ClassVar[bool] = False
 
     def __init__(self, *, seed: int = 0, worker: int = 0) -> None:
@@ -208,13 +208,13 @@ class Policy(ABC):
         self._id += 1
         return self._id
 
-    def first_time(self, id: int, memory: int = 65_536) -> bool:
-        """Return True the first time that an id is seen; the latest ``memory`` ids are remembered."""
+    def first_time(self, id: int) -> bool:
+        """Return True the first time that an id is seen; the latest 65,536 are remembered."""
         if id in self._learnt:
             return False
         self._learnt.add(id)
         self._order.append(id)
-        if len(self._order) > memory:
+        if len(self._order) > 65_536:
             self._learnt.discard(self._order.popleft())
         return True
 
@@ -230,14 +230,14 @@ class Policy(ABC):
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        """Return how many of the drafted tokens to send to the target; asked in greedy decoding only."""
+        """Return how many of the drafted tokens to send to the target; asked if it ``stops``, in greedy decoding."""
         return drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         """Take in the outcome of a decision; a second call with the same id changes nothing."""
 
     def pmf(self, context: Context) -> np.ndarray | None:
-        """Probability of each of the policy's arms (:data:`ARMS` by default); None where it has no arms."""
+        """Probability of each of the policy's arms (:data:`ARMS` by default); None if certain or not known."""
         return None
 
     def state_dict(self) -> State:

@@ -34,7 +34,8 @@ class BestDrafter(Policy):
     Parameters
     ----------
     policy : str
-        Spec of the inner policy; options of its own follow a ``/``: ``best-drafter:fixed/4``.
+        Spec of the inner policy; an option of its own follows a ``/``: ``best-drafter:fixed/4``, or by name
+        ``best-drafter:policy=goodput/cap=4``.
     block : int
         Steps until the drafter is chosen anew. The first of a block is not counted: a draft model then reads what it
         missed.

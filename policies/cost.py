@@ -1,4 +1,4 @@
-"""The online cost model of a policy: :class:`~policies.level_cost.LevelCosts` by compression level."""
+"""The online cost model of a policy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from policies.cost_prior import VAGUE, CostPrior
 from policies.level_cost import HALF_LIFE, LevelCosts
 from policies.level_features import describe, level_bits
 
-__all__ = ["CostModel", "CostPrior", "LevelCosts", "split_levels"]
+__all__ = ["CostModel", "CostPrior"]
 
 
 class CostModel:
-    """:class:`LevelCosts` by level."""
+    """:class:`~policies.level_cost.LevelCosts` by compression level.
+
+    Parameters
+    ----------
+    half_life : float
+        Steps after which a measured time counts half.
+    arms : tuple of int
+        Gammas whose seconds and price :class:`~policies.level_cost.LevelCosts` keeps at hand.
+    """
 
     def __init__(self, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
         self.half_life, self.arms = half_life, arms

@@ -27,7 +27,7 @@ class GaussianHead:
     mean : ndarray, shape (D,)
         Prior mean m0.
     precision : ndarray, shape (D, D)
-        Prior precision A0 in pseudo-rows (times the noise variance gives the covariance's inverse).
+        Prior precision A0 in pseudo-rows (divided by the noise variance, the inverse of the prior covariance).
     discount : float
         rho, what a step's weight is multiplied by at each later step; 1 never forgets.
     noise : float
@@ -63,11 +63,6 @@ class GaussianHead:
         # Rows (phi, y) of the latest steps, not in the sums yet, and how many rows each step has.
         self._rows, self._used, self._lengths = np.empty((BUFFER, d + 1)), 0, list[int]()
         self.refresh()
-
-    @property
-    def pending(self) -> int:
-        """Steps that are not in the sums yet."""
-        return len(self._lengths)
 
     @property
     def steps(self) -> float:

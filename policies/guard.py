@@ -32,8 +32,8 @@ class Wrapper(Policy):
     def new_id(self) -> int:
         return self.policy.new_id()
 
-    def first_time(self, id: int, memory: int = 65_536) -> bool:
-        return self.policy.first_time(id, memory)
+    def first_time(self, id: int) -> bool:
+        return self.policy.first_time(id)
 
     def begin(self, context: Context) -> None:
         self.policy.begin(context)

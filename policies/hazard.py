@@ -157,7 +157,7 @@ class Hazard:
         self._weights: dict[str, tuple[list[float], list[float]]] = {}
 
     def state(self) -> State:
-        """Sums of both heads, as arrays."""
+        """All that was learnt, as arrays."""
         self._linearise()
         return _prefixed([head.state() for head in self.heads]) | self.quality.state() | self.history.state()
 
@@ -218,7 +218,7 @@ def load_prior(
         return prior_means(), tuple(0.15 * 0.05 * strength * np.eye(d) for d in HEADS.values()), None
     file = Path(path or DEFAULT_PRIOR)
     if not file.is_file() or not zipfile.is_zipfile(file):
-        raise PolicyError(f"no npz with acceptance weights at {file}: train some, or leave the option out")
+        raise PolicyError(f"no npz with acceptance weights at {file}: give acceptance=FILE.npz, or none to start cold")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             state = {key: arrays[key] for key in arrays.files}

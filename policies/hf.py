@@ -20,7 +20,7 @@ class Heuristic(Policy):
     Parameters
     ----------
     start : int
-        Gamma of the first step; transformers starts its heuristic schedules at 5.
+        Gamma of the first step, transformers' ``num_assistant_tokens`` (which is 20 there by now if nothing sets it).
     transient : bool
         Start afresh with every prompt (``heuristic_transient``) instead of carrying on (``heuristic``).
     """

@@ -1,10 +1,10 @@
 """Seconds per step, learned online: T(k) = t_d k + T_v(k+1) + t_0 for each compression level, and the rate lambda.
 
-Verify times are fitted as ``a P(w) + b (w-1) P(1) + s c`` over width w and context length c, where P is a prior shape
-(a calibration's table, or nearly flat): linear until the data says otherwise, when each width's own mean residual takes
-over with the number of times it was seen. Times are Huber-clipped around the current estimate, so that a stall of the
-machine moves nothing by much while a lasting change is followed. All statistics are sums that forget exponentially, so
-workers can add theirs up.
+Verify times are fitted as ``a P(w) + b (w-1) P(1) + s (c - c0)`` over width w and context length c, where P is a prior
+shape at context length c0 (a calibration's table, or nearly flat): linear until the data says otherwise, when each
+width's own mean residual takes over with the number of times it was seen. Times are Huber-clipped around the current
+estimate, so that a stall of the machine moves nothing by much while a lasting change is followed. All statistics are
+sums that forget exponentially, so workers can add theirs up.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class LevelCosts:
         self._gain = g / self._keep
         if verify > 0.0:
             verify = self._clip(verify, self._expected[k] + self._per_token * outcome.context_length)
-            w, c, block = k, float(outcome.context_length), self._block
-            block[w] += g
-            block[WIDTHS + w] += g * verify
-            block[2 * WIDTHS + w] += g * c
-            block[3 * WIDTHS + w] += g * c * c
-            block[4 * WIDTHS + w] += g * c * verify
+            c, block = float(outcome.context_length), self._block
+            block[k] += g
+            block[WIDTHS + k] += g * verify
+            block[2 * WIDTHS + k] += g * c
+            block[3 * WIDTHS + k] += g * c * c
+            block[4 * WIDTHS + k] += g * c * verify
         sums = self._block_sums
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:

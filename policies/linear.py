@@ -29,6 +29,8 @@ class _Linear(CostAware):
 
     Parameters
     ----------
+    alpha : float
+        Scale of the standard deviations: how much is explored.
     weights : str or Weights
         MLP16 weights to start from; ``none`` starts cold, empty takes the shipped ones if there are any.
     ridge : float

@@ -62,7 +62,7 @@ class River(CostAware):
             arm, propensity = first, 1.0  # river's means of nothing are zero or undefined
             self._played[arm] = 1
         else:
-            share = self._shares(ids)
+            share = self._pmf(ids)
             arm = self.bandit.pull(ids) if features is None else self.bandit.pull(ids, context=_named(features))
             propensity = 1.0 if share is None else min(float(share[arm]), 1.0)  # sums may round up
         return Decision(self.new_id(), min(self.arms[arm], context.max_gamma), False, propensity, 0, features)
@@ -70,7 +70,7 @@ class River(CostAware):
     def _legal(self, context: Context) -> list[int]:
         return self._ids[: max(bisect_right(self.arms, context.max_gamma), 1)]
 
-    def _shares(self, ids: list[int]) -> np.ndarray | None:
+    def _pmf(self, ids: list[int]) -> np.ndarray | None:
         """Probability of each arm, where river's policy has one that can be written down."""
         p = np.zeros(len(self.arms))
         if self.name == "exp3":
@@ -87,7 +87,7 @@ class River(CostAware):
     def pmf(self, context: Context) -> np.ndarray | None:
         """Probability of each of ``arms``; None for bandits that cannot tell, and until each arm was played once."""
         ids = self._legal(context)
-        return self._shares(ids) if self.name == "exp3" or all(self._played[i] for i in ids) else None
+        return self._pmf(ids) if self.name == "exp3" or all(self._played[i] for i in ids) else None
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):

@@ -33,7 +33,7 @@ class Svip(Policy):
     ) -> None:
         super().__init__(seed=seed, worker=worker)
         if not 0 <= threshold < math.inf or not 0 < scale < math.inf or cap < 1:
-            raise PolicyError(f"svip needs threshold >= 0, scale > 0 and cap >= 1, got {threshold}, {scale}, {cap}")
+            raise PolicyError(f"need threshold >= 0, scale > 0 and cap >= 1, got {threshold}, {scale}, {cap}")
         self.cap = cap
         self._limit = threshold * threshold / (scale * LN2)  # the same rule on entropy in bits
 

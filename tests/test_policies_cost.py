@@ -144,7 +144,7 @@ def test_state_round_trip_and_merging() -> None:
     assert parts[0].take_delta()["cost.nf4.count"] == 0
 
 
-def test_level_names_with_dots_survive(tmp_path: object) -> None:
+def test_level_names_with_dots_survive() -> None:
     model = CostModel()
     model.set_prior("gptq.v2-4bit", CostPrior(0.02, (0.3,)))
     again = CostModel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -150,9 +149,8 @@ def test_everything_else_reaches_the_policy() -> None:
     assert not hasattr(FaultGuard(Fixed()), "set_costs")
 
 
-@pytest.mark.parametrize("copier", [lambda g: pickle.loads(pickle.dumps(g))])
-def test_copies_work(copier: Callable[[FaultGuard], FaultGuard]) -> None:
-    assert copier(FaultGuard(Fixed(gamma=2))).decide(Context()).gamma == 2
+def test_copies_work() -> None:
+    assert pickle.loads(pickle.dumps(FaultGuard(Fixed(gamma=2)))).decide(Context()).gamma == 2
 
 
 def test_bad_fallbacks_are_refused() -> None:

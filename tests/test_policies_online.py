@@ -117,7 +117,7 @@ def test_workers_and_learner_end_as_one_policy(explore: str) -> None:
 
 def test_sync_keeps_what_was_not_handed_out() -> None:
     worker, learner, alone = make(seed=1, worker=1), make(), make()
-    for _, part in enumerate((0, 1)):
+    for part in (0, 1):
         for decision, outcome in learnt(worker, 30, seed=part):
             alone.learn(decision, outcome)
         if part == 0:
