@@ -35,7 +35,8 @@ class Schedule:
     threshold: float = 0.0
 
 
-#: transformers' plain decoding, its constant-4, its heuristic, and its default (cap 20 and an adaptive threshold).
+#: transformers' plain decoding, its constant-4, its heuristic, and its default (cap 20; the threshold adapts where
+#: scikit-learn is installed).
 SCHEDULES = {
     s.name: s
     for s in (
