@@ -15,7 +15,7 @@ import numpy as np
 
 from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
-from policies.learned import CostAware
+from policies.learned import CostAware, Objective
 
 ARMS = (1, 2, 4, 6, 8, 12, 16)
 
@@ -28,8 +28,10 @@ class _ArmBandit(CostAware):
     positional: ClassVar[str] = "objective"
     sums: np.ndarray
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**({"arms": ARMS, "objective": "tokens_per_step"} | options))
+    def __init__(
+        self, *, arms: tuple[int, ...] = ARMS, objective: Objective = "tokens_per_step", **options: Any
+    ) -> None:
+        super().__init__(arms=arms, objective=objective, **options)
         self.longest = self.arms[-1]
         self._index = {gamma: i for i, gamma in enumerate(self.arms)}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
 from policies.base import MAX_GAMMA, Outcome, PolicyError
 
 Mode: TypeAlias = Literal["imputed", "one_sided", "played"]
-MODES = ("imputed", "one_sided", "played")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class ArmLabels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from policies.base import ARMS, MAX_GAMMA, Decision, Outcome, Policy, PolicyErro
 from policies.cost import CostModel, CostPrior
 from policies.drift import Drift
 from policies.level_cost import HALF_LIFE
+
+Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
 
 
 class CostAware(Policy):
@@ -39,7 +41,7 @@ class CostAware(Policy):
         self,
         *,
         arms: tuple[int, ...] = ARMS,
-        objective: Literal["tokens_per_second", "tokens_per_step"] = "tokens_per_second",
+        objective: Objective = "tokens_per_second",
         cost_half_life: float = HALF_LIFE,
         adwin: float = 0.0,
         seed: int = 0,
@@ -62,7 +64,10 @@ class CostAware(Policy):
         """Return to what the policy started from; costs, which forget by themselves, are kept."""
 
     def set_costs(self, level: str, prior: CostPrior) -> None:
-        """Tell the policy what is known of a level's times before the first step, e.g. from a calibration."""
+        """Tell the policy what is known of a level's times before the first step, e.g. from a calibration.
+
+        A state brings what its policy was told: call this after :meth:`load_state_dict`.
+        """
         self.costs.set_prior(level, prior)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

@@ -10,6 +10,8 @@ from policies.base import MAX_GAMMA, Context, Decision, Outcome, PolicyError, St
 from policies.gaussian import check_array
 from policies.learned import CostAware
 
+GAMMAS = tuple(range(MAX_GAMMA + 1))
+
 
 def expected_tokens(alpha: float, gamma: np.ndarray) -> np.ndarray:
     """E(gamma) = (1 - alpha^(gamma+1)) / (1 - alpha), the tokens of a step if each is accepted with chance alpha."""
@@ -34,8 +36,10 @@ class Leviathan(CostAware):
     shares: ClassVar[bool] = False  # the weighted counts are one sequence's
     positional: ClassVar[str] = "half_life"
 
-    def __init__(self, *, half_life: float = 50.0, start: float = 0.5, **options: Any) -> None:
-        super().__init__(**({"arms": tuple(range(MAX_GAMMA + 1))} | options))
+    def __init__(
+        self, *, half_life: float = 50.0, start: float = 0.5, arms: tuple[int, ...] = GAMMAS, **options: Any
+    ) -> None:
+        super().__init__(arms=arms, **options)
         if not 1 <= half_life < float("inf") or not 0 < start < 1:
             raise PolicyError(f"half_life must be at least 1 and start between 0 and 1, got {half_life} and {start}")
         self.keep, self.start = 0.5 ** (1.0 / half_life), start

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,8 +27,6 @@ DEFAULT_WEIGHTS = Path(__file__).parent / "data" / "mlp16.npz"
 #: What a context holds before anything was drafted, and how fast stale signals fade towards it per step.
 NEUTRAL = np.array([2.0, 0.5, 4.0, 0.25, 0.5, 1.0])
 FADE = 0.9
-
-Objective: TypeAlias = Literal["tokens_per_second", "tokens_per_step"]
 
 
 @dataclass(frozen=True)
@@ -235,15 +233,8 @@ class Mlp16Policy(CostAware):
     summary = "the pretrained MLP16, frozen (objective=tokens_per_second|tokens_per_step)"
     positional: ClassVar[str] = "objective"
 
-    def __init__(
-        self,
-        *,
-        weights: str = "",
-        objective: Objective = "tokens_per_second",
-        arms: tuple[int, ...] = ARMS,
-        **options: Any,
-    ) -> None:
-        super().__init__(arms=arms, objective=objective, **options)
+    def __init__(self, *, weights: str = "", **options: Any) -> None:
+        super().__init__(**options)
         self.net = Mlp16(resolve_weights(weights), self.arms)
 
     def decide(self, context: Context) -> Decision:

@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
+from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array, widen
 from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
 from policies.level_features import N_LEVEL
-from policies.mlp16 import HIDDEN, INPUTS, Mlp16, Objective, resolve_weights
+from policies.mlp16 import HIDDEN, INPUTS, Mlp16, resolve_weights
 
 STATE_FORMAT = 2
 #: Posterior samples per refresh; a Thompson decision picks one of them, so its propensity is exact.
@@ -74,11 +74,9 @@ class Online(CostAware):
         noise: float = 0.0,
         refresh: int = 16,
         levels: Literal["described", "code"] = "described",
-        objective: Objective = "tokens_per_second",
-        arms: tuple[int, ...] = ARMS,
         **options: Any,
     ) -> None:
-        super().__init__(arms=arms, objective=objective, **options)
+        super().__init__(**options)
         self.explore, self.spread = _exploration(explore)
         if not 0 < strength < float("inf"):
             raise PolicyError(f"strength must be above zero, got {strength}")
