@@ -43,8 +43,10 @@ class CostPrior:
     def __post_init__(self) -> None:
         others = [v for name, v in asdict(self).items() if name != "verify_seconds"]
         times = (*others, *self.verify_seconds)
-        if not self.verify_seconds or not all(0 <= t < float("inf") for t in times) or min(self.verify_seconds) <= 0:
-            raise PolicyError(f"cost prior needs finite numbers, none below zero, and verify times above zero: {self}")
+        positive = (*self.verify_seconds, self.weight)
+        if not self.verify_seconds or not all(0 <= t < float("inf") for t in times) or min(positive) <= 0:
+            wanted = "finite numbers, none below zero, and verify times and a weight above zero"
+            raise PolicyError(f"cost prior needs {wanted}: {self}")
 
     def table(self) -> np.ndarray:
         """T_v for widths 1 to 17, shape (17,)."""

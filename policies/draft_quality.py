@@ -90,11 +90,6 @@ class DraftQuality:
         """Add what another copy handed out, as if its steps had come after this one's."""
         _add(self._sums, _read(delta), self.discount ** _steps(delta))
 
-    def restore_delta(self, delta: State) -> None:
-        """Hand a taken delta back, so that the next :meth:`take_delta` includes it."""
-        _add(self._delta, _read(delta), 1.0)
-        self._count += int(_steps(delta))
-
 
 def _add(table: dict[str, np.ndarray], more: dict[str, np.ndarray], keep: float) -> None:
     for level in table:

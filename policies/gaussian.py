@@ -200,13 +200,6 @@ class GaussianHead:
         self._total_misc += misc
         self._stale = True
 
-    def restore_delta(self, delta: State) -> None:
-        """Hand a taken delta back, so that the next :meth:`take_delta` includes it; the posterior stays as it is."""
-        if "head.sums" in delta:
-            self._delta += delta["head.sums"]
-            self._delta_misc += delta["head.misc"]
-            self._delta_count += int(delta["head.count"])
-
 
 def widen(precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Return the precision whose covariance has ``directions``^T ``directions`` added (Woodbury's identity).

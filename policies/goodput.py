@@ -15,7 +15,7 @@ import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
-from policies.hazard import Hazard
+from policies.hazard import WAITING, Hazard
 from policies.learned import CostAware
 from policies.level_cost import LevelCosts
 from policies.step_features import Step
@@ -67,8 +67,9 @@ class Goodput(CostAware):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if refresh < 1 or not 0 <= cap <= MAX_GAMMA:
-            raise PolicyError(f"refresh must be at least 1 and cap from 0 to {MAX_GAMMA}, got {refresh} and {cap}")
+        if not 1 <= refresh < WAITING or not 0 <= cap <= MAX_GAMMA:
+            wanted = f"refresh must be from 1 to {WAITING - 1} and cap from 0 to {MAX_GAMMA}"
+            raise PolicyError(f"{wanted}, got {refresh} and {cap}")
         self.every, self.cap = refresh, cap
         self.hazard = Hazard(acceptance, strength, discount)
         self._rules: dict[str, Rule] = {}
@@ -159,13 +160,6 @@ class Goodput(CostAware):
         self.hazard.merge(delta)
         super().merge(delta)
         self.version += 1
-
-    def sync(self, state: State) -> None:
-        """Take over merged statistics, and add again what was learnt here since the last :meth:`take_delta`."""
-        delta = self.take_delta()
-        self.load_state_dict(state)
-        self.merge(delta)
-        self.hazard.restore_delta(delta)
 
 
 def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:

@@ -188,13 +188,6 @@ class Hazard:
         self.history.merge(delta)
         self._read()
 
-    def restore_delta(self, delta: State) -> None:
-        """Hand a taken delta back."""
-        for name, head in zip(HEADS, self.heads, strict=True):
-            head.restore_delta(_part(delta, name))
-        self.quality.restore_delta(delta)
-        self.history.restore_delta(delta)
-
     def save_prior(self, path: str | Path) -> None:
         """Write what was learnt as a prior for later runs (an npz that the constructor reads)."""
         self.refresh()

@@ -75,7 +75,7 @@ class LevelCosts:
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
         self.steps += 1
-        if self.steps == 1 and self.prior is VAGUE:
+        if self.steps == 1 and self.prior == VAGUE:
             return  # the first call warms caches up and would be the only measure of scale
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
         k, g = outcome.drafted, self._gain
@@ -109,7 +109,7 @@ class LevelCosts:
 
     def _clip(self, value: float, expected: float) -> float:
         """Huber-clip a time around its estimate, and widen or narrow the allowance."""
-        if self.steps <= 3 and self.prior is VAGUE:
+        if self.steps <= 3 and self.prior == VAGUE:
             return value
         allowance = max(4.0 * self.deviation, 0.2)
         value = min(max(value, expected / (1.0 + allowance)), expected * (1.0 + allowance))
@@ -153,7 +153,7 @@ class LevelCosts:
         # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's: a calibration is
         # trusted for its shape far more than for its scale.
         square, s0, centre = float(p[0]) ** 2, prior.context_seconds, prior.context_length
-        if prior is VAGUE and n_ > 0.0:
+        if prior == VAGUE and n_ > 0.0:
             centre = c_ / n_
         weak = 0.1 * prior.weight * square
         xp, xq, xx = cp - centre * np_, cq - centre * nq, cc[5] - 2 * centre * c_ + n_ * centre**2 + 1e6
@@ -202,7 +202,7 @@ class LevelCosts:
         return {
             "widths": self._widths.copy(),
             "sums": self._sums.copy(),
-            "misc": np.array([self.steps, self.deviation, float(prior is VAGUE)]),
+            "misc": np.array([self.steps, self.deviation, float(prior == VAGUE)]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
         }
 

@@ -152,8 +152,8 @@ class Mlp16:
         self._matrices: dict[str, np.ndarray] = {}
         # An array rather than the scalar 0: numpy converts a scalar operand anew at every call.
         size = HIDDEN + 1 + extra
+        self._shape = size, len(arms)
         self._flat, self._zero = np.empty(size * len(arms)), np.zeros(size * len(arms))
-        self._grid = self._flat.reshape(size, len(arms))
 
     def scaled(self, level: str, x: np.ndarray) -> np.ndarray:
         """Return gamma * phi of every arm, shape (17 + E, K), overwritten by the next call; ``x`` (6 + E,).
@@ -173,7 +173,7 @@ class Mlp16:
             matrix = self._matrices[level] = matrix.reshape(len(matrix), -1)
         np.dot(x, matrix, self._flat)
         np.maximum(self._flat, self._zero, out=self._flat)
-        return self._grid
+        return self._flat.reshape(self._shape)  # made anew: in a deep copy, a view that is kept is of nothing
 
     def phi(self, levels: Sequence[str], x: np.ndarray) -> np.ndarray:
         """Return [relu(x W1 + b1), 1, extra] of S decisions' arms, shape (S, K, 17 + E); ``x`` (S, 6 + E)."""

@@ -207,6 +207,7 @@ class Online(CostAware):
         self._waiting.clear()
         self.head.load(state)
         super().load_state_dict(state)
+        self._prices.clear()  # versions of costs begin anew
         self._draw()
 
     def take_delta(self) -> State:
@@ -218,13 +219,6 @@ class Online(CostAware):
         self.head.merge(delta)
         super().merge(delta)
         self._draw()
-
-    def sync(self, state: State) -> None:
-        """Take over merged statistics, and add again what was learnt here since the last :meth:`take_delta`."""
-        delta = self.take_delta()
-        self.load_state_dict(state)
-        self.merge(delta)
-        self.head.restore_delta(delta)
 
     def info(self) -> dict[str, Any]:
         return super().info() | {"noise": float(self.head.noise)}

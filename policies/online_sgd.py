@@ -53,6 +53,11 @@ class OnlineSgd(CostAware):
         self._inputs = np.zeros((len(self.arms), _INPUTS))
         self._inputs[:, 5] = self.arms
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # copies of views are no views
+        self._W1, self._b1, self._W2, self._b2 = _views(self._flat)
+        self._views = _views(self._gradient)
+
     def _start(self) -> np.ndarray:
         w = self._reader.weights
         return np.concatenate([w.W1.ravel(), np.zeros(N_LEVEL * HIDDEN), w.b1, w.W2.ravel(), w.b2])

@@ -190,14 +190,6 @@ class TokenHistory:
             self._table = now - own * self._weight
             self._open(now)
 
-    def restore_delta(self, delta: State) -> None:
-        """Hand a taken delta back, so that the next :meth:`take_delta` includes it."""
-        index, sums, count = _read(delta)
-        self._open(self._now())
-        self._table = self._table.copy()
-        self._table[:, index] -= sums * self._weight
-        self._steps += int(count)
-
 
 def _read(delta: State) -> tuple[np.ndarray, np.ndarray, float]:
     """Return buckets, sums and the number of steps of a delta; nothing for one without them."""

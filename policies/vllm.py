@@ -50,7 +50,8 @@ class VllmAdaptive(CostAware):
     def decide(self, context: Context) -> Decision:
         decision = Decision(self.new_id(), min(self.gamma, context.max_gamma), stops=self.refits >= UNPRUNED)
         if decision.stops:
-            decision.features = self.costs.level(context.level).verify + self.costs.level(context.level).overhead
+            costs = self.costs.level(context.level)
+            decision.features = costs.verify + costs.overhead, costs.draft
         return decision
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
@@ -58,17 +59,13 @@ class VllmAdaptive(CostAware):
             return drafted
         survival = np.cumprod(self.probabilities(signals[:drafted, MARGIN]))
         tokens = 1.0 + np.concatenate(([0.0], np.cumsum(survival)))
-        return int((tokens / (decision.features[: drafted + 1] + self._draft_seconds * drafted)).argmax())
-
-    @property
-    def _draft_seconds(self) -> float:
-        levels = self.costs.levels.values()
-        return sum(level.draft for level in levels) / max(len(levels), 1)
+        seconds, draft = decision.features
+        return int((tokens / (seconds[: drafted + 1] + draft * drafted)).argmax())
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):
             return
-        self.costs.observe(outcome, decision.gamma if decision.stops else None)
+        self.costs.observe(outcome, max(outcome.forwards, outcome.drafted))
         for j, margin in enumerate(outcome.signals[: outcome.tested, MARGIN].tolist()):
             if j < self.gamma:
                 self._rows.append((j, min(max(margin, 0.0), CLIP), float(j < outcome.accepted)))

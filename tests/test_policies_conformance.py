@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -106,6 +107,15 @@ def test_save_and_load(spec: str) -> None:
         getattr(p, "policy", p).rng = np.random.default_rng(1)
         p.load_state_dict(state)
     a, b = (play(p, list(tapes())[2:]) for p in (policy, again))
+    assert a.gammas == b.gammas
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_a_copy_goes_on_like_the_original(spec: str) -> None:
+    policy = build(spec)
+    play(policy, list(tapes())[:1])
+    copied = copy.deepcopy(policy)
+    a, b = (play(p, list(tapes())[1:]) for p in (copied, policy))
     assert a.gammas == b.gammas
 
 

@@ -111,23 +111,17 @@ def test_workers_and_learner_end_as_one_policy(explore: str) -> None:
     alone._refresh()
     assert learner.head.mean == pytest.approx(alone.head.mean, abs=1e-9)
     assert learner.head.factor == pytest.approx(alone.head.factor, abs=1e-9)
-    workers[0].sync(learner.state_dict())
+    workers[0].load_state_dict(learner.state_dict())
     assert workers[0].head.mean == pytest.approx(alone.head.mean, abs=1e-9)
 
 
-def test_sync_keeps_what_was_not_handed_out() -> None:
-    worker, learner, alone = make(seed=1, worker=1), make(), make()
-    for part in (0, 1):
-        for decision, outcome in learnt(worker, 30, seed=part):
-            alone.learn(decision, outcome)
-        if part == 0:
-            learner.merge(worker.take_delta())
-    worker.sync(learner.state_dict())
-    alone._refresh()
-    assert worker.head.mean == pytest.approx(alone.head.mean, abs=1e-9)
-    learner.merge(worker.take_delta())
-    assert learner.head.mean == pytest.approx(alone.head.mean, abs=1e-9)
-    assert worker.take_delta()["head.count"] == 0
+def test_a_loaded_state_brings_its_prices() -> None:
+    policy, other = make(), make()
+    for p, t_d in ((policy, 0.01), (other, 0.1)):
+        p.set_costs("nf4", CostPrior(t_d, (0.1, 0.1)))
+    policy._price("nf4")
+    policy.load_state_dict(other.state_dict())
+    assert policy._price("nf4")[0] == pytest.approx(other._price("nf4")[0])
 
 
 @pytest.mark.parametrize(
