@@ -49,10 +49,10 @@ def collect(config: ConversationsConfig) -> int:
     from experiments.distill.__main__ import system_prefix
     from experiments.distill.data import ANSWER, load_conversations
     from policies.base import MAX_GAMMA
+    from speckv_online.draft_table import draft_table
     from speckv_online.fingerprints import drafter_fingerprint
     from speckv_online.models import load_pair
     from speckv_online.rundir import check_writable
-    from speckv_online.trace_collection import draft_table
     from speckv_online.traces import Trace, agreement, prompt_hash
 
     out = Path(config.out)
@@ -76,11 +76,11 @@ def collect(config: ConversationsConfig) -> int:
         part = slice(data.offsets[i], data.offsets[i + 1])
         ids, answer = data.ids[part].astype(np.int32), data.role[part] == ANSWER
         prompt, tokens = np.append(np.array(prefix, dtype=np.int32), ids[~answer]), ids[answer]
-        drafts, signals = draft_table(pair.drafter, prompt.tolist(), tokens.tolist(), MAX_GAMMA)
+        drafts, signals, lookups = draft_table(pair.drafter, prompt.tolist(), tokens.tolist(), MAX_GAMMA)
         ended = int(tokens[-1]) == eos
         Trace(
             level="fp16", task="", prompt_id=f"conversation-{i:05d}", split="", prompt=prompt, tokens=tokens,
-            drafts=drafts, accepted=agreement(drafts, tokens), signals=signals,
+            drafts=drafts, accepted=agreement(drafts, tokens), signals=signals, lookups=lookups,
             budget=len(tokens) + ended, finish="eos" if ended else "length",
             meta=meta | {"prompt_sha256": prompt_hash(prompt.tolist()), "max_new_tokens": len(tokens)},
         ).save(path)  # fmt: skip

@@ -1,6 +1,6 @@
 """What a step costs in seconds, per compression level: the simulator's clock.
 
-A step that drafts ``j`` tokens and submits ``k <= j`` of them costs
+A step that drafts tokens by ``j`` forwards of the draft and submits ``k`` of them costs
 
     T = t_d * j + T_v(k + 1) + slope * (context - usual context) + t_0
 
@@ -141,11 +141,11 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     UserError
         If there is no record with a positive verify time.
     """
-    rows = [(r.drafted, r.context_length, r.draft_seconds, r.verify_seconds, r.seconds) for r in records]
-    data = np.array([row for row in rows if row[3] > 0], dtype=float).reshape(-1, 5)
+    rows = [(r.drafted, r.forwards, r.context_length, r.draft_seconds, r.verify_seconds, r.seconds) for r in records]
+    data = np.array([row for row in rows if row[4] > 0], dtype=float).reshape(-1, 6)
     if not len(data):
         raise UserError("no timed steps to fit a cost table to: record some with python -m experiments.profile")
-    drafted, context, draft, verify, total = data.T
+    drafted, forwards, context, draft, verify, total = data.T
     widths = drafted.astype(int) + 1
     centre = float(np.median(context))
     slope = _theil_sen(widths, context, verify)
@@ -157,7 +157,8 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     table = np.interp(np.arange(1, WIDTHS + 1), seen, medians)
     growth = (medians[-1] - medians[0]) / max(1, seen[-1] - seen[0])
     table[seen[-1] :] = medians[-1] + growth * np.arange(1, WIDTHS - seen[-1] + 1)
-    t_d = float(np.median(draft[drafted > 0] / drafted[drafted > 0])) if (drafted > 0).any() else 0.0
+    paid = forwards > 0
+    t_d = float(np.median(draft[paid] / forwards[paid])) if paid.any() else 0.0
     overhead = max(0.0, float(np.median(total - draft - verify)))
     return LevelCost(t_d, tuple(float(v) for v in table), overhead, slope, centre)
 

@@ -125,8 +125,9 @@ class ModelDrafter:
             found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
             if len(found) == count:
                 break
-            ids = token.view(1, 1) if self.last_id is None else token.view(1, 1).clamp(max=self.last_id)
-            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out = self.model(
+                input_ids=self.known(token.view(1, 1)), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
             logits = out.logits[0, -1, : self.rows].float()
         return torch.stack(found)
 
@@ -142,13 +143,15 @@ class ModelDrafter:
         self.proposals += [None] * len(tokens)
         return tokens
 
+    def known(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return token ids with those that the model cannot read replaced by the largest that it can."""
+        return ids if self.last_id is None else ids.clamp(max=self.last_id)
+
     def logits(self) -> torch.Tensor:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
         have, n = len(self.cache), len(self.context)
         missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
-        ids = torch.tensor([missing], device=self.model.device)
-        if self.last_id is not None:
-            ids.clamp_(max=self.last_id)
+        ids = self.known(torch.tensor([missing], device=self.model.device))
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1, : self.rows].float()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -15,6 +15,8 @@ class StepRecord:
     ``gamma`` is what the policy asked for, cut to what the step allowed, ``drafted`` what was drafted and submitted,
     ``accepted`` n, ``produced`` the tokens added to the output. The signal summaries are over the drafted tokens of
     this very step (zero where nothing was drafted), ``tested`` is the number of positions whose label is known.
+    ``forwards`` counts the tokens that took a forward of the draft model, dropped ones included; where it is not known
+    (schema 1), all of ``drafted``.
     """
 
     step: int
@@ -35,6 +37,11 @@ class StepRecord:
     draft_seconds: float
     verify_seconds: float
     seconds: float
+    forwards: int = -1
+
+    def __post_init__(self) -> None:
+        if self.forwards < 0:
+            self.forwards = self.drafted
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as a flat dict, ready for JSON."""

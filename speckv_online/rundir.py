@@ -279,6 +279,7 @@ def read_from(path: str | Path, start: int = 0) -> Iterator[tuple[UnitResult | N
                 yield UnitResult(unit, steps[len(steps) - count :], row), offset
             else:
                 key = (row["level"], row["policy"], row["prompt"], row["seed"])
+                row.setdefault("forwards", -1)  # schema 1 lacks it
                 pending.setdefault(key, []).append(StepRecord(**{name: row[name] for name in _STEP_FIELDS}))
         except UserError:
             raise

@@ -171,5 +171,5 @@ def record_of(
         max_draft_entropy=max_h, min_draft_confidence=min_c, context_length=outcome.context_length,
         propensity=decision.propensity, policy_version=decision.policy_version, decision_id=decision.id,
         decide_seconds=decide_seconds, draft_seconds=outcome.draft_seconds, verify_seconds=outcome.verify_seconds,
-        seconds=seconds,
+        seconds=seconds, forwards=outcome.forwards,
     )  # fmt: skip

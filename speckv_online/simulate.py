@@ -133,7 +133,7 @@ class Simulator:
         end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
         catch_up = cost.catch_up_seconds
-        output, proposals, accepted, available, table = trace.rows
+        output, proposals, accepted, available, table, lookups, forwards, read = trace.rows
         reads, longest = trace.reads, self.max_gamma
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
@@ -144,6 +144,8 @@ class Simulator:
             # Conditions instead of min() here: a call costs more than all that it compares.
             left = budget - t - 1
             limit = context.max_gamma = longest if longest < left else left
+            if lookups:
+                context.lookups = lookups[t][:1]
             decision = decide(context)
             gamma = decision.gamma if decision.gamma < limit else limit
             drafts, ids, there = table[t], proposals[t], available[t]
@@ -156,6 +158,8 @@ class Simulator:
                     buffer[proposed] = drafts[proposed]
                     shown.append(ids[proposed])
                     proposed += 1
+                    if lookups:
+                        context.lookups = lookups[t][: proposed + 1]
                     if proposed < gamma and not proceed(decision, proposed, buffer):
                         break
                 k = submit(decision, proposed, buffer)
@@ -163,19 +167,20 @@ class Simulator:
             n = accepted[t] if accepted[t] < k else k
             whole = t + n == end  # the draft held the end-of-sequence token
             produced = n if whole else n + 1
-            draft_seconds = t_d * proposed + catch_up * (lag - 1) if proposed else 0.0
+            paid, reached = forwards[t][proposed], read[t][proposed]
+            draft_seconds = t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
             verify_seconds = t_v[k] + slope * (context.context_length - usual)
             seconds = draft_seconds + verify_seconds + t_0
             tested = n if whole or n == k else n + 1
             outcome = Outcome(
                 k, n, tested, produced, seconds, draft_seconds, verify_seconds, level, context.context_length,
-                lag - 1 if k else 0, drafts[:k], "", proposed,
+                lag - 1 if paid else 0, drafts[:k], "", paid,
             )  # fmt: skip
             learn(decision, outcome)
             yield t, decision.gamma, k, n, tested, produced, proposed, seconds
-            # The draft has read all it drafted but the last token: with that accepted it lags by two, else by one.
+            # The draft's cache keeps what it has read of the accepted tokens; the target's token comes on top.
             if reads:
-                lag = (2 if n == proposed else 1) if proposed else lag + produced
+                lag = n + 1 - (reached if reached < n else n) if paid else lag + produced
             history.update(outcome)
             tokens += output[t : t + produced]
             t += produced
@@ -214,17 +219,20 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
     at = np.array(starts)
     j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
     tested = np.where(at + n == length, n, np.minimum(n + 1, k))
-    seconds = cost.draft_seconds * j + cost.overhead_seconds + np.array(cost.verify_seconds)[k]
+    paid, read = trace.forwards[at, j], trace.read[at, j]
+    seconds = cost.draft_seconds * paid + cost.overhead_seconds + np.array(cost.verify_seconds)[k]
     seconds += cost.context_seconds * (len(trace.prompt) + at - cost.context_length)
     if cost.catch_up_seconds and trace.reads:
-        seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), j, n, produced))
+        seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), paid, read, n, produced))
     return Replay(at, gamma[at], k, n, tested, produced, j, seconds)
 
 
-def _behind(prompt: int, proposed: np.ndarray, accepted: np.ndarray, produced: np.ndarray) -> list[int]:
-    """Context tokens beyond the latest one that the draft has to read in each step; 0 where it drafts nothing."""
+def _behind(
+    prompt: int, forwards: np.ndarray, read: np.ndarray, accepted: np.ndarray, produced: np.ndarray
+) -> list[int]:
+    """Tokens beyond one a forward that the draft has to read in each step; 0 where no forward is made."""
     found, lag = [], prompt
-    for j, n, tokens in zip(proposed.tolist(), accepted.tolist(), produced.tolist(), strict=True):
-        found.append(lag - 1 if j else 0)
-        lag = (2 if n == j else 1) if j else lag + tokens
+    for paid, reached, n, tokens in zip(*(x.tolist() for x in (forwards, read, accepted, produced)), strict=True):
+        found.append(lag + reached - paid if paid else 0)
+        lag = n + 1 - min(reached, n) if paid else lag + tokens
     return found

@@ -35,6 +35,9 @@ class Rows(NamedTuple):
     accepted: list[int]
     available: list[int]
     signals: np.ndarray
+    lookups: list[list[float]]
+    forwards: list[list[int]]
+    read: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Trace:
         ``"eos"`` or ``"length"``.
     meta : dict
         Fingerprints of the models, versions and whatever else the collector wrote down.
+    lookups : ndarray of float32, shape (L, G), optional
+        How sure the drafter is of each token beforehand where that takes no forward of a model, 0 where it does; left
+        out where all take one.
     """
 
     level: str
@@ -75,6 +81,7 @@ class Trace:
     finish: str
     split: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    lookups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,11 +102,27 @@ class Trace:
         return bool(self.meta.get("drafter", "model") != "ngram")
 
     @cached_property
+    def forwards(self) -> np.ndarray:
+        """How many forwards of the draft model the first j tokens of each position take, shape (L, G + 1)."""
+        asked = np.ones(self.drafts.shape, int) if self.lookups is None else (self.lookups == 0.0).astype(int)
+        return np.pad(asked.cumsum(axis=1), ((0, 0), (1, 0)))
+
+    @cached_property
+    def read(self) -> np.ndarray:
+        """How many of the first j tokens of each position the draft model has read by then, shape (L, G + 1).
+
+        A forward reads all before the token that it proposes, so these are the tokens before the latest forward.
+        """
+        forwards = self.forwards
+        before = np.where(np.diff(forwards, axis=1) > 0, np.arange(self.gamma), 0)
+        return np.pad(np.maximum.accumulate(before, axis=1), ((0, 0), (1, 0)))
+
+    @cached_property
     def rows(self) -> Rows:
         """The trace as a replay reads it; made once, since a trace is replayed many times."""
-        tokens, drafts, accepted, available = self.tokens, self.drafts, self.accepted, self.available
-        lists = tokens.tolist(), drafts.tolist(), accepted.tolist(), available.tolist()
-        return Rows(*lists, self.signals.astype(float))
+        lists = (a.tolist() for a in (self.tokens, self.drafts, self.accepted, self.available))
+        lookups = [] if self.lookups is None else self.lookups.astype(float).tolist()
+        return Rows(*lists, self.signals.astype(float), lookups, self.forwards.tolist(), self.read.tolist())
 
     def check(self) -> None:
         """Raise ValueError where shapes or values contradict each other."""
@@ -115,12 +138,19 @@ class Trace:
             raise ValueError("the accepted lengths are not those of its drafts and tokens")
         if not np.isfinite(self.signals).all():
             raise ValueError("signals are not finite")
+        if self.lookups is not None:
+            if self.lookups.shape != (length, gamma):
+                raise ValueError(f"lookups has shape {self.lookups.shape}, expected {(length, gamma)}")
+            if not ((self.lookups >= 0.0) & (self.lookups <= 1.0)).all():
+                raise ValueError("lookups are not probabilities")
 
     def save(self, path: str | Path) -> Path:
         """Write the trace to an ``.npz`` file, whole or not at all."""
         text = ("level", "task", "prompt_id", "split", "budget", "finish", "meta")
         head = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in text}
         arrays = {n: getattr(self, n) for n in ("prompt", "tokens", "drafts", "accepted", "signals")}
+        if self.lookups is not None:
+            arrays["lookups"] = self.lookups
         arrays["head"] = np.array(json.dumps(head))
         return write_atomically(path, lambda f: np.savez_compressed(f, **arrays), binary=True)
 
@@ -136,6 +166,8 @@ class Trace:
                 if (version := head.pop("version", None)) != VERSION:
                     raise ValueError(f"trace version {version}, this program reads version {VERSION}")
                 arrays = {n: file[n] for n in ("prompt", "tokens", "drafts", "accepted", "signals")}
+                if "lookups" in file:
+                    arrays["lookups"] = file["lookups"]
             trace = cls(**head, **arrays)
             trace.check()
         except FileNotFoundError:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from experiments.gate import main
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, N_SIGNALS
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, N_SIGNALS, Context, Decision, Policy
+from speckv_online.draft_table import draft_table
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.drafters import Drafter, ModelDrafter, NgramDrafter
 from speckv_online.errors import UserError
@@ -19,7 +20,7 @@ from speckv_online.gate import FEATURES, Gate
 from speckv_online.gate_training import choose, cross_fit, fit_gate, fixed_goodput, positions, sureness, tune_skip
 from speckv_online.hybrid import HybridDrafter
 from speckv_online.simulate import Replay, Simulator, replay_fixed
-from speckv_online.trace_collection import collect_trace, draft_table
+from speckv_online.trace_collection import collect_trace
 from speckv_online.traces import Trace, agreement
 from tests.conftest import TinyPair, perturbed
 from tests.test_drafters import REPEATING, gate_that
@@ -56,6 +57,44 @@ def test_tables_are_what_the_drafter_drafts(traced: tuple[Drafter, list[Trace]])
         offered = np.arange(gamma) < trace.available[:, None]
         np.testing.assert_allclose(trace.signals[:, :gamma][offered], signals[offered], atol=2e-3)
         assert offered.all() == (drafter.names[0] == "hybrid")
+
+
+def test_what_is_free_is_what_the_drafter_says_beforehand(traced: tuple[Drafter, list[Trace]]) -> None:
+    drafter, traces = traced
+    for trace in traces[:2]:
+        told = np.zeros(trace.drafts.shape)
+        drafter.begin(trace.prompt.tolist(), 200)
+        for t, token in enumerate(trace.tokens.tolist()):
+            for j in range(int(trace.available[t])):
+                told[t, j] = drafter.sure()
+                drafter.draft(np.zeros(N_SIGNALS))
+            drafter.end(0)
+            drafter.extend([token])
+        assert trace.lookups is not None
+        np.testing.assert_allclose(trace.lookups, told, atol=1e-6)
+        asked = np.pad((told == 0.0).cumsum(axis=1), ((0, 0), (1, 0)))
+        offered = np.arange(trace.gamma + 1) <= trace.available[:, None]
+        np.testing.assert_array_equal(trace.forwards[offered], asked[offered])
+        assert trace.lookups.any() == (drafter.names[0] == "ngram" or drafter.skip < 1.0)
+
+
+class FollowsLookups(Policy):
+    """Drafts as long as it is free, and one token more."""
+
+    def decide(self, context: Context) -> Decision:
+        self.context = context
+        return Decision(self.new_id(), 9 if context.lookups[0] else context.step % 3, stops=True)
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        return self.context.lookups[drafted - 1] > 0.0
+
+
+def test_a_policy_is_told_in_a_replay_what_the_decoder_tells(
+    traced: tuple[Drafter, list[Trace]], tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, traces = traced
+    monkeypatch.setitem(POLICIES, "follows", lambda: FollowsLookups(seed=0))
+    compare(tiny_pair.target, drafter, traces[:2], "follows", ())
 
 
 @pytest.mark.parametrize("name", ["fixed:4", "random", "stopping"])

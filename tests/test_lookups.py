@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from policies.best_drafter import BestDrafter
 from policies.cost_prior import CostPrior
 from policies.goodput import Goodput
 from policies.safety import SafetyGuard
+from speckv_online.cost import LevelCost
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import Drafter, ModelDrafter, NgramDrafter
 from speckv_online.hybrid import HybridDrafter
+from speckv_online.simulate import replay_plan
 from tests.conftest import TinyPair
 from tests.test_drafters import REPEATING, gate_that
+from tests.test_simulate import made
 
 SURE, UNSURE = [0.1, 0.97, 9.0, 3.0], [5.0, 0.03, 0.1, -3.0]
 
@@ -171,3 +175,24 @@ def test_a_copy_for_another_drafter_does_not_see_them() -> None:
         seen.add((decision.drafter, len(context.lookups)))
         policy.learn(decision, Outcome(2, 1, 2, 2, 0.1, 0.02, 0.08, "nf4", 10, 0, np.array([SURE] * 2)))
     assert seen == {("hybrid", 1), ("model", 0)}
+
+
+def test_forwards_and_catching_up_are_charged_by_hand() -> None:
+    """Model, lookup, lookup, model: the second forward reads four tokens; what was free is read later."""
+    cost = LevelCost(0.01, (0.1,) * 17, catch_up_seconds=0.001)
+    trace = made([4, 0, 0, 0, 0, 1, 0])
+    trace = replace(trace, lookups=np.zeros(trace.drafts.shape, np.float32))
+    trace.lookups[0, 1:3] = 0.9
+    trace.lookups[5, 0] = 0.9
+    assert trace.forwards[0, :5].tolist() == [0, 1, 1, 1, 2]
+    assert trace.read[0, :5].tolist() == [0, 0, 0, 0, 3]
+    prompt = len(trace.prompt)
+    for j, draft in ((4, 0.02 + 0.001 * (prompt + 3 - 2)), (3, 0.01 + 0.001 * (prompt - 1)), (0, 0.0)):
+        plan = np.full(len(trace), 0)
+        plan[0] = j
+        assert replay_plan(trace, plan, plan, cost).seconds[0] == pytest.approx(draft + 0.1)
+    # Three drafted, all right, of which the model has read none: the step at 4 reads those and the newest token.
+    plan = np.array([3, 0, 0, 0, 1, 1, 1])
+    seconds = replay_plan(trace, plan, plan, cost).seconds
+    assert seconds[1] == pytest.approx(0.1 + 0.01 + 0.001 * 3)
+    assert seconds[2] == pytest.approx(0.1)  # a lookup's token alone

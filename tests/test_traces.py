@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PreTrainedConfig
 
 from policies.base import N_SIGNALS
+from speckv_online.draft_table import draft_table
 from speckv_online.drafters import ModelDrafter
 from speckv_online.errors import UserError
 from speckv_online.fingerprints import fingerprint
 from speckv_online.models import LoadedPair, chat_prompt
-from speckv_online.trace_collection import collect_trace, draft_table
+from speckv_online.trace_collection import collect_trace
 from speckv_online.traces import Trace, load_traces
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 
@@ -52,12 +53,13 @@ def test_draft_table_is_what_the_drafter_drafts(noise: float) -> None:
 
 
 def test_draft_table_with_a_reduced_head_and_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speckv_online.trace_collection.BATCH", 3)
+    monkeypatch.setattr("speckv_online.draft_table.BATCH", 3)
     head_ids = torch.randperm(260, generator=torch.Generator().manual_seed(0))[:100]
     drafter = ModelDrafter(tiny_llama(seed=3, vocab=260), 260, head_ids)
     drafter.model.lm_head = torch.nn.Linear(64, 100, bias=False).requires_grad_(False)
     tokens = [int(t) for t in np.random.default_rng(0).integers(1, 260, 20)]
-    drafts, signals = draft_table(drafter, PROMPT, tokens, 5)
+    drafts, signals, lookups = draft_table(drafter, PROMPT, tokens, 5)
+    assert lookups is None  # every token takes a forward
     want_drafts, want_signals = one_by_one(drafter, PROMPT, tokens, 5)
     np.testing.assert_array_equal(drafts, want_drafts)
     np.testing.assert_allclose(signals, want_signals, atol=2e-3)
@@ -85,7 +87,7 @@ def test_draft_table_of_other_families(config: PreTrainedConfig) -> None:
     torch.manual_seed(0)
     drafter = ModelDrafter(AutoModelForCausalLM.from_config(config).eval(), 260)
     tokens = [int(t) for t in np.random.default_rng(0).integers(1, 260, 12)]
-    drafts, signals = draft_table(drafter, PROMPT, tokens, 8)
+    drafts, signals, _ = draft_table(drafter, PROMPT, tokens, 8)
     want_drafts, want_signals = one_by_one(drafter, PROMPT, tokens, 8)
     np.testing.assert_array_equal(drafts, want_drafts)
     np.testing.assert_allclose(signals, want_signals, atol=2e-3)
