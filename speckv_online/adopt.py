@@ -53,6 +53,8 @@ def as_drafter(draft: Drafter | PreTrainedModel | None, target: PreTrainedModel)
     UserError
         If the model cannot draft for the target.
     """
+    if isinstance(draft, str):
+        raise UserError(f"the draft must be a loaded model or a drafter, not the name {draft!r}: load it first")
     if not isinstance(draft, PreTrainedModel):
         return draft
     check_model(draft, "draft")

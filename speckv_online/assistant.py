@@ -94,6 +94,10 @@ class PolicyAssistant:
         return self.last
 
 
+#: Logits between the best two tokens that signals show at most.
+MOST_MARGIN = 40.0
+
+
 class PolicyCandidates(AssistedCandidateGenerator):
     """transformers' candidate generator for one prompt, with the policy in place of its schedules."""
 
@@ -111,6 +115,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.ngrams = NgramIndex(tokens)
         self.signals = np.zeros((MAX_GAMMA, N_SIGNALS))
         self.drafts: list[int] = []
+        self.forwards = 0
         self.decision = Decision(0, 0)
         self.policy.begin(self.history.context)
 
@@ -130,6 +135,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         found: tuple[Any, Any] = super().get_candidates(input_ids, **kwargs)
         ids, logits = found
         self._note(ids, logits, length)
+        self.forwards = len(self.drafts)
         if self.decision.stops and self.drafts and not self.sampled:
             t = perf_counter()
             kept = self.policy.submit(self.decision, len(self.drafts), self.signals)
@@ -167,7 +173,8 @@ class PolicyCandidates(AssistedCandidateGenerator):
             row = logits[0, i].float()
             top = row.topk(2).values
             p = row.softmax(-1)
-            wanted = torch.stack((torch.special.entr(p).sum() / math.log(2), p.amax(), top[0] - top[1])).tolist()
+            margin = (top[0] - top[1]).clamp(max=MOST_MARGIN)  # infinite where cuts leave one token
+            wanted = torch.stack((torch.special.entr(p).sum() / math.log(2), p.amax(), margin)).tolist()
             self.signals[i, [ENTROPY, CONFIDENCE, MARGIN]] = wanted
             self.signals[i, NGRAM] = self.ngrams.signal(self.drafts, new[i])
             self.drafts.append(new[i])
@@ -185,12 +192,14 @@ class PolicyCandidates(AssistedCandidateGenerator):
         now, n, k = perf_counter(), int(num_matches), len(self.drafts)
         tokens = input_ids[0, len(self.tokens) :].tolist()
         ended = len(tokens) <= k and n < k and tokens[-1] == self.drafts[n]  # an end of sequence was among the drafts
+        n += ended  # which transformers does not count as a match
         context = self.history.context
         outcome = Outcome(
             drafted=k, accepted=n, tested=n if ended else min(n + 1, k), produced=len(tokens),
             seconds=now - self.started, draft_seconds=self.drafted_at - self.started - self.asked,
             verify_seconds=now - self.drafted_at, level=context.level, context_length=context.context_length,
-            caught_up=max(self.lag - 1, 0) if k else 0, signals=self.signals[:k].copy(),
+            caught_up=max(self.lag - 1, 0) if self.forwards else 0, signals=self.signals[:k].copy(),
+            forwards=self.forwards,
         )  # fmt: skip
         self._forget(outcome.context_length + n)
         # The first verification reads the prompt too: its time is no usual step's.

@@ -20,7 +20,7 @@ from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import NO_PROPOSAL
 from speckv_online.errors import UserError
 from speckv_online.sampling import Sampler
-from speckv_online.sequences import Generation, TokenSequence, matching, record_of
+from speckv_online.sequences import Generation, TokenSequence, matching, record_of, untimed
 from speckv_online.signals import History
 
 if TYPE_CHECKING:
@@ -195,16 +195,18 @@ def _step(policy: Policy, target: BatchModel, drafter: RowDrafter | None, rows: 
         outcome = Outcome(
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=row.draft_seconds,
             verify_seconds=verify_seconds, level=context.level, context_length=context.context_length,
-            caught_up=max(row.lag - 1, 0) if k else 0, signals=row.signals[:k].copy(), drafter=row.used,
-            forwards=row.lookups[:-1].count(0.0),
+            signals=row.signals[:k].copy(), drafter=row.used, forwards=row.lookups[:-1].count(0.0),
         )  # fmt: skip
+        outcome.caught_up = max(row.lag - 1, 0) if outcome.forwards else 0
         outcomes.append(outcome)
     own = [row.policy_seconds + row.draft_seconds + verify_seconds for row in rows]
     rest = max(perf_counter() - started - sum(own), 0.0) / len(rows)
     for row, outcome, seconds in zip(rows, outcomes, own, strict=True):
         outcome.seconds = seconds + rest
         t = perf_counter()
-        policy.learn(row.decision, outcome)
+        # A step whose draft read the prompt first says nothing of what a step takes.
+        first = row.history.context.step == 0 and outcome.caught_up > 1
+        policy.learn(row.decision, untimed(outcome) if first else outcome)
         learning = perf_counter() - t
         record = record_of(
             row.history.context, row.decision, outcome, row.policy_seconds + learning, outcome.seconds + learning

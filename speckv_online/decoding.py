@@ -72,6 +72,8 @@ class SpeculativeDecoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.policy = as_policy(policy)
+        if not 0 <= max_gamma <= MAX_GAMMA:
+            raise UserError(f"max_gamma must be from 0 to {MAX_GAMMA}, got {max_gamma}")
         self.max_gamma, self.tokenizer = max_gamma, tokenizer
         self.last: Generation | list[Generation] = Generation()
         self.totals = Totals()
@@ -248,10 +250,9 @@ class SpeculativeDecoder:
         gamma = min(decision.gamma, context.max_gamma)
         t1 = perf_counter()
         clock.draft()
-        asked = 0.0  # time spent in the policy after its decision
         drafts: list[int] = []
         context.drafts = drafts
-        lag, used = 0, ""
+        lag, used, asked = 0, "", 0.0  # asked: seconds spent in the policy after its decision
         sampled, ahead = sequence.sampler is not None, None
         if drafter is not None:
             lag, used = drafter.lag, drafter.use(decision.drafter)
@@ -279,16 +280,16 @@ class SpeculativeDecoder:
         tested = min(n + 1, k)
         if len(tokens) <= n:  # the end came inside the draft: nothing is known of what follows it
             n = tested = len(tokens)
-        cache.truncate(context.context_length + n)
+        cache.truncate(context.context_length + len(tokens) - 1)
         if drafter is not None:
             drafter.end(n)
             drafter.extend(tokens)
+        forwards = k if ahead is not None else lookups[:-1].count(0.0)
         draft_seconds, verify_seconds = clock.seconds()
         outcome = Outcome(
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=draft_seconds - asked,
             verify_seconds=verify_seconds, level=self.level, context_length=context.context_length,
-            caught_up=max(lag - 1, 0) if k else 0, signals=signals[:k].copy(), drafter=used,
-            forwards=k if ahead is not None else lookups[:-1].count(0.0),
+            caught_up=max(lag - 1, 0) if forwards else 0, signals=signals[:k].copy(), drafter=used, forwards=forwards,
         )  # fmt: skip
         t2 = perf_counter()
         outcome.seconds = t2 - t0

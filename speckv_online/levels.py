@@ -123,7 +123,10 @@ def _by_spec(method: str, text: str) -> Callable[[torch.dtype], Any]:
         key, equals, value = piece.partition("=")
         if not equals:
             raise UserError(f"{method}:{text}: {piece!r} is no key=value")
-        arguments[key.strip()] = yaml.safe_load(value)
+        try:
+            arguments[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UserError(f"{method}:{text}: {value!r} is no value of YAML") from e
     if method.startswith("bitsandbytes"):
         arguments.setdefault("load_in_8bit" if method.endswith("8bit") else "load_in_4bit", True)
 

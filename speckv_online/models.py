@@ -201,7 +201,8 @@ def load_pair(
     if small is not None:
         pack(small)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
-    return LoadedPair(big, spec.build(small, big.config.vocab_size, head_ids), tokenizer, level, where, revision)
+    vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
+    return LoadedPair(big, spec.build(small, vocabulary, head_ids), tokenizer, level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:

@@ -11,6 +11,7 @@ from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import ModelDrafter, NgramDrafter
 from speckv_online.errors import UserError
 from speckv_online.hybrid import HybridDrafter
+from speckv_online.kvcache import KVCache
 from speckv_online.sampling import Sampler
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 from tests.test_decoding import Scripted, plain, prompt_of
@@ -120,3 +121,21 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
             sampler = Sampler(seed=1, device="cuda")
             if draft.device.type == "cuda":
                 assert len(decoder.generate(prompt, 10, eos_ids=(), sampler=sampler).tokens) == 10
+
+
+def test_the_cache_lacks_the_last_token_where_the_end_is_inside_a_draft(tiny_pair: TinyPair) -> None:
+    prompt = prompt_of(15, 5)
+    reference = plain(tiny_pair.target, prompt, 30)
+    decoder = SpeculativeDecoder(tiny_pair.target, policy=Scripted([8]), target=tiny_pair.target)
+    cache = KVCache(decoder.layers, 60)
+    out = decoder.generate(prompt, 30, eos_ids=[reference[4]], cache=cache)
+    assert out.finish == "eos"
+    assert out.steps[-1].drafted > out.steps[-1].produced  # the end came inside the draft
+    assert len(cache) == len(prompt) + len(out.tokens) - 1
+
+
+def test_what_is_no_draft_and_gammas_past_the_largest_are_refused(tiny_pair: TinyPair) -> None:
+    for wrong, message in (({"draft": "org/name"}, "load it first"), ({"max_gamma": 17}, "from 0 to 16")):
+        options: dict[str, Any] = {"draft": tiny_pair.draft, "policy": "fixed:4", "target": tiny_pair.target} | wrong
+        with pytest.raises(UserError, match=message):
+            SpeculativeDecoder(options.pop("draft"), **options)
