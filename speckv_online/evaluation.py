@@ -128,12 +128,12 @@ def _released(
     from speckv_online.step_table import read_rows
     from speckv_online.training import data_from_rows
 
-    rows = [r for r in read_rows(source) if r.drafted > 0]
-    runs = read_runs(experiment or _beside(source))
+    rows, runs = read_rows(source), read_runs(experiment or _beside(source))
     step_seconds(rows, runs)  # that the two files belong together should show before an hour of training
+    rows = [r for r in rows if r.drafted > 0]
     data = {features: data_from_rows(rows, features) for features in ("step-mean", "causal")}
     fits = {features: cross_fit(d, epochs, say) for features, d in data.items()}
-    found = fixed_policies(runs) + matched_policies(rows, runs, data, fits)
+    found = fixed_policies(runs) + matched_policies(rows, [r for r in runs if r.gamma > 0], data, fits)
     tasks = {r.prompt_id: r.task for r in rows}
     gammas = tuple(sorted({r.gamma for r in rows}))
     how = "measured in the release (matched: estimated from the steps whose gamma agrees)"

@@ -38,8 +38,9 @@ def fixed_policies(runs: Sequence[Run]) -> list[Realised]:
         found.append(_chosen(level, "best fixed", "hindsight", here, {r.prompt_id: best for r in here}))
         by_task = {r.prompt_id: oracle[level, r.task] for r in here}
         found.append(_chosen(level, "best per task", "hindsight", here, by_task))
-        others = {r.prompt_id: _best([o for o in here if o.prompt_id != r.prompt_id]) for r in here}
-        found.append(_chosen(level, "best fixed, chosen on other prompts", "policy", here, others))
+        if len({r.prompt_id for r in here}) > 1:
+            others = {r.prompt_id: _best([o for o in here if o.prompt_id != r.prompt_id]) for r in here}
+            found.append(_chosen(level, "best fixed, chosen on other prompts", "policy", here, others))
         same = {r.prompt_id: [o for o in here if o.task == r.task and o.prompt_id != r.prompt_id] for r in here}
         if all(same.values()):
             choice = {prompt: _best(rest) for prompt, rest in same.items()}
@@ -117,9 +118,10 @@ def matched_policies(
                 here = level == a
                 # A level's seconds may be known even where no prompt of it taught acceptance: they need no labels.
                 known = here & ~out if (here & ~out).any() else here
-                cost = np.array([seconds[known & (gamma == g)].mean() for g in gammas])
-                price = dinkelbach(tokens[known], cost) * cost if timed else 0.0
-                choice[here & out] = gammas[(tokens[here & out] - price).argmax(1)]
+                ran = np.isin(gammas, gamma[known])  # a level may lack a gamma that another one has
+                cost = np.array([seconds[known & (gamma == g)].mean() for g in gammas[ran]])
+                price = dinkelbach(tokens[known][:, ran], cost) * cost if timed else 0.0
+                choice[here & out] = gammas[ran][(tokens[here & out][:, ran] - price).argmax(1)]
         if parts:
             found += _match(name, rows, choice, seconds)
     return found

@@ -99,8 +99,8 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """True once the run says so."""
-        return bool(self.manifest.get("status") == "finished")
+        """True once the run says that it has ended, with all levels or without some."""
+        return self.manifest.get("status") in ("finished", "incomplete")
 
     def snapshot(self) -> dict[str, Any]:
         """Return all figures, ready for JSON; they are measured."""

@@ -10,10 +10,9 @@ import pytest
 
 from policies.base import MAX_GAMMA
 from policies.llamacpp import LlamaCpp
-from policies.registry import make_policy
 from policies.svip import Svip
 from speckv_online.cli import main
-from speckv_online.contest import Contest, joined, play
+from speckv_online.contest import Contest, joined, play, prepared
 from speckv_online.cost import CostTable, LevelCost
 from speckv_online.errors import UserError
 from speckv_online.simulate import Simulator, replay_plan
@@ -84,18 +83,9 @@ def test_learning_policies_meet_the_prompts_in_seeded_orders(traces: list[Trace]
 
 
 def test_a_policy_is_told_the_costs(traces: list[Trace]) -> None:
-    seen = []
-
-    def make(spec: str, cost: CostTable, levels: list[str], seed: int) -> object:
-        policy = make_policy(spec, seed=seed)
-        policy.set_costs = lambda level, prior: seen.append((level, prior.draft_seconds))
-        from speckv_online.contest import tell_costs
-
-        tell_costs(policy, cost, levels)
-        return policy
-
-    play("leviathan", traces, COST, make=make)
-    assert seen == [("nf4", 0.01)]
+    assert {t.level for t in traces} == {"nf4"}
+    policy = prepared("leviathan", COST, ["nf4"], 0)
+    assert policy.costs.level("nf4").draft == pytest.approx(0.01)
 
 
 def test_scores_of_disjoint_prompts_join(traces: list[Trace]) -> None:

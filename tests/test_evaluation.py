@@ -215,6 +215,15 @@ def test_honest_on_records_through_the_command(tmp_path: Path, capsys: pytest.Ca
     assert float(rows["causal", "prompts"]["correlation"]) < 0.25
 
 
+def test_a_level_may_lack_a_gamma_that_another_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = made_release(tmp_path)
+    for path in paths:
+        path.write_text("".join(x for x in path.read_text().splitlines(True) if not x.startswith("nf4,4,")))
+    arguments = ["evaluate", "--protocol", "honest", str(paths[0]), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--resamples", "100", "--epochs", "2"]) == 0
+    assert "MLP16 causal, tokens/s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -57,13 +57,16 @@ def test_half_a_unit_waits_and_a_file_that_was_cut_back_counts_once(run: RunDir)
     assert progress.snapshot()["rows"][0]["prompts"] == 3
 
 
-def test_lines_come_while_a_run_goes_on_and_end_with_it(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("status", ["finished", "incomplete"])
+def test_lines_come_while_a_run_goes_on_and_end_with_it(
+    run: RunDir, status: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     writer = StepWriter(run.path / "steps-nf4.jsonl")
     writer.write(unit("p1"), steps(3))
 
     def work() -> None:
         writer.write(unit("p2"), steps(3))
-        run.write_manifest({"status": "finished"})
+        run.write_manifest({"status": status})
 
     timer = threading.Timer(0.2, work)
     timer.start()
