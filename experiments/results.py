@@ -95,6 +95,9 @@ def results(config: ResultsConfig) -> int:
         else:
             make_policy(spec)  # a typo should show at once
             parse_drafter(drafter or "model")
+    for family in ((PEER,), ("fixed", "autoregressive")):
+        if not any(name.startswith(family) and "+" not in name for name in (*config.leading, *config.others)):
+            raise UserError(f"--leading and --others name no {' or '.join(family)}: the tables compare with one")
     for document, marker in ((config.doc, MARKER), (config.readme, HEADLINE)):
         if document:
             around(Path(document), marker)  # tables that have nowhere to go should show before hours of decoding
@@ -132,6 +135,7 @@ class Bench:
         self.calls: dict[str, Callable[[list[int]], tuple[list[int], float, list[Any]]]] = {}
         self.pair: LoadedPair | None = None
         self.stock: Stock | None = None
+        self.reached: dict[str, int] = {}  # by transformers' schedules, which go on in the next round
         self.facts: dict[str, Any] = next((facts for facts in known if facts["level"] == level), {"level": level})
 
     def run(self, prompts: Sequence[tuple[int, Prompt]]) -> int:
@@ -144,7 +148,7 @@ class Bench:
         writer = StepWriter(self.out / f"steps-{self.level}.jsonl")
         plan = []
         for i, prompt in prompts:
-            names = c.leading if i >= c.some else (*c.leading, *c.others)
+            names = c.leading if i >= c.some else tuple(dict.fromkeys((*c.leading, *c.others)))
             turn = i % len(names)  # each goes first in its turn, so that a drift of the machine hits all alike
             plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in names[turn:] + names[:turn]]
         missing = [item for item in plan if item[0].key not in writer.done]
@@ -187,6 +191,7 @@ class Bench:
             self.stock = stock = Stock(c.pair, self.level, c.device)
             for name in SCHEDULES:  # warm-up calls are no data
                 stock.generate(warm, 8, SCHEDULES[name])
+            stock.reached = self.reached
         self.facts.setdefault("calibration", asdict(cost))
         self.cost = LevelCost(**self.facts["calibration"])
         self.facts |= {

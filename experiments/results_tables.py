@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.replays import insert
 from experiments.results_model import PLAIN, modelled_calls
+from experiments.results_stalls import told, without_stalls
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.manifest import describe
@@ -30,11 +31,16 @@ class Level:
 
     def __init__(self, name: str, units: Sequence[UnitResult]) -> None:
         self.name = name
-        self.calls: dict[str, dict[str, tuple[int, float]]] = {}
-        for u in units:
-            call = len(u.facts["output"]), float(u.facts["call_seconds"])
-            self.calls.setdefault(u.unit.policy, {})[u.unit.prompt] = call
-        self.modelled = modelled_calls(units)
+        kept, left_out = without_stalls(units)
+        self.calls, self.all_calls = calls_of(kept), calls_of(units)
+        self.left_out = told(name, left_out, len(units))
+        self.modelled = modelled_calls(kept)
+
+    def with_all(self, name: str, base: str) -> float:
+        """Goodput over that of another contender, calls in which the machine stood still included."""
+        a, b = self.all_calls[name], self.all_calls[base]
+        both = [p for p in a if p in b]
+        return goodput(*zip(*(a[p] for p in both), strict=True)) / goodput(*zip(*(b[p] for p in both), strict=True))
 
     @property
     def shared(self) -> list[str]:
@@ -76,6 +82,15 @@ class Level:
         return paired_ratio(tokens, list(seconds.values()), tokens, clock)
 
 
+def calls_of(units: Sequence[UnitResult]) -> dict[str, dict[str, tuple[int, float]]]:
+    """Return (tokens, seconds) of every call, by contender and prompt."""
+    found: dict[str, dict[str, tuple[int, float]]] = {}
+    for u in units:
+        call = len(u.facts["output"]), float(u.facts["call_seconds"])
+        found.setdefault(u.unit.policy, {})[u.unit.prompt] = call
+    return found
+
+
 def levels_of(path: Path, leading: Sequence[str] = ()) -> list[Level]:
     """Read a run directory; prompts that a leading contender has not decoded at every level yet are left out."""
     groups: dict[str, list[UnitResult]] = {}
@@ -114,6 +129,13 @@ def document(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         "",
     ]
     lines += bars(levels)
+    if any(level.left_out for level in levels):
+        lines += ["", "Left out, for whichever contender it was:", ""]
+        lines += [level.left_out for level in levels if level.left_out]
+        pairs = [(n, PLAIN) for n in ("goodput", "online", PRODUCT)]
+        said = [f"`{n}` over {base} {level.name} {level.with_all(n, base):.3f}" for level in levels if level.left_out
+                for n, base in pairs if n in level.all_calls and base in level.all_calls]  # fmt: skip
+        lines += ["", f"With them: {', '.join(said)}."]
     for level in levels:
         lines += ["", *table(level)]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ import pytest
 from experiments.results import main
 from experiments.results_headline import headline
 from experiments.results_model import modelled_calls
-from experiments.results_tables import Level, bars, levels_of, table
+from experiments.results_tables import Level, bars, document, levels_of, table
 from speckv_online.errors import UserError
 from speckv_online.records import StepRecord
 from speckv_online.rundir import StepWriter, Unit, UnitResult, read_manifest, read_units
@@ -138,10 +138,34 @@ def test_a_run_that_was_stopped_shows_the_same_prompts_at_all_levels(tmp_path: P
         levels_of(tmp_path, ("online",))
 
 
+def test_calls_in_which_the_machine_stood_still_are_left_out_for_all_alike() -> None:
+    units = [timed(name, p, 60, [0] * 9) for name in ("autoregressive", "goodput", "fixed:4") for p in "abcdef"]
+    units += [call(name, p, 10, 1.0) for name in ("transformers:constant-4", "transformers") for p in "abcdef"]
+    stalled = {("goodput", "b"), ("autoregressive", "d")}
+    for u in units:
+        if (u.unit.policy, u.unit.prompt) in stalled:
+            u.steps[4] = replace(u.steps[4], seconds=1.0)
+            u.facts["call_seconds"] += 1.0
+    units[-1].facts["call_seconds"] = 9.0
+    level = Level("fp16", units)
+    assert sorted(level.calls["goodput"]) == list("acdef")
+    assert sorted(level.calls["autoregressive"]) == list("abcef")
+    assert sorted(level.calls["transformers"]) == list("abcde")
+    assert level.shared == ["a", "c", "e"]
+    assert level.ratio("goodput", "autoregressive").value == pytest.approx(1.0)
+    assert level.with_all("goodput", "autoregressive") == pytest.approx(1.0)  # one stall each
+    assert "3 of 30 calls" in level.left_out
+    assert "`goodput` on b (" in level.left_out
+    text = document([level], {"settings": {}})
+    assert "With them: `goodput` over autoregressive fp16 1.000." in text
+
+
 def test_unknown_contenders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in (("transformers:magic", "unknown schedule"), ("nobody", "nobody"), ("goodput+x", "drafter")):
         assert main(["--leading", name, "--others", "autoregressive", "--out", str(tmp_path / "run")]) == 2
         assert message in capsys.readouterr().err
+    assert main(["--leading", "goodput", "--others", "fixed:4", "--out", str(tmp_path / "run")]) == 2
+    assert "name no transformers" in capsys.readouterr().err
     (tmp_path / "doc.md").write_text("no markers")
     assert main(["--doc", str(tmp_path / "doc.md"), "--out", str(tmp_path / "run")]) == 2
     assert "lacks the lines" in capsys.readouterr().err
