@@ -19,7 +19,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from experiments.config import CompareConfig, launch
+from experiments.config import CompareConfig, Resources, launch
 from experiments.display import Display
 from experiments.ledger import Ledger, earlier_workers
 from speckv_online import manifest
@@ -142,7 +142,7 @@ def _flags(config: CompareConfig) -> Iterator[str]:
             continue
         if key == "resources":
             for level, own in value.items():
-                yield from (f"--set=resources.{level}.{k}={v}" for k, v in own.items() if v)
+                yield from (f"--set=resources.{level}.{k}={v}" for k, v in own.items() if v != getattr(Resources(), k))
             continue
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):

@@ -109,11 +109,12 @@ def drift(config: DriftConfig) -> int:
     with exclusive(path):
         writer = StepWriter(path / "steps-drift.jsonl")
         files = {k: Path(v).name for k in ("target", "draft", "prompts") if (v := getattr(config, k))}
+        ids = list(dict.fromkeys(unit.prompt for unit, _, _ in units))
         facts = manifest.collect(
             command="python -m experiments.drift",
             config=asdict(config) | {"out": "", "doc": "", "plot": ""} | files,
             seeds=[config.seed],
-            prompts={"count": config.per_phase * len(config.phases), "ids": [unit.prompt for unit, _, _ in units]},
+            prompts={"count": config.per_phase * len(config.phases), "ids": ids},
             workers=earlier_workers(path),
         )  # fmt: skip
         run.write_manifest(facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import traceback
 from collections.abc import Iterator
 
 from experiments.learner import Learner
@@ -34,8 +35,16 @@ def run_local(job: Job) -> Iterator[Event]:
             yield Event(level, "finished", facts=worker.finish())
         except Exception as error:
             yield failure(level, error)
+            let_go(error)
         del worker
         gc.collect()  # the models of one level go before those of the next come
+
+
+def let_go(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold, such as models; the error can still be printed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def failure(level: str, error: BaseException) -> Event:

@@ -34,6 +34,10 @@ def cells(config: StreamsConfig) -> list[Cell]:
         places = [(pair, name, lv) for pair, own in pairs.items() for name in tables for lv in by_level(own)]
         found += [("start", *place, spec) for place in places for spec in config.policies]
     if "drift" in config.parts:
+        if not streams(pairs):
+            raise UserError(
+                "the traces are of one pair, level and task, so nothing changes: leave drift out of --parts"
+            )
         found += [("drift", name, stream, spec) for name in tables for stream in streams(pairs)
                   for spec in config.policies]  # fmt: skip
     if "merge" in config.parts:
