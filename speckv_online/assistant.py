@@ -183,7 +183,8 @@ class PolicyCandidates(AssistedCandidateGenerator):
         """Ask the policy whether to draft on, after the assistant's tokens so far."""
         t = perf_counter()
         self._note(ids, torch.stack(tuple(scores), dim=1), length)
-        go_on = self.policy.proceed(self.decision, len(self.drafts), self.signals)
+        wanted = len(self.drafts) < self.num_assistant_tokens  # the last one is asked of nobody
+        go_on = wanted and self.policy.proceed(self.decision, len(self.drafts), self.signals)
         self.asked += perf_counter() - t
         return go_on
 
