@@ -120,9 +120,16 @@ class Trace:
     @cached_property
     def rows(self) -> Rows:
         """The trace as a replay reads it; made once, since a trace is replayed many times."""
-        lists = (a.tolist() for a in (self.tokens, self.drafts, self.accepted, self.available))
-        lookups = [] if self.lookups is None else self.lookups.astype(float).tolist()
-        return Rows(*lists, self.signals.astype(float), lookups, self.forwards.tolist(), self.read.tolist())
+        return Rows(
+            self.tokens.tolist(),
+            self.drafts.tolist(),
+            self.accepted.tolist(),
+            self.available.tolist(),
+            self.signals.astype(float),
+            [] if self.lookups is None else self.lookups.astype(float).tolist(),
+            self.forwards.tolist(),
+            self.read.tolist(),
+        )
 
     def check(self) -> None:
         """Raise ValueError where shapes or values contradict each other."""
