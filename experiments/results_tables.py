@@ -36,12 +36,6 @@ class Level:
         self.left_out = told(name, left_out, len(units))
         self.modelled = modelled_calls(kept)
 
-    def with_all(self, name: str, base: str) -> float:
-        """Goodput over that of another contender, calls in which the machine stood still included."""
-        a, b = self.all_calls[name], self.all_calls[base]
-        both = [p for p in a if p in b]
-        return goodput(*zip(*(a[p] for p in both), strict=True)) / goodput(*zip(*(b[p] for p in both), strict=True))
-
     @property
     def shared(self) -> list[str]:
         """Prompts that all contenders decoded."""
@@ -52,9 +46,13 @@ class Level:
         calls = self.calls[name]
         return goodput(*zip(*(calls[p] for p in prompts or calls), strict=True))
 
-    def ratio(self, name: str, base: str, prompts: Sequence[str] | None = None) -> Estimate:
-        """Goodput over that of another contender, on the prompts that both decoded, or some."""
-        a, b = self.calls[name], self.calls[base]
+    def ratio(self, name: str, base: str, prompts: Sequence[str] | None = None, *, stalled: bool = False) -> Estimate:
+        """Goodput over that of another contender, on the prompts that both decoded, or some.
+
+        With ``stalled``, calls in which the machine stood still are in it too.
+        """
+        found = self.all_calls if stalled else self.calls
+        a, b = found[name], found[base]
         both = [p for p in prompts or a if p in b]
         columns = [np.array(x) for calls in (a, b) for x in zip(*(calls[p] for p in both), strict=True)]
         return paired_ratio(*columns)
@@ -132,9 +130,12 @@ def document(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
     if any(level.left_out for level in levels):
         lines += ["", "Left out, for whichever contender it was:", ""]
         lines += [level.left_out for level in levels if level.left_out]
-        pairs = [(n, PLAIN) for n in ("goodput", "online", PRODUCT)]
-        said = [f"`{n}` over {base} {level.name} {level.with_all(n, base):.3f}" for level in levels if level.left_out
-                for n, base in pairs if n in level.all_calls and base in level.all_calls]  # fmt: skip
+        said = [
+            f"`{n}` over {PLAIN} {level.name} {level.ratio(n, PLAIN, stalled=True).value:.3f}"
+            for level in levels
+            for n in ("goodput", "online", PRODUCT)
+            if level.left_out and {n, PLAIN} <= level.all_calls.keys()
+        ]
         lines += ["", f"With them: {', '.join(said)}."]
     for level in levels:
         lines += ["", *table(level)]

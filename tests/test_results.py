@@ -153,7 +153,7 @@ def test_calls_in_which_the_machine_stood_still_are_left_out_for_all_alike() -> 
     assert sorted(level.calls["transformers"]) == list("abcde")
     assert level.shared == ["a", "c", "e"]
     assert level.ratio("goodput", "autoregressive").value == pytest.approx(1.0)
-    assert level.with_all("goodput", "autoregressive") == pytest.approx(1.0)  # one stall each
+    assert level.ratio("goodput", "autoregressive", stalled=True).value == pytest.approx(1.0)  # one stall each
     assert "3 of 30 calls" in level.left_out
     assert "`goodput` on b (" in level.left_out
     text = document([level], {"settings": {}})
