@@ -5,9 +5,10 @@ verification's ``T_v(k + 1)`` and the overhead in one) with a slope in the conte
 target and, at its first draft, by the draft: a constant and a slope in the prompt's length each. These numbers are
 means, since a goodput holds the machine's stalls too. They are fitted by least squares to the contenders of fixed gamma
 in the same run, and for every prompt to the *other* prompts only; then every contender's calls are predicted from the
-gammas and contexts of its steps. So nothing of what is predicted is in the fit: no call of a policy that is not fixed,
-and no call with the same prompt. The other prompts are those that the contender decoded too, so that a drift of the
-machine over the run is in both. A policy's own time is not modelled.
+gammas and contexts of its steps. A token that was drafted and not submitted is charged the mean draft seconds of one
+forward of the same calls. So nothing of what is predicted is in the fit: no call of a policy that is not fixed, and no
+call with the same prompt. The other prompts are those that the contender decoded too, so that a drift of the machine
+over the run is in both. A policy's own time is not modelled.
 """
 
 from __future__ import annotations
@@ -53,9 +54,14 @@ def modelled_calls(units: Sequence[UnitResult]) -> dict[str, dict[str, float]]:
         return {}
     size = len(knots) + 5
     lhs, rhs = np.zeros((len(prompts), size, size)), np.zeros((len(prompts), size))
+    drafts = np.zeros(
+        (len(prompts), 2)
+    )  # seconds and forwards, but for each call's first draft, which reads the prompt
     for u in units:
         if gamma_of(u.unit.policy) is not None:
             i = prompts.index(u.unit.prompt)
+            for s in [s for s in u.steps if s.forwards][1:]:
+                drafts[i] += s.draft_seconds, s.forwards
             for row, seconds in rows(u, knots):
                 lhs[i] += np.outer(row, row)
                 rhs[i] += row * seconds
@@ -69,7 +75,9 @@ def modelled_calls(units: Sequence[UnitResult]) -> dict[str, dict[str, float]]:
             if len(others) < PROMPTS - 1 or not lhs[others].any():
                 continue
             costs = np.linalg.lstsq(lhs[others].sum(0), rhs[others].sum(0), rcond=None)[0]
-            seconds = sum(float(row @ costs) for row, _ in rows(u, knots))
+            t_d, forwards = drafts[others].sum(0)
+            dropped = sum(s.forwards - s.drafted for s in u.steps)
+            seconds = sum(float(row @ costs) for row, _ in rows(u, knots)) + dropped * t_d / max(forwards, 1.0)
             out.setdefault(policy, {})[prompt] = max(seconds, 1e-6)  # a bad fit is no crash
     return out
 
@@ -81,7 +89,7 @@ def rows(unit: UnitResult, knots: Sequence[int]) -> Iterator[tuple[np.ndarray, f
     context's for the first one that drafts.
     """
     steps = unit.steps
-    first_draft = next((i for i, s in enumerate(steps) if s.drafted), None)
+    first_draft = next((i for i, s in enumerate(steps) if s.forwards), None)
     for i, step in enumerate(steps):
         context = step.context_length / HUNDRED
         row = np.concatenate((between(step, knots), np.zeros(5)))

@@ -2,7 +2,7 @@
 
 Up to its first mismatch a draft is what teacher forcing over the output gives, and beyond it depends only on where that
 mismatch is. So rollouts are needed only from the mismatches of the teacher-forced pass. Those of drafters with a model
-run as one batch; other drafters draft them one by one, through the calls that the decoder makes.
+run as one batch; other drafters, and models with a quick form, draft them one by one, through the decoder's calls.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ def draft_table(
         )
     if getattr(drafter, "online", False):
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
-    if not isinstance(drafter, ModelDrafter):
+    if not isinstance(drafter, ModelDrafter) or drafter.quick is not None:
         drafts, table = _one_by_one(drafter, prompt, tokens, gamma)
-        return drafts, table[:, :, :LOOKUP], table[:, :, LOOKUP]
+        if type(drafter) is not ModelDrafter:
+            return drafts, table[:, :, :LOOKUP], table[:, :, LOOKUP]
+        table[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
+        return drafts, table[:, :, :LOOKUP], None
     cache = KVCache(drafter.layers, start + length)
     ids = drafter.known(torch.tensor([[*prompt, *tokens]], device=drafter.model.device))
     logits = drafter.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=length + 1).logits[0]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from speckv_online.drafters import Drafter
+    from speckv_online.quick_draft import QuickDraft
 
 KINDS = ("model", "ngram", "hybrid")
 #: Help of the command-line flag.
@@ -52,7 +53,13 @@ class DrafterSpec:
                 "--target and --draft go together: give both or neither (only --drafter ngram needs no draft)"
             )
 
-    def build(self, model: PreTrainedModel | None, vocab_size: int, head_ids: torch.Tensor | None = None) -> Drafter:
+    def build(
+        self,
+        model: PreTrainedModel | None,
+        vocab_size: int,
+        head_ids: torch.Tensor | None = None,
+        quick: QuickDraft | None = None,
+    ) -> Drafter:
         """Return the drafter; ``model`` and the rest as for :class:`~speckv_online.drafters.ModelDrafter`.
 
         Raises
@@ -69,9 +76,9 @@ class DrafterSpec:
         if model is None:
             raise ValueError(f"the {self.kind} drafter needs a model")
         if self.kind == "model":
-            return ModelDrafter(model, vocab_size, head_ids)
+            return ModelDrafter(model, vocab_size, head_ids, quick)
         gate = Gate.load(self.gate or None)
-        return HybridDrafter(model, vocab_size, head_ids, gate=gate, online=self.online, skip=self.skip)
+        return HybridDrafter(model, vocab_size, head_ids, quick, gate=gate, online=self.online, skip=self.skip)
 
 
 def parse_drafter(text: str) -> DrafterSpec:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
 from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex, Proposal
+from speckv_online.quick_draft import QuickCache, QuickDraft
 from speckv_online.sampling import Sampler
 
 #: What :meth:`Drafter.draft` returns where it has nothing to propose: the step drafts no further.
@@ -74,12 +75,20 @@ class ModelDrafter:
         Size of the target's vocabulary: ids beyond it (padding of a larger embedding) are never proposed.
     head_ids : Tensor, shape (rows,), optional
         Where the model's head covers only some tokens: the token id of each of its rows.
+    quick : QuickDraft, optional
+        The model's quick form, which then reads and drafts in its place; batches take the model itself.
     """
 
     names: tuple[str, ...] = ("model",)
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, head_ids: torch.Tensor | None = None) -> None:
-        self.model, self.vocab_size = model, vocab_size
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        head_ids: torch.Tensor | None = None,
+        quick: QuickDraft | None = None,
+    ) -> None:
+        self.model, self.vocab_size, self.quick = model, vocab_size, quick
         self.rows = vocab_size if head_ids is None else len(head_ids)
         self._head_ids = None if head_ids is None else head_ids.to(model.device)
         self.head_ids = None if head_ids is None else head_ids.tolist()
@@ -94,7 +103,9 @@ class ModelDrafter:
         """Start a sequence; nothing is fed to the model before the first draft."""
         self.sampler = sampler
         self.proposals: list[torch.Tensor | None] = []
-        self.cache = KVCache(self.layers, capacity)
+        self.cache: KVCache | QuickCache = (
+            KVCache(self.layers, capacity) if self.quick is None else self.quick.cache(capacity, len(tokens))
+        )
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
@@ -125,10 +136,7 @@ class ModelDrafter:
             found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
             if len(found) == count:
                 break
-            out = self.model(
-                input_ids=self.known(token.view(1, 1)), past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-            logits = out.logits[0, -1, : self.rows].float()
+            logits = self._read(token.view(1))
         return torch.stack(found)
 
     def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
@@ -151,8 +159,14 @@ class ModelDrafter:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
         have, n = len(self.cache), len(self.context)
         missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
-        ids = self.known(torch.tensor([missing], device=self.model.device))
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return self._read(torch.tensor(missing, device=self.model.device))
+
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed tokens, shape (n,), and return the next one's logits."""
+        ids = self.known(ids)
+        if isinstance(self.cache, QuickCache):
+            return self.cache.draft.read(ids, self.cache)
+        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1, : self.rows].float()
 
     def draft(self, signals: np.ndarray) -> int:

@@ -33,8 +33,9 @@ def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
 
 def drafter_fingerprint(drafter: Drafter) -> str:
     """Return a short hash of everything that a drafter's proposals depend on."""
-    if isinstance(drafter, HybridDrafter):
-        return f"{fingerprint(drafter.model)}-gate-{drafter.gate.digest}-skip-{drafter.skip:g}"
     if isinstance(drafter, ModelDrafter):
-        return fingerprint(drafter.model)
+        model = fingerprint(drafter.model) + ("" if drafter.quick is None else "-8bit")
+        if isinstance(drafter, HybridDrafter):
+            return f"{model}-gate-{drafter.gate.digest}-skip-{drafter.skip:g}"
+        return model
     return f"{drafter.names[0]}-{MAX_N}-{SMOOTHING:g}"

@@ -10,6 +10,7 @@ from policies.base import NGRAM
 from speckv_online.drafters import NO_PROPOSAL, ModelDrafter, write_signals
 from speckv_online.gate import Gate, gate_features
 from speckv_online.ngram import Proposal
+from speckv_online.quick_draft import QuickDraft
 from speckv_online.sampling import Sampler
 
 
@@ -27,7 +28,7 @@ class HybridDrafter(ModelDrafter):
 
     Parameters
     ----------
-    model, vocab_size, head_ids
+    model, vocab_size, head_ids, quick
         As for :class:`~speckv_online.drafters.ModelDrafter`.
     gate : Gate, optional
         The one that ships by default.
@@ -45,12 +46,13 @@ class HybridDrafter(ModelDrafter):
         model: PreTrainedModel,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
+        quick: QuickDraft | None = None,
         *,
         gate: Gate | None = None,
         online: bool = False,
         skip: float | None = None,
     ) -> None:
-        super().__init__(model, vocab_size, head_ids)
+        super().__init__(model, vocab_size, head_ids, quick)
         gate = gate or Gate.load()
         self.gate = gate.copy() if online else gate
         self.skip = self.gate.skip if skip is None else skip

@@ -17,6 +17,7 @@ from speckv_online.drafters import Drafter
 from speckv_online.errors import UserError
 from speckv_online.levels import Level, get_level
 from speckv_online.packed import pack
+from speckv_online.quick_draft import quicken
 from speckv_online.shipped_draft import load_shipped_draft
 from speckv_online.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
 
@@ -189,7 +190,7 @@ def load_pair(
         check_tokenizers(tokenizer, load_tokenizer(draft))
     big = load_target(source, level, device)
     pack(big)
-    small, head_ids = None, None
+    small, head_ids, quick = None, None, None
     if spec.kind == "ngram":
         draft_revision = "ngram"
     elif draft is not None:
@@ -198,11 +199,14 @@ def load_pair(
     else:
         small, head_ids, digest = load_shipped_draft(Path(source), where)
         draft_revision = f"{pair}:sha256:{digest[:16]}"
+        quick = quicken(small)
+        if quick is not None:
+            draft_revision += ":8bit"
     if small is not None:
         pack(small)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
-    return LoadedPair(big, spec.build(small, vocabulary, head_ids), tokenizer, level, where, revision)
+    return LoadedPair(big, spec.build(small, vocabulary, head_ids, quick), tokenizer, level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:

@@ -1,0 +1,206 @@
+"""A Llama draft for one sequence on a CPU: 8-bit weights, few calls, and the same answer at every width.
+
+On a CPU one token of a small draft takes as long as its weights take to be read, and as the calls of its forward take
+to be made. Here weights are rounded to 8 bits with one scale per row, layers that read the same input are one matrix,
+norms' weights are folded into the matrices behind them, and rotary pairs lie side by side, so that rotating is one
+complex product. Nothing of that can change what is decoded, only how often a draft is right (docs/draft.md).
+
+What a token's logits are depends on the tokens before it alone, to the last bit, however many of them are read in one
+forward: rows are multiplied by the same kernel at any width and attended to one by one. Only the prompt is read another
+way, all of it at once and with the weights as they were, and so it is the same each time too. An exact trace is
+therefore what the decoder drafts, whenever it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+#: Prompts of at most this many tokens are read as all other tokens are.
+SHORT = 16
+#: Largest error of the logits, relative to their spread, that passes for rounding to 8 bits.
+_TOLERANCE = 0.1
+
+
+class QuickCache:
+    """Keys and values of one sequence, shape (layers, key-value heads, capacity, head size) each.
+
+    Parameters
+    ----------
+    draft : QuickDraft
+    capacity : int
+        Tokens to make room for at first; the buffers grow when they have to.
+    prompt : int
+        Length of the sequence's prompt.
+    """
+
+    def __init__(self, draft: QuickDraft, capacity: int, prompt: int) -> None:
+        self.draft, self.prompt, self.used = draft, prompt, 0
+        self.keys, self.values = (
+            torch.empty((len(draft.layers), draft.groups, max(capacity, 1), draft.size)) for _ in range(2)
+        )
+
+    def __len__(self) -> int:
+        return self.used
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens; a longer length than the cache's own is an error."""
+        if not 0 <= length <= self.used:
+            raise ValueError(f"cannot truncate a cache of {self.used} tokens to {length}")
+        self.used = length
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens."""
+        capacity = self.keys.shape[2]
+        if length > capacity:
+            grown = torch.empty((2, *self.keys.shape[:2], max(2 * capacity, length), self.keys.shape[3]))
+            grown[0, :, :, :capacity], grown[1, :, :, :capacity] = self.keys, self.values
+            self.keys, self.values = grown
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A weight in 8 bits with a scale per row, and as it was where a prompt is read with it."""
+
+    rounded: torch.Tensor
+    scales: torch.Tensor
+    exact: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _Matrix:
+        scales = (weight.abs().amax(1) / 127.0).clamp_min(1e-12)
+        rounded = (weight / scales[:, None]).round().to(torch.int8)
+        return cls(rounded.contiguous(), scales.bfloat16(), weight.contiguous())
+
+    def times(self, x: torch.Tensor, wide: bool) -> torch.Tensor:
+        """Return ``x @ weight.T``, in bf16 unless ``wide``."""
+        if wide:
+            return nn.functional.linear(x, self.exact)
+        found: torch.Tensor = torch._weight_int8pack_mm(x.bfloat16(), self.rounded, self.scales)
+        return found
+
+
+class QuickDraft:
+    """The forward of a Llama draft over a :class:`QuickCache`; made by :func:`quicken`.
+
+    Parameters
+    ----------
+    model : LlamaForCausalLM
+        In fp32 on the CPU. Its embedding is shared, all other weights are copied.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        config, body = model.config, model.model
+        self.heads, self.groups = int(config.num_attention_heads), int(config.num_key_value_heads or 0)
+        self.size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        self.eps = float(config.rms_norm_eps)
+        self.embedding = body.embed_tokens.weight.detach()
+        # The two halves of a head that rotate against each other, interleaved.
+        order = torch.arange(self.size).view(2, -1).t().reshape(-1)
+        self.layers = []
+        for layer in body.layers:
+            a, f = layer.self_attn, layer.mlp
+            query, key = (
+                p.weight.view(-1, self.size, p.in_features)[:, order].flatten(0, 1) for p in (a.q_proj, a.k_proj)
+            )
+            together = torch.cat((query * self.size**-0.5, key, a.v_proj.weight)) * layer.input_layernorm.weight
+            gated = torch.cat((f.gate_proj.weight, f.up_proj.weight)) * layer.post_attention_layernorm.weight
+            weights = (together, a.o_proj.weight, gated, f.down_proj.weight)
+            self.layers.append(tuple(_Matrix.of(w.detach().float()) for w in weights))
+        self.head = _Matrix.of((model.lm_head.weight * body.norm.weight).detach().float())
+        angles = torch.arange(config.max_position_embeddings)[:, None] * body.rotary_emb.inv_freq.float()
+        self.turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def cache(self, capacity: int, prompt: int) -> QuickCache:
+        """Return an empty cache for a sequence that begins with ``prompt`` tokens."""
+        return QuickCache(self, capacity, prompt)
+
+    def read(self, ids: torch.Tensor, cache: QuickCache) -> torch.Tensor:
+        """Read tokens into the cache, at first at least the whole prompt; return the next one's logits.
+
+        Parameters
+        ----------
+        ids : Tensor of int, shape (n,)
+        cache : QuickCache
+
+        Returns
+        -------
+        Tensor, shape (rows of the head,), fp32
+        """
+        cache.reserve(len(cache) + len(ids))
+        state, prompt = None, cache.prompt if len(cache) == 0 else 0
+        if prompt > SHORT:
+            state, ids = self._forward(ids[:prompt], cache, wide=True), ids[prompt:]
+        if len(ids):
+            state = self._forward(ids, cache, wide=False)
+        if state is None:
+            raise ValueError("there is no token to read")
+        return self.head.times(self._normed(state), wide=False)[0].float()
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        """RMS norm without its weights."""
+        return x * x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+
+    def _forward(self, ids: torch.Tensor, cache: QuickCache, wide: bool) -> torch.Tensor:
+        """Read tokens; return the last one's state behind the last layer, shape (1, hidden size)."""
+        count, start, both = len(ids), cache.used, self.heads + self.groups
+        x, turns = nn.functional.embedding(ids, self.embedding), self.turns[start : start + count]
+        cache.used = end = start + count
+        for (together, out, gated, down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            y = together.times(self._normed(x), wide).float().view(count, -1, self.size)
+            pairs = torch.view_as_complex(y[:, :both].unflatten(-1, (-1, 2)))
+            turned = torch.view_as_real(pairs * turns).flatten(-2)
+            keys[:, start:end] = turned[:, self.heads :].transpose(0, 1)
+            values[:, start:end] = y[:, both:].transpose(0, 1)
+            attend = self._attend_all if wide else self._attend_each
+            x = x + out.times(attend(turned[:, : self.heads], keys[:, :end], values[:, :end]), wide)
+            gate, up = gated.times(self._normed(x), wide).chunk(2, -1)
+            x += down.times(nn.functional.silu(gate).mul_(up), wide)
+        return x[-1:]
+
+    def _attend_each(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attention of the last rows one by one: queries (n, heads, size), keys and values (groups, length, size)."""
+        before, rows = keys.shape[1] - len(queries) + 1, []
+        for i, row in enumerate(queries.reshape(len(queries), self.groups, -1, self.size)):
+            shares = torch.bmm(row, keys[:, : before + i].transpose(1, 2)).softmax(-1)
+            rows.append(torch.bmm(shares, values[:, : before + i]).view(-1))
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+    def _attend_all(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Causal attention of a whole sequence, of shapes as in :meth:`_attend_each`."""
+        q, k, v = queries.transpose(0, 1)[None], keys[None], values[None]
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+        return found[0].transpose(0, 1).flatten(1)
+
+
+@torch.inference_mode()
+def quicken(model: PreTrainedModel) -> QuickDraft | None:
+    """Return the quick form of a draft, or None where there is none or it would not pay.
+
+    It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU with AVX-512, for which torch has a
+    kernel for 8-bit weights. The kernel is private: it is tried before it is used. Where it is missing, or its answer
+    is not the model's up to rounding, there is no quick form.
+    """
+    config = model.config
+    if type(model) is not LlamaForCausalLM or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    linear = {type(m) for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))}
+    plain = rope.get("rope_type", "default") == "default" and config.hidden_act == "silu"
+    if not plain or any(b is not None for name, b in model.named_parameters() if name.endswith("bias")):
+        return None
+    weights = [p for p in model.parameters() if p.device.type != "cpu" or p.dtype != torch.float32]
+    if weights or not all(issubclass(kind, nn.Linear) for kind in linear):
+        return None
+    ids = torch.arange(1, 9) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    try:
+        quick = QuickDraft(model)
+        found = quick.read(ids, quick.cache(8, 1))
+    except (AttributeError, RuntimeError, TypeError):  # another torch
+        return None
+    expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
+    close = found.shape == expected.shape and bool((found - expected).std() <= _TOLERANCE * expected.std())
+    return quick if close else None

@@ -1,0 +1,175 @@
+"""The quick form of a draft: the model's logits up to rounding, and the same bits at every width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from policies.base import MAX_GAMMA, Decision, Policy
+from speckv_online.batch import decode_batch
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.draft_table import draft_table
+from speckv_online.drafters import ModelDrafter
+from speckv_online.hybrid import HybridDrafter
+from speckv_online.quick_draft import SHORT, QuickDraft, quicken
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the quick form needs a CPU with AVX-512"
+)
+VOCABULARY = 260
+
+
+def llama(seed: int, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6}
+    config = LlamaConfig(
+        **{"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 256, **sizes, **changes}
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # norms that change something
+        for name, p in model.named_parameters():
+            p.copy_(1.0 + 0.3 * torch.randn_like(p) if "norm" in name else 3.0 * p)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return llama(3)
+
+
+@pytest.fixture(scope="module")
+def quick(model: LlamaForCausalLM) -> QuickDraft:
+    found = quicken(model)
+    assert found is not None
+    return found
+
+
+TEXT = [int(t) for t in np.random.default_rng(5).integers(1, VOCABULARY, 90)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("prompt", [1, SHORT, SHORT + 1, 60])
+def test_logits_are_the_models_up_to_rounding(model: LlamaForCausalLM, quick: QuickDraft, prompt: int) -> None:
+    expected = model(input_ids=torch.tensor([TEXT])).logits[0, -1]
+    found = quick.read(torch.tensor(TEXT), quick.cache(8, prompt))
+    assert (found - expected).std() < 0.05 * expected.std()
+
+
+@torch.inference_mode()
+@settings(max_examples=30, deadline=None)
+@given(widths=st.lists(st.integers(1, 12), min_size=1, max_size=8), prompt=st.integers(1, 40), junk=st.integers(0, 9))
+def test_the_same_bits_at_every_width(quick: QuickDraft, widths: list[int], prompt: int, junk: int) -> None:
+    """Read token by token, or in pieces with rejected drafts between them: the logits are equal, bit by bit."""
+    text = [*TEXT[:prompt], *TEXT[prompt : prompt + sum(widths)]]
+    single, pieces = quick.cache(4, prompt), quick.cache(300, prompt)
+    for cache in (single, pieces):
+        quick.read(torch.tensor(text[:prompt]), cache)
+    at = prompt
+    for width in widths:
+        ids = text[at : at + width]
+        if not ids:
+            break
+        one = torch.empty(0)
+        for token in ids:
+            one = quick.read(torch.tensor([token]), single)
+        if junk:
+            quick.read(torch.tensor(TEXT[-junk:]), pieces)
+            pieces.truncate(at)
+        assert torch.equal(quick.read(torch.tensor(ids), pieces), one)
+        at += width
+    # The prompt and all that follows it, in one call.
+    late = quick.read(torch.tensor(text), quick.cache(8, prompt))
+    if len(single) > prompt:
+        single.truncate(len(single) - 1)
+        assert torch.equal(late, quick.read(torch.tensor(text[-1:]), single))
+
+
+class Random(Policy):
+    """Any gamma from 0 to 16, so that the draft lags by anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(1)
+
+    def decide(self, context: Any) -> Decision:
+        gamma = int(self.rng.integers(-12, MAX_GAMMA + 1))
+        return Decision(self.new_id(), max(gamma, 0), stops=bool(gamma % 2))
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        return drafted < 5
+
+
+@pytest.mark.parametrize("kind", [ModelDrafter, HybridDrafter])
+@pytest.mark.parametrize("prompt", [TEXT[:5], TEXT[:30] + TEXT[:12]])
+def test_a_trace_is_what_the_decoder_drafts(kind: Callable[..., Any], prompt: list[int]) -> None:
+    """Every proposal and signal of real decoding, whenever it was made, is that of the trace, to the last bit."""
+    target, draft = llama(3), llama(3)
+    with torch.no_grad():
+        draft.lm_head.weight.add_(0.004 * torch.randn_like(draft.lm_head.weight))
+    drafter = kind(draft, VOCABULARY, quick=quicken(draft))
+    seen = []
+
+    class Watching(Random):
+        def learn(self, decision: Decision, outcome: Any) -> None:
+            seen.append((outcome.drafted, outcome.accepted, outcome.signals))
+
+    out = SpeculativeDecoder(drafter, policy=Watching(), target=target).generate(prompt, 90, eos_ids=())
+    expected = SpeculativeDecoder(None, policy="autoregressive", target=target).generate(prompt, 90, eos_ids=())
+    assert out.tokens == expected.tokens
+    drafts, signals, _ = draft_table(drafter, prompt, out.tokens, MAX_GAMMA)
+    t, drafted = 0, 0
+    for k, n, rows in seen:
+        agreed = 0
+        while agreed < k and t + agreed < len(out.tokens) and drafts[t, agreed] == out.tokens[t + agreed]:
+            agreed += 1
+        assert agreed == n
+        np.testing.assert_array_equal(signals[t, :k], rows.astype(np.float32))
+        t, drafted = t + n + 1, drafted + k
+    assert drafted > 40
+    assert t == len(out.tokens)
+
+
+def test_sampled_decoding_and_batches_take_it() -> None:
+    target = llama(3)
+    drafter = ModelDrafter(target, VOCABULARY, quick=quicken(target))
+    decoder = SpeculativeDecoder(drafter, policy="fixed:3", target=target)
+    alone = [decoder.generate(p, 20, eos_ids=()).tokens for p in (TEXT[:4], TEXT[:20])]
+    assert [g.tokens for g in decode_batch(decoder, [TEXT[:4], TEXT[:20]], 20, eos_ids=())] == alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ],
+)
+def test_other_llamas_have_no_quick_form(changes: dict[str, Any]) -> None:
+    assert quicken(llama(0, **changes)) is None
+
+
+def test_other_models_have_no_quick_form(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quicken(llama(0).bfloat16()) is None
+    other = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    assert quicken(Qwen2ForCausalLM(other).eval()) is None
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, w, s: torch.zeros(len(x), len(w)).bfloat16())
+    assert quicken(model) is None
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    assert quicken(model) is None
+
+
+def test_cache(quick: QuickDraft) -> None:
+    cache = quick.cache(4, 2)
+    quick.read(torch.tensor(TEXT[:2]), cache)
+    with pytest.raises(ValueError, match="cannot truncate a cache of 2 tokens to 3"):
+        cache.truncate(3)
+    with pytest.raises(ValueError, match="no token"):
+        quick.read(torch.tensor([], dtype=torch.long), cache)
