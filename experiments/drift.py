@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.compare import TASKS, bundled
 from experiments.config import launch, option
+from experiments.documents import check_place
 from experiments.ledger import earlier_workers
 from speckv_online import manifest
 from speckv_online.errors import UserError
@@ -104,6 +105,7 @@ def drift(config: DriftConfig) -> int:
         get_level(phase.level)
     for spec in config.policies:
         make_policy(spec)
+    check_place(config.doc, "drift")
     path = Path(config.out or f"runs/drift__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
     run = RunDir.open(path, asdict(config), volatile=DriftConfig.VOLATILE)
     with exclusive(path):

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.documents import insert
 from experiments.drift import Phase
 from experiments.drift_plot import plot
-from experiments.replays import insert
 from speckv_online.files import write_atomically
 from speckv_online.manifest import describe
 from speckv_online.records import StepRecord

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import launch, option
+from experiments.documents import check_place, insert
 from policies.registry import BUILTIN, make_policy
 from speckv_online.errors import UserError
 
@@ -92,6 +93,7 @@ def replays(config: ReplaysConfig) -> int:
 
     for spec in config.policies:
         make_policy(spec)  # a typo should show at once
+    check_place(config.doc, MARKER)
     out = Path(config.out).expanduser()
     check_writable(out)
     cells = run_cells(config, out)
@@ -158,35 +160,6 @@ def play_folds(spec: str, contest: Contest, folds: list[Any], seeds: Sequence[in
 def is_learned(spec: str) -> bool:
     """True for the policies of this project that learn, guarded as they are by default."""
     return bool(getattr(make_policy(spec), "guarded", False))
-
-
-def insert(path: Path, text: str, name: str) -> None:
-    """Replace what is between a document's markers of a name, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
-    from speckv_online.files import write_atomically
-
-    head, rest = around(path, name)
-    write_atomically(path, lambda f: f.write(f"{head}\n\n{text}\n{rest}"))
-
-
-def around(path: Path, name: str) -> tuple[str, str]:
-    """Return a document up to and with the first marker of a name that starts a line, and from the second marker on.
-
-    Raises
-    ------
-    UserError
-        If there is no such document, or it lacks the markers.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    try:
-        old = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no document {path}: make one with the lines {begin} and {end}") from None
-    # Only at a line's start: a sentence about the markers is not the place.
-    head, found, rest = ("\n" + old).partition("\n" + begin)
-    _, closed, rest = rest.partition(end)
-    if not found or not closed:
-        raise UserError(f"{path} lacks the lines {begin} and {end} that the tables go between")
-    return f"{head}\n{begin}".removeprefix("\n"), end + rest
 
 
 if __name__ == "__main__":

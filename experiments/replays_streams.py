@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from experiments.config import launch, option
-from experiments.replays import check_traces, insert
+from experiments.documents import check_place, insert
+from experiments.replays import check_traces
 from speckv_online.errors import UserError
 from speckv_online.report import markdown_table
 
@@ -80,6 +81,7 @@ def streams(config: StreamsConfig) -> int:
 
     for spec in config.policies:
         make_policy(spec)
+    check_place(config.doc, MARKER)
     out = Path(config.out).expanduser()
     costs, todo = named_costs(config.costs), cells(config)
     directory = RunDir.open(out, asdict(config), volatile=StreamsConfig.VOLATILE)

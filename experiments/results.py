@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.compare import bundled
 from experiments.config import launch, option
+from experiments.documents import check_place
 from policies.base import Policy
 from policies.registry import make_policy
 from speckv_online.drafter_spec import parse_drafter
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 #: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
 #: the cost model, see :mod:`experiments.results_model`: several others draft as many.
 LEADING = (
-    "transformers", "transformers:constant-4", "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online", "goodput",
-    "goodput+hybrid",
+    "transformers", "transformers:constant-4", "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online",
+    "goodput", "goodput+hybrid",
 )  # fmt: skip
 OTHERS = (
     "transformers:heuristic", "transformers:default", "fixed:8", "fixed:16", "mlp16:tokens_per_step",
@@ -80,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def results(config: ResultsConfig) -> int:
     """Decode what is missing, then write the tables."""
     from experiments.peers import SCHEDULES
-    from experiments.replays import around
     from experiments.results_headline import MARKER as HEADLINE
     from experiments.results_headline import publish_headline
     from experiments.results_tables import MARKER, publish
@@ -98,9 +98,8 @@ def results(config: ResultsConfig) -> int:
     for family in ((PEER,), ("fixed", "autoregressive")):
         if not any(name.startswith(family) and "+" not in name for name in (*config.leading, *config.others)):
             raise UserError(f"--leading and --others name no {' or '.join(family)}: the tables compare with one")
-    for document, marker in ((config.doc, MARKER), (config.readme, HEADLINE)):
-        if document:
-            around(Path(document), marker)  # tables that have nowhere to go should show before hours of decoding
+    check_place(config.doc, MARKER)
+    check_place(config.readme, HEADLINE)
     run = RunDir.open(config.out, asdict(config), volatile=ResultsConfig.VOLATILE)
     prompts = list(enumerate(choose(bundled("test"), config.prompts, config.seed)))
     known = read_manifest(run.path)["levels"] if (run.path / "run.json").exists() else ()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.replays import insert
+from experiments.documents import insert
 from experiments.results_model import PLAIN
 from experiments.results_tables import FOUR, PAPER, PRODUCT, THEIR_FOUR, THEIRS, Level, levels_of
 from speckv_online.manifest import describe

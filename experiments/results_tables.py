@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.replays import insert
+from experiments.documents import insert
 from experiments.results_model import PLAIN, modelled_calls
 from experiments.results_stalls import told, without_stalls
 from speckv_online.errors import UserError

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config import CompareConfig, launch, option
-from experiments.replays import insert
+from experiments.documents import check_place, insert
 from speckv_online.errors import UserError
 
 PARTS = ("real", "simulated", "arithmetic")
@@ -82,6 +82,7 @@ def scale(config: ScaleConfig) -> int:
     for spec in config.policies:
         if not make_policy(spec).take_delta():
             raise UserError(f"{spec} shares nothing with other workers: choose policies that learn")
+    check_place(config.doc, *(f"scale-{part}" for part in config.parts))
     out = Path(config.out).expanduser().resolve()
     check_writable(out)
     file = out / "scale.json"

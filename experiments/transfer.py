@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.config import launch, option
-from experiments.replays import check_traces, insert
+from experiments.documents import check_place, insert
+from experiments.replays import check_traces
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def transfer(config: TransferConfig) -> int:
     for spec in config.policies:
         if not make_policy(spec).learns:
             raise UserError(f"{spec} does not learn: there is nothing to transfer")
+    check_place(config.doc, "transfer")
     out = Path(config.out).expanduser()
     check_writable(out)
     pairs = {name: load_traces(path) for name, path in (text.split("=", 1) for text in config.traces)}

@@ -47,9 +47,9 @@ class CostModel:
         """Set what is known of a level beforehand."""
         self.level(level).set_prior(prior)
 
-    def observe(self, outcome: Outcome, drafted: int | None = None) -> None:
+    def observe(self, outcome: Outcome) -> None:
         """Take in one step's times."""
-        self.level(outcome.level).observe(outcome, outcome.drafted if drafted is None else drafted)
+        self.level(outcome.level).observe(outcome)
 
     def state(self) -> State:
         """All levels' states; keys are ``cost.<level>.<array>``."""

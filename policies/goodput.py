@@ -123,9 +123,6 @@ class Goodput(CostAware):
                 best, count = worth - price[k], k
         return count
 
-    def drafted(self, decision: Decision, outcome: Outcome) -> int:
-        return outcome.forwards
-
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         step: Step = decision.features
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.

@@ -58,6 +58,8 @@ class CostAware(Policy):
         self.gammas = np.array(arms, dtype=float)
         self.timed = objective == "tokens_per_second"
         self.costs = CostModel(cost_half_life, self.arms)
+        if adwin and type(self).forget is CostAware.forget:
+            raise PolicyError("adwin resets what was learnt, and nothing here could be reset: leave it away")
         self.drift = Drift(adwin) if adwin else None
 
     def forget(self) -> None:
@@ -73,15 +75,11 @@ class CostAware(Policy):
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):
             return
-        self.costs.observe(outcome, self.drafted(decision, outcome))
+        self.costs.observe(outcome)
         if decision.features is not None and outcome.tested:
             self.teach(decision, outcome)
             if self.drift is not None and self.drift.add(outcome):
                 self.forget()
-
-    def drafted(self, decision: Decision, outcome: Outcome) -> int:
-        """How many tokens the step's draft seconds paid for."""
-        return outcome.drafted
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         """Learn from a step that tested at least one token; asked once per decision that kept features."""

@@ -69,9 +69,10 @@ class LevelCosts:
         self._moments = np.column_stack([p * p, p * q, q * q, p, q, np.ones(WIDTHS)])
         self._refit()
 
-    def observe(self, outcome: Outcome, drafted: int) -> None:
-        """Take in one step's times; ``drafted`` counts the tokens that the draft seconds paid for."""
+    def observe(self, outcome: Outcome) -> None:
+        """Take in one step's times."""
         verify, draft, total = outcome.verify_seconds, outcome.draft_seconds, outcome.seconds
+        drafted = outcome.forwards  # what the draft seconds paid for
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
         self.steps += 1

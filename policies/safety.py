@@ -214,7 +214,7 @@ class SafetyGuard(Wrapper):
         if seen:
             return
         if not self._shared:
-            self.model.observe(outcome, outcome.forwards)
+            self.model.observe(outcome)
         ledger, k = self.ledger(outcome.level), outcome.drafted
         stop = self._taken.pop(decision.id, -1)
         ledger.count(self.gamma, outcome, stop)
@@ -223,7 +223,7 @@ class SafetyGuard(Wrapper):
         elif k >= self.gamma:
             self._postpone(ledger, 1)
         costs = self.model.level(outcome.level)
-        paid = self.policy.drafted(decision, outcome) if isinstance(self.policy, CostAware) else outcome.forwards
+        paid = outcome.forwards
         seconds = costs.seconds.item(k) + costs.draft * (paid - k)
         if k:
             ledger.forwards += SHARE * (min(paid / k, 1.0) - ledger.forwards)

@@ -65,7 +65,7 @@ class VllmAdaptive(CostAware):
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):
             return
-        self.costs.observe(outcome, max(outcome.forwards, outcome.drafted))
+        self.costs.observe(outcome)
         for j, margin in enumerate(outcome.signals[: outcome.tested, MARGIN].tolist()):
             if j < self.gamma:
                 self._rows.append((j, min(max(margin, 0.0), CLIP), float(j < outcome.accepted)))

@@ -61,10 +61,12 @@ class NgramIndex:
         self._table: dict[tuple[int, ...], list] = {}
         self._tail: tuple[int, ...] = ()
         self._pushed: list[tuple[int, tuple[int, ...], list[tuple[int, float]]]] = []
+        self._found: tuple[Proposal | None] | None = None  # what was proposed since the context last changed
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append tokens to the context."""
+        self._found = None
         table, tail = self._table, self._tail
         for token in tokens:
             for i in range(len(tail)):
@@ -79,6 +81,7 @@ class NgramIndex:
 
     def push(self, token: int) -> None:
         """Append a token for now."""
+        self._found = None
         table, tail = self._table, self._tail
         before = []
         for i in range(len(tail)):
@@ -90,6 +93,8 @@ class NgramIndex:
 
     def undo(self) -> None:
         """Take all pushed tokens back."""
+        if self._pushed:
+            self._found = None
         while self._pushed:
             token, tail, before = self._pushed.pop()
             for i, (latest, total) in enumerate(before):
@@ -116,6 +121,11 @@ class NgramIndex:
 
     def propose(self) -> Proposal | None:
         """Return what follows the context, with its confidence and entropy; None where no suffix occurred before."""
+        if self._found is None:
+            self._found = (self._propose(),)
+        return self._found[0]
+
+    def _propose(self) -> Proposal | None:
         tail, table = self._tail, self._table
         entry, i = None, 0
         for i in range(len(tail)):

@@ -22,7 +22,7 @@ def feed(
     for i in range(steps):
         k = int(rng.integers(0, widest))
         seconds = verify[k] * np.exp(0.05 * rng.normal()) * (10.0 if i % 25 == 24 else 1.0)
-        costs.observe(outcome(k, seconds, t_d * k * np.exp(0.05 * rng.normal())), k)
+        costs.observe(outcome(k, seconds, t_d * k * np.exp(0.05 * rng.normal())))
     costs.refit()
 
 
@@ -49,7 +49,7 @@ def test_widths_never_seen_lie_on_the_line() -> None:
 def test_the_first_measurements_set_the_scale() -> None:
     costs = LevelCosts()
     for _ in range(4):
-        costs.observe(outcome(4, 2.0, 0.4), 4)
+        costs.observe(outcome(4, 2.0, 0.4))
     assert costs.verify[4] == pytest.approx(2.0, rel=0.1)
     assert costs.draft == pytest.approx(0.1, rel=0.1)
 
@@ -84,7 +84,7 @@ def test_context_growth_is_told_apart_from_width() -> None:
     costs = LevelCosts()
     for _ in range(1500):
         k, context = int(rng.integers(0, 9)), int(rng.integers(10, 4000))
-        costs.observe(outcome(k, LINE[k] + 2e-5 * context, 0.01 * k, context=context), k)
+        costs.observe(outcome(k, LINE[k] + 2e-5 * context, 0.01 * k, context=context))
     costs.refit()
     growth = costs.verify[8] - costs.verify[0]
     assert growth == pytest.approx(LINE[8] - LINE[0], rel=0.1)
@@ -94,7 +94,7 @@ def test_context_growth_is_told_apart_from_width() -> None:
 def test_rate_is_tokens_over_seconds() -> None:
     costs = LevelCosts(half_life=1e9)
     for i in range(600):
-        costs.observe(outcome(4, 0.1, 0.04, n=i % 5), 4)
+        costs.observe(outcome(4, 0.1, 0.04, n=i % 5))
     assert costs.rate == pytest.approx(3 / 0.141, rel=0.02)
 
 
@@ -104,7 +104,7 @@ def test_catching_up_does_not_count_as_drafting() -> None:
         late = i % 3 == 0
         o = outcome(4, 0.1, 0.04 + 0.2 * late)
         o.caught_up = 30 * late
-        costs.observe(o, 4)
+        costs.observe(o)
     costs.refit()
     assert costs.draft == pytest.approx(0.01, rel=0.02)
 
@@ -118,7 +118,7 @@ def test_nonsense_times_are_ignored() -> None:
         outcome(4, float("inf"), 0.1),
         Outcome(4, 1, 2, 2),
     ):
-        costs.observe(bad, 4)
+        costs.observe(bad)
     costs.refit()
     assert np.array_equal(costs.seconds, before)
 
