@@ -8,7 +8,6 @@ on how many tokens a policy drafts; a policy that drafts nothing has no alarms. 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,7 +174,7 @@ def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
                 alarm = row["steps_to_alarm"]
                 table.append(
                     (
-                        f"{number} {row['phase']}", track.policy, _show(Estimate(**row["goodput"])),
+                        f"{number} {row['phase']}", track.policy, Estimate(**row["goodput"]).text(),
                         f"{row['mean_gamma']:.2f}", str(row["steps"]),
                         *(str(alarm.get(name, "–")) for name in ("ADWIN", "Page-Hinkley")),
                     )
@@ -185,8 +184,8 @@ def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
         ("phase", "policy", "tokens/s (measured) [95 %]", *(f"× {name} [95 %]" for name in names))
     ]
     for track in found:
-        ratios = (_show(track.over[name]) if name in track.over else "1" for name in names)
-        whole.append(("whole stream", track.policy, _show(track.whole), *ratios))
+        ratios = (track.over[name].text() if name in track.over else "1" for name in names)
+        whole.append(("whole stream", track.policy, track.whole.text(), *ratios))
     text = "\n".join([*markdown_table(whole), "", *markdown_table(table)]) + "\n"
     write_atomically(path / "drift.md", lambda f: f.write(text))
     return "\n".join([*text_table(table), "", *text_table(whole)])
@@ -202,11 +201,6 @@ def publish(path: Path, doc: str, picture: str) -> None:
         image_link = f"\n![Goodput, acceptance and γ over the stream](img/{Path(picture).name})\n" if picture else ""
         text = (path / "drift.md").read_text(encoding="utf-8")
         insert(Path(doc), f"Measured; 95 % intervals over prompts. {facts}\n\n{text}{image_link}", "drift")
-
-
-def _show(e: Estimate) -> str:
-    """A value with its interval, which one prompt does not have."""
-    return f"{e.value:.2f}" if math.isnan(e.low) else f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def _plain(value: Any) -> Any:

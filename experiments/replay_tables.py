@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from speckv_online.stats import Estimate
-
 if TYPE_CHECKING:
     from experiments.replays import Cell
     from speckv_online.contest import Score
@@ -192,10 +190,6 @@ def _cells(cells: Sequence[Cell]) -> Iterator[str]:
             score = found[name]
             share = score.goodput / cell.contest.clairvoyant.goodput
             note = f" ({score.note})" if score.note else ""
-            line.append(f"{score.goodput:.2f}{note} | {_ratio(score.over(cell.contest.best))} | {share:.2f}")
+            line.append(f"{score.goodput:.2f}{note} | {score.over(cell.contest.best).text(3)} | {share:.2f}")
         mark = "" if rows[0][name].kind == "policy" else " *hindsight*"
         yield f"| `{name}`{mark} | " + " | ".join(line) + " |"
-
-
-def _ratio(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -167,16 +167,11 @@ def table(level: Level) -> list[str]:
         if uneven:
             cells.append(f"{level.goodput(name, shared):.2f}" if shared else "")
         for base in (PLAIN, best, FOUR, THEIR_FOUR):
-            cells.append(show(level.ratio(name, base)) if base in level.calls else "")
+            cells.append(level.ratio(name, base).text(3) if base in level.calls else "")
         agreement = level.modelled_over_measured(name)
-        cells.append(show(agreement) if agreement else "")
+        cells.append(agreement.text(3) if agreement else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def show(e: Estimate) -> str:
-    """A ratio with its interval."""
-    return f"{e.value:.3f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def bars(levels: Sequence[Level]) -> list[str]:

@@ -155,5 +155,5 @@ def as_rows(stream: str, found: Drift) -> list[str]:
         f"{found.relative[0]:.3f}",
         f"{'never' if back is None else back} {verdict['back']}",
         f"{found.kinds[kind]:.3f} ({kind})",
-        f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] (γ {gamma}) {verdict['beats']}",
+        f"{ratio.text(3)} (γ {gamma}) {verdict['beats']}",
     ]

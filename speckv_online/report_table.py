@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from speckv_online.report_data import Report, Row
-from speckv_online.stats import Estimate
 from speckv_online.verdict import BASELINE, ENOUGH
 
 #: Column titles of the table.
@@ -37,7 +36,7 @@ def speedup(row: Row) -> str:
         return "–"
     if row.policy == BASELINE:
         return "1"
-    return f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" if math.isfinite(s.low) else f"{s.value:.2f} [–]"
+    return s.text()
 
 
 def p_value(row: Row) -> str:
@@ -72,9 +71,5 @@ def side_by_side(reports: list[Report]) -> list[tuple[str, ...]]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    text = _interval(row.tokens_per_second)
+    text = row.tokens_per_second.text()
     return text if row.speedup is None or row.policy == BASELINE else f"{text}; × {row.speedup.value:.2f}"
-
-
-def _interval(e: Estimate) -> str:
-    return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" if math.isfinite(e.low) else f"{e.value:.2f}"

@@ -38,6 +38,12 @@ class Estimate:
     p_value: float
     prompts: int
 
+    def text(self, digits: int = 2) -> str:
+        """``value [low, high]``, the value alone where there is no interval."""
+        if math.isnan(self.low):
+            return f"{self.value:.{digits}f}"
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
     @property
     def above(self) -> bool:
         """True if the whole interval lies above 1."""

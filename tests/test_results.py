@@ -85,14 +85,17 @@ def test_tables_say_what_passes_and_what_fails(level: Level) -> None:
     assert "online" not in text  # not in this run
 
 
-def timed(policy: str, prompt: str, length: int, drafts: list[int], extra: float = 0.0) -> UnitResult:
-    """A call whose seconds follow the cost model, but for ``extra``."""
+def timed(policy: str, prompt: str, length: int, drafts: list[int], extra: float = 0.0, dropped: int = 0) -> UnitResult:
+    """A call whose seconds follow the cost model, but for ``extra``; in its last step tokens are ``dropped``."""
     steps, reads = [], True
     for i, k in enumerate(drafts):
         seconds = 0.030 + 0.006 * k + 0.00001 * (length + 2 * i)
         if k and reads:
             seconds, reads = seconds + 0.010 + 0.0001 * (length + 2 * i), False
-        steps.append(replace(step(i, k, seconds), context_length=length + 2 * i))
+        forwards = k + (dropped if i == len(drafts) - 1 else 0)
+        seconds += 0.006 * (forwards - k)
+        changed = {"context_length": length + 2 * i, "forwards": forwards, "draft_seconds": 0.006 * forwards}
+        steps.append(replace(step(i, k, seconds), **changed))
     total = sum(s.seconds for s in steps) + 0.020 + 0.0005 * length + extra
     return UnitResult(Unit("fp16", policy, prompt, "chat", 0), steps, {"output": [0] * 9, "call_seconds": total})
 
@@ -101,7 +104,7 @@ def test_the_cost_model_predicts_calls_that_it_was_not_fitted_to() -> None:
     fixed = {"autoregressive": [0] * 9, "fixed:2": [2] * 5, "fixed:8": [8, 8, 2]}
     lengths = {"a": 50, "b": 90, "c": 140, "d": 60}
     units = [timed(name, p, n, drafts) for name, drafts in fixed.items() for p, n in lengths.items()]
-    units += [timed("goodput", p, n, [0, 5, 1, 12, 0]) for p, n in lengths.items()]
+    units += [timed("goodput", p, n, [0, 5, 1, 12, 0], dropped=2) for p, n in lengths.items()]
     units += [timed("goodput+hybrid", p, n, [1, 1]) for p, n in lengths.items()]
     measured = {(u.unit.policy, u.unit.prompt): u.facts["call_seconds"] for u in units}
     modelled = modelled_calls(units)
@@ -110,7 +113,10 @@ def test_the_cost_model_predicts_calls_that_it_was_not_fitted_to() -> None:
         for prompt, seconds in calls.items():
             assert seconds == pytest.approx(measured[name, prompt], rel=1e-6)
     # A policy that is slow for reasons of its own, and a prompt that was, are not in the costs they are predicted by.
-    slow = [timed("goodput", "a", 50, [0, 5, 1, 12, 0], extra=1.0), timed("fixed:2", "a", 50, [2] * 5, extra=1.0)]
+    slow = [
+        timed("goodput", "a", 50, [0, 5, 1, 12, 0], extra=1.0, dropped=2),
+        timed("fixed:2", "a", 50, [2] * 5, extra=1.0),
+    ]
     again = modelled_calls([*slow, *(u for u in units if u.unit.prompt != "a" or u.unit.policy == "autoregressive")])
     assert again["goodput"]["a"] == pytest.approx(modelled["goodput"]["a"], rel=1e-6)
     assert again["fixed:2"]["a"] == pytest.approx(modelled["fixed:2"]["a"], rel=1e-6)
