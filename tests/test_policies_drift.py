@@ -42,3 +42,5 @@ def test_resets_are_off_by_default_and_checked() -> None:
     assert "resets" not in make_policy("goodput:safety=off").info()
     with pytest.raises(PolicyError, match="adwin must be"):
         make_policy("goodput:adwin=1.5")
+    with pytest.raises(PolicyError, match="nothing here could be reset"):
+        make_policy("mlp16:adwin=0.1")
