@@ -2,8 +2,7 @@
 
 The simulator makes the decoder's calls in the decoder's order (begin, decide, proceed after each drafted token but the
 last, submit, learn), so the steps agree with real greedy decoding one by one, but for policies that go by what
-a trace does not hold: measured seconds, which proposals took no forward, a choice of drafters. Its seconds are
-modelled, not measured.
+a trace does not hold: measured seconds, a choice of drafters. Its seconds are modelled, not measured.
 """
 
 from __future__ import annotations
