@@ -163,7 +163,8 @@ def load_pair(
     pair : str
         A named pair; not used where ``target`` and ``draft`` are given.
     level : str or Level
-        Compression level of the target. The draft stays uncompressed.
+        Compression level of the target. A named pair's draft has its quick form where there is one, see
+        :mod:`speckv_online.quick_draft`.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     target, draft : str, optional
