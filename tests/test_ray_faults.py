@@ -88,7 +88,8 @@ def test_workers_the_learner_and_the_job_are_killed(config: CompareConfig, tmp_p
     rng, run = random.Random(0), tmp_path / "run"
     victims = ["Worker"] * 4 + ["Learner"] * 2
     rng.shuffle(victims)
-    moments = [*sorted(rng.sample(range(1, UNITS - 4), len(victims))), UNITS - 3]  # units done by then
+    # Units done by then; the job goes with a third of them left, since they go on while it is being killed.
+    moments = [*sorted(rng.sample(range(1, UNITS - 9), len(victims))), UNITS - 8]
     job = start(config, run)
     assert job.stderr is not None
     killed, shown = [], []
@@ -96,11 +97,11 @@ def test_workers_the_learner_and_the_job_are_killed(config: CompareConfig, tmp_p
         shown.append(line)
         if moments and f" {moments[0]}/{UNITS} " in line:
             moments.pop(0)
-            time.sleep(rng.uniform(0.0, 0.1))
             if not victims:
                 os.kill(job.pid, signal.SIGKILL)
                 killed.append("Job")
                 continue
+            time.sleep(rng.uniform(0.0, 0.1))
             pids: list[int] = []
             while not pids:
                 pids = actors(job.pid, victims[0])
