@@ -54,9 +54,8 @@ def modelled_calls(units: Sequence[UnitResult]) -> dict[str, dict[str, float]]:
         return {}
     size = len(knots) + 5
     lhs, rhs = np.zeros((len(prompts), size, size)), np.zeros((len(prompts), size))
-    drafts = np.zeros(
-        (len(prompts), 2)
-    )  # seconds and forwards, but for each call's first draft, which reads the prompt
+    # Draft seconds and forwards, but for each call's first draft, which reads the prompt.
+    drafts = np.zeros((len(prompts), 2))
     for u in units:
         if gamma_of(u.unit.policy) is not None:
             i = prompts.index(u.unit.prompt)

@@ -223,11 +223,10 @@ class SafetyGuard(Wrapper):
         elif k >= self.gamma:
             self._postpone(ledger, 1)
         costs = self.model.level(outcome.level)
-        paid = outcome.forwards
-        seconds = costs.seconds.item(k) + costs.draft * (paid - k)
+        seconds = costs.seconds.item(k) + costs.draft * (outcome.forwards - k)
         if k:
-            ledger.forwards += SHARE * (min(paid / k, 1.0) - ledger.forwards)
-            seconds -= 0.0 if paid else costs.first
+            ledger.forwards += SHARE * (min(outcome.forwards / k, 1.0) - ledger.forwards)
+            seconds -= 0.0 if outcome.forwards else costs.first
         ledger.budget += outcome.produced - ledger.rate * seconds
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)

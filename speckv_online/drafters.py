@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
 from speckv_online.kvcache import KVCache
 from speckv_online.ngram import NgramIndex, Proposal
-from speckv_online.quick_draft import QuickCache, QuickDraft
+from speckv_online.quick_draft import QuickDraft
 from speckv_online.sampling import Sampler
 
 #: What :meth:`Drafter.draft` returns where it has nothing to propose: the step drafts no further.
@@ -103,9 +103,7 @@ class ModelDrafter:
         """Start a sequence; nothing is fed to the model before the first draft."""
         self.sampler = sampler
         self.proposals: list[torch.Tensor | None] = []
-        self.cache: KVCache | QuickCache = (
-            KVCache(self.layers, capacity) if self.quick is None else self.quick.cache(capacity, len(tokens))
-        )
+        self.cache, self._prompt = KVCache(self.layers, capacity), len(tokens)
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
@@ -164,8 +162,8 @@ class ModelDrafter:
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed tokens, shape (n,), and return the next one's logits."""
         ids = self.known(ids)
-        if isinstance(self.cache, QuickCache):
-            return self.cache.draft.read(ids, self.cache)
+        if self.quick is not None:
+            return self.quick.read(ids, self.cache, self._prompt)
         out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1, : self.rows].float()
 

@@ -19,46 +19,12 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from speckv_online.kvcache import KVCache
+
 #: Prompts of at most this many tokens are read as all other tokens are.
 SHORT = 16
 #: Largest error of the logits, relative to their spread, that passes for rounding to 8 bits.
 _TOLERANCE = 0.1
-
-
-class QuickCache:
-    """Keys and values of one sequence, shape (layers, key-value heads, capacity, head size) each.
-
-    Parameters
-    ----------
-    draft : QuickDraft
-    capacity : int
-        Tokens to make room for at first; the buffers grow when they have to.
-    prompt : int
-        Length of the sequence's prompt.
-    """
-
-    def __init__(self, draft: QuickDraft, capacity: int, prompt: int) -> None:
-        self.draft, self.prompt, self.used = draft, prompt, 0
-        self.keys, self.values = (
-            torch.empty((len(draft.layers), draft.groups, max(capacity, 1), draft.size)) for _ in range(2)
-        )
-
-    def __len__(self) -> int:
-        return self.used
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens; a longer length than the cache's own is an error."""
-        if not 0 <= length <= self.used:
-            raise ValueError(f"cannot truncate a cache of {self.used} tokens to {length}")
-        self.used = length
-
-    def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens."""
-        capacity = self.keys.shape[2]
-        if length > capacity:
-            grown = torch.empty((2, *self.keys.shape[:2], max(2 * capacity, length), self.keys.shape[3]))
-            grown[0, :, :, :capacity], grown[1, :, :, :capacity] = self.keys, self.values
-            self.keys, self.values = grown
 
 
 @dataclass(frozen=True)
@@ -84,7 +50,7 @@ class _Matrix:
 
 
 class QuickDraft:
-    """The forward of a Llama draft over a :class:`QuickCache`; made by :func:`quicken`.
+    """The forward of a Llama draft over a :class:`~speckv_online.kvcache.KVCache`; made by :func:`quicken`.
 
     Parameters
     ----------
@@ -114,25 +80,22 @@ class QuickDraft:
         angles = torch.arange(config.max_position_embeddings)[:, None] * body.rotary_emb.inv_freq.float()
         self.turns = torch.polar(torch.ones_like(angles), angles)[:, None]
 
-    def cache(self, capacity: int, prompt: int) -> QuickCache:
-        """Return an empty cache for a sequence that begins with ``prompt`` tokens."""
-        return QuickCache(self, capacity, prompt)
-
-    def read(self, ids: torch.Tensor, cache: QuickCache) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, cache: KVCache, prompt: int) -> torch.Tensor:
         """Read tokens into the cache, at first at least the whole prompt; return the next one's logits.
 
         Parameters
         ----------
         ids : Tensor of int, shape (n,)
-        cache : QuickCache
+        cache : KVCache
+        prompt : int
+            How many tokens the sequence's prompt has.
 
         Returns
         -------
         Tensor, shape (rows of the head,), fp32
         """
-        cache.reserve(len(cache) + len(ids))
-        state, prompt = None, cache.prompt if len(cache) == 0 else 0
-        if prompt > SHORT:
+        state = None
+        if prompt > SHORT and len(cache) == 0:
             state, ids = self._forward(ids[:prompt], cache, wide=True), ids[prompt:]
         if len(ids):
             state = self._forward(ids, cache, wide=False)
@@ -144,19 +107,18 @@ class QuickDraft:
         """RMS norm without its weights."""
         return x * x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
 
-    def _forward(self, ids: torch.Tensor, cache: QuickCache, wide: bool) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, cache: KVCache, wide: bool) -> torch.Tensor:
         """Read tokens; return the last one's state behind the last layer, shape (1, hidden size)."""
-        count, start, both = len(ids), cache.used, self.heads + self.groups
+        count, start, both = len(ids), len(cache), self.heads + self.groups
         x, turns = nn.functional.embedding(ids, self.embedding), self.turns[start : start + count]
-        cache.used = end = start + count
-        for (together, out, gated, down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        for i, (together, out, gated, down) in enumerate(self.layers):
             y = together.times(self._normed(x), wide).float().view(count, -1, self.size)
             pairs = torch.view_as_complex(y[:, :both].unflatten(-1, (-1, 2)))
             turned = torch.view_as_real(pairs * turns).flatten(-2)
-            keys[:, start:end] = turned[:, self.heads :].transpose(0, 1)
-            values[:, start:end] = y[:, both:].transpose(0, 1)
+            new = turned[:, self.heads :].transpose(0, 1), y[:, both:].transpose(0, 1)
+            keys, values = cache.update(new[0][None], new[1][None], i)
             attend = self._attend_all if wide else self._attend_each
-            x = x + out.times(attend(turned[:, : self.heads], keys[:, :end], values[:, :end]), wide)
+            x = x + out.times(attend(turned[:, : self.heads], keys[0], values[0]), wide)
             gate, up = gated.times(self._normed(x), wide).chunk(2, -1)
             x += down.times(nn.functional.silu(gate).mul_(up), wide)
         return x[-1:]
@@ -198,7 +160,7 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
     ids = torch.arange(1, 2 * SHORT) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
         quick = QuickDraft(model)
-        found = [quick.read(ids, quick.cache(len(ids), prompt)) for prompt in (1, len(ids))]
+        found = [quick.read(ids, KVCache(len(quick.layers), len(ids)), prompt) for prompt in (1, len(ids))]
     except (AttributeError, RuntimeError, TypeError):  # another torch
         return None
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]

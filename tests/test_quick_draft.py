@@ -18,6 +18,7 @@ from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.draft_table import draft_table
 from speckv_online.drafters import ModelDrafter
 from speckv_online.hybrid import HybridDrafter
+from speckv_online.kvcache import KVCache
 from speckv_online.quick_draft import SHORT, QuickDraft, quicken
 
 pytestmark = pytest.mark.skipif(
@@ -58,7 +59,7 @@ TEXT = [int(t) for t in np.random.default_rng(5).integers(1, VOCABULARY, 90)]
 @pytest.mark.parametrize("prompt", [1, SHORT, SHORT + 1, 60])
 def test_logits_are_the_models_up_to_rounding(model: LlamaForCausalLM, quick: QuickDraft, prompt: int) -> None:
     expected = model(input_ids=torch.tensor([TEXT])).logits[0, -1]
-    found = quick.read(torch.tensor(TEXT), quick.cache(8, prompt))
+    found = quick.read(torch.tensor(TEXT), KVCache(2, 8), prompt)
     assert (found - expected).std() < 0.05 * expected.std()
 
 
@@ -68,9 +69,9 @@ def test_logits_are_the_models_up_to_rounding(model: LlamaForCausalLM, quick: Qu
 def test_the_same_bits_at_every_width(quick: QuickDraft, widths: list[int], prompt: int, junk: int) -> None:
     """Read token by token, or in pieces with rejected drafts between them: the logits are equal, bit by bit."""
     text = [*TEXT[:prompt], *TEXT[prompt : prompt + sum(widths)]]
-    single, pieces = quick.cache(4, prompt), quick.cache(300, prompt)
+    single, pieces = KVCache(2, 4), KVCache(2, 300)
     for cache in (single, pieces):
-        quick.read(torch.tensor(text[:prompt]), cache)
+        quick.read(torch.tensor(text[:prompt]), cache, prompt)
     at = prompt
     for width in widths:
         ids = text[at : at + width]
@@ -78,17 +79,17 @@ def test_the_same_bits_at_every_width(quick: QuickDraft, widths: list[int], prom
             break
         one = torch.empty(0)
         for token in ids:
-            one = quick.read(torch.tensor([token]), single)
+            one = quick.read(torch.tensor([token]), single, prompt)
         if junk:
-            quick.read(torch.tensor(TEXT[-junk:]), pieces)
+            quick.read(torch.tensor(TEXT[-junk:]), pieces, prompt)
             pieces.truncate(at)
-        assert torch.equal(quick.read(torch.tensor(ids), pieces), one)
+        assert torch.equal(quick.read(torch.tensor(ids), pieces, prompt), one)
         at += width
     # The prompt and all that follows it, in one call.
-    late = quick.read(torch.tensor(text), quick.cache(8, prompt))
+    late = quick.read(torch.tensor(text), KVCache(2, 8), prompt)
     if len(single) > prompt:
         single.truncate(len(single) - 1)
-        assert torch.equal(late, quick.read(torch.tensor(text[-1:]), single))
+        assert torch.equal(late, quick.read(torch.tensor(text[-1:]), single, prompt))
 
 
 class Random(Policy):
@@ -167,9 +168,9 @@ def test_other_models_have_no_quick_form(model: LlamaForCausalLM, monkeypatch: p
 
 
 def test_cache(quick: QuickDraft) -> None:
-    cache = quick.cache(4, 2)
-    quick.read(torch.tensor(TEXT[:2]), cache)
+    cache = KVCache(2, 4)
+    quick.read(torch.tensor(TEXT[:2]), cache, 2)
     with pytest.raises(ValueError, match="cannot truncate a cache of 2 tokens to 3"):
         cache.truncate(3)
     with pytest.raises(ValueError, match="no token"):
-        quick.read(torch.tensor([], dtype=torch.long), cache)
+        quick.read(torch.tensor([], dtype=torch.long), cache, 2)
