@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from speckv_online.adopt import text_config
+from speckv_online.attention import GROUPED
 from speckv_online.errors import UserError
 
 #: Longest piece of a prompt that is read in one forward: all rows are as wide as the widest.
@@ -104,7 +105,7 @@ class BatchModel:
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int, last_id: int | None = None) -> None:
         config = text_config(model)
         attention = config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        if attention not in ("sdpa", "eager", GROUPED):
             raise UserError(f"batches need a mask, which {attention} attention does not take: load with sdpa or eager")
         self.model, self.device, self.additive = model, model.device, attention == "eager"
         # With room for what rows that wait write past their end.

@@ -1,52 +1,46 @@
-"""bitsandbytes' layers on a CPU without the detours: the same arithmetic bit for bit, in fewer calls.
+"""bitsandbytes' layers on a CPU without the detours: the same results bit for bit, in less time.
 
 For a few rows much of the time of a quantized layer on a CPU goes into dispatch: custom operators that call one
-another, an autograd function, half precision that the processor lacks, boolean indexing in search of outliers. Here the
-same steps are plain torch calls in fp32 (LLM.int8, Dettmers et al., 2022), or one call of bitsandbytes' own kernel
-(4-bit types). Every layer is compared with bitsandbytes before it takes the short way; where they are not equal, or the
-processor lacks what bitsandbytes' quick paths need, it stays as it is. docs/performance.md has the measurements.
+another, an autograd function, half precision that the processor lacks, boolean indexing in search of outliers. And its
+kernels read the weights once per few rows. Here a layer is one or two calls of a kernel of
+:mod:`speckv_online.kernels_bnb` with the same arithmetic (LLM.int8, Dettmers et al., 2022; the 4-bit types as
+bitsandbytes multiplies them in bf16), for processors on which bitsandbytes takes its own quick paths. Layers take this
+way by :func:`speckv_online.lighten.lighten`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
 
-#: What LLM.int8 multiplies by in bitsandbytes: 1 / 127 squared (its literal is one zero short), and 1 / 127.
-_BOTH, _ONE = 6.200124e-05, 7.874015718698502e-3
-#: bitsandbytes' kernels by 4-bit type.
-_kernels: dict[str, Any] = {}
+from speckv_online.jit import double
+from speckv_online.kernels_bnb import FEATURES, INPUTS, compiled
+
+#: 1 / 127, as bitsandbytes has it.
+_ONE = 7.874015718698502e-3
 
 
 def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Return what a ``Linear8bitLt`` layer gives for ``x``, shape (..., out_features)."""
-    state = layer.state
-    if state.CB is None or not _plain(x):
+    if layer.state.CB is None or not _plain(x):
         return _stock(layer, x)
-    rows = x.reshape(-1, x.shape[-1])
-    rounded = rows.half().float()  # quantization starts from fp16
-    sizes = rounded.abs()
-    tops = sizes.amax(1, keepdim=True)
-    columns = None
-    if state.threshold > 0.0 and float(tops.max()) >= state.threshold:
-        outliers = sizes >= state.threshold
-        columns = outliers.any(0).nonzero().view(-1)
-        tops = sizes.masked_fill_(outliers, 0.0).amax(1, keepdim=True)
-    quantized = rounded.mul_(127.0 / tops).round_()
-    if columns is not None:
-        quantized.index_fill_(1, columns, 0.0)
-    out = torch._int_mm(quantized.to(torch.int8), state.CB.t()) * (tops * state.SCB)
-    out.mul_(_BOTH)
+    weights, scales, sums, threshold, (outputs, inputs) = layer._light
+    rows = x.reshape(-1, inputs)
+    count, kernels = len(rows), compiled()
+    numbers, tops = torch.empty((count, inputs), dtype=torch.uint8), torch.empty(count)
+    marks, out = torch.zeros(inputs, dtype=torch.int8), torch.empty((count, outputs))
+    to = numbers.data_ptr(), tops.data_ptr()
+    *_, outliers = kernels["quantize"](rows.data_ptr(), *to, count, inputs, threshold, marks.data_ptr(), 0)
+    pointers = numbers.data_ptr(), weights.data_ptr(), out.data_ptr()
+    kernels["int8"](*pointers, count, inputs, outputs, tops.data_ptr(), scales.data_ptr(), sums.data_ptr())
     if layer.bias is not None:
         out += layer.bias
-    if columns is not None:  # outliers are multiplied in floating point
-        apart = state.CB.index_select(1, columns) * state.SCB.view(-1, 1) * _ONE
+    if outliers:  # they are multiplied in floating point
+        columns = marks.nonzero().view(-1)
+        apart = layer.state.CB.index_select(1, columns) * scales.view(-1, 1) * _ONE
         out = out.addmm(rows.index_select(1, columns), apart.t())
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out.view(*x.shape[:-1], outputs)
 
 
 def four_bit_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -54,41 +48,14 @@ def four_bit_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if not _plain(x):
         return _stock(layer, x)
     # Our own references: bitsandbytes puts the weights back into another layout when a state is asked for.
-    weight, scales, (kind, rows, columns, block) = layer._light
-    a = x.reshape(-1, columns).to(torch.bfloat16)  # the kernel's type
-    out = torch.empty((len(a), rows), dtype=torch.bfloat16)
-    _kernels[kind](
-        len(a), rows, columns, a.data_ptr(), weight.data_ptr(), scales.data_ptr(), out.data_ptr(), block, columns, rows
-    )
-    answer = out.to(torch.float32).view(*x.shape[:-1], rows)
+    weights, scales, codes, (outputs, inputs), block = layer._light
+    rows = x.reshape(-1, inputs).to(torch.bfloat16).float()  # the type that bitsandbytes multiplies in
+    out = torch.empty((len(rows), outputs))
+    pointers = rows.data_ptr(), weights.data_ptr(), out.data_ptr()
+    compiled()["four_bit"](*pointers, len(rows), inputs, outputs, scales.data_ptr(), block, codes.data_ptr())
     if layer.bias is not None:
-        answer += layer.bias
-    return answer
-
-
-def lighten(model: nn.Module) -> int:
-    """Let a model's bitsandbytes layers on the CPU take these ways in inference; return how many may.
-
-    The layers stay what they are, with their weights. Each one's first forward is bitsandbytes' own, and the layer
-    takes the short way from then on if that gives the same for the same input.
-    """
-    found: list[Any] = [m for m in model.modules() if type(m).__name__ in _WAYS and m.weight.device.type == "cpu"]
-    for layer in found:
-        layer.forward = MethodType(_first_forward, layer)
-    return len(found)
-
-
-def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    answer = _stock(layer, x)
-    if _plain(x):
-        del layer.forward
-        ready, forward = _WAYS[type(layer).__name__]
-        try:
-            if ready(layer) and torch.equal(forward(layer, x), answer):
-                layer.forward = MethodType(forward, layer)
-        except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):  # another bitsandbytes
-            pass
-    return answer
+        out += layer.bias
+    return out.view(*x.shape[:-1], outputs)
 
 
 def _plain(x: torch.Tensor) -> bool:
@@ -100,32 +67,32 @@ def _stock(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return answer
 
 
-def _ready_int8(layer: Any) -> bool:
+def ready_int8(layer: Any) -> bool:
+    """Return True if a ``Linear8bitLt`` layer may be tried, and note what its forward needs."""
     # Without AVX-512 bitsandbytes itself multiplies in floating point, as torch's integers are slow there.
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not layer.state.has_fp16_weights
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or layer.state.has_fp16_weights:
+        return False
+    weight = layer.state.CB
+    outputs, inputs = weight.shape
+    if outputs % FEATURES or inputs % INPUTS:
+        return False
+    blocks = weight.view(outputs // FEATURES, FEATURES, inputs // INPUTS, INPUTS).transpose(1, 2).contiguous()
+    sums = weight.sum(1, dtype=torch.int32) * 128
+    threshold = layer.state.threshold if layer.state.threshold > 0.0 else float("inf")
+    layer._light = blocks, layer.state.SCB.float().contiguous(), sums, double(threshold), (outputs, inputs)
+    return True
 
 
-def _ready_four_bit(layer: Any) -> bool:
+def ready_four_bit(layer: Any) -> bool:
+    """Return True if a ``Linear4bit`` layer may be tried, and note what its forward needs."""
     state, weight = layer.weight.quant_state, layer.weight.data
     usable = getattr(state, "packing_format_for_cpu", False) and not state.nested and weight.is_contiguous()
     if not usable or layer.compute_dtype not in (None, torch.float32, torch.bfloat16):
         return False
-    if state.quant_type not in _kernels:
-        import ctypes
-
-        from bitsandbytes.cextension import lib
-
-        kernel = getattr(lib, f"gemv_4bit_inference_cpu_{state.quant_type}_bf16")
-        whole, pointer = ctypes.c_int64, ctypes.c_void_p
-        kernel.argtypes = [whole, whole, whole, pointer, pointer, pointer, pointer, whole, whole, whole]
-        _kernels[state.quant_type] = kernel
-    shape = state.quant_type, int(state.shape[0]), int(state.shape[1]), int(state.blocksize)
-    layer._light = weight, state.absmax.to(torch.bfloat16).contiguous(), shape
+    outputs, inputs = map(int, state.shape)
+    block = int(state.blocksize)
+    if outputs % 32 or inputs % block:
+        return False
+    codes = state.code.to(torch.bfloat16).float().contiguous()
+    layer._light = weight, state.absmax.to(torch.bfloat16).contiguous(), codes, (outputs, inputs), block
     return True
-
-
-#: By the name of a layer's class: whether it can take the short way, and that way.
-_WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch.Tensor]]] = {
-    "Linear8bitLt": (_ready_int8, int8_forward),
-    "Linear4bit": (_ready_four_bit, four_bit_forward),
-}

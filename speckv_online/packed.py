@@ -1,90 +1,110 @@
-"""Linear layers whose weights are laid out for the few rows of a verification, on a CPU.
+"""Linear layers that take hardly longer for the few tokens of a verification than for one, on a CPU.
 
 A stock fp32 ``nn.Linear`` on a CPU is quick for one row and slow for 4 to 16: a verification of five tokens takes up to
-twice the time of one. oneDNN's pre-packed weights, which torch's own compiler uses when it freezes a model, are slower
-for one row and grow much less. So a layer keeps both, and takes the packed ones from :data:`FROM_ROWS` rows on. The
-operators are private: they are tried before they are used, and where they are missing or wrong the model stays as it
-is. docs/performance.md has the measurements.
+twice the time of one. The kernels of :mod:`speckv_online.kernels` are nearly flat, and read weights in the smallest
+type that holds them exactly, which for weights rounded to fp16 is half of what fp32 takes. They are tried before
+they are used, and where they are missing or wrong the model stays as it is. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from speckv_online.bnb_cpu import lighten
+from speckv_online.attention import group
+from speckv_online.kernels import Shape, compiled, lay_out, shape
+from speckv_online.lighten import lighten
 
-#: Rows that the layout is chosen for: the verification of a few drafts.
-ROWS = 5
-#: Tokens of a sequence from which on the packed weight is the quicker one; how many sequences there are does not count.
-FROM_ROWS = 4
+#: Most rows for which the kernels are the quicker ones: more are a prompt.
+MOST_ROWS = 32
 #: Most bytes of weights that are kept twice; larger models stay as they are.
 MOST_BYTES = 4 << 30
-#: Smaller weights stay as they are: a packed layer costs some 15 us more per call, which only a large one wins back.
-LEAST_WEIGHTS = 500_000
 #: Largest difference from nn.Linear, relative to the largest output, that passes for rounding.
 _TOLERANCE = 1e-5
 
 
-def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-
-
 class PackedLinear(nn.Linear):
-    """An ``nn.Linear`` for inference that has its weight in oneDNN's blocked layout too.
+    """An ``nn.Linear`` for inference whose weight is laid out for few rows too.
+
+    A row's result has the same bits whatever the number of rows, up to :data:`MOST_ROWS`.
 
     Parameters
     ----------
     linear : nn.Linear
         In fp32 on the CPU; its parameters are shared.
+    use : Shape
+        Outputs are a multiple of its ``features`` and inputs of its ``lanes``.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, use: Shape) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        # Not a buffer: neither saved nor hashed.
-        self._packed = [torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)]
+        # Not buffers: neither saved nor hashed.
+        self._packed = lay_out(linear.weight.detach(), use)
+        self._kernel = compiled(use)[self._packed[0].dtype]
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias``, shape (..., out_features)."""
-        if x.shape[-2] < FROM_ROWS:
+        rows = x.numel() // self.in_features
+        plain = x.dtype == torch.float32 and x.is_contiguous() and x.is_cpu and not torch.is_grad_enabled()
+        if not plain or not 0 < rows <= MOST_ROWS:
             return nn.functional.linear(x, self.weight, self.bias)
-        return _linear(x, self._packed[0], self.bias)
+        weight, scales = self._packed
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        self._kernel(*pointers, rows, self.in_features, self.out_features, scales.data_ptr())
+        return out if self.bias is None else out.add_(self.bias)
 
 
-def can_pack() -> bool:
-    """Return True if oneDNN's packed linear exists in this torch and agrees with ``nn.Linear``."""
-    linear = nn.Linear(96, 160)
-    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+@cache
+def can_pack(use: Shape) -> bool:
+    """Return True if the kernels can be compiled here and agree with ``nn.Linear`` for weights of each type."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 96, generator=generator) for rows in (use.rows + 2, 160))
+    whole = (weight * 40).round().clamp(-127, 127)
+    whole[:, ::32] = 127.0
     with torch.inference_mode():
-        try:
-            y = PackedLinear(linear)(x)
-        except (AttributeError, RuntimeError, TypeError):  # another torch, a build without oneDNN
-            return False
-        expected = linear(x)
-    return y.shape == expected.shape and bool((y - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+        for kept in (weight, weight.bfloat16().float(), weight.half().float(), whole / 64):
+            linear = nn.Linear(96, 160)
+            linear.weight = nn.Parameter(kept)
+            try:
+                y = PackedLinear(linear, use)(x)
+            except (AttributeError, ImportError, OSError, RuntimeError):  # no llvmlite, another torch or LLVM
+                return False
+            expected = linear(x)
+            if not bool((y - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
+                return False
+    return True
 
 
 def pack(model: nn.Module) -> int:
-    """Pack the large fp32 linear layers of a model on the CPU, in place; return how many.
+    """Pack the fp32 linear layers of a model on the CPU, in place; return how many.
 
-    Layers of bitsandbytes stay, but are called with less ado, see :mod:`speckv_online.bnb_cpu`. Everything stays where
-    packing does not work, and in a model whose weights are too large to be kept twice. Logits change by rounding only.
-    The model can no longer be trained.
+    Other layers take a short way where there is one, see :mod:`speckv_online.lighten`, and so does attention, see
+    :mod:`speckv_online.attention`. Linear layers stay where packing does not work, and in a model whose weights are too
+    large to be kept twice. Logits change by rounding only.
     """
     lighten(model)
+    if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
+        group(model)
+    use = shape()
+    if use is None:
+        return 0
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         # The exact type: bitsandbytes' layers are subclasses with weights of their own.
-        if type(child) is nn.Linear and child.weight.numel() >= LEAST_WEIGHTS
-        if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
+        if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
+        if child.out_features % use.features == 0 and child.in_features % use.lanes == 0
     ]
-    if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES or not can_pack():
+    if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES or not can_pack(use):
         return 0
     for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child))
+        setattr(parent, name, PackedLinear(child, use))
     return len(found)

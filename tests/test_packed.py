@@ -11,24 +11,38 @@ from speckv_online import packed
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import ModelDrafter
 from speckv_online.fingerprints import fingerprint
-from speckv_online.packed import PackedLinear, can_pack, pack
+from speckv_online.kernels import Shape, shape
+from speckv_online.packed import MOST_ROWS, PackedLinear, can_pack, pack
 from tests.conftest import tiny_llama
 
-needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no packed linear layers")
+USE = shape() or Shape(8, 2, 5)
+needs_packing = pytest.mark.skipif(not can_pack(USE), reason="no kernels for this processor, or no llvmlite")
 
 
 @needs_packing
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 48), (5, 48), (2, 3, 48)])
+@pytest.mark.parametrize("shape", [(1, 48), (5, 48), (2, 3, 48), (MOST_ROWS, 48), (MOST_ROWS + 1, 48), (0, 48)])
 def test_packed_linear_is_linear(bias: bool, shape: tuple[int, ...]) -> None:
     linear, x = nn.Linear(48, 80, bias=bias), torch.randn(shape)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(PackedLinear(linear, USE)(x), linear(x), rtol=1e-5, atol=1e-5)
+        odd = torch.randn(48, 3).t()  # not contiguous
+        torch.testing.assert_close(PackedLinear(linear, USE)(odd), linear(odd), rtol=1e-5, atol=1e-5)
 
 
 @needs_packing
-def test_packed_model_decodes_the_same_and_keeps_its_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+def test_gradients_pass_as_through_the_layer_itself() -> None:
+    linear, x = nn.Linear(48, 80), torch.randn(3, 48, requires_grad=True)
+    PackedLinear(linear, USE)(x).sum().backward()
+    found, x.grad = x.grad, None
+    linear(x).sum().backward()
+    assert found is not None
+    assert x.grad is not None
+    torch.testing.assert_close(found, x.grad)
+
+
+@needs_packing
+def test_packed_model_decodes_the_same_and_keeps_its_fingerprint() -> None:
     plain, model = tiny_llama(seed=3), tiny_llama(seed=3)
     assert pack(model) == sum(isinstance(m, nn.Linear) for m in plain.modules())
     assert not any(type(m) is nn.Linear for m in model.modules())
@@ -41,33 +55,41 @@ def test_packed_model_decodes_the_same_and_keeps_its_fingerprint(monkeypatch: py
     assert outputs[0] == outputs[1]
 
 
-def test_small_half_and_quantized_layers_stay() -> None:
+def test_layers_of_odd_sizes_and_half_and_quantized_ones_stay() -> None:
     class Quantized(nn.Linear):
         """Stands for a library's own layer: a subclass."""
 
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(1000, 1000).half(), Quantized(1000, 1000))
+    model = nn.Sequential(nn.Linear(65, 7), nn.Linear(128, 128).half(), Quantized(128, 128))
     assert pack(model) == 0
     assert [type(m) for m in model] == [nn.Linear, nn.Linear, Quantized]
 
 
-def test_a_torch_without_the_operator_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*args: object) -> torch.Tensor:
-        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, AttributeError])
+def test_where_nothing_can_be_compiled_nothing_changes(monkeypatch: pytest.MonkeyPatch, error: type) -> None:
+    def missing(use: Shape) -> None:
+        raise error("no compiler")
 
-    monkeypatch.setattr(packed, "_linear", missing)
-    model = nn.Sequential(nn.Linear(1000, 1000))
-    assert not can_pack()
+    monkeypatch.setattr(packed, "compiled", missing)
+    monkeypatch.setattr(packed, "can_pack", can_pack.__wrapped__)
+    model = nn.Sequential(nn.Linear(128, 128))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear
+
+
+def test_a_processor_without_vectors_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "shape", lambda: None)
+    model = nn.Sequential(nn.Linear(128, 128))
+    assert pack(model) == 0
 
 
 def test_a_model_too_large_to_keep_twice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "MOST_BYTES", 4 * 1000 * 1000 - 1)
-    model = nn.Sequential(nn.Linear(1000, 1000))
+    monkeypatch.setattr(packed, "MOST_BYTES", 4 * 128 * 128 - 1)
+    model = nn.Sequential(nn.Linear(128, 128))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear
 
 
+@needs_packing
 def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_linear", lambda x, weight, bias: x.new_ones(*x.shape[:-1], 160))
-    assert not can_pack()
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: x.new_ones(*x.shape[:-1], 160))
+    assert not can_pack.__wrapped__(USE)

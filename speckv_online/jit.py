@@ -1,0 +1,225 @@
+"""A little assembler for LLVM: loops and vectors as text, compiled for this processor, run on torch's threads.
+
+Python has no way to say how a matrix is read from memory, and a C compiler is not on every machine. llvmlite brings
+LLVM as a wheel. A kernel here is a function of one pointer, to 64-bit integers that are its arguments; torch's own
+OpenMP threads run it, so that no second pool of threads competes with them for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+#: What a kernel may call: OpenMP as torch has it.
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+#: How far ahead of their use weights are fetched, and what is fetched at once, in bytes.
+_AHEAD, _LINE = 4096, 64
+
+
+def _declarations() -> str:
+    """What of LLVM's own the kernels call."""
+    vectors = "".join(
+        f"declare <{n} x float> @llvm.fma.v{n}f32(<{n} x float>, <{n} x float>, <{n} x float>)\n"
+        f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, <{n} x float>)\n"
+        for n in (8, 16)
+    )
+    return vectors + (
+        "declare i32 @omp_get_thread_num()\n"
+        "declare i32 @omp_get_num_threads()\n"
+        "declare i64 @llvm.umin.i64(i64, i64)\n"
+        "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)\n"
+    )
+
+
+class Code:
+    """Text of one function ``void name(ptr args)``, written line by line; values are named as they come.
+
+    Counters and sums live in stack slots, which LLVM turns into registers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._head = f"define void @{name}(ptr %args) {{\nentry:\n"
+        self._slots: list[str] = []
+        self._lines: list[str] = []
+        self._made = 0
+
+    def name(self, prefix: str = "%t") -> str:
+        """Return a name that nothing else has."""
+        self._made += 1
+        return f"{prefix}{self._made}"
+
+    def do(self, line: str) -> None:
+        """Write an instruction that has no value."""
+        self._lines.append(f"  {line}\n")
+
+    def let(self, instruction: str) -> str:
+        """Write an instruction; return the name of its value."""
+        name = self.name()
+        self.do(f"{name} = {instruction}")
+        return name
+
+    def slot(self, kind: str, value: str) -> str:
+        """Return a variable of a type, set to a value here."""
+        name = self.name("%v")
+        self._slots.append(f"  {name} = alloca {kind}\n")
+        self.do(f"store {kind} {value}, ptr {name}")
+        return name
+
+    def argument(self, index: int, kind: str = "i64") -> str:
+        """Return an argument of the function."""
+        return self.let(f"load {kind}, ptr {self.at('%args', index)}")
+
+    def at(self, pointer: str, index: str | int, kind: str = "i64") -> str:
+        """Return the address of an element."""
+        return self.let(f"getelementptr {kind}, ptr {pointer}, i64 {index}")
+
+    def whole(self, operation: str, a: str | int, b: str | int) -> str:
+        """Return the result of an operation on two 64-bit integers."""
+        return self.let(f"{operation} i64 {a}, {b}")
+
+    @contextmanager
+    def loop(self, start: str | int, stop: str | int, step: str | int = 1) -> Iterator[str]:
+        """Repeat what is written inside for ``start <= i < stop``; yields ``i``. ``step`` may be a slot to be read."""
+        index, check, body, end = self.slot("i64", str(start)), self.name("c"), self.name("b"), self.name("e")
+        self.do(f"br label %{check}\n{check}:")
+        i = self.let(f"load i64, ptr {index}")
+        self.do(f"br i1 {self.let(f'icmp ult i64 {i}, {stop}')}, label %{body}, label %{end}\n{body}:")
+        yield i
+        taken = self.let(f"load i64, ptr {step}") if str(step).startswith("%v") else step
+        self.do(f"store i64 {self.whole('add', i, taken)}, ptr {index}")
+        self.do(f"br label %{check}\n{end}:")
+
+    @contextmanager
+    def when(self, condition: str) -> Iterator[None]:
+        """Do what is written inside if an ``i1`` is true."""
+        body, end = self.name("b"), self.name("e")
+        self.do(f"br i1 {condition}, label %{body}, label %{end}\n{body}:")
+        yield
+        self.do(f"br label %{end}\n{end}:")
+
+    def chunks(self, rows: str, most: int, some: Callable[[str, int], None]) -> None:
+        """Write ``some(done, count)`` for all rows, ``most`` of them at once and then the rest."""
+        taken = self.slot("i64", str(most))
+        with self.loop(0, rows, taken) as done:
+            now = self.let(f"call i64 @llvm.umin.i64(i64 {self.whole('sub', rows, done)}, i64 {most})")
+            self.do(f"store i64 {now}, ptr {taken}")
+            for count in range(1, most + 1):
+                with self.when(self.let(f"icmp eq i64 {now}, {count}")):
+                    some(done, count)
+
+    def fetch(self, pointer: str, size: int) -> None:
+        """Fetch what lies a few cache lines behind a place that bytes are read from in order."""
+        for offset in range(_AHEAD, _AHEAD + size, _LINE):
+            self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset, 'i8')}, i32 0, i32 3, i32 1)")
+
+    def everywhere(self, lanes: int, kind: str, value: str) -> str:
+        """Return a vector that has a value in all lanes."""
+        one = self.let(f"insertelement <{lanes} x {kind}> poison, {kind} {value}, i64 0")
+        return self.let(
+            f"shufflevector <{lanes} x {kind}> {one}, <{lanes} x {kind}> poison, <{lanes} x i32> zeroinitializer"
+        )
+
+    def add_product(self, lanes: int, total: str, a: str, b: str) -> None:
+        """Add the product of two vectors of floats to a slot, rounded once."""
+        wide = f"<{lanes} x float>"
+        old = self.let(f"load {wide}, ptr {total}")
+        new = self.let(f"call {wide} @llvm.fma.v{lanes}f32({wide} {a}, {wide} {b}, {wide} {old})")
+        self.do(f"store {wide} {new}, ptr {total}")
+
+    def share(self, count: str) -> tuple[str, str]:
+        """Return the first and behind the last of ``count`` things that this thread is to do."""
+        thread, threads = (
+            self.let(f"zext i32 {self.let(f'call i32 @omp_get_{what}()')} to i64")
+            for what in ("thread_num", "num_threads")
+        )
+        low = self.whole("udiv", self.whole("mul", thread, count), threads)
+        return low, self.whole("udiv", self.whole("mul", self.whole("add", thread, 1), count), threads)
+
+    def text(self) -> str:
+        """Return the function."""
+        return "".join((self._head, *self._slots, *self._lines, "  ret void\n}\n"))
+
+
+class Library:
+    """Functions compiled for a processor.
+
+    Parameters
+    ----------
+    text : str
+        LLVM assembly: declarations and functions.
+    cpu : str, optional
+        A processor's name as LLVM has it; this one by default.
+
+    Raises
+    ------
+    ImportError, OSError, RuntimeError, AttributeError
+        Where there is no llvmlite, LLVM does not take the text, or torch has no OpenMP.
+    """
+
+    def __init__(self, text: str, cpu: str | None = None) -> None:
+        import llvmlite.binding as llvm
+        import torch
+
+        # Looking a name up in a library looks it up in what that is linked to as well: torch's own OpenMP.
+        openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        for name in _OPENMP:
+            llvm.add_symbol(name, ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value)
+        features = "" if cpu else llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+        target = llvm.Target.from_default_triple()
+        machine = target.create_target_machine(cpu=cpu or llvm.get_host_cpu_name(), features=features, opt=3)
+        module = llvm.parse_assembly(_declarations() + text)
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+        builder.getModulePassManager().run(module, builder)
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
+        self._engine.finalize_object()
+        self._parallel = openmp.GOMP_parallel
+        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self._parallel.restype = None
+
+    def function(self, name: str, parallel: bool = True) -> Callable[..., Any]:
+        """Return a function: called with its arguments, integers all, it returns them as it leaves them.
+
+        It runs on torch's number of threads, or on the caller's alone.
+        """
+        from torch import get_num_threads
+
+        address = self._engine.get_function_address(name)
+        if not address:
+            raise AttributeError(f"no function {name}")
+        arrays: dict[int, Any] = {}
+
+        def call(*arguments: int) -> Any:
+            count = len(arguments)
+            found = (arrays.get(count) or arrays.setdefault(count, ctypes.c_int64 * count))(*arguments)
+            # Holds the library, and so the code.
+            self._parallel(address, found, get_num_threads() if parallel else 1, 0)
+            return found
+
+        return call
+
+
+def double(number: float) -> int:
+    """Return the bits of a double: how a kernel is given one."""
+    found: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return found
+
+
+def single(number: float) -> str:
+    """Return a number rounded to fp32 as LLVM writes it: in full, as the bits of a double."""
+    return f"0x{double(ctypes.c_float(number).value) & (1 << 64) - 1:016X}"
+
+
+def features() -> frozenset[str]:
+    """Return what this processor can do, in LLVM's names; nothing where llvmlite is missing."""
+    try:
+        import llvmlite.binding as llvm
+
+        return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+    except (ImportError, OSError, RuntimeError):
+        return frozenset()

@@ -1,0 +1,227 @@
+"""Kernels with the arithmetic of bitsandbytes' layers on a CPU, for the few rows of a verification.
+
+Results have the same bits as bitsandbytes', in less time; see :mod:`speckv_online.kernels` for how, and
+:mod:`speckv_online.bnb_cpu` for where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from speckv_online.jit import Code, Library, features, single
+
+#: Most rows that meet a weight at once.
+_ROWS = 12
+#: Output features that are read together by :func:`int8`, and inputs of each at once.
+FEATURES, INPUTS = 2, 64
+#: What LLM.int8 multiplies by in bitsandbytes: 1 / 127 squared (its literal is one zero short).
+BOTH = 6.200124e-05
+
+
+def four_bit() -> str:
+    """Return the kernel ``four_bit(x, weights, out, rows, inputs, outputs, scales, block, codes)``.
+
+    The results have the same bits as those of bitsandbytes' own kernel for AVX-512 BF16: there, pairs of products of
+    bf16 are summed in fp32 over a block of weights, then multiplied by the block's scale, and in the end rounded to
+    bf16. As a product of two bf16 is exact in fp32, two multiply-adds sum a pair just so, the second product first, and
+    take half the time. That kernel also takes at most four rows at once, and this one more.
+
+    ``x`` is fp32 with bf16's values, ``out`` fp32, ``weights`` as bitsandbytes packs them for its kernel (32 output
+    features together, of two inputs each; the last 16 in the upper halves of the bytes), ``scales`` bf16 of shape
+    (inputs / block, outputs), ``codes`` 16 values in fp32.
+    """
+    wide, whole, parts = "<16 x float>", "<16 x i32>", range(2)
+    c = Code("four_bit")
+    x, weights, out = (c.argument(i, "ptr") for i in range(3))
+    rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
+    scales, size, codes = c.argument(6, "ptr"), c.argument(7), c.argument(8, "ptr")
+    table = c.let(f"load {wide}, ptr {codes}, align 4")
+    half, width = c.whole("udiv", inputs, 2), c.whole("udiv", size, 2)
+
+    def look_up(nibbles: str) -> list[str]:
+        """The weights of 16 output features for the first and the second of two inputs."""
+        longer = c.let(f"zext <32 x i8> {nibbles} to <32 x i16>")
+        first = c.let(f"bitcast <32 x i16> {longer} to {whole}")
+        second = c.let(f"lshr {whole} {first}, splat (i32 16)")
+        return [
+            c.let(f"call {wide} @llvm.x86.avx512.permvar.sf.512({wide} {table}, {whole} {index})")
+            for index in (first, second)
+        ]
+
+    low, high = c.share(c.whole("udiv", outputs, 32))
+    with c.loop(low, high) as part:
+        feature = c.whole("mul", part, 32)
+        there = c.at(weights, c.whole("mul", feature, half), "i8")
+
+        def some(done: str, count: int) -> None:
+            totals = [[c.slot(wide, "zeroinitializer") for _ in parts] for _ in range(count)]
+            with c.loop(0, half, width) as start:
+                sums = [[c.slot(wide, "zeroinitializer") for _ in parts] for _ in range(count)]
+                with c.loop(start, c.whole("add", start, width)) as pair:
+                    place = c.at(there, c.whole("mul", pair, 32), "i8")
+                    c.fetch(place, 32)
+                    both = c.let(f"load <32 x i8>, ptr {place}, align 1")
+                    lower = c.let(f"and <32 x i8> {both}, splat (i8 15)")
+                    upper = c.let(f"lshr <32 x i8> {both}, splat (i8 4)")
+                    w = [look_up(lower), look_up(upper)]
+                    for row in range(count):
+                        at = c.whole("add", c.whole("mul", c.whole("add", done, row), inputs), c.whole("mul", pair, 2))
+                        for second in (1, 0):
+                            value = c.everywhere(
+                                16, "float", c.let(f"load float, ptr {c.at(c.at(x, at, 'float'), second, 'float')}")
+                            )
+                            for p in parts:
+                                c.add_product(16, sums[row][p], w[p][second], value)
+                of = c.whole("add", c.whole("mul", c.whole("udiv", start, width), outputs), feature)
+                for p in parts:
+                    short = c.let(f"load <16 x bfloat>, ptr {c.at(c.at(scales, of, 'i16'), 16 * p, 'i16')}, align 2")
+                    scale = c.let(f"fpext <16 x bfloat> {short} to {wide}")
+                    for row in range(count):
+                        c.add_product(16, totals[row][p], c.let(f"load {wide}, ptr {sums[row][p]}"), scale)
+            for row in range(count):
+                to = c.at(out, c.whole("add", c.whole("mul", c.whole("add", done, row), outputs), feature), "float")
+                for p in parts:
+                    total = c.let(f"load {wide}, ptr {totals[row][p]}")
+                    rounded = c.let(f"fptrunc {wide} {total} to <16 x bfloat>")
+                    again = c.let(f"fpext <16 x bfloat> {rounded} to {wide}")
+                    c.do(f"store {wide} {again}, ptr {c.at(to, 16 * p, 'float')}, align 4")
+
+        c.chunks(rows, _ROWS, some)
+    return c.text()
+
+
+def int8() -> str:
+    """Return the kernel ``int8(numbers, weights, out, rows, inputs, outputs, tops, sizes, sums)``.
+
+    ``out = ((numbers - 128) @ weights.T) * (tops * sizes) * BOTH`` in fp32, in this order, with the product in whole
+    numbers: LLM.int8 without outliers.
+
+    ``numbers`` are unsigned bytes, ``weights`` signed ones in the order in which they are read here, ``tops`` fp32 of
+    shape (rows,), ``sizes`` fp32 of shape (outputs,), ``sums`` 128 times the sum of a row of weights, int32.
+    """
+    wide, few, whole = "<16 x i32>", f"<{FEATURES} x float>", f"<{FEATURES} x i32>"
+    c = Code("int8")
+    x, weights, out = (c.argument(i, "ptr") for i in range(3))
+    rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
+    tops, sizes, sums = (c.argument(i, "ptr") for i in range(6, 9))
+    low, high = c.share(c.whole("udiv", outputs, FEATURES))
+    with c.loop(low, high) as part:
+        feature = c.whole("mul", part, FEATURES)
+        there = c.at(weights, c.whole("mul", feature, inputs), "i8")
+
+        def some(done: str, count: int) -> None:
+            totals = [[c.slot(wide, "zeroinitializer") for _ in range(FEATURES)] for _ in range(count)]
+            with c.loop(0, inputs, INPUTS) as i:
+                place = c.at(there, c.whole("mul", i, FEATURES), "i8")
+                c.fetch(place, FEATURES * INPUTS)
+                w = [c.let(f"load {wide}, ptr {c.at(place, f * INPUTS, 'i8')}, align 1") for f in range(FEATURES)]
+                for row in range(count):
+                    at = c.whole("add", c.whole("mul", c.whole("add", done, row), inputs), i)
+                    value = c.let(f"load {wide}, ptr {c.at(x, at, 'i8')}, align 1")
+                    for f in range(FEATURES):
+                        old = c.let(f"load {wide}, ptr {totals[row][f]}")
+                        new = c.let(
+                            f"call {wide} @llvm.x86.avx512.vpdpbusd.512({wide} {old}, {wide} {value}, {wide} {w[f]})"
+                        )
+                        c.do(f"store {wide} {new}, ptr {totals[row][f]}")
+            size = c.let(f"load {few}, ptr {c.at(sizes, feature, 'float')}, align 4")
+            much = c.let(f"load {whole}, ptr {c.at(sums, feature, 'i32')}, align 4")
+            for row in range(count):
+                found = "poison"
+                for f in range(FEATURES):
+                    total = c.let(f"load {wide}, ptr {totals[row][f]}")
+                    one = c.let(f"call i32 @llvm.vector.reduce.add.v16i32({wide} {total})")
+                    found = c.let(f"insertelement {whole} {found}, i32 {one}, i64 {f}")
+                product = c.let(f"sitofp {whole} {c.let(f'sub {whole} {found}, {much}')} to {few}")
+                behind = c.whole("add", done, row)
+                top = c.everywhere(FEATURES, "float", c.let(f"load float, ptr {c.at(tops, behind, 'float')}"))
+                scaled = c.let(f"fmul {few} {product}, {c.let(f'fmul {few} {top}, {size}')}")
+                answer = c.let(f"fmul {few} {scaled}, splat (float {single(BOTH)})")
+                to = c.at(out, c.whole("add", c.whole("mul", behind, outputs), feature), "float")
+                c.do(f"store {few} {answer}, ptr {to}, align 4")
+
+        c.chunks(rows, _ROWS, some)
+    return c.text()
+
+
+def quantize() -> str:
+    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, found)``, for one thread.
+
+    LLM.int8's first half: ``x`` of shape (rows, inputs), fp32, rounded to fp16; elements of at least ``threshold`` (a
+    double's bits) in size are outliers, whose columns are marked by a byte other than 0 and counted in ``found``;
+    ``tops`` the largest other element of each row; ``numbers`` each element times 127 / top, rounded to even, 128
+    added, or just 128 in a marked column.
+    """
+    wide, bits = "<16 x float>", "<16 x i1>"
+    c = Code("quantize")
+    x, numbers, tops = (c.argument(i, "ptr") for i in range(3))
+    rows, inputs = c.argument(3), c.argument(4)
+    double = c.let(f"bitcast i64 {c.argument(5)} to double")
+    threshold = c.everywhere(16, "float", c.let(f"fptrunc double {double} to float"))
+    marks = c.argument(6, "ptr")
+
+    def rounded(row: str, i: str) -> str:
+        place = c.at(x, c.whole("add", c.whole("mul", row, inputs), i), "float")
+        half = c.let(f"fptrunc {wide} {c.let(f'load {wide}, ptr {place}, align 4')} to <16 x half>")
+        return c.let(f"fpext <16 x half> {half} to {wide}")
+
+    found = c.slot("<16 x i8>", "zeroinitializer")
+    with c.loop(0, rows) as row:
+        most = c.slot(wide, "zeroinitializer")
+        with c.loop(0, inputs, 16) as i:
+            size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {rounded(row, i)})")
+            outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
+            kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {size}")
+            old = c.let(f"load {wide}, ptr {most}")
+            larger = c.let(f"fcmp ogt {wide} {kept}, {old}")
+            c.do(f"store {wide} {c.let(f'select {bits} {larger}, {wide} {kept}, {wide} {old}')}, ptr {most}")
+            for to in (c.at(marks, i, "i8"), found):
+                before = c.let(f"load <16 x i8>, ptr {to}, align 1")
+                now = c.let(f"or <16 x i8> {before}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
+                c.do(f"store <16 x i8> {now}, ptr {to}, align 1")
+        top = c.let(f"call float @llvm.vector.reduce.fmax.v16f32({wide} {c.let(f'load {wide}, ptr {most}')})")
+        c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
+    with c.loop(0, rows) as row:
+        top = c.let(f"load float, ptr {c.at(tops, row, 'float')}")
+        # Two roundings, as torch divides a number by a tensor.
+        inverse = c.let(f"fdiv float 1.0, {top}")
+        factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
+        with c.loop(0, inputs, 16) as i:
+            scaled = c.let(f"fmul {wide} {rounded(row, i)}, {factor}")
+            even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
+            number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
+            byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
+            mark = c.let(f"load <16 x i8>, ptr {c.at(marks, i, 'i8')}, align 1")
+            plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
+            kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
+            shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
+            to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
+            c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
+    any_one = c.let(f"call i8 @llvm.vector.reduce.or.v16i8(<16 x i8> {c.let(f'load <16 x i8>, ptr {found}')})")
+    c.do(f"store i64 {c.let(f'zext i8 {any_one} to i64')}, ptr {c.at('%args', 7)}")
+    return c.text()
+
+
+@cache
+def compiled() -> dict[str, Callable[..., Any]]:
+    """Return the kernels that this processor can run, by name; errors as of :class:`~speckv_online.jit.Library`."""
+    found: dict[str, Callable[..., Any]] = {}
+    there = features()
+    if {"avx512f", "avx512bw", "avx512bf16"} <= there:
+        declared = "declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)\n"
+        found["four_bit"] = Library(declared + four_bit()).function("four_bit")
+    if {"avx512f", "avx512bw", "avx512vnni"} <= there:
+        declared = (
+            "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n"
+            "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)\n"
+            "declare i8 @llvm.vector.reduce.or.v16i8(<16 x i8>)\n"
+            "declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)\n"
+            "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
+            "declare <16 x float> @llvm.rint.v16f32(<16 x float>)\n"
+            "declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)\n"
+        )
+        library = Library(declared + int8() + quantize())
+        found["int8"], found["quantize"] = library.function("int8"), library.function("quantize", parallel=False)
+    return found
