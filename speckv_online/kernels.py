@@ -126,14 +126,32 @@ def lay_out(weight: torch.Tensor, use: Shape) -> tuple[torch.Tensor, torch.Tenso
     return weight.view(parts, use.features, inputs // use.lanes, use.lanes).transpose(1, 2).contiguous(), scales
 
 
+def round_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight as GGUF's Q8_0 does: to whole numbers with one fp16 scale for :data:`SCALED` inputs.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (outputs, inputs), fp32
+        Inputs are a multiple of :data:`SCALED`.
+
+    Returns
+    -------
+    tuple of Tensor
+        Whole numbers of shape (outputs, inputs / SCALED, SCALED), and scales of shape (outputs, inputs / SCALED, 1);
+        both fp32, the weight is their product.
+    """
+    blocks = weight.reshape(len(weight), -1, SCALED)
+    scales = (blocks.abs().amax(-1, keepdim=True) / 127.0).half().float()
+    return (blocks / scales.clamp_min(1e-30)).round().clamp(-127, 127), scales
+
+
 def _in_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return a weight's whole numbers and scales if it comes from GGUF's Q8_0; no bit is lost."""
     if weight.shape[1] % SCALED:
         return None
-    blocks = weight.view(len(weight), -1, SCALED)
-    scales = (blocks.abs().amax(-1, keepdim=True) / 127.0).half().float()
-    numbers = (blocks / scales.clamp_min(1e-30)).round().clamp(-127, 127)
-    return (numbers.to(torch.int8), scales) if torch.equal(numbers * scales, blocks) else None
+    numbers, scales = round_to_8_bits(weight)
+    same = torch.equal((numbers * scales).view_as(weight), weight)
+    return (numbers.to(torch.int8), scales) if same else None
 
 
 @cache

@@ -86,9 +86,16 @@ def norm_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous() or torch.is_grad_enabled():
         found: torch.Tensor = type(layer).forward(layer, x)
         return found
-    weight, inputs, eps = layer._light
-    out = torch.empty_like(x)
-    _compiled()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, eps)
+    return normed(x, *layer._light)
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: int) -> torch.Tensor:
+    """Return the RMS norm of rows of shape (..., size); ``eps`` is a double's bits.
+
+    Both tensors are fp32, contiguous and on the CPU; the size is a multiple of 8.
+    """
+    out, size = torch.empty_like(x), len(weight)
+    _compiled()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
     return out
 
 
@@ -98,5 +105,5 @@ def ready(layer: Any) -> bool:
     usable = weight.dtype == torch.float32 and weight.is_contiguous() and weight.dim() == 1
     if not usable or len(weight) % _LANES or len(weight) >= _LONGEST:
         return False
-    layer._light = weight, len(weight), double(layer.variance_epsilon)
+    layer._light = weight, double(layer.variance_epsilon)
     return True

@@ -1,7 +1,7 @@
 """A Llama draft for one sequence on a CPU: 8-bit weights, few calls, and the same answer at every width.
 
 On a CPU one token of a small draft takes as long as its weights take to be read, and as the calls of its forward take
-to be made. Here weights are rounded to 8 bits with one scale per row, layers that read the same input are one matrix,
+to be made. Here weights are rounded to 8 bits as in GGUF's Q8_0, layers that read the same input are one matrix,
 norms' weights are folded into the matrices behind them, and rotary pairs lie side by side, so that rotating is one
 complex product. Nothing of that can change what is decoded, only how often a draft is right (docs/draft.md).
 
@@ -13,13 +13,14 @@ therefore what the decoder drafts, whenever it does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from speckv_online.jit import double
+from speckv_online.kernels import Shape, compiled, lay_out, round_to_8_bits, shape
 from speckv_online.kvcache import KVCache
+from speckv_online.norms import normed
 
 #: Prompts of at most this many tokens are read as all other tokens are.
 SHORT = 16
@@ -27,26 +28,23 @@ SHORT = 16
 _TOLERANCE = 0.1
 
 
-@dataclass(frozen=True)
 class _Matrix:
-    """A weight in 8 bits with a scale per row, and as it was where a prompt is read with it."""
+    """A weight in 8 bits, and as it was where a prompt is read with it."""
 
-    rounded: torch.Tensor
-    scales: torch.Tensor
-    exact: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> _Matrix:
-        scales = (weight.abs().amax(1) / 127.0).clamp_min(1e-12)
-        rounded = (weight / scales[:, None]).round().to(torch.int8)
-        return cls(rounded.contiguous(), scales.bfloat16(), weight.contiguous())
+    def __init__(self, weight: torch.Tensor, use: Shape) -> None:
+        numbers, scales = round_to_8_bits(weight)
+        self.exact = weight.contiguous()
+        self._packed = lay_out((numbers * scales).view_as(weight), use)
+        self._kernel = compiled(use)[self._packed[0].dtype]
 
     def times(self, x: torch.Tensor, wide: bool) -> torch.Tensor:
-        """Return ``x @ weight.T``, in bf16 unless ``wide``."""
+        """Return ``x @ weight.T``; ``wide`` with the weight as it was."""
         if wide:
             return nn.functional.linear(x, self.exact)
-        found: torch.Tensor = torch._weight_int8pack_mm(x.bfloat16(), self.rounded, self.scales)
-        return found
+        x, (weight, scales), (outputs, inputs) = x.contiguous(), self._packed, self.exact.shape
+        out = x.new_empty(len(x), outputs)
+        self._kernel(x.data_ptr(), weight.data_ptr(), out.data_ptr(), len(x), inputs, outputs, scales.data_ptr())
+        return out
 
 
 class QuickDraft:
@@ -56,13 +54,15 @@ class QuickDraft:
     ----------
     model : LlamaForCausalLM
         In fp32 on the CPU. Its embedding is shared, all other weights are copied.
+    use : Shape
+        How the processor's registers are used.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, use: Shape) -> None:
         config, body = model.config, model.model
         self.heads, self.groups = int(config.num_attention_heads), int(config.num_key_value_heads or 0)
         self.size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
-        self.eps = float(config.rms_norm_eps)
+        self.ones, self.eps = torch.ones(int(config.hidden_size)), double(float(config.rms_norm_eps))
         self.embedding = body.embed_tokens.weight.detach()
         # The two halves of a head that rotate against each other, interleaved.
         order = torch.arange(self.size).view(2, -1).t().reshape(-1)
@@ -75,8 +75,8 @@ class QuickDraft:
             together = torch.cat((query * self.size**-0.5, key, a.v_proj.weight)) * layer.input_layernorm.weight
             gated = torch.cat((f.gate_proj.weight, f.up_proj.weight)) * layer.post_attention_layernorm.weight
             weights = (together, a.o_proj.weight, gated, f.down_proj.weight)
-            self.layers.append(tuple(_Matrix.of(w.detach().float()) for w in weights))
-        self.head = _Matrix.of((model.lm_head.weight * body.norm.weight).detach().float())
+            self.layers.append(tuple(_Matrix(w.detach().float(), use) for w in weights))
+        self.head = _Matrix((model.lm_head.weight * body.norm.weight).detach().float(), use)
         angles = torch.arange(config.max_position_embeddings)[:, None] * body.rotary_emb.inv_freq.float()
         self.turns = torch.polar(torch.ones_like(angles), angles)[:, None]
 
@@ -101,18 +101,18 @@ class QuickDraft:
             state = self._forward(ids, cache, wide=False)
         if state is None:
             raise ValueError("there is no token to read")
-        return self.head.times(self._normed(state), wide=False)[0].float()
+        return self.head.times(self._normed(state), wide=False)[0]
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         """RMS norm without its weights."""
-        return x * x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return normed(x, self.ones, self.eps)
 
     def _forward(self, ids: torch.Tensor, cache: KVCache, wide: bool) -> torch.Tensor:
         """Read tokens; return the last one's state behind the last layer, shape (1, hidden size)."""
         count, start, both = len(ids), len(cache), self.heads + self.groups
         x, turns = nn.functional.embedding(ids, self.embedding), self.turns[start : start + count]
         for i, (together, out, gated, down) in enumerate(self.layers):
-            y = together.times(self._normed(x), wide).float().view(count, -1, self.size)
+            y = together.times(self._normed(x), wide).view(count, -1, self.size)
             pairs = torch.view_as_complex(y[:, :both].unflatten(-1, (-1, 2)))
             turned = torch.view_as_real(pairs * turns).flatten(-2)
             new = turned[:, self.heads :].transpose(0, 1), y[:, both:].transpose(0, 1)
@@ -142,12 +142,11 @@ class QuickDraft:
 def quicken(model: PreTrainedModel) -> QuickDraft | None:
     """Return the quick form of a draft, or None where there is none or it would not pay.
 
-    It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU with AVX-512, for which torch has a
-    kernel for 8-bit weights. The kernel is private: it is tried before it is used. Where it is missing, or its answer
-    is not the model's up to rounding, there is no quick form.
+    It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU that :mod:`speckv_online.kernels` has
+    kernels for. Where they cannot be compiled, or the answer is not the model's up to rounding, there is no quick form.
     """
-    config = model.config
-    if type(model) is not LlamaForCausalLM or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    config, use = model.config, shape()
+    if type(model) is not LlamaForCausalLM or use is None:
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     linear = {type(m) for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))}
@@ -159,9 +158,9 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
         return None
     ids = torch.arange(1, 2 * SHORT) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
-        quick = QuickDraft(model)
+        quick = QuickDraft(model, use)
         found = [quick.read(ids, KVCache(len(quick.layers), len(ids)), prompt) for prompt in (1, len(ids))]
-    except (AttributeError, RuntimeError, TypeError):  # another torch
+    except (AttributeError, ImportError, OSError, RuntimeError):  # no llvmlite, another torch or LLVM, odd sizes
         return None
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
     close = all(bool((logits - expected).std() <= _TOLERANCE * expected.std()) for logits in found)

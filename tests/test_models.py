@@ -35,7 +35,7 @@ def test_every_level_loads_and_decodes(tiny_pair: TinyPair, level: str) -> None:
     check = check_greedy(pair.target, prompt, out.tokens)
     assert check.within(0.5), check
     layer = pair.target.model.layers[0].mlp.up_proj
-    kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "fp4": "Linear4bit"}.get(level, "Linear")
+    kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "fp4": "Linear4bit"}.get(level, "PackedLinear")
     assert type(layer).__name__ == kind
     if kind == "Linear4bit":
         assert layer.weight.quant_type == level

@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from policies.base import MAX_GAMMA, Decision, Policy
+from speckv_online import quick_draft
 from speckv_online.batch import decode_batch
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.draft_table import draft_table
 from speckv_online.drafters import ModelDrafter
 from speckv_online.hybrid import HybridDrafter
+from speckv_online.kernels import _STORED, shape
 from speckv_online.kvcache import KVCache
+from speckv_online.packed import can_pack
 from speckv_online.quick_draft import SHORT, QuickDraft, quicken
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the quick form needs a CPU with AVX-512"
-)
+USE = shape()
+pytestmark = pytest.mark.skipif(USE is None or not can_pack(USE), reason="no kernels for this processor")
 VOCABULARY = 260
 
 
@@ -161,9 +163,21 @@ def test_other_models_have_no_quick_form(model: LlamaForCausalLM, monkeypatch: p
     assert quicken(llama(0).bfloat16()) is None
     other = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     assert quicken(Qwen2ForCausalLM(other).eval()) is None
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, w, s: torch.zeros(len(x), len(w)).bfloat16())
+    assert quicken(llama(0, vocab_size=VOCABULARY + 1)) is None  # a size that the kernels do not take
+    monkeypatch.setattr(quick_draft, "compiled", lambda use: dict.fromkeys(_STORED, lambda *numbers: None))
+    assert quicken(model) is None  # wrong results
+    monkeypatch.setattr(quick_draft, "shape", lambda: None)
     assert quicken(model) is None
-    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+def test_without_a_compiler_there_is_none(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def broken(use: Any) -> Any:
+        raise error("no compiler")
+
+    monkeypatch.setattr(quick_draft, "compiled", broken)
     assert quicken(model) is None
 
 
