@@ -175,13 +175,13 @@ def quantize() -> str:
             outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
             kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {size}")
             old = c.let(f"load {wide}, ptr {most}")
-            larger = c.let(f"fcmp ogt {wide} {kept}, {old}")
-            c.do(f"store {wide} {c.let(f'select {bits} {larger}, {wide} {kept}, {wide} {old}')}, ptr {most}")
+            larger = c.let(f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})")  # NaN, once there is one
+            c.do(f"store {wide} {larger}, ptr {most}")
             for to in (c.at(marks, i, "i8"), found):
                 before = c.let(f"load <16 x i8>, ptr {to}, align 1")
                 now = c.let(f"or <16 x i8> {before}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
                 c.do(f"store <16 x i8> {now}, ptr {to}, align 1")
-        top = c.let(f"call float @llvm.vector.reduce.fmax.v16f32({wide} {c.let(f'load {wide}, ptr {most}')})")
+        top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.let(f'load {wide}, ptr {most}')})")
         c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
     with c.loop(0, rows) as row:
         top = c.let(f"load float, ptr {c.at(tops, row, 'float')}")
@@ -217,7 +217,8 @@ def compiled() -> dict[str, Callable[..., Any]]:
             "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n"
             "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)\n"
             "declare i8 @llvm.vector.reduce.or.v16i8(<16 x i8>)\n"
-            "declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)\n"
+            "declare float @llvm.vector.reduce.fmaximum.v16f32(<16 x float>)\n"
+            "declare <16 x float> @llvm.maximum.v16f32(<16 x float>, <16 x float>)\n"
             "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
             "declare <16 x float> @llvm.rint.v16f32(<16 x float>)\n"
             "declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)\n"

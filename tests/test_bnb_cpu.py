@@ -51,6 +51,20 @@ def test_equal_to_the_last_bit(kind: str, bias: bool) -> None:
                 assert torch.equal(found, stock(x)), (scale, shape)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_what_is_no_number_or_none_at_all(kind: str) -> None:
+    light, stock = lightened(kind), layer(kind)
+    x = torch.randn(6, 128, generator=torch.Generator().manual_seed(3))
+    x[0] = 0.0
+    x[1, 3] = 1e6  # beyond fp16
+    with torch.inference_mode():
+        torch.testing.assert_close(light(x), stock(x), rtol=0.0, atol=0.0, equal_nan=True)
+        x[2, 5], x[3] = torch.nan, torch.nan
+        found, expected = light(x), stock(x)
+    assert found[2:4].isnan().all()
+    assert torch.equal(found[4:], expected[4:])
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_what_it_does_not_take_goes_the_stock_way(kind: str) -> None:
     light, stock = lightened(kind), layer(kind)

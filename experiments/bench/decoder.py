@@ -51,22 +51,31 @@ class BenchConfig:
             raise UserError("--prompts and --max-new-tokens must be at least 1")
 
 
-def forward_seconds(model: Any, repeats: int = 9) -> dict[int, float]:
+def forward_seconds(model: Any) -> dict[int, float]:
     """Return the median seconds of a forward of some tokens after a context of 100, by number of tokens."""
+
+    def read(ids: Any, cache: Any) -> None:
+        out = model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+        float(out.logits[0, -1, 0])  # waits for a GPU
+
+    return read_seconds(read, int(model.config.num_hidden_layers))
+
+
+def read_seconds(read: Callable[[Any, Any], None], layers: int, repeats: int = 9) -> dict[int, float]:
+    """Return :func:`forward_seconds` of what reads tokens into a cache."""
     import torch
 
     from speckv_online.kvcache import KVCache
 
-    cache = KVCache(int(model.config.num_hidden_layers), CONTEXT + max(WIDTHS))
+    cache = KVCache(layers, CONTEXT + max(WIDTHS))
     times: dict[int, list[float]] = {w: [] for w in WIDTHS}
-    ids = torch.arange(100, 100 + CONTEXT + max(WIDTHS), device=model.device)[None]
+    ids = torch.arange(100, 100 + CONTEXT + max(WIDTHS))
     with torch.inference_mode():
-        model(input_ids=ids[:, :CONTEXT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read(ids[:CONTEXT], cache)
         for _ in range(repeats + 1):
             for width in WIDTHS:  # interleaved, so that a busy machine is busy for all
                 started = perf_counter()
-                out = model(input_ids=ids[:, CONTEXT : CONTEXT + width], past_key_values=cache, use_cache=True)
-                float(out.logits[0, -1, 0])  # waits for a GPU
+                read(ids[CONTEXT : CONTEXT + width], cache)
                 times[width].append(perf_counter() - started)
                 cache.truncate(CONTEXT)
     return {width: float(np.median(ts[1:])) for width, ts in times.items()}
@@ -94,7 +103,11 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     widths["draft"] = {"stock": forward_seconds(whole)}
     pack(whole)
     widths["draft"]["ours"] = forward_seconds(whole)
-    widths["shipped draft"] = {"ours": forward_seconds(ours.drafter.model)}  # type: ignore[attr-defined]
+    shipped: Any = ours.drafter
+    widths["shipped draft"] = {"ours": forward_seconds(shipped.model)}
+    if shipped.quick is not None:
+        read = partial(shipped.quick.read, prompt=CONTEXT)
+        widths["shipped draft"]["quick"] = read_seconds(read, len(shipped.quick.layers))
     drafter = ModelDrafter(whole, ours.target.config.vocab_size)
     prompts = [chat_prompt(ours.tokenizer, p.text) for p in choose(bundled("test"), config.prompts, seed=0)]
     calls: dict[tuple[int, str], list[tuple[list[int], float]]] = defaultdict(list)
@@ -104,7 +117,7 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
             runs: list[tuple[str, Callable[[int], tuple[list[int], float]]]] = [
                 (THEIRS, partial(stock.generate, prompt, schedule=Schedule("", gamma)))
             ]
-            for name, d, steps in ((SAME, drafter, shares[gamma]), (SMALL, ours.drafter, [])):
+            for name, d, steps in ((SAME, drafter, shares[gamma]), (SMALL, shipped, [])):
                 decoder = SpeculativeDecoder(d, policy=f"fixed:{gamma}", target=ours.target, level=level)
                 runs.append((name, partial(ours_call, decoder, prompt, steps)))
             if number == 0:  # warm-up is no data
