@@ -62,4 +62,4 @@ def group(model: PreTrainedModel) -> bool:
     AttentionInterface.register(GROUPED, grouped_attention)
     AttentionMaskInterface.register(GROUPED, sdpa_mask)
     model.set_attn_implementation(GROUPED)
-    return True
+    return bool(config._attn_implementation == GROUPED)

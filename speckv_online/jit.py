@@ -69,9 +69,13 @@ class Code:
         self.do(f"store {kind} {value}, ptr {name}")
         return name
 
+    def load(self, kind: str, pointer: str, align: int | None = None) -> str:
+        """Return what is at an address; vectors need an alignment unless their address is a multiple of their size."""
+        return self.let(f"load {kind}, ptr {pointer}" + (f", align {align}" if align else ""))
+
     def argument(self, index: int, kind: str = "i64") -> str:
         """Return an argument of the function."""
-        return self.let(f"load {kind}, ptr {self.at('%args', index)}")
+        return self.load(kind, self.at("%args", index))
 
     def at(self, pointer: str, index: str | int, kind: str = "i64") -> str:
         """Return the address of an element."""
@@ -86,10 +90,10 @@ class Code:
         """Repeat what is written inside for ``start <= i < stop``; yields ``i``. ``step`` may be a slot to be read."""
         index, check, body, end = self.slot("i64", str(start)), self.name("c"), self.name("b"), self.name("e")
         self.do(f"br label %{check}\n{check}:")
-        i = self.let(f"load i64, ptr {index}")
+        i = self.load("i64", index)
         self.do(f"br i1 {self.let(f'icmp ult i64 {i}, {stop}')}, label %{body}, label %{end}\n{body}:")
         yield i
-        taken = self.let(f"load i64, ptr {step}") if str(step).startswith("%v") else step
+        taken = self.load("i64", str(step)) if str(step).startswith("%v") else step
         self.do(f"store i64 {self.whole('add', i, taken)}, ptr {index}")
         self.do(f"br label %{check}\n{end}:")
 
@@ -126,7 +130,7 @@ class Code:
     def add_product(self, lanes: int, total: str, a: str, b: str) -> None:
         """Add the product of two vectors of floats to a slot, rounded once."""
         wide = f"<{lanes} x float>"
-        old = self.let(f"load {wide}, ptr {total}")
+        old = self.load(wide, total)
         new = self.let(f"call {wide} @llvm.fma.v{lanes}f32({wide} {a}, {wide} {b}, {wide} {old})")
         self.do(f"store {wide} {new}, ptr {total}")
 

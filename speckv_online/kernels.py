@@ -54,7 +54,7 @@ def linear(stored: torch.dtype, use: Shape) -> str:
     scales = c.argument(6, "ptr")
 
     def weight(pointer: str, scale: str) -> str:
-        found = c.let(f"load <{lanes} x {kind}>, ptr {pointer}, align {size}")
+        found = c.load(f"<{lanes} x {kind}>", pointer, size)
         if kind == "half":
             return c.let(f"fpext <{lanes} x half> {found} to {wide}")
         if kind == "i16":  # bf16 is the upper half of an fp32
@@ -62,7 +62,7 @@ def linear(stored: torch.dtype, use: Shape) -> str:
             return c.let(f"bitcast {whole} {moved} to {wide}")
         if kind == "i8":
             value = c.let(f"sitofp {whole} {c.let(f'sext <{lanes} x i8> {found} to {whole}')} to {wide}")
-            return c.let(f"fmul {wide} {value}, {c.everywhere(lanes, 'float', c.let(f'load float, ptr {scale}'))}")
+            return c.let(f"fmul {wide} {value}, {c.everywhere(lanes, 'float', c.load('float', scale))}")
         return found
 
     def block(x: str, weights: str, scales: str, out: str, count: int) -> None:
@@ -75,12 +75,12 @@ def linear(stored: torch.dtype, use: Shape) -> str:
             w = [weight(c.at(first, f * use.lanes * size, "i8"), c.at(scale, f, "float")) for f in range(use.features)]
             for row in range(count):
                 place = c.at(x, c.whole("add", c.whole("mul", inputs, row), i), "float")
-                value = c.let(f"load {wide}, ptr {place}, align 4")
+                value = c.load(wide, place, 4)
                 for f in range(use.features):
                     c.add_product(use.lanes, sums[f][row], w[f], value)
         for row in range(count):
             for f in range(use.features):
-                total = c.let(f"load {wide}, ptr {sums[f][row]}")
+                total = c.load(wide, sums[f][row])
                 one = c.let(f"call reassoc float @llvm.vector.reduce.fadd.v{use.lanes}f32(float 0.0, {wide} {total})")
                 c.do(f"store float {one}, ptr {c.at(out, c.whole('add', c.whole('mul', outputs, row), f), 'float')}")
 

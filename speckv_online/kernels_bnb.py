@@ -37,7 +37,7 @@ def four_bit() -> str:
     x, weights, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
     scales, size, codes = c.argument(6, "ptr"), c.argument(7), c.argument(8, "ptr")
-    table = c.let(f"load {wide}, ptr {codes}, align 4")
+    table = c.load(wide, codes, 4)
     half, width = c.whole("udiv", inputs, 2), c.whole("udiv", size, 2)
 
     def look_up(nibbles: str) -> list[str]:
@@ -62,7 +62,7 @@ def four_bit() -> str:
                 with c.loop(start, c.whole("add", start, width)) as pair:
                     place = c.at(there, c.whole("mul", pair, 32), "i8")
                     c.fetch(place, 32)
-                    both = c.let(f"load <32 x i8>, ptr {place}, align 1")
+                    both = c.load("<32 x i8>", place, 1)
                     lower = c.let(f"and <32 x i8> {both}, splat (i8 15)")
                     upper = c.let(f"lshr <32 x i8> {both}, splat (i8 4)")
                     w = [look_up(lower), look_up(upper)]
@@ -70,20 +70,20 @@ def four_bit() -> str:
                         at = c.whole("add", c.whole("mul", c.whole("add", done, row), inputs), c.whole("mul", pair, 2))
                         for second in (1, 0):
                             value = c.everywhere(
-                                16, "float", c.let(f"load float, ptr {c.at(c.at(x, at, 'float'), second, 'float')}")
+                                16, "float", c.load("float", c.at(c.at(x, at, "float"), second, "float"))
                             )
                             for p in parts:
                                 c.add_product(16, sums[row][p], w[p][second], value)
                 of = c.whole("add", c.whole("mul", c.whole("udiv", start, width), outputs), feature)
                 for p in parts:
-                    short = c.let(f"load <16 x bfloat>, ptr {c.at(c.at(scales, of, 'i16'), 16 * p, 'i16')}, align 2")
+                    short = c.load("<16 x bfloat>", c.at(c.at(scales, of, "i16"), 16 * p, "i16"), 2)
                     scale = c.let(f"fpext <16 x bfloat> {short} to {wide}")
                     for row in range(count):
-                        c.add_product(16, totals[row][p], c.let(f"load {wide}, ptr {sums[row][p]}"), scale)
+                        c.add_product(16, totals[row][p], c.load(wide, sums[row][p]), scale)
             for row in range(count):
                 to = c.at(out, c.whole("add", c.whole("mul", c.whole("add", done, row), outputs), feature), "float")
                 for p in parts:
-                    total = c.let(f"load {wide}, ptr {totals[row][p]}")
+                    total = c.load(wide, totals[row][p])
                     rounded = c.let(f"fptrunc {wide} {total} to <16 x bfloat>")
                     again = c.let(f"fpext <16 x bfloat> {rounded} to {wide}")
                     c.do(f"store {wide} {again}, ptr {c.at(to, 16 * p, 'float')}, align 4")
@@ -116,27 +116,27 @@ def int8() -> str:
             with c.loop(0, inputs, INPUTS) as i:
                 place = c.at(there, c.whole("mul", i, FEATURES), "i8")
                 c.fetch(place, FEATURES * INPUTS)
-                w = [c.let(f"load {wide}, ptr {c.at(place, f * INPUTS, 'i8')}, align 1") for f in range(FEATURES)]
+                w = [c.load(wide, c.at(place, f * INPUTS, "i8"), 1) for f in range(FEATURES)]
                 for row in range(count):
                     at = c.whole("add", c.whole("mul", c.whole("add", done, row), inputs), i)
-                    value = c.let(f"load {wide}, ptr {c.at(x, at, 'i8')}, align 1")
+                    value = c.load(wide, c.at(x, at, "i8"), 1)
                     for f in range(FEATURES):
-                        old = c.let(f"load {wide}, ptr {totals[row][f]}")
+                        old = c.load(wide, totals[row][f])
                         new = c.let(
                             f"call {wide} @llvm.x86.avx512.vpdpbusd.512({wide} {old}, {wide} {value}, {wide} {w[f]})"
                         )
                         c.do(f"store {wide} {new}, ptr {totals[row][f]}")
-            size = c.let(f"load {few}, ptr {c.at(sizes, feature, 'float')}, align 4")
-            much = c.let(f"load {whole}, ptr {c.at(sums, feature, 'i32')}, align 4")
+            size = c.load(few, c.at(sizes, feature, "float"), 4)
+            much = c.load(whole, c.at(sums, feature, "i32"), 4)
             for row in range(count):
                 found = "poison"
                 for f in range(FEATURES):
-                    total = c.let(f"load {wide}, ptr {totals[row][f]}")
+                    total = c.load(wide, totals[row][f])
                     one = c.let(f"call i32 @llvm.vector.reduce.add.v16i32({wide} {total})")
                     found = c.let(f"insertelement {whole} {found}, i32 {one}, i64 {f}")
                 product = c.let(f"sitofp {whole} {c.let(f'sub {whole} {found}, {much}')} to {few}")
                 behind = c.whole("add", done, row)
-                top = c.everywhere(FEATURES, "float", c.let(f"load float, ptr {c.at(tops, behind, 'float')}"))
+                top = c.everywhere(FEATURES, "float", c.load("float", c.at(tops, behind, "float")))
                 scaled = c.let(f"fmul {few} {product}, {c.let(f'fmul {few} {top}, {size}')}")
                 answer = c.let(f"fmul {few} {scaled}, splat (float {single(BOTH)})")
                 to = c.at(out, c.whole("add", c.whole("mul", behind, outputs), feature), "float")
@@ -164,7 +164,7 @@ def quantize() -> str:
 
     def rounded(row: str, i: str) -> str:
         place = c.at(x, c.whole("add", c.whole("mul", row, inputs), i), "float")
-        half = c.let(f"fptrunc {wide} {c.let(f'load {wide}, ptr {place}, align 4')} to <16 x half>")
+        half = c.let(f"fptrunc {wide} {c.load(wide, place, 4)} to <16 x half>")
         return c.let(f"fpext <16 x half> {half} to {wide}")
 
     found = c.slot("<16 x i8>", "zeroinitializer")
@@ -174,17 +174,17 @@ def quantize() -> str:
             size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {rounded(row, i)})")
             outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
             kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {size}")
-            old = c.let(f"load {wide}, ptr {most}")
+            old = c.load(wide, most)
             larger = c.let(f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})")  # NaN, once there is one
             c.do(f"store {wide} {larger}, ptr {most}")
             for to in (c.at(marks, i, "i8"), found):
-                before = c.let(f"load <16 x i8>, ptr {to}, align 1")
+                before = c.load("<16 x i8>", to, 1)
                 now = c.let(f"or <16 x i8> {before}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
                 c.do(f"store <16 x i8> {now}, ptr {to}, align 1")
-        top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.let(f'load {wide}, ptr {most}')})")
+        top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.load(wide, most)})")
         c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
     with c.loop(0, rows) as row:
-        top = c.let(f"load float, ptr {c.at(tops, row, 'float')}")
+        top = c.load("float", c.at(tops, row, "float"))
         # Two roundings, as torch divides a number by a tensor.
         inverse = c.let(f"fdiv float 1.0, {top}")
         factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
@@ -193,13 +193,13 @@ def quantize() -> str:
             even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
             number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
             byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
-            mark = c.let(f"load <16 x i8>, ptr {c.at(marks, i, 'i8')}, align 1")
+            mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
             plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
             kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
             shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
             to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
             c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
-    any_one = c.let(f"call i8 @llvm.vector.reduce.or.v16i8(<16 x i8> {c.let(f'load <16 x i8>, ptr {found}')})")
+    any_one = c.let(f"call i8 @llvm.vector.reduce.or.v16i8(<16 x i8> {c.load('<16 x i8>', found)})")
     c.do(f"store i64 {c.let(f'zext i8 {any_one} to i64')}, ptr {c.at('%args', 7)}")
     return c.text()
 

@@ -39,36 +39,36 @@ def rms_norm() -> str:
         totals, sums = ([c.slot(wide, "zeroinitializer") for _ in range(_TURNS)] for _ in range(2))
 
         def add(total: str, value: str) -> None:
-            old = c.let(f"load {wide}, ptr {total}")
+            old = c.load(wide, total)
             c.do(f"store {wide} {c.let(f'fadd {wide} {old}, {value}')}, ptr {total}")
 
         def add_squares(sums: list[str], first: str, here: str = here) -> None:
             for number, total in enumerate(sums):
                 place = c.at(here, c.whole("add", first, number * _LANES), "float")
-                value = c.let(f"load {wide}, ptr {place}, align 4")
+                value = c.load(wide, place, 4)
                 add(total, c.let(f"fmul {wide} {value}, {value}"))
 
         with c.loop(0, blocks, turn * _BLOCK) as block:
             with c.loop(block, c.whole("add", block, turn * _BLOCK), turn) as i:
                 add_squares(sums, i)
             for total, part in zip(totals, sums, strict=True):
-                add(total, c.let(f"load {wide}, ptr {part}"))
+                add(total, c.load(wide, part))
                 c.do(f"store {wide} zeroinitializer, ptr {part}")
         with c.loop(blocks, even, turn) as i:
             add_squares(sums, i)
         for total, part in zip(totals, sums, strict=True):
-            add(part, c.let(f"load {wide}, ptr {total}"))
+            add(part, c.load(wide, total))
         with c.loop(even, inputs, _LANES) as i:
             add_squares(sums[:1], i)
         for other in sums[1:]:
-            add(sums[0], c.let(f"load {wide}, ptr {other}"))
-        first = c.let(f"load {wide}, ptr {sums[0]}")
+            add(sums[0], c.load(wide, other))
+        first = c.load(wide, sums[0])
         total = c.let(f"call float @llvm.vector.reduce.fadd.v{_LANES}f32(float 0.0, {wide} {first})")  # lane by lane
         variance = c.let(f"fadd float {c.let(f'fdiv float {total}, {length}')}, {eps}")
         root = c.let(f"call float @llvm.sqrt.f32(float {variance})")
         factor = c.everywhere(_LANES, "float", c.let(f"fdiv float 1.0, {root}"))
         with c.loop(0, inputs, _LANES) as i:
-            value, scale = (c.let(f"load {wide}, ptr {c.at(p, i, 'float')}, align 4") for p in (here, weight))
+            value, scale = (c.load(wide, c.at(p, i, "float"), 4) for p in (here, weight))
             answer = c.let(f"fmul {wide} {scale}, {c.let(f'fmul {wide} {value}, {factor}')}")
             c.do(f"store {wide} {answer}, ptr {c.at(there, i, 'float')}, align 4")
     return c.text()
