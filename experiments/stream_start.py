@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,24 +81,26 @@ def start(
     steps: int = 3000,
     settling: int = 4000,
     seed: int = 0,
+    weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> Start:
     """Start a policy warm and cold in several orders of the traces, and compare with its settled copy on the same ones.
 
-    Both starts are told the costs, as a worker's calibration does: what differs is what they know of acceptance.
+    Both starts are told the costs, as a worker's calibration does: what differs is what they know of acceptance. The
+    warm start is the policy's own, or with other ``weights`` of its options.
     """
     edges = np.append(np.arange(0, steps, BIN), np.inf)
     counts: dict[str, list[int]] = {"warm": [], "cold": []}
     sums = {name: np.zeros((2, len(edges) - 1)) for name in counts}
     for order in range(seed, seed + orders):
-        final = settle(make_policy(spec, seed=order), traces, cost, settling, order)
-        for name, options in (("warm", {}), ("cold", cold(spec, order))):
+        final = settle(make_policy(spec, seed=order, **weights), traces, cost, settling, order)
+        for name, options in (("warm", weights), ("cold", cold(spec, order))):
             policy = make_policy(spec, seed=order, **options)
             tell_costs(policy, cost, cost.levels)
             met = visit(Simulator(policy, cost), name, endless(traces, order), steps)
             same = again(final, met.traces, cost)
             counts[name].append(reached(met.steps, met.seconds, same, SHARE))
             sums[name] += np.array(relative(met.steps, met.seconds, same, edges))
-    curves = {name: both[1] / both[0] for name, both in sums.items()}
+    curves = {name: both[1] / np.maximum(both[0], 1e-12) for name, both in sums.items()}
     return Start(spec, np.array(counts["warm"]), np.array(counts["cold"]), curves["warm"], curves["cold"])
 
 

@@ -165,26 +165,13 @@ def adapt(
     weights: dict[str, Any],
 ) -> Transfer:
     """Start a policy from fitted weights and from nothing, in several orders of the same traces."""
-    from experiments.stream_start import cold
-    from experiments.streams import again, endless, reached, relative, settle, visit
-    from policies.registry import make_policy
-    from speckv_online.contest import tell_costs
-    from speckv_online.simulate import Simulator
+    from experiments.stream_start import start
 
-    edges = np.append(np.arange(0, config.steps, BIN), np.inf)
-    counts: dict[str, list[int]] = {"warm": [], "cold": []}
-    sums = {name: np.zeros((2, len(edges) - 1)) for name in counts}
-    for order in range(config.seed, config.seed + config.orders):
-        final = settle(make_policy(spec, seed=order, **weights), traces, cost, config.settling, order)
-        for name, options in (("warm", weights), ("cold", cold(spec, order))):
-            policy = make_policy(spec, seed=order, **options)
-            tell_costs(policy, cost, cost.levels)
-            met = visit(Simulator(policy, cost), name, endless(traces, order), config.steps)
-            same = again(final, met.traces, cost)
-            counts[name].append(reached(met.steps, met.seconds, same, SHARE))
-            sums[name] += np.array(relative(met.steps, met.seconds, same, edges))
-    curves = {name: (both[1] / np.maximum(both[0], 1e-12)).tolist() for name, both in sums.items()}
-    return Transfer(axis, kind, spec, counts["warm"], counts["cold"], curves["warm"], curves["cold"])
+    found = start(
+        spec, traces, cost, orders=config.orders, steps=config.steps, settling=config.settling, seed=config.seed,
+        weights=weights,
+    ).as_json()  # fmt: skip
+    return Transfer(axis, kind, spec, *(found[key] for key in ("warm", "cold", "warm_curve", "cold_curve")))
 
 
 HEAD = ("left out", "policy", "steps, warm start", "steps, cold start", "saved", "first 100, warm", "first 100, cold")

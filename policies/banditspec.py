@@ -8,7 +8,6 @@ lambda * T(k), is taken off, so that arms of different length compare; then Y is
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,10 +33,6 @@ class _ArmBandit(CostAware):
         super().__init__(arms=arms, objective=objective, **options)
         self.longest = self.arms[-1]
         self._index = {gamma: i for i, gamma in enumerate(self.arms)}
-
-    def legal(self, context: Context) -> int:
-        """Number of arms that the step allows, at least one."""
-        return max(bisect_right(self.arms, context.max_gamma), 1)
 
     def reward(self, outcome: Outcome) -> float:
         """Y, from 1 to L + 1; where time counts less the price of the step, plus that of an empty one."""

@@ -35,8 +35,6 @@ class ArmLabels:
         self.first = 1 if arms[0] == 0 else 0
         n = np.arange(MAX_GAMMA + 1.0)[:, None]
         self._known = np.minimum(n, self._gammas) / np.maximum(self._gammas, 1.0)
-        #: Number of arms up to each gamma.
-        self.count = [sum(g <= limit for g in arms) for limit in range(MAX_GAMMA + 1)]
 
     def __call__(self, outcome: Outcome, acceptance: float) -> tuple[int, int, np.ndarray]:
         """Return (start, stop, y): arms start..stop-1 are labelled, with rates ``y[start:stop]``.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from policies.base import ARMS, MAX_GAMMA, Decision, Outcome, Policy, PolicyError, State
+from policies.base import ARMS, MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
 from policies.cost import CostModel, CostPrior
 from policies.drift import Drift
 from policies.level_cost import HALF_LIFE
@@ -61,6 +62,10 @@ class CostAware(Policy):
         if adwin and type(self).forget is CostAware.forget:
             raise PolicyError("adwin resets what was learnt, and nothing here could be reset: leave it away")
         self.drift = Drift(adwin) if adwin else None
+
+    def legal(self, context: Context) -> int:
+        """Return how many arms the step allows, at least one."""
+        return bisect_right(self.arms, context.max_gamma) or 1
 
     def forget(self) -> None:
         """Return to what the policy started from; costs, which forget by themselves, are kept."""

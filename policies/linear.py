@@ -191,7 +191,7 @@ class LinUcb(_Linear):
     def decide(self, context: Context) -> Decision:
         features = self.features(context)
         mean, deviation = self._lines(features, context.level)
-        legal = self.labels.count[context.max_gamma] or 1
+        legal = self.legal(context)
         arm = int((mean + deviation)[:legal].argmax())
         gamma = min(self.arms[arm], context.max_gamma)
         return Decision(self.new_id(), gamma, False, 1.0, self.version, features)
@@ -214,7 +214,7 @@ class LinTs(_Linear):
     def _best(self, context: Context, features: np.ndarray) -> np.ndarray:
         """Best arm for each quantile, shape (SAMPLES,)."""
         mean, deviation = self._lines(features, context.level)
-        legal = self.labels.count[context.max_gamma] or 1
+        legal = self.legal(context)
         best: np.ndarray = (mean + np.multiply.outer(self._z, deviation))[:, :legal].argmax(axis=1)
         return best
 

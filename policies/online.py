@@ -164,7 +164,7 @@ class Online(CostAware):
 
     def decide(self, context: Context) -> Decision:
         features = self.features(context)
-        legal = self.labels.count[context.max_gamma] or 1
+        legal = self.legal(context)
         best = self._values(context.level, features)[:, :legal].argmax(axis=1)
         if self.explore == "thompson":
             if not self._picks:
@@ -178,7 +178,7 @@ class Online(CostAware):
         return Decision(self.new_id(), gamma, False, propensity, self.version, features)
 
     def pmf(self, context: Context) -> np.ndarray:
-        legal = self.labels.count[context.max_gamma] or 1
+        legal = self.legal(context)
         best = self._values(context.level, self.features(context))[:, :legal].argmax(axis=1)
         return np.bincount(best, minlength=len(self.arms)) / len(best)
 

@@ -89,7 +89,7 @@ class OnlineSgd(CostAware):
 
     def decide(self, context: Context) -> Decision:
         features = self._read(context)
-        legal = self.labels.count[context.max_gamma] or 1
+        legal = self.legal(context)
         best = arm = self._greedy(context.level, features, legal)
         if self.rng.random() < self._share:
             arm = int(self.rng.integers(legal))
@@ -99,7 +99,7 @@ class OnlineSgd(CostAware):
 
     def pmf(self, context: Context) -> np.ndarray:
         """Probability of each of ``arms``."""
-        legal = self.labels.count[context.max_gamma] or 1
+        legal = self.legal(context)
         p = np.zeros(len(self.arms))
         p[:legal] = self._share / legal
         p[self._greedy(context.level, self._read(context), legal)] += 1.0 - self._share

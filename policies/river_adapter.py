@@ -8,7 +8,6 @@ ThompsonSampling cannot tell the probability of its choice, so the propensity of
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -55,7 +54,7 @@ class River(CostAware):
         self._played = [0] * len(self.arms)
 
     def decide(self, context: Context) -> Decision:
-        ids = self._legal(context)
+        ids = self._ids[: self.legal(context)]
         features = _context(context) if self.name == "linucb" else None
         first = next((i for i in ids if not self._played[i]), None)
         if first is not None and self.name != "exp3":
@@ -66,9 +65,6 @@ class River(CostAware):
             arm = self.bandit.pull(ids) if features is None else self.bandit.pull(ids, context=_named(features))
             propensity = 1.0 if share is None else min(float(share[arm]), 1.0)  # sums may round up
         return Decision(self.new_id(), min(self.arms[arm], context.max_gamma), False, propensity, 0, features)
-
-    def _legal(self, context: Context) -> list[int]:
-        return self._ids[: max(bisect_right(self.arms, context.max_gamma), 1)]
 
     def _pmf(self, ids: list[int]) -> np.ndarray | None:
         """Probability of each arm, where river's policy has one that can be written down."""
@@ -86,7 +82,7 @@ class River(CostAware):
 
     def pmf(self, context: Context) -> np.ndarray | None:
         """Probability of each of ``arms``; None for bandits that cannot tell, and until each arm was played once."""
-        ids = self._legal(context)
+        ids = self._ids[: self.legal(context)]
         return self._pmf(ids) if self.name == "exp3" or all(self._played[i] for i in ids) else None
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 
-from policies.level_features import level_bits
 from speckv_online.errors import UserError
 
 
@@ -21,8 +20,6 @@ class Level:
     ----------
     name, summary : str
         Name on the command line, and one line about it.
-    bits : float
-        Bits per weight of the linear layers, as :func:`policies.level_features.level_bits` tells them to policies.
     dtype : torch.dtype
         Type that the checkpoint is loaded as; a quantized level is loaded in its compute type instead.
     quantization : callable or None
@@ -31,7 +28,6 @@ class Level:
 
     name: str
     summary: str
-    bits: float
     dtype: torch.dtype
     quantization: Callable[[torch.dtype], Any] | None = None
 
@@ -79,12 +75,12 @@ def _four_bit(kind: str) -> Callable[[torch.dtype], Any]:
 LEVELS = {
     level.name: level
     for level in (
-        Level("fp32", "32-bit floats, the reference for exactness", 32, torch.float32),
-        Level("fp16", "16-bit floats (on a CPU: fp16 weights, fp32 arithmetic)", 16, torch.float16),
-        Level("bf16", "bfloat16 (on a CPU: bf16 weights, fp32 arithmetic)", 16, torch.bfloat16),
-        Level("int8", "bitsandbytes LLM.int8", 8, torch.float16, _int8),
-        Level("nf4", "bitsandbytes 4-bit NormalFloat", 4.5, torch.float16, _four_bit("nf4")),
-        Level("fp4", "bitsandbytes 4-bit float", 4.5, torch.float16, _four_bit("fp4")),
+        Level("fp32", "32-bit floats, the reference for exactness", torch.float32),
+        Level("fp16", "16-bit floats (on a CPU: fp16 weights, fp32 arithmetic)", torch.float16),
+        Level("bf16", "bfloat16 (on a CPU: bf16 weights, fp32 arithmetic)", torch.bfloat16),
+        Level("int8", "bitsandbytes LLM.int8", torch.float16, _int8),
+        Level("nf4", "bitsandbytes 4-bit NormalFloat", torch.float16, _four_bit("nf4")),
+        Level("fp4", "bitsandbytes 4-bit float", torch.float16, _four_bit("fp4")),
     )
 }
 
@@ -109,7 +105,7 @@ def get_level(name: str) -> Level:
     method, _, text = name.partition(":")
     if ":" not in name:
         raise UserError(f"unknown compression level {name!r}: choose from {', '.join(LEVELS)}, or METHOD:key=value,...")
-    return Level(name, f"transformers' {method}", level_bits(name), torch.float16, _by_spec(method, text))
+    return Level(name, f"transformers' {method}", torch.float16, _by_spec(method, text))
 
 
 def _by_spec(method: str, text: str) -> Callable[[torch.dtype], Any]:
