@@ -35,6 +35,8 @@ class ArmLabels:
         self.first = 1 if arms[0] == 0 else 0
         n = np.arange(MAX_GAMMA + 1.0)[:, None]
         self._known = np.minimum(n, self._gammas) / np.maximum(self._gammas, 1.0)
+        # Number of arms up to each gamma.
+        self._count = [sum(g <= limit for g in arms) for limit in range(MAX_GAMMA + 1)]
 
     def __call__(self, outcome: Outcome, acceptance: float) -> tuple[int, int, np.ndarray]:
         """Return (start, stop, y): arms start..stop-1 are labelled, with rates ``y[start:stop]``.
@@ -49,8 +51,8 @@ class ArmLabels:
         n = outcome.accepted
         y: np.ndarray = self._known[n]
         if outcome.rejected:
-            return self.first, self.count[outcome.drafted if self.mode == "played" else MAX_GAMMA], y
-        stop = self.count[n]
+            return self.first, self._count[outcome.drafted if self.mode == "played" else MAX_GAMMA], y
+        stop = self._count[n]
         if self.mode == "imputed" and n == outcome.drafted and stop < len(y):
             p = min(max(acceptance, 0.05), 0.95)
             y = y.copy()
