@@ -55,11 +55,11 @@ class Stock:
     ----------
     pair, level, device : str
         As for :func:`speckv_online.models.load_pair`. The draft gets the whole head, which ``assistant_model=`` needs.
-    reached : dict of str to int, optional
+    reached : dict of Schedule to int, optional
         Number of assistant tokens that each schedule has reached: transformers' heuristic goes on from call to call.
     """
 
-    def __init__(self, pair: str, level: str, device: str = "auto", reached: dict[str, int] | None = None) -> None:
+    def __init__(self, pair: str, level: str, device: str = "auto", reached: dict[Schedule, int] | None = None) -> None:
         self.reached = {} if reached is None else reached
         folder, where = prepare(pair), pick_device(device)
         self.target: Any = load_target(folder, level, device)
@@ -73,7 +73,7 @@ class Stock:
         if schedule.tokens:
             config = self.draft.generation_config
             config.num_assistant_tokens_schedule = schedule.schedule
-            config.num_assistant_tokens = self.reached.get(schedule.name, schedule.tokens)
+            config.num_assistant_tokens = self.reached.get(schedule, schedule.tokens)
             config.assistant_confidence_threshold = schedule.threshold
             options = {"assistant_model": self.draft}
         started = perf_counter()
@@ -88,5 +88,5 @@ class Stock:
         tokens = out[0, len(prompt) :].tolist()  # also waits for a GPU
         seconds = perf_counter() - started
         if schedule.tokens:
-            self.reached[schedule.name] = int(self.draft.generation_config.num_assistant_tokens)
+            self.reached[schedule] = int(self.draft.generation_config.num_assistant_tokens)
         return tokens, seconds

@@ -27,7 +27,7 @@ from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt, choose
 
 if TYPE_CHECKING:
-    from experiments.peers import Stock
+    from experiments.peers import Schedule, Stock
     from speckv_online.models import LoadedPair
 
 #: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
@@ -134,7 +134,7 @@ class Bench:
         self.calls: dict[str, Callable[[list[int]], tuple[list[int], float, list[Any]]]] = {}
         self.pair: LoadedPair | None = None
         self.stock: Stock | None = None
-        self.reached: dict[str, int] = {}  # by transformers' schedules, which go on in the next round
+        self.reached: dict[Schedule, int] = {}  # by transformers' schedules, which go on in the next round
         self.facts: dict[str, Any] = next((facts for facts in known if facts["level"] == level), {"level": level})
 
     def run(self, prompts: Sequence[tuple[int, Prompt]]) -> int:
