@@ -112,6 +112,9 @@ def as_json(cells: Sequence[Cell], learned: Sequence[str], facts: dict[str, Any]
 def as_document(cells: Sequence[Cell], learned: Sequence[str], facts: dict[str, Any]) -> str:
     """Return the Markdown of all tables."""
     parts = [_about(cells, facts)]
+    if faults := {spec: n for spec in cells[0].scores if (n := sum(c.scores[spec].faults for c in cells))}:
+        told = ", ".join(f"`{spec}` {n} times" for spec, n in faults.items())
+        parts.append(f"**Policies that raised and fell back to a fixed γ**, so that their rows are not theirs: {told}.")
     if learned:
         parts += ["\n".join(_bars(cells, ranked(cells, learned)))]
     parts += ["\n".join(_overall(cells))]

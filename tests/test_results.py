@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.peers import Schedule, Stock
 from experiments.results import main
 from experiments.results_headline import headline
 from experiments.results_model import modelled_calls
@@ -16,6 +17,7 @@ from speckv_online.errors import UserError
 from speckv_online.records import StepRecord
 from speckv_online.rundir import StepWriter, Unit, UnitResult, read_manifest, read_units
 from speckv_online.smollm2 import smollm2_ready
+from tests.conftest import tiny_llama
 
 
 def step(index: int, drafted: int, seconds: float) -> StepRecord:
@@ -164,6 +166,17 @@ def test_calls_in_which_the_machine_stood_still_are_left_out_for_all_alike() -> 
     assert "`goodput` on b (" in level.left_out
     text = document([level], {"settings": {}})
     assert "With them: `goodput` over autoregressive fp16 1.000." in text
+
+
+def test_schedules_of_transformers_do_not_share_what_they_reach() -> None:
+    stock = Stock.__new__(Stock)
+    stock.target, stock.draft, stock.reached = tiny_llama(seed=1), tiny_llama(seed=1), {}
+    two, four, grows = Schedule("", 2), Schedule("", 4), Schedule("", 5, "heuristic")
+    for schedule in (two, four, grows, two, grows, four):
+        stock.generate([5, 6, 7], 24, schedule)
+    assert stock.reached[two] == 2
+    assert stock.reached[four] == 4
+    assert stock.reached[grows] > 5  # this draft is always right
 
 
 def test_unknown_contenders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import deque
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from experiments.stream_start import Start, start
 from experiments.streams import Walker, again, change, endless, reached, relative, settle
 from policies.base import Decision, Outcome, Policy
 from policies.guard import Wrapper
+from policies.linear import LinUcb
 from policies.registry import make_policy
 from speckv_online.contest import tell_costs
 from speckv_online.cost import CostTable, LevelCost
@@ -162,6 +164,7 @@ def test_the_commands_fill_a_document(tmp_path: Path, folders: str, capsys: pyte
     assert "2 cells" in text
     assert "over `fixed:4`, geometric mean | 1.2 |" in text
     assert "### Pair weak, costs `test`" in text
+    assert "Policies that raised" not in text
     more = ["--policies", "linucb", "--orders", "1", "--streams", "1", "--rounds", "1", "--period", "400"]
     more += ["--workers", "1,2", "--every", "1,50", "--steps", "60", "--walkers", "1", "--parts", "merge"]
     assert replays_streams.main([*common, *more, "--out", str(tmp_path / "streams")]) == 0
@@ -175,6 +178,26 @@ def test_the_commands_fill_a_document(tmp_path: Path, folders: str, capsys: pyte
     quick = ["--levels", "nf4", "--policies", "fixed:4", "--orders", "1", "--out", str(tmp_path / "replays")]
     assert replays.main([*common, *quick]) == 2
     assert "lacks the lines <!-- replays: begin -->" in capsys.readouterr().err
+
+
+def test_tables_say_whose_figures_are_not_their_own(
+    tmp_path: Path, folders: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, *arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(LinUcb, "teach", broken)
+    common = [
+        "--traces",
+        folders,
+        "--costs",
+        str(COST.save(tmp_path / "cost.json")),
+        "--out",
+        str(tmp_path / "replays"),
+    ]
+    assert replays.main([*common, "--levels", "nf4", "--policies", "fixed:4,linucb", "--orders", "1"]) == 0
+    text = (tmp_path / "replays" / "replays.md").read_text()
+    assert re.search(r"rows are not theirs: `linucb` [1-9]\d* times\.", text)
 
 
 def test_streams_go_on_where_a_run_was_killed(tmp_path: Path, folders: str) -> None:
