@@ -1,6 +1,6 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
 # make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-m 'not slow and not ray'"
-# make results  everything that docs/results.md shows, about 4 hours on two cores; stopped, the same command goes on
+# make results  everything that docs/results.md shows, about 3.5 hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
 # make clean removes the environment; caches of models stay (see `speckv models`)
@@ -33,7 +33,7 @@ test: setup
 
 results: results-measured results-modelled
 
-# 40 prompts, of which 20 for all contenders: about 90 minutes. `--prompts 8 --some 2 --max-new-tokens 40`: 20 minutes.
+# 40 prompts, of which 20 for all contenders: about 70 minutes. `--prompts 8 --some 2 --max-new-tokens 40`: 20 minutes.
 results-measured: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== transformers, our decoder and every policy on the clock"
