@@ -26,7 +26,7 @@ def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.state.CB is None or not _plain(x):
         return _stock(layer, x)
     weights, scales, sums, threshold, (outputs, inputs) = layer._light
-    rows = x.reshape(-1, inputs)
+    rows = x.reshape(-1, inputs).contiguous()
     count, kernels = len(rows), compiled()
     numbers, tops = torch.empty((count, inputs), dtype=torch.uint8), torch.empty(count)
     marks, out = torch.zeros(inputs, dtype=torch.int8), torch.empty((count, outputs))
@@ -49,7 +49,7 @@ def four_bit_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
         return _stock(layer, x)
     # Our own references: bitsandbytes puts the weights back into another layout when a state is asked for.
     weights, scales, codes, (outputs, inputs), block = layer._light
-    rows = x.reshape(-1, inputs).to(torch.bfloat16).float()  # the type that bitsandbytes multiplies in
+    rows = x.reshape(-1, inputs).contiguous().to(torch.bfloat16).float()  # the type that bitsandbytes multiplies in
     out = torch.empty((len(rows), outputs))
     pointers = rows.data_ptr(), weights.data_ptr(), out.data_ptr()
     compiled()["four_bit"](*pointers, len(rows), inputs, outputs, scales.data_ptr(), block, codes.data_ptr())

@@ -74,6 +74,8 @@ def test_what_it_does_not_take_goes_the_stock_way(kind: str) -> None:
         assert light(x.bfloat16()).dtype == torch.bfloat16
         assert torch.equal(light(x.bfloat16()), stock(x.bfloat16()))
         assert torch.equal(copy.deepcopy(light)(x), light(x))
+        turned = torch.randn(128, 3).t()  # not contiguous
+        assert torch.equal(light(turned), stock(turned.contiguous()))
     assert isinstance(light, type(stock))
 
 
