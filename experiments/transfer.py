@@ -22,6 +22,7 @@ import numpy as np
 from experiments.config import launch, option
 from experiments.documents import check_place, insert
 from experiments.replays import check_traces
+from experiments.stream_start import BIN, SHARE, start
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from speckv_online.traces import Trace
 
 AXES = ("level", "task", "pair")
-SHARE, BIN = 0.95, 100
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,6 @@ def adapt(
     weights: dict[str, Any],
 ) -> Transfer:
     """Start a policy from fitted weights and from nothing, in several orders of the same traces."""
-    from experiments.stream_start import start
-
     found = start(
         spec, traces, cost, orders=config.orders, steps=config.steps, settling=config.settling, seed=config.seed,
         weights=weights,

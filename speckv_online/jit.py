@@ -196,11 +196,9 @@ class Library:
         address = self._engine.get_function_address(name)
         if not address:
             raise AttributeError(f"no function {name}")
-        arrays: dict[int, Any] = {}
 
         def call(*arguments: int) -> Any:
-            count = len(arguments)
-            found = (arrays.get(count) or arrays.setdefault(count, ctypes.c_int64 * count))(*arguments)
+            found = (ctypes.c_int64 * len(arguments))(*arguments)
             # Holds the library, and so the code.
             self._parallel(address, found, get_num_threads() if parallel else 1, 0)
             return found

@@ -150,7 +150,7 @@ def quantize() -> str:
     """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, found)``, for one thread.
 
     LLM.int8's first half: ``x`` of shape (rows, inputs), fp32, rounded to fp16; elements of at least ``threshold`` (a
-    double's bits) in size are outliers, whose columns are marked by a byte other than 0 and counted in ``found``;
+    double's bits) in size are outliers, whose columns are marked by a byte other than 0; ``found`` is 0 without any;
     ``tops`` the largest other element of each row; ``numbers`` each element times 127 / top, rounded to even, 128
     added, or just 128 in a marked column.
     """
