@@ -182,16 +182,11 @@ class ModelDrafter:
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
         logits = self.logits()
-        top, rows = logits.topk(2)
-        p = logits.softmax(-1)
-        entropy = torch.special.entr(p).sum()
-        # One transfer for everything that the host needs; a row index is exact in fp32.
-        wanted = torch.stack((top[0], top[1], rows[0].float(), entropy, p.amax()))
-        first, second, row, nats, confidence = wanted.tolist()
+        row, first, second, nats, confidence = look(logits) if self.quick is None else self.quick.look(logits)
         signals[ENTROPY] = nats / math.log(2)
         signals[CONFIDENCE] = confidence
         signals[MARGIN] = first - second
-        return int(row) if self.head_ids is None else self.head_ids[int(row)], logits
+        return row if self.head_ids is None else self.head_ids[row], logits
 
     def settle(self, token: int, logits: torch.Tensor) -> int:
         """Return the token to propose, the likeliest or a draw, and note the distribution that it was drawn from."""
@@ -269,6 +264,16 @@ class NgramDrafter:
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context."""
         self.ngrams.extend(tokens)
+
+
+def look(logits: torch.Tensor) -> tuple[int, float, float, float, float]:
+    """Return the likeliest row of logits, its logit, the second largest one, the entropy in nats, the confidence."""
+    top, rows = logits.topk(2)
+    p = logits.softmax(-1)
+    # One transfer for everything that the host needs; a row index is exact in fp32.
+    wanted = torch.stack((rows[0].float(), top[0], top[1], torch.special.entr(p).sum(), p.amax()))
+    row, first, second, nats, confidence = wanted.tolist()
+    return int(row), first, second, nats, confidence
 
 
 def write_signals(found: Proposal, signals: np.ndarray) -> None:

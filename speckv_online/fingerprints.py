@@ -34,7 +34,7 @@ def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
 def drafter_fingerprint(drafter: Drafter) -> str:
     """Return a short hash of everything that a drafter's proposals depend on."""
     if isinstance(drafter, ModelDrafter):
-        model = fingerprint(drafter.model) + ("" if drafter.quick is None else "-q8_0")
+        model = fingerprint(drafter.model) + ("" if drafter.quick is None else "-w8a8")
         if isinstance(drafter, HybridDrafter):
             return f"{model}-gate-{drafter.gate.digest}-skip-{drafter.skip:g}"
         return model

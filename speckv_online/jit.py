@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 #: What a kernel may call: OpenMP as torch has it.
-_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 #: How far ahead of their use weights are fetched, and what is fetched at once, in bytes.
 _AHEAD, _LINE = 4096, 64
 
@@ -28,6 +31,7 @@ def _declarations() -> str:
         for n in (8, 16)
     )
     return vectors + (
+        "declare void @GOMP_barrier()\n"
         "declare i32 @omp_get_thread_num()\n"
         "declare i32 @omp_get_num_threads()\n"
         "declare i64 @llvm.umin.i64(i64, i64)\n"
@@ -134,12 +138,13 @@ class Code:
         new = self.let(f"call {wide} @llvm.fma.v{lanes}f32({wide} {a}, {wide} {b}, {wide} {old})")
         self.do(f"store {wide} {new}, ptr {total}")
 
+    def thread(self, what: str = "thread_num") -> str:
+        """Return this thread's number, or another number of OpenMP's."""
+        return self.let(f"zext i32 {self.let(f'call i32 @omp_get_{what}()')} to i64")
+
     def share(self, count: str) -> tuple[str, str]:
         """Return the first and behind the last of ``count`` things that this thread is to do."""
-        thread, threads = (
-            self.let(f"zext i32 {self.let(f'call i32 @omp_get_{what}()')} to i64")
-            for what in ("thread_num", "num_threads")
-        )
+        thread, threads = self.thread(), self.thread("num_threads")
         low = self.whole("udiv", self.whole("mul", thread, count), threads)
         return low, self.whole("udiv", self.whole("mul", self.whole("add", thread, 1), count), threads)
 
@@ -193,9 +198,7 @@ class Library:
         """
         from torch import get_num_threads
 
-        address = self._engine.get_function_address(name)
-        if not address:
-            raise AttributeError(f"no function {name}")
+        address = self.address(name)
 
         def call(*arguments: int) -> Any:
             found = (ctypes.c_int64 * len(arguments))(*arguments)
@@ -204,6 +207,58 @@ class Library:
             return found
 
         return call
+
+    def address(self, name: str) -> int:
+        """Return where a function is; the library must outlive its use."""
+        found = int(self._engine.get_function_address(name))
+        if not found:
+            raise AttributeError(f"no function {name}")
+        return found
+
+
+def _run() -> str:
+    """Return the function ``run(steps, count)``: each step's function with its arguments, one after the other."""
+    c = Code("run")
+    steps, count = c.argument(0, "ptr"), c.argument(1)
+    with c.loop(0, count) as i:
+        step = c.at(steps, c.whole("mul", i, 1 + Program.MOST))
+        c.do(f"call void {c.load('ptr', step)}(ptr {c.at(step, 1)})")
+        c.do("call void @GOMP_barrier()")
+    return c.text()
+
+
+class Program:
+    """Kernels to be called one after the other, all by one team of threads: between them is a barrier, not Python.
+
+    Parameters
+    ----------
+    library : Library
+        It has the kernels.
+    steps : sequence of tuple
+        Each a kernel's name and its arguments.
+    """
+
+    #: Most arguments of a kernel.
+    MOST = 9
+
+    def __init__(self, library: Library, steps: Sequence[tuple[Any, ...]]) -> None:
+        table = np.zeros((len(steps), 1 + self.MOST), dtype=np.int64)
+        for row, (name, *arguments) in zip(table, steps, strict=True):
+            row[0], row[1 : 1 + len(arguments)] = library.address(name), arguments
+        #: Each step's arguments; change them as you like.
+        self.arguments = table[:, 1:]
+        self._library, self._table, self._run = library, table, _runner()
+
+    def run(self, first: int = 0, last: int | None = None) -> None:
+        """Do the steps of a slice, on torch's number of threads."""
+        first, last, _ = slice(first, last).indices(len(self._table))
+        count = last - first
+        self._run(self._table.ctypes.data + first * self._table.strides[0], count)
+
+
+@cache
+def _runner() -> Callable[..., Any]:
+    return Library(_run()).function("run")
 
 
 def double(number: float) -> int:

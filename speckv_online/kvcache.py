@@ -31,17 +31,22 @@ class _Layer(CacheLayerMixin):
         self.values = value_states.new_empty((*value_states.shape[:2], self.capacity, value_states.shape[-1]))
         self.is_initialized = True
 
+    def claim(self, count: int) -> int:
+        """Count so many more tokens as used, with room for them; return where they begin."""
+        start, self.used = self.used, self.used + count
+        if self.used > self.capacity:
+            self.capacity = max(2 * self.capacity, self.used)
+            keys, values = self.keys, self.values
+            self.lazy_initialization(keys, values)
+            self.keys[..., :start, :], self.values[..., :start, :] = keys[..., :start, :], values[..., :start, :]
+        return start
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.used = self.used, self.used + key_states.shape[-2]
-        if self.used > self.capacity:
-            self.capacity = max(2 * self.capacity, self.used)
-            keys, values = self.keys, self.values
-            self.lazy_initialization(key_states, value_states)
-            self.keys[..., :start, :], self.values[..., :start, :] = keys[..., :start, :], values[..., :start, :]
+        start = self.claim(key_states.shape[-2])
         self.keys[..., start : self.used, :] = key_states
         self.values[..., start : self.used, :] = value_states
         return self.keys[..., : self.used, :], self.values[..., : self.used, :]
@@ -78,6 +83,21 @@ class KVCache(Cache):
 
     def __len__(self) -> int:
         return self._own[0].used
+
+    def claim(self, count: int, heads: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Count so many more tokens as read, in fp32 on the CPU; return where the caller is to write them.
+
+        Returns
+        -------
+        list of tuple of Tensor
+            Each layer's keys and values, shape (1, heads, capacity, size), contiguous.
+        """
+        for layer in self._own:
+            if not layer.is_initialized:
+                one = torch.empty(1, heads, 1, size)
+                layer.lazy_initialization(one, one)
+            layer.claim(count)
+        return [(layer.keys, layer.values) for layer in self._own]
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens; a longer length than the cache's own is an error."""

@@ -202,7 +202,7 @@ def load_pair(
         draft_revision = f"{pair}:sha256:{digest[:16]}"
         quick = quicken(small)
         if quick is not None:
-            draft_revision += ":q8_0"
+            draft_revision += ":w8a8"
     if small is not None:
         pack(small)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}

@@ -1,50 +1,55 @@
-"""A Llama draft for one sequence on a CPU: 8-bit weights, few calls, and the same answer at every width.
+"""A Llama draft for one sequence on a CPU: 8-bit weights, one call, and the same answer at every width.
 
 On a CPU one token of a small draft takes as long as its weights take to be read, and as the calls of its forward take
-to be made. Here weights are rounded to 8 bits as in GGUF's Q8_0, layers that read the same input are one matrix,
-norms' weights are folded into the matrices behind them, and rotary pairs lie side by side, so that rotating is one
-complex product. Nothing of that can change what is decoded, only how often a draft is right (docs/draft.md).
+to be made. Here weights and the inputs of matrices are rounded to 8 bits as in GGUF's Q8_0, layers that read the same
+input are one matrix, norms' weights are folded into the matrices behind them, and the whole forward is one call of
+compiled kernels. Nothing of that can change what is decoded, only how often a draft is right (docs/draft.md).
 
 What a token's logits are depends on the tokens before it alone, to the last bit, however many of them are read in one
-forward: rows are multiplied by the same kernel at any width and attended to one by one. Only the prompt is read another
-way, all of it at once and with the weights as they were, and so it is the same each time too. An exact trace is
-therefore what the decoder drafts, whenever it does.
+forward: each kernel treats a row in the same way at any width. Only the prompt is read another way, all of it at once
+and with weights and inputs as they were, and so it is the same each time too. An exact trace is therefore what the
+decoder drafts, whenever it does.
 """
 
 from __future__ import annotations
 
+import math
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from speckv_online.jit import double
-from speckv_online.kernels import Shape, compiled, lay_out, round_to_8_bits, shape
+from speckv_online.jit import Program, double
+from speckv_online.kernels_draft import BLOCK, Form, compiled, lanes, lay_out
 from speckv_online.kvcache import KVCache
-from speckv_online.norms import normed
 
 #: Prompts of at most this many tokens are read as all other tokens are.
 SHORT = 16
+#: Most tokens of one forward.
+_ROWS = 32
 #: Largest error of the logits, relative to their spread, that passes for rounding to 8 bits.
 _TOLERANCE = 0.1
 
 
-class _Matrix:
-    """A weight in 8 bits, and as it was where a prompt is read with it."""
+class _Matrix(NamedTuple):
+    """A weight as it was, for prompts, and in 8 bits with their scales."""
 
-    def __init__(self, weight: torch.Tensor, use: Shape) -> None:
-        numbers, scales = round_to_8_bits(weight)
-        self.exact = weight.contiguous()
-        self._packed = lay_out((numbers * scales).view_as(weight), use)
-        self._kernel = compiled(use)[self._packed[0].dtype]
+    exact: torch.Tensor
+    numbers: torch.Tensor
+    scales: torch.Tensor
 
-    def times(self, x: torch.Tensor, wide: bool) -> torch.Tensor:
-        """Return ``x @ weight.T``; ``wide`` with the weight as it was."""
-        if wide:
-            return nn.functional.linear(x, self.exact)
-        x, (weight, scales), (outputs, inputs) = x.contiguous(), self._packed, self.exact.shape
-        out = x.new_empty(len(x), outputs)
-        self._kernel(x.data_ptr(), weight.data_ptr(), out.data_ptr(), len(x), inputs, outputs, scales.data_ptr())
-        return out
+
+class _Buffers:
+    """What a forward writes, for at most :data:`_ROWS` rows."""
+
+    def __init__(self, form: Form, hidden: int, inner: int) -> None:
+        widest, together = max(hidden, form.heads * form.size, inner), (form.heads + 2 * form.groups) * form.size
+        self.state, self.y = torch.empty(_ROWS, hidden), torch.empty(_ROWS, max(together, 2 * inner))
+        self.numbers = form.inputs(_ROWS, widest)
+        self.scratch, self.seen = torch.empty(0), np.empty(5, dtype=np.float32)
 
 
 class QuickDraft:
@@ -54,31 +59,66 @@ class QuickDraft:
     ----------
     model : LlamaForCausalLM
         In fp32 on the CPU. Its embedding is shared, all other weights are copied.
-    use : Shape
-        How the processor's registers are used.
+    width : int
+        Floats in a register of the processor, as :func:`speckv_online.kernels_draft.lanes` has them.
     """
 
-    def __init__(self, model: LlamaForCausalLM, use: Shape) -> None:
+    def __init__(self, model: LlamaForCausalLM, width: int) -> None:
         config, body = model.config, model.model
-        self.heads, self.groups = int(config.num_attention_heads), int(config.num_key_value_heads or 0)
-        self.size = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
-        self.ones, self.eps = torch.ones(int(config.hidden_size)), double(float(config.rms_norm_eps))
+        heads, groups = int(config.num_attention_heads), int(config.num_key_value_heads or 0)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        self.form, self.eps = Form(width, heads, groups, size), float(config.rms_norm_eps)
+        self.hidden, self.inner = int(config.hidden_size), int(config.intermediate_size)
+        if self.hidden % BLOCK or self.inner % BLOCK or size % BLOCK or size % (2 * width):
+            raise ValueError("sizes that the kernels do not take")
         self.embedding = body.embed_tokens.weight.detach()
-        # The two halves of a head that rotate against each other, interleaved.
-        order = torch.arange(self.size).view(2, -1).t().reshape(-1)
         self.layers = []
         for layer in body.layers:
             a, f = layer.self_attn, layer.mlp
-            query, key = (
-                p.weight.view(-1, self.size, p.in_features)[:, order].flatten(0, 1) for p in (a.q_proj, a.k_proj)
-            )
-            together = torch.cat((query * self.size**-0.5, key, a.v_proj.weight)) * layer.input_layernorm.weight
-            gated = torch.cat((f.gate_proj.weight, f.up_proj.weight)) * layer.post_attention_layernorm.weight
-            weights = (together, a.o_proj.weight, gated, f.down_proj.weight)
-            self.layers.append(tuple(_Matrix(w.detach().float(), use) for w in weights))
-        self.head = _Matrix((model.lm_head.weight * body.norm.weight).detach().float(), use)
+            together = torch.cat((a.q_proj.weight * size**-0.5, a.k_proj.weight, a.v_proj.weight))
+            gated = torch.cat((f.gate_proj.weight, f.up_proj.weight))
+            weights = (
+                together * layer.input_layernorm.weight, a.o_proj.weight,
+                gated * layer.post_attention_layernorm.weight, f.down_proj.weight,
+            )  # fmt: skip
+            self.layers.append([self._matrix(weight) for weight in weights])
+        self.head = self._matrix(model.lm_head.weight * body.norm.weight)
         angles = torch.arange(config.max_position_embeddings)[:, None] * body.rotary_emb.inv_freq.float()
-        self.turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+        self.turns = torch.stack((angles.cos(), angles.sin()), 1).contiguous()
+        self._lock = Lock()
+        with torch.inference_mode(False):
+            self._buffers = _Buffers(self.form, self.hidden, self.inner)
+        self._program()
+
+    def _matrix(self, weight: torch.Tensor) -> _Matrix:
+        weight = weight.detach().float().contiguous()
+        return _Matrix(weight, *lay_out(weight, self.form.lanes))
+
+    def _program(self) -> None:
+        """Write down the forward's steps; what changes from call to call is filled in by :meth:`_forward`."""
+        b, eps = self._buffers, double(self.eps)
+        state, y, numbers = (t.data_ptr() for t in (b.state, b.y, b.numbers))
+
+        def times(matrix: _Matrix, out: int, add: int = 0) -> tuple[Any, ...]:
+            outputs, inputs = matrix.exact.shape
+            scales = matrix.scales.data_ptr()
+            return "linear", numbers, matrix.numbers.data_ptr(), out, 0, inputs, outputs, scales, add
+
+        norm, steps = ("norm", state, numbers, eps, 0, self.hidden), list[tuple[Any, ...]]()
+        for together, out, gated, down in self.layers:
+            steps += [
+                norm, times(together, y), ("turn", y, self.turns.data_ptr(), 0, 0, 0, 0, 0),
+                ("attend", y, 0, 0, 0, 0, 0, numbers, 0), times(out, state, 1),
+                norm, times(gated, y), ("gate", y, numbers, self.inner, 0), times(down, state, 1),
+            ]  # fmt: skip
+        last = [norm, times(self.head, 0)]
+        steps = [("embed", 0, self.embedding.data_ptr(), state, 0, self.hidden), *steps, *last]
+        self._steps = Program(compiled(self.form), steps)
+        self._arguments = self._steps.arguments
+        self._turns, self._attends = self._arguments[3:-2:9], self._arguments[4:-2:9]
+        self._arguments[-2:, 3] = 1
+        self._look = compiled(self.form).function("look", parallel=False)
+        self._seen = b.seen.ctypes.data, b.y.data_ptr()
 
     def read(self, ids: torch.Tensor, cache: KVCache, prompt: int) -> torch.Tensor:
         """Read tokens into the cache, at first at least the whole prompt; return the next one's logits.
@@ -94,59 +134,86 @@ class QuickDraft:
         -------
         Tensor, shape (rows of the head,), fp32
         """
-        state = None
-        if prompt > SHORT and len(cache) == 0:
-            state, ids = self._forward(ids[:prompt], cache, wide=True), ids[prompt:]
-        if len(ids):
-            state = self._forward(ids, cache, wide=False)
-        if state is None:
+        if not len(ids):
             raise ValueError("there is no token to read")
-        return self.head.times(self._normed(state), wide=False)[0]
+        logits = torch.empty(len(self.head.exact))
+        with self._lock:
+            self._arguments[-1, 2] = logits.data_ptr()
+            if prompt > SHORT and len(cache) == 0:
+                self._buffers.state[0] = self._read_prompt(ids[:prompt], cache)
+                ids = ids[prompt:]
+                if not len(ids):
+                    self._arguments[-2, 0] = self._buffers.state.data_ptr()
+                    self._steps.run(-2)
+            while len(ids) > _ROWS:
+                self._forward(ids[:_ROWS], cache, -2)
+                ids = ids[_ROWS:]
+            if len(ids):
+                self._forward(ids, cache, None)
+        return logits
+
+    def look(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
+        """Return what :func:`speckv_online.drafters.look` does."""
+        with self._lock:
+            self._look(logits.data_ptr(), *self._seen, len(logits))
+            first, second, row, total, weighed = self._buffers.seen.tolist()
+        if not total > 0.0 or weighed != weighed:
+            return 0, math.nan, math.nan, math.nan, math.nan
+        return int(row), first, second, max(math.log(total) - weighed / total, 0.0), 1.0 / total
+
+    def _forward(self, ids: torch.Tensor, cache: KVCache, last: int | None) -> None:
+        """Read at most :data:`_ROWS` tokens, without the head if ``last`` is -2."""
+        count, start, b, arguments = len(ids), len(cache), self._buffers, self._arguments
+        places = [
+            (keys.data_ptr(), values.data_ptr(), keys.shape[2])
+            for keys, values in cache.claim(count, self.form.groups, self.form.size)
+        ]
+        capacity = places[0][2]
+        needed = torch.get_num_threads() * (self.form.heads // self.form.groups) * (capacity + 16)
+        if len(b.scratch) < needed:
+            b.scratch = torch.empty(needed)
+        scratch = b.scratch.data_ptr()
+        arguments[:-2, 3] = count
+        arguments[0, 0] = ids.data_ptr()
+        arguments[-2, 0] = b.state.data_ptr() + 4 * self.hidden * (count - 1)
+        for turn, attend, (keys, values, _) in zip(self._turns, self._attends, places, strict=True):
+            turn[2], turn[4], turn[5], turn[6] = keys, values, start, capacity
+            attend[1], attend[2], attend[4], attend[5], attend[7] = keys, values, start, capacity, scratch
+        self._steps.run(0, last)
+
+    def _read_prompt(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read a prompt with weights and inputs in fp32; return the last token's state, shape (hidden size,)."""
+        count, heads, groups = len(ids), self.form.heads, self.form.groups
+        x, linear = nn.functional.embedding(ids, self.embedding), nn.functional.linear
+        cosines, sines = (t[:, None] for t in self.turns[:count].unbind(1))
+        for i, (together, out, gated, down) in enumerate(self.layers):
+            y = linear(self._normed(x), together.exact).view(count, -1, self.form.size)
+            a, b = y[:, : heads + groups].chunk(2, -1)
+            turned = torch.cat((a * cosines - b * sines, b * cosines + a * sines), -1).transpose(0, 1)[None]
+            keys, values = cache.update(turned[:, heads:], y[:, heads + groups :].transpose(0, 1)[None], i)
+            found = nn.functional.scaled_dot_product_attention(
+                turned[:, :heads], keys, values, is_causal=True, scale=1.0, enable_gqa=True
+            )
+            x = x + linear(found[0].transpose(0, 1).flatten(1), out.exact)
+            gate, up = linear(self._normed(x), gated.exact).chunk(2, -1)
+            x += linear(nn.functional.silu(gate).mul_(up), down.exact)
+        return x[-1]
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         """RMS norm without its weights."""
-        return normed(x, self.ones, self.eps)
-
-    def _forward(self, ids: torch.Tensor, cache: KVCache, wide: bool) -> torch.Tensor:
-        """Read tokens; return the last one's state behind the last layer, shape (1, hidden size)."""
-        count, start, both = len(ids), len(cache), self.heads + self.groups
-        x, turns = nn.functional.embedding(ids, self.embedding), self.turns[start : start + count]
-        for i, (together, out, gated, down) in enumerate(self.layers):
-            y = together.times(self._normed(x), wide).view(count, -1, self.size)
-            pairs = torch.view_as_complex(y[:, :both].unflatten(-1, (-1, 2)))
-            turned = torch.view_as_real(pairs * turns).flatten(-2)
-            new = turned[:, self.heads :].transpose(0, 1), y[:, both:].transpose(0, 1)
-            keys, values = cache.update(new[0][None], new[1][None], i)
-            attend = self._attend_all if wide else self._attend_each
-            x = x + out.times(attend(turned[:, : self.heads], keys[0], values[0]), wide)
-            gate, up = gated.times(self._normed(x), wide).chunk(2, -1)
-            x += down.times(nn.functional.silu(gate).mul_(up), wide)
-        return x[-1:]
-
-    def _attend_each(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attention of the last rows one by one: queries (n, heads, size), keys and values (groups, length, size)."""
-        before, rows = keys.shape[1] - len(queries) + 1, []
-        for i, row in enumerate(queries.reshape(len(queries), self.groups, -1, self.size)):
-            shares = torch.bmm(row, keys[:, : before + i].transpose(1, 2)).softmax(-1)
-            rows.append(torch.bmm(shares, values[:, : before + i]).view(-1))
-        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
-
-    def _attend_all(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Causal attention of a whole sequence, of shapes as in :meth:`_attend_each`."""
-        q, k, v = queries.transpose(0, 1)[None], keys[None], values[None]
-        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
-        return found[0].transpose(0, 1).flatten(1)
+        return nn.functional.rms_norm(x, (self.hidden,), eps=self.eps)
 
 
 @torch.inference_mode()
 def quicken(model: PreTrainedModel) -> QuickDraft | None:
     """Return the quick form of a draft, or None where there is none or it would not pay.
 
-    It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU that :mod:`speckv_online.kernels` has
-    kernels for. Where they cannot be compiled, or the answer is not the model's up to rounding, there is no quick form.
+    It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU that
+    :mod:`speckv_online.kernels_draft` has kernels for. Where they cannot be compiled, or the answer is not the model's
+    up to rounding, there is no quick form.
     """
-    config, use = model.config, shape()
-    if type(model) is not LlamaForCausalLM or use is None:
+    config, width = model.config, lanes()
+    if type(model) is not LlamaForCausalLM or width is None:
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     linear = {type(m) for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))}
@@ -158,9 +225,9 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
         return None
     ids = torch.arange(1, 2 * SHORT) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
-        quick = QuickDraft(model, use)
+        quick = QuickDraft(model, width)
         found = [quick.read(ids, KVCache(len(quick.layers), len(ids)), prompt) for prompt in (1, len(ids))]
-    except (AttributeError, ImportError, OSError, RuntimeError):  # no llvmlite, another torch or LLVM, odd sizes
+    except (AttributeError, ImportError, OSError, RuntimeError, ValueError):  # no llvmlite, another torch, odd sizes
         return None
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
     close = all(bool((logits - expected).std() <= _TOLERANCE * expected.std()) for logits in found)

@@ -19,21 +19,27 @@ from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.draft_table import draft_table
 from speckv_online.drafters import ModelDrafter
 from speckv_online.hybrid import HybridDrafter
-from speckv_online.kernels import _STORED, shape
+from speckv_online.jit import Library
+from speckv_online.kernels_draft import lanes
 from speckv_online.kvcache import KVCache
-from speckv_online.packed import can_pack
 from speckv_online.quick_draft import SHORT, QuickDraft, quicken
 
-USE = shape()
-pytestmark = pytest.mark.skipif(USE is None or not can_pack(USE), reason="no kernels for this processor")
-VOCABULARY = 260
+pytestmark = pytest.mark.skipif(lanes() is None, reason="no kernels for this processor")
+VOCABULARY = 272
 
 
 def llama(seed: int, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6}
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        **{"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 256, **sizes, **changes}
+        **{
+            "vocab_size": VOCABULARY,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 256,
+            **sizes,
+            **changes,
+        }
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():  # norms that change something
@@ -164,9 +170,11 @@ def test_other_models_have_no_quick_form(model: LlamaForCausalLM, monkeypatch: p
     other = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     assert quicken(Qwen2ForCausalLM(other).eval()) is None
     assert quicken(llama(0, vocab_size=VOCABULARY + 1)) is None  # a size that the kernels do not take
-    monkeypatch.setattr(quick_draft, "compiled", lambda use: dict.fromkeys(_STORED, lambda *numbers: None))
+    names = ("embed", "norm", "linear", "turn", "attend", "gate")
+    nothing = Library("".join(f"define void @{name}(ptr %args) {{ ret void }}\n" for name in names))
+    monkeypatch.setattr(quick_draft, "compiled", lambda form: nothing)
     assert quicken(model) is None  # wrong results
-    monkeypatch.setattr(quick_draft, "shape", lambda: None)
+    monkeypatch.setattr(quick_draft, "lanes", lambda: None)
     assert quicken(model) is None
 
 
