@@ -17,9 +17,9 @@ def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool)
     """Draft ``gamma`` tokens on the drafter's device, if nothing has to be known of them before they are verified.
 
     Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.ahead` does, or None where the
-    policy wants to see every token, tokens are drawn, or the drafter is no plain model.
+    policy wants to see every token, tokens are drawn, or the drafter is no plain model; its quick form is on the host.
     """
-    if not gamma or decision.stops or sampled or type(drafter) is not ModelDrafter:
+    if not gamma or decision.stops or sampled or type(drafter) is not ModelDrafter or drafter.quick is not None:
         return None
     return drafter.ahead(gamma)
 

@@ -339,8 +339,8 @@ def attend(form: Form) -> str:
     """Return the kernel ``attend(y, keys, values, rows, start, capacity, numbers, scratch)``: causal attention.
 
     ``y``, ``keys`` and ``values`` are as :func:`turn` leaves them, the scale is in the queries; the answers of shape
-    (rows, heads * size) are rounded to ``numbers``. ``scratch`` has ``heads / groups * capacity`` floats for each thread, capacity
-    rounded up to 16.
+    (rows, heads * size) are rounded to ``numbers``. ``scratch`` has ``heads / groups * capacity`` floats for each
+    thread, capacity rounded up to 16.
     """
     size, lanes, wide, ratio = form.size, form.lanes, form.wide, form.heads // form.groups
     parts = range(0, size, lanes)
