@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 #: What a kernel may call: OpenMP as torch has it.
 _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
@@ -171,7 +172,6 @@ class Library:
 
     def __init__(self, text: str, cpu: str | None = None) -> None:
         import llvmlite.binding as llvm
-        import torch
 
         # Looking a name up in a library looks it up in what that is linked to as well: torch's own OpenMP.
         openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -187,32 +187,28 @@ class Library:
         builder.getModulePassManager().run(module, builder)
         self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
         self._engine.finalize_object()
-        self._parallel = openmp.GOMP_parallel
-        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self._parallel.restype = None
+        self.start = openmp.GOMP_parallel
+        self.start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.start.restype = None
 
-    def function(self, name: str, parallel: bool = True) -> Callable[..., Any]:
-        """Return a function: called with its arguments, integers all, it returns them as it leaves them.
-
-        It runs on torch's number of threads, or on the caller's alone.
-        """
-        from torch import get_num_threads
-
-        address = self.address(name)
-
-        def call(*arguments: int) -> Any:
-            found = (ctypes.c_int64 * len(arguments))(*arguments)
-            # Holds the library, and so the code.
-            self._parallel(address, found, get_num_threads() if parallel else 1, 0)
-            return found
-
-        return call
-
-    def address(self, name: str) -> int:
-        """Return where a function is; the library must outlive its use."""
-        found = int(self._engine.get_function_address(name))
-        if not found:
+    def function(self, name: str, parallel: bool = True) -> Kernel:
+        """Return a function, to run on torch's number of threads, or on the caller's alone."""
+        address = int(self._engine.get_function_address(name))
+        if not address:
             raise AttributeError(f"no function {name}")
+        return Kernel(self, address, parallel)
+
+
+class Kernel:
+    """A compiled function: called with its arguments, integers all, it returns them as it leaves them."""
+
+    def __init__(self, library: Library, address: int, parallel: bool) -> None:
+        self.address, self._parallel = address, parallel
+        self._library = library  # owns the code
+
+    def __call__(self, *arguments: int) -> Any:
+        found = (ctypes.c_int64 * len(arguments))(*arguments)
+        self._library.start(self.address, found, torch.get_num_threads() if self._parallel else 1, 0)
         return found
 
 
@@ -232,22 +228,20 @@ class Program:
 
     Parameters
     ----------
-    library : Library
-        It has the kernels.
     steps : sequence of tuple
-        Each a kernel's name and its arguments.
+        Each a kernel and its arguments.
     """
 
     #: Most arguments of a kernel.
     MOST = 9
 
-    def __init__(self, library: Library, steps: Sequence[tuple[Any, ...]]) -> None:
+    def __init__(self, steps: Sequence[tuple[Any, ...]]) -> None:
         table = np.zeros((len(steps), 1 + self.MOST), dtype=np.int64)
-        for row, (name, *arguments) in zip(table, steps, strict=True):
-            row[0], row[1 : 1 + len(arguments)] = library.address(name), arguments
+        for row, (kernel, *arguments) in zip(table, steps, strict=True):
+            row[0], row[1 : 1 + len(arguments)] = kernel.address, arguments
         #: Each step's arguments; change them as you like.
         self.arguments = table[:, 1:]
-        self._library, self._table, self._run = library, table, _runner()
+        self._kernels, self._table, self._run = [kernel for kernel, *_ in steps], table, _runner()
 
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Do the steps of a slice, on torch's number of threads."""
@@ -257,7 +251,7 @@ class Program:
 
 
 @cache
-def _runner() -> Callable[..., Any]:
+def _runner() -> Kernel:
     return Library(_run()).function("run")
 
 

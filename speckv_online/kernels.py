@@ -9,14 +9,12 @@ rows, so its result has the same bits at every width. docs/performance.md has th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
-from speckv_online.jit import Code, Library, features
+from speckv_online.jit import Code, Kernel, Library, features
 
 #: Weights as they are stored: bytes, LLVM's type.
 _STORED = {torch.float16: (2, "half"), torch.bfloat16: (2, "i16"), torch.float32: (4, "float"), torch.int8: (1, "i8")}
@@ -155,7 +153,7 @@ def _in_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
 
 
 @cache
-def compiled(use: Shape, cpu: str | None = None) -> dict[torch.dtype, Callable[..., Any]]:
+def compiled(use: Shape, cpu: str | None = None) -> dict[torch.dtype, Kernel]:
     """Return the kernel :func:`linear` for each type of weights; errors as of :class:`~speckv_online.jit.Library`."""
     library = Library("".join(linear(stored, use) for stored in _STORED), cpu)
     return {stored: library.function(f"linear_{kind}") for stored, (_, kind) in _STORED.items()}

@@ -6,11 +6,9 @@ Results have the same bits as bitsandbytes', in less time; see :mod:`speckv_onli
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
-from speckv_online.jit import Code, Library, features, single
+from speckv_online.jit import Code, Kernel, Library, features, single
 
 #: Most rows that meet a weight at once.
 _ROWS = 12
@@ -205,9 +203,9 @@ def quantize() -> str:
 
 
 @cache
-def compiled() -> dict[str, Callable[..., Any]]:
+def compiled() -> dict[str, Kernel]:
     """Return the kernels that this processor can run, by name; errors as of :class:`~speckv_online.jit.Library`."""
-    found: dict[str, Callable[..., Any]] = {}
+    found: dict[str, Kernel] = {}
     there = features()
     if {"avx512f", "avx512bw", "avx512bf16"} <= there:
         declared = "declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)\n"

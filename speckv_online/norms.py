@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from speckv_online.jit import Code, Library, double, features
+from speckv_online.jit import Code, Kernel, Library, double, features
 
 #: How torch adds up a row: so many vectors in turn, of so many lanes, and what so many turns give is added up apart.
 _TURNS, _LANES, _BLOCK = 4, 8, 16
@@ -75,7 +75,7 @@ def rms_norm() -> str:
 
 
 @cache
-def _compiled() -> Any:
+def _compiled() -> Kernel:
     if "avx2" not in features():
         raise RuntimeError("a processor without vectors of eight")
     return Library("declare float @llvm.sqrt.f32(float)\n" + rms_norm()).function("rms_norm", parallel=False)

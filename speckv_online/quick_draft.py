@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from speckv_online.jit import Program, double
-from speckv_online.kernels_draft import BLOCK, Form, compiled, lanes, lay_out
+from speckv_online.kernels_llama import BLOCK, Form, compiled, lanes, lay_out
 from speckv_online.kvcache import KVCache
 
 #: Prompts of at most this many tokens are read as all other tokens are.
@@ -60,7 +60,7 @@ class QuickDraft:
     model : LlamaForCausalLM
         In fp32 on the CPU. Its embedding is shared, all other weights are copied.
     width : int
-        Floats in a register of the processor, as :func:`speckv_online.kernels_draft.lanes` has them.
+        Floats in a register of the processor, as :func:`speckv_online.kernels_llama.lanes` has them.
     """
 
     def __init__(self, model: LlamaForCausalLM, width: int) -> None:
@@ -96,28 +96,28 @@ class QuickDraft:
 
     def _program(self) -> None:
         """Write down the forward's steps; what changes from call to call is filled in by :meth:`_forward`."""
-        b, eps = self._buffers, double(self.eps)
+        b, eps, kernels = self._buffers, double(self.eps), compiled(self.form)
         state, y, numbers = (t.data_ptr() for t in (b.state, b.y, b.numbers))
 
         def times(matrix: _Matrix, out: int, add: int = 0) -> tuple[Any, ...]:
             outputs, inputs = matrix.exact.shape
             scales = matrix.scales.data_ptr()
-            return "linear", numbers, matrix.numbers.data_ptr(), out, 0, inputs, outputs, scales, add
+            return kernels["linear"], numbers, matrix.numbers.data_ptr(), out, 0, inputs, outputs, scales, add
 
-        norm, steps = ("norm", state, numbers, eps, 0, self.hidden), list[tuple[Any, ...]]()
+        norm, steps = (kernels["norm"], state, numbers, eps, 0, self.hidden), list[tuple[Any, ...]]()
         for together, out, gated, down in self.layers:
             steps += [
-                norm, times(together, y), ("turn", y, self.turns.data_ptr(), 0, 0, 0, 0, 0),
-                ("attend", y, 0, 0, 0, 0, 0, numbers, 0), times(out, state, 1),
-                norm, times(gated, y), ("gate", y, numbers, self.inner, 0), times(down, state, 1),
+                norm, times(together, y), (kernels["turn"], y, self.turns.data_ptr(), 0, 0, 0, 0, 0),
+                (kernels["attend"], y, 0, 0, 0, 0, 0, numbers, 0), times(out, state, 1),
+                norm, times(gated, y), (kernels["gate"], y, numbers, self.inner, 0), times(down, state, 1),
             ]  # fmt: skip
         last = [norm, times(self.head, 0)]
-        steps = [("embed", 0, self.embedding.data_ptr(), state, 0, self.hidden), *steps, *last]
-        self._steps = Program(compiled(self.form), steps)
+        steps = [(kernels["embed"], 0, self.embedding.data_ptr(), state, 0, self.hidden), *steps, *last]
+        self._steps = Program(steps)
         self._arguments = self._steps.arguments
         self._turns, self._attends = self._arguments[3:-2:9], self._arguments[4:-2:9]
         self._arguments[-2:, 3] = 1
-        self._look = compiled(self.form).function("look", parallel=False)
+        self._look = kernels["look"]
         self._seen = b.seen.ctypes.data, b.y.data_ptr()
 
     def read(self, ids: torch.Tensor, cache: KVCache, prompt: int) -> torch.Tensor:
@@ -209,7 +209,7 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
     """Return the quick form of a draft, or None where there is none or it would not pay.
 
     It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU that
-    :mod:`speckv_online.kernels_draft` has kernels for. Where they cannot be compiled, or the answer is not the model's
+    :mod:`speckv_online.kernels_llama` has kernels for. Where they cannot be compiled, or the answer is not the model's
     up to rounding, there is no quick form.
     """
     config, width = model.config, lanes()

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 
-from speckv_online.jit import Code, Library, features, single
+from speckv_online.jit import Code, Kernel, Library, features, single
 from speckv_online.kernels import SCALED, round_to_8_bits
 
 #: So many inputs have one scale.
@@ -516,7 +515,8 @@ def _declarations(form: Form) -> str:
 
 
 @cache
-def compiled(form: Form, cpu: str | None = None) -> Library:
-    """Return the kernels; errors as of :class:`~speckv_online.jit.Library`."""
-    kernels: list[Callable[[Any], str]] = [embed, norm, linear, turn, attend, gate, look]
-    return Library(_declarations(form) + "".join(kernel(form) for kernel in kernels), cpu)
+def compiled(form: Form, cpu: str | None = None) -> dict[str, Kernel]:
+    """Return the kernels by name; errors as of :class:`~speckv_online.jit.Library`."""
+    kernels: list[Callable[[Form], str]] = [embed, norm, linear, turn, attend, gate, look]
+    library = Library(_declarations(form) + "".join(kernel(form) for kernel in kernels), cpu)
+    return {kernel.__name__: library.function(kernel.__name__, kernel is not look) for kernel in kernels}
