@@ -15,10 +15,7 @@ from typing import Any
 import torch
 
 from speckv_online.jit import double
-from speckv_online.kernels_bnb import FEATURES, INPUTS, compiled
-
-#: 1 / 127, as bitsandbytes has it.
-_ONE = 7.874015718698502e-3
+from speckv_online.kernels_bnb import FEATURES, INPUTS, ONE, compiled
 
 
 def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -29,16 +26,16 @@ def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, inputs).contiguous()
     count, kernels = len(rows), compiled()
     numbers, tops = torch.empty((count, inputs), dtype=torch.uint8), torch.empty(count)
-    marks, out = torch.zeros(inputs, dtype=torch.int8), torch.empty((count, outputs))
-    to = numbers.data_ptr(), tops.data_ptr()
-    *_, outliers = kernels["quantize"](rows.data_ptr(), *to, count, inputs, threshold, marks.data_ptr(), 0)
+    marks, columns = torch.empty(inputs, dtype=torch.int8), torch.empty(inputs + 1, dtype=torch.int64)
+    out, to, beside = torch.empty((count, outputs)), (numbers.data_ptr(), tops.data_ptr()), columns.data_ptr()
+    kernels["quantize"](rows.data_ptr(), *to, count, inputs, threshold, marks.data_ptr(), beside)
     pointers = numbers.data_ptr(), weights.data_ptr(), out.data_ptr()
     kernels["int8"](*pointers, count, inputs, outputs, tops.data_ptr(), scales.data_ptr(), sums.data_ptr())
     if layer.bias is not None:
         out += layer.bias
-    if outliers:  # they are multiplied in floating point
-        columns = marks.nonzero().view(-1)
-        apart = layer.state.CB.index_select(1, columns) * scales.view(-1, 1) * _ONE
+    if outliers := int(columns[0]):  # they are multiplied in floating point
+        columns = columns[1 : 1 + outliers]
+        apart = layer.state.CB.index_select(1, columns) * scales.view(-1, 1) * ONE
         out = out.addmm(rows.index_select(1, columns), apart.t())
     return out.view(*x.shape[:-1], outputs)
 

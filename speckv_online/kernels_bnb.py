@@ -16,6 +16,8 @@ _ROWS = 12
 FEATURES, INPUTS = 2, 64
 #: What LLM.int8 multiplies by in bitsandbytes: 1 / 127 squared (its literal is one zero short).
 BOTH = 6.200124e-05
+#: 1 / 127, as bitsandbytes has it.
+ONE = 7.874015718698502e-3
 
 
 def four_bit() -> str:
@@ -145,12 +147,13 @@ def int8() -> str:
 
 
 def quantize() -> str:
-    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, found)``, for one thread.
+    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, columns)``; one thread does it.
 
     LLM.int8's first half: ``x`` of shape (rows, inputs), fp32, rounded to fp16; elements of at least ``threshold`` (a
-    double's bits) in size are outliers, whose columns are marked by a byte other than 0; ``found`` is 0 without any;
-    ``tops`` the largest other element of each row; ``numbers`` each element times 127 / top, rounded to even, 128
-    added, or just 128 in a marked column.
+    double's bits) in size are outliers, whose columns are marked by a byte other than 0 (``marks`` has a byte for each
+    input); ``columns``, of 64-bit integers, has the number of such columns and then the columns; ``tops`` the largest
+    other element of each row; ``numbers`` each element times 127 / top, rounded to even, 128 added, or just 128 in a
+    marked column.
     """
     wide, bits = "<16 x float>", "<16 x i1>"
     c = Code("quantize")
@@ -158,47 +161,92 @@ def quantize() -> str:
     rows, inputs = c.argument(3), c.argument(4)
     double = c.let(f"bitcast i64 {c.argument(5)} to double")
     threshold = c.everywhere(16, "float", c.let(f"fptrunc double {double} to float"))
-    marks = c.argument(6, "ptr")
+    marks, columns = c.argument(6, "ptr"), c.argument(7, "ptr")
+    first_one = c.let(f"icmp eq i64 {c.thread()}, 0")
 
     def rounded(row: str, i: str) -> str:
         place = c.at(x, c.whole("add", c.whole("mul", row, inputs), i), "float")
         half = c.let(f"fptrunc {wide} {c.load(wide, place, 4)} to <16 x half>")
         return c.let(f"fpext <16 x half> {half} to {wide}")
 
-    found = c.slot("<16 x i8>", "zeroinitializer")
-    with c.loop(0, rows) as row:
-        most = c.slot(wide, "zeroinitializer")
+    with c.when(first_one):
         with c.loop(0, inputs, 16) as i:
-            size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {rounded(row, i)})")
-            outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
-            kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {size}")
-            old = c.load(wide, most)
-            larger = c.let(f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})")  # NaN, once there is one
-            c.do(f"store {wide} {larger}, ptr {most}")
-            for to in (c.at(marks, i, "i8"), found):
+            c.do(f"store <16 x i8> zeroinitializer, ptr {c.at(marks, i, 'i8')}, align 1")
+        with c.loop(0, rows) as row:
+            most = c.slot(wide, "zeroinitializer")
+            with c.loop(0, inputs, 16) as i:
+                size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {rounded(row, i)})")
+                outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
+                kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {size}")
+                old = c.load(wide, most)
+                larger = c.let(
+                    f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})"
+                )  # NaN, once there is one
+                c.do(f"store {wide} {larger}, ptr {most}")
+                to = c.at(marks, i, "i8")
                 before = c.load("<16 x i8>", to, 1)
                 now = c.let(f"or <16 x i8> {before}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
                 c.do(f"store <16 x i8> {now}, ptr {to}, align 1")
-        top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.load(wide, most)})")
-        c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
-    with c.loop(0, rows) as row:
-        top = c.load("float", c.at(tops, row, "float"))
-        # Two roundings, as torch divides a number by a tensor.
-        inverse = c.let(f"fdiv float 1.0, {top}")
-        factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
+            top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.load(wide, most)})")
+            c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
+        with c.loop(0, rows) as row:
+            top = c.load("float", c.at(tops, row, "float"))
+            # Two roundings, as torch divides a number by a tensor.
+            inverse = c.let(f"fdiv float 1.0, {top}")
+            factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
+            with c.loop(0, inputs, 16) as i:
+                scaled = c.let(f"fmul {wide} {rounded(row, i)}, {factor}")
+                even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
+                number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
+                byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
+                mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
+                plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
+                kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
+                shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
+                to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
+                c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
+        count = c.slot("i64", "0")
         with c.loop(0, inputs, 16) as i:
-            scaled = c.let(f"fmul {wide} {rounded(row, i)}, {factor}")
-            even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
-            number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
-            byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
             mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
-            plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
-            kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
-            shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
-            to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
-            c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
-    any_one = c.let(f"call i8 @llvm.vector.reduce.or.v16i8(<16 x i8> {c.load('<16 x i8>', found)})")
-    c.do(f"store i64 {c.let(f'zext i8 {any_one} to i64')}, ptr {c.at('%args', 7)}")
+            some = c.let(f"call i8 @llvm.vector.reduce.or.v16i8(<16 x i8> {mark})")
+            with (
+                c.when(c.let(f"icmp ne i8 {some}, 0")),
+                c.loop(i, c.whole("add", i, 16)) as column,
+                c.when(c.let(f"icmp ne i8 {c.load('i8', c.at(marks, column, 'i8'))}, 0")),
+            ):
+                now = c.whole("add", c.load("i64", count), 1)
+                c.do(f"store i64 {column}, ptr {c.at(columns, now)}")
+                c.do(f"store i64 {now}, ptr {count}")
+        c.do(f"store i64 {c.load('i64', count)}, ptr {columns}")
+    return c.text()
+
+
+def outliers() -> str:
+    """Return the kernel ``outliers(x, columns, out, rows, inputs, outputs, weights, sizes)``: LLM.int8's second half.
+
+    Adds the products of the columns that :func:`quantize` found, in floating point; ``x`` is as there, the rest as of
+    :func:`int8`.
+    """
+    c = Code("outliers")
+    x, columns, out = (c.argument(i, "ptr") for i in range(3))
+    rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
+    weights, sizes = c.argument(6, "ptr"), c.argument(7, "ptr")
+    count = c.load("i64", columns)
+    low, high = c.share(outputs)
+    with c.when(c.let(f"icmp ne i64 {count}, 0")), c.loop(low, high) as feature, c.loop(0, count) as j:
+        column = c.load("i64", c.at(columns, c.whole("add", j, 1)))
+        part, f = (c.whole(operation, feature, FEATURES) for operation in ("udiv", "urem"))
+        block, rest = (c.whole(operation, column, INPUTS) for operation in ("udiv", "urem"))
+        before = c.whole("add", c.whole("mul", part, c.whole("udiv", inputs, INPUTS)), block)
+        place = c.whole("add", c.whole("mul", c.whole("add", c.whole("mul", before, FEATURES), f), INPUTS), rest)
+        number = c.let(f"sitofp i8 {c.load('i8', c.at(weights, place, 'i8'))} to float")
+        scaled = c.let(f"fmul float {number}, {c.load('float', c.at(sizes, feature, 'float'))}")
+        weight = c.let(f"fmul float {scaled}, {single(ONE)}")
+        with c.loop(0, rows) as row:
+            value = c.load("float", c.at(x, c.whole("add", c.whole("mul", row, inputs), column), "float"))
+            to = c.at(out, c.whole("add", c.whole("mul", row, outputs), feature), "float")
+            new = c.let(f"call float @llvm.fma.f32(float {value}, float {weight}, float {c.load('float', to)})")
+            c.do(f"store float {new}, ptr {to}")
     return c.text()
 
 
@@ -215,12 +263,14 @@ def compiled() -> dict[str, Kernel]:
             "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n"
             "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)\n"
             "declare i8 @llvm.vector.reduce.or.v16i8(<16 x i8>)\n"
+            "declare float @llvm.fma.f32(float, float, float)\n"
             "declare float @llvm.vector.reduce.fmaximum.v16f32(<16 x float>)\n"
             "declare <16 x float> @llvm.maximum.v16f32(<16 x float>, <16 x float>)\n"
             "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
             "declare <16 x float> @llvm.rint.v16f32(<16 x float>)\n"
             "declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)\n"
         )
-        library = Library(declared + int8() + quantize())
-        found["int8"], found["quantize"] = library.function("int8"), library.function("quantize", parallel=False)
+        library = Library(declared + int8() + quantize() + outliers())
+        found |= {name: library.function(name) for name in ("int8", "outliers")}
+        found["quantize"] = library.function("quantize", parallel=False)
     return found

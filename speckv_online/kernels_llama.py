@@ -185,6 +185,49 @@ def _block(c: Code, form: Form, numbers: str, row: str, block: str, blocks: str)
     return c.at(numbers, c.whole("mul", index, form.stride), "i8")
 
 
+def _put(c: Code, form: Form, values: list[str], out: str, row: str, block: str, blocks: str, to: str) -> None:
+    """Write a block of a row: rounded to 8 bits, or as fp32, as it is (``float``) or rounded to bf16 (``bfloat``)."""
+    if to == "i8":
+        _round(c, form, values, _block(c, form, out, row, block, blocks))
+        return
+    place = c.at(out, c.whole("mul", c.whole("add", c.whole("mul", row, blocks), block), BLOCK), "float")
+    for j, value in enumerate(values):
+        if to == "bfloat":
+            short = f"<{form.lanes} x bfloat>"
+            value = c.let(f"fpext {short} {c.let(f'fptrunc {form.wide} {value} to {short}')} to {form.wide}")
+        c.do(f"store {form.wide} {value}, ptr {c.at(place, j * form.lanes, 'float')}, align 4")
+
+
+def _single(c: Code, bits: str) -> str:
+    """Return a double's bits as a float."""
+    return c.let(f"fptrunc double {c.let(f'bitcast i64 {bits} to double')} to float")
+
+
+def add(form: Form) -> str:
+    """Return the kernel ``add(x, y, _, rows, inputs)``: ``x += y``."""
+    c = Code("add")
+    x, y, rows, inputs = c.argument(0, "ptr"), c.argument(1, "ptr"), c.argument(3), c.argument(4)
+    low, high = c.share(c.whole("udiv", c.whole("mul", rows, inputs), form.lanes))
+    with c.loop(low, high) as part:
+        to, other = (c.at(p, c.whole("mul", part, form.lanes), "float") for p in (x, y))
+        total = _binary(c, form, "fadd", c.load(form.wide, to, 4), c.load(form.wide, other, 4))
+        c.do(f"store {form.wide} {total}, ptr {to}, align 4")
+    return c.text()
+
+
+def shorten(form: Form) -> str:
+    """Return the kernel ``shorten(x, _, _, rows, inputs)``: fp32 rounded to bf16 in place."""
+    c = Code("shorten")
+    x, rows, inputs = c.argument(0, "ptr"), c.argument(3), c.argument(4)
+    short = f"<{form.lanes} x bfloat>"
+    low, high = c.share(c.whole("udiv", c.whole("mul", rows, inputs), form.lanes))
+    with c.loop(low, high) as part:
+        to = c.at(x, c.whole("mul", part, form.lanes), "float")
+        value = c.let(f"fptrunc {form.wide} {c.load(form.wide, to, 4)} to {short}")
+        c.do(f"store {form.wide} {c.let(f'fpext {short} {value} to {form.wide}')}, ptr {to}, align 4")
+    return c.text()
+
+
 def embed(form: Form) -> str:
     """Return the kernel ``embed(ids, table, x, rows, inputs)``: rows of a table of shape (..., inputs), fp32."""
     c = Code("embed")
@@ -207,7 +250,7 @@ def norm(form: Form) -> str:
     c = Code("norm")
     x, numbers, rows, inputs = c.argument(0, "ptr"), c.argument(1, "ptr"), c.argument(3), c.argument(4)
     blocks = c.whole("udiv", inputs, BLOCK)
-    eps = c.let(f"fptrunc double {c.let(f'bitcast i64 {c.argument(2)} to double')} to float")
+    eps = _single(c, c.argument(2))
     length = c.let(f"sitofp i64 {inputs} to float")
     low, high = c.share(rows)
     with c.loop(low, high) as row:
@@ -334,19 +377,20 @@ def turn(form: Form) -> str:
     return c.text()
 
 
-def attend(form: Form) -> str:
-    """Return the kernel ``attend(y, keys, values, rows, start, capacity, numbers, scratch)``: causal attention.
+def attend(form: Form, to: str = "i8") -> str:
+    """Return the kernel ``attend(y, keys, values, rows, start, capacity, out, scratch, scale)``: causal attention.
 
-    ``y``, ``keys`` and ``values`` are as :func:`turn` leaves them, the scale is in the queries; the answers of shape
-    (rows, heads * size) are rounded to ``numbers``. ``scratch`` has ``heads / groups * capacity`` floats for each
-    thread, capacity rounded up to 16.
+    ``y``, ``keys`` and ``values`` are as :func:`turn` leaves them, ``scale`` is a double's bits; the answers have shape
+    (rows, heads * size) and the type ``to``, see :func:`_put`. ``scratch`` has ``heads / groups * capacity`` floats for
+    each thread, capacity rounded up to 16.
     """
     size, lanes, wide, ratio = form.size, form.lanes, form.wide, form.heads // form.groups
     parts = range(0, size, lanes)
-    c = Code("attend")
+    c = Code(f"attend_{to}")
     y, keys, values = (c.argument(i, "ptr") for i in range(3))
     rows, start, capacity = c.argument(3), c.argument(4), c.argument(5)
-    numbers, scratch = c.argument(6, "ptr"), c.argument(7, "ptr")
+    out, scratch = c.argument(6, "ptr"), c.argument(7, "ptr")
+    scale = c.everywhere(lanes, "float", _single(c, c.argument(8)))
     stride = c.whole("mul", c.whole("udiv", c.whole("add", capacity, 15), 16), 16)
     mine = c.at(scratch, c.whole("mul", c.whole("mul", c.thread(), stride), ratio), "float")
     shares = [c.at(mine, c.whole("mul", stride, h), "float") for h in range(ratio)]
@@ -362,7 +406,7 @@ def attend(form: Form) -> str:
         key, value = c.at(keys, there, "float"), c.at(values, there, "float")
         least, tops = _splat(_NEVER), []
         for h in range(ratio):
-            q = [c.load(wide, c.at(query, h * size + j, "float"), 4) for j in parts]
+            q = [_binary(c, form, "fmul", c.load(wide, c.at(query, h * size + j, "float"), 4), scale) for j in parts]
             top = c.slot(wide, least)
 
             def scores(first: str, last: str | None, h: int = h, q: list[str] = q, top: str = top) -> None:
@@ -417,18 +461,18 @@ def attend(form: Form) -> str:
             found = [_binary(c, form, "fmul", c.load(wide, slot), factors[h]) for slot in answers[h]]
             for j in range(0, size, BLOCK):
                 at = c.whole("add", block, (h * size + j) // BLOCK)
-                to = _block(c, form, numbers, row, at, str(form.heads * size // BLOCK))
-                _round(c, form, found[j // lanes : (j + BLOCK) // lanes], to)
+                blocks = str(form.heads * size // BLOCK)
+                _put(c, form, found[j // lanes : (j + BLOCK) // lanes], out, row, at, blocks, to)
     return c.text()
 
 
-def gate(form: Form) -> str:
-    """Return the kernel ``gate(y, numbers, inputs, rows)``: ``silu(first half) * second half``, rounded.
+def gate(form: Form, to: str = "i8") -> str:
+    """Return the kernel ``gate(y, out, inputs, rows)``: ``silu(first half) * second half``.
 
-    ``y`` has shape (rows, 2 inputs).
+    ``y`` has shape (rows, 2 inputs), and the answer the type ``to``, see :func:`_put`.
     """
-    c = Code("gate")
-    y, numbers, inputs, rows = c.argument(0, "ptr"), c.argument(1, "ptr"), c.argument(2), c.argument(3)
+    c = Code(f"gate_{to}")
+    y, out, inputs, rows = c.argument(0, "ptr"), c.argument(1, "ptr"), c.argument(2), c.argument(3)
     blocks = c.whole("udiv", inputs, BLOCK)
     low, high = c.share(c.whole("mul", rows, blocks))
     with c.loop(low, high) as unit:
@@ -440,7 +484,7 @@ def gate(form: Form) -> str:
             x, up = (c.load(form.wide, c.at(p, j, "float"), 4) for p in (place, c.at(place, inputs, "float")))
             bottom = _binary(c, form, "fadd", _power(c, form, c.let(f"fneg {form.wide} {x}")), _splat(1.0))
             found.append(_binary(c, form, "fmul", _binary(c, form, "fdiv", x, bottom), up))
-        _round(c, form, found, _block(c, form, numbers, row, block, blocks))
+        _put(c, form, found, out, row, block, blocks, to)
     return c.text()
 
 
@@ -515,8 +559,13 @@ def _declarations(form: Form) -> str:
 
 
 @cache
-def compiled(form: Form, cpu: str | None = None) -> dict[str, Kernel]:
-    """Return the kernels by name; errors as of :class:`~speckv_online.jit.Library`."""
-    kernels: list[Callable[[Form], str]] = [embed, norm, linear, turn, attend, gate, look]
-    library = Library(_declarations(form) + "".join(kernel(form) for kernel in kernels), cpu)
-    return {kernel.__name__: library.function(kernel.__name__, kernel is not look) for kernel in kernels}
+def compiled(form: Form, types: tuple[str, ...] = ("i8",), cpu: str | None = None) -> dict[str, Kernel]:
+    """Return the kernels by name; those for each of some types are called after it, as ``gate_i8``.
+
+    Errors are those of :class:`~speckv_online.jit.Library`.
+    """
+    plain: list[Callable[[Form], str]] = [embed, norm, linear, turn, add, shorten, look]
+    texts = {kernel.__name__: kernel(form) for kernel in plain}
+    texts |= {f"{kernel.__name__}_{to}": kernel(form, to) for kernel in (attend, gate) for to in types}
+    library = Library(_declarations(form) + "".join(texts.values()), cpu)
+    return {name: library.function(name, parallel=name != "look") for name in texts}

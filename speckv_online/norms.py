@@ -20,7 +20,7 @@ _LONGEST = 16 * _BLOCK * _TURNS * _LANES
 
 
 def rms_norm() -> str:
-    """Return the kernel ``rms_norm(x, weight, out, rows, inputs, eps)``, ``eps`` a double's bits, for one thread.
+    """Return the kernel ``rms_norm(x, weight, out, rows, inputs, eps)``, ``eps`` a double's bits.
 
     ``out = weight * (x / sqrt(mean(x ** 2) + eps))`` for ``x`` of shape (rows, inputs) in fp32.
     """
@@ -33,7 +33,8 @@ def rms_norm() -> str:
     turn = _TURNS * _LANES
     even, blocks = (c.whole("mul", c.whole("udiv", inputs, step), step) for step in (turn, turn * _BLOCK))
 
-    with c.loop(0, rows) as row:
+    low, high = c.share(rows)
+    with c.loop(low, high) as row:
         start = c.whole("mul", row, inputs)
         here, there = c.at(x, start, "float"), c.at(out, start, "float")
         totals, sums = ([c.slot(wide, "zeroinitializer") for _ in range(_TURNS)] for _ in range(2))
@@ -75,7 +76,8 @@ def rms_norm() -> str:
 
 
 @cache
-def _compiled() -> Kernel:
+def compiled() -> Kernel:
+    """Return the kernel for one thread; errors as of :class:`~speckv_online.jit.Library`."""
     if "avx2" not in features():
         raise RuntimeError("a processor without vectors of eight")
     return Library("declare float @llvm.sqrt.f32(float)\n" + rms_norm()).function("rms_norm", parallel=False)
@@ -95,7 +97,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: int) -> torch.Tensor:
     Both tensors are fp32, contiguous and on the CPU; the size is a multiple of 8.
     """
     out, size = torch.empty_like(x), len(weight)
-    _compiled()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+    compiled()(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
     return out
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from speckv_online.attention import group
 from speckv_online.kernels import Shape, compiled, lay_out, shape
 from speckv_online.lighten import lighten
+from speckv_online.quick_target import quicken
 
 #: Most rows for which the kernels are the quicker ones: more are a prompt.
 MOST_ROWS = 32
@@ -85,9 +86,10 @@ def can_pack(use: Shape) -> bool:
 def pack(model: nn.Module) -> int:
     """Pack the fp32 linear layers of a model on the CPU, in place; return how many.
 
-    Other layers take a short way where there is one, see :mod:`speckv_online.lighten`, and so does attention, see
-    :mod:`speckv_online.attention`. Linear layers stay where packing does not work, and in a model whose weights are too
-    large to be kept twice. Logits change by rounding only.
+    Other layers take a short way where there is one, see :mod:`speckv_online.lighten`, and so do attention, see
+    :mod:`speckv_online.attention`, and the whole forward, see :mod:`speckv_online.quick_target`. Linear layers stay
+    where packing does not work, and in a model whose weights are too large to be kept twice. Logits change by rounding
+    only.
     """
     lighten(model)
     if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
@@ -107,4 +109,5 @@ def pack(model: nn.Module) -> int:
         return 0
     for parent, name, child in found:
         setattr(parent, name, PackedLinear(child, use))
+    quicken(model)
     return len(found)

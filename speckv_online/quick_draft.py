@@ -96,7 +96,7 @@ class QuickDraft:
 
     def _program(self) -> None:
         """Write down the forward's steps; what changes from call to call is filled in by :meth:`_forward`."""
-        b, eps, kernels = self._buffers, double(self.eps), compiled(self.form)
+        b, eps, one, kernels = self._buffers, double(self.eps), double(1.0), compiled(self.form)
         state, y, numbers = (t.data_ptr() for t in (b.state, b.y, b.numbers))
 
         def times(matrix: _Matrix, out: int, add: int = 0) -> tuple[Any, ...]:
@@ -108,8 +108,8 @@ class QuickDraft:
         for together, out, gated, down in self.layers:
             steps += [
                 norm, times(together, y), (kernels["turn"], y, self.turns.data_ptr(), 0, 0, 0, 0, 0),
-                (kernels["attend"], y, 0, 0, 0, 0, 0, numbers, 0), times(out, state, 1),
-                norm, times(gated, y), (kernels["gate"], y, numbers, self.inner, 0), times(down, state, 1),
+                (kernels["attend_i8"], y, 0, 0, 0, 0, 0, numbers, 0, one), times(out, state, 1),
+                norm, times(gated, y), (kernels["gate_i8"], y, numbers, self.inner, 0), times(down, state, 1),
             ]  # fmt: skip
         last = [norm, times(self.head, 0)]
         steps = [(kernels["embed"], 0, self.embedding.data_ptr(), state, 0, self.hidden), *steps, *last]
