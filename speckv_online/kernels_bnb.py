@@ -147,7 +147,7 @@ def int8() -> str:
 
 
 def quantize() -> str:
-    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, columns)``; one thread does it.
+    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, columns)``.
 
     LLM.int8's first half: ``x`` of shape (rows, inputs), fp32, rounded to fp16; elements of at least ``threshold`` (a
     double's bits) in size are outliers, whose columns are marked by a byte other than 0 (``marks`` has a byte for each
@@ -162,49 +162,52 @@ def quantize() -> str:
     double = c.let(f"bitcast i64 {c.argument(5)} to double")
     threshold = c.everywhere(16, "float", c.let(f"fptrunc double {double} to float"))
     marks, columns = c.argument(6, "ptr"), c.argument(7, "ptr")
-    first_one = c.let(f"icmp eq i64 {c.thread()}, 0")
 
-    def rounded(row: str, i: str) -> str:
+    def size(row: str, i: str) -> tuple[str, str]:
+        """Of 16 elements the rounded sizes, and which of them are outliers."""
         place = c.at(x, c.whole("add", c.whole("mul", row, inputs), i), "float")
         half = c.let(f"fptrunc {wide} {c.load(wide, place, 4)} to <16 x half>")
-        return c.let(f"fpext <16 x half> {half} to {wide}")
+        value = c.let(f"fpext <16 x half> {half} to {wide}")
+        return value, c.let(f"fcmp oge {wide} {c.let(f'call {wide} @llvm.fabs.v16f32({wide} {value})')}, {threshold}")
 
-    with c.when(first_one):
+    first_row, last_row = c.share(rows)
+    first_part, last_part = c.share(c.whole("udiv", inputs, 16))
+    with c.loop(first_row, last_row) as row:
+        most = c.slot(wide, "zeroinitializer")
         with c.loop(0, inputs, 16) as i:
-            c.do(f"store <16 x i8> zeroinitializer, ptr {c.at(marks, i, 'i8')}, align 1")
+            value, outlier = size(row, i)
+            kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {value}")
+            kept = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {kept})")
+            old = c.load(wide, most)
+            larger = c.let(f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})")  # NaN, once there is one
+            c.do(f"store {wide} {larger}, ptr {most}")
+        top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.load(wide, most)})")
+        c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
+    with c.loop(first_part, last_part) as part:
+        i, mark = c.whole("mul", part, 16), c.slot("<16 x i8>", "zeroinitializer")
         with c.loop(0, rows) as row:
-            most = c.slot(wide, "zeroinitializer")
-            with c.loop(0, inputs, 16) as i:
-                size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {rounded(row, i)})")
-                outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
-                kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {size}")
-                old = c.load(wide, most)
-                larger = c.let(
-                    f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})"
-                )  # NaN, once there is one
-                c.do(f"store {wide} {larger}, ptr {most}")
-                to = c.at(marks, i, "i8")
-                before = c.load("<16 x i8>", to, 1)
-                now = c.let(f"or <16 x i8> {before}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
-                c.do(f"store <16 x i8> {now}, ptr {to}, align 1")
-            top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.load(wide, most)})")
-            c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
-        with c.loop(0, rows) as row:
-            top = c.load("float", c.at(tops, row, "float"))
-            # Two roundings, as torch divides a number by a tensor.
-            inverse = c.let(f"fdiv float 1.0, {top}")
-            factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
-            with c.loop(0, inputs, 16) as i:
-                scaled = c.let(f"fmul {wide} {rounded(row, i)}, {factor}")
-                even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
-                number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
-                byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
-                mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
-                plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
-                kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
-                shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
-                to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
-                c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
+            _, outlier = size(row, i)
+            now = c.let(f"or <16 x i8> {c.load('<16 x i8>', mark)}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
+            c.do(f"store <16 x i8> {now}, ptr {mark}")
+        c.do(f"store <16 x i8> {c.load('<16 x i8>', mark)}, ptr {c.at(marks, i, 'i8')}, align 1")
+    c.do("call void @GOMP_barrier()")
+    with c.loop(first_row, last_row) as row:
+        top = c.load("float", c.at(tops, row, "float"))
+        # Two roundings, as torch divides a number by a tensor.
+        inverse = c.let(f"fdiv float 1.0, {top}")
+        factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
+        with c.loop(0, inputs, 16) as i:
+            scaled = c.let(f"fmul {wide} {size(row, i)[0]}, {factor}")
+            even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
+            number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
+            byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
+            mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
+            plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
+            kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
+            shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
+            to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
+            c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
+    with c.when(c.let(f"icmp eq i64 {c.thread()}, 0")):
         count = c.slot("i64", "0")
         with c.loop(0, inputs, 16) as i:
             mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
@@ -271,6 +274,5 @@ def compiled() -> dict[str, Kernel]:
             "declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)\n"
         )
         library = Library(declared + int8() + quantize() + outliers())
-        found |= {name: library.function(name) for name in ("int8", "outliers")}
-        found["quantize"] = library.function("quantize", parallel=False)
+        found |= {name: library.function(name) for name in ("quantize", "int8", "outliers")}
     return found

@@ -26,6 +26,8 @@ _POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-
 _LEAST, _MOST = -87.0, 88.0
 #: The score of a position that there is not.
 _NEVER = -1e30
+#: A position whose score is so far below the largest has no share.
+_SMALLEST = -60.0
 
 
 @dataclass(frozen=True)
@@ -443,7 +445,10 @@ def attend(form: Form, to: str = "i8") -> str:
             top, weight = c.everywhere(lanes, "float", tops[h]), c.slot(wide, "zeroinitializer")
             with c.loop(0, even, lanes) as t:
                 place = c.at(shares[h], t, "float")
-                share = _power(c, form, _binary(c, form, "fsub", c.load(wide, place, 4), top))
+                less = _binary(c, form, "fsub", c.load(wide, place, 4), top)
+                # Products of smaller shares would be numbers that processors take hundreds of cycles for.
+                some = c.let(f"fcmp ogt {wide} {less}, {_splat(_SMALLEST)}")
+                share = c.let(f"select <{lanes} x i1> {some}, {wide} {_power(c, form, less)}, {wide} zeroinitializer")
                 c.do(f"store {wide} {share}, ptr {place}, align 4")
                 c.do(f"store {wide} {_binary(c, form, 'fadd', c.load(wide, weight), share)}, ptr {weight}")
             inverse = c.let(f"fdiv float 1.0, {_total(c, form, c.load(wide, weight))}")

@@ -253,7 +253,9 @@ def quicken(model: nn.Module) -> bool:
     if rope.get("rope_type", "default") != "default" or model.config.hidden_act != "silu":
         return False
     kept = (m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
-    if sum(weight.nbytes for m in kept for weight in m.parameters()) > MOST_BYTES or any(p.device.type != "cpu" for p in model.parameters()):
+    if sum(weight.nbytes for m in kept for weight in m.parameters()) > MOST_BYTES or any(
+        p.device.type != "cpu" for p in model.parameters()
+    ):
         return False
     # Of the same width, as LLM.int8 depends on it; no special tokens, whose states magnify its rounding.
     ids = torch.arange(1, 12) * (model.config.vocab_size // 12)
@@ -268,6 +270,6 @@ def quicken(model: nn.Module) -> bool:
         return False
     if not bool(error.std() <= _TOLERANCE * expected.std()):
         return False
-    model._quick = quick
-    model.forward = MethodType(_forward, model)  # type: ignore[method-assign]
+    model._quick = quick  # type: ignore[assignment]
+    model.forward = MethodType(_forward, model)
     return True
