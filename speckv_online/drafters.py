@@ -103,7 +103,7 @@ class ModelDrafter:
         """Start a sequence; nothing is fed to the model before the first draft."""
         self.sampler = sampler
         self.proposals: list[torch.Tensor | None] = []
-        self.cache, self._prompt = KVCache(self.layers, capacity), len(tokens)
+        self.cache = KVCache(self.layers, capacity)
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
@@ -163,7 +163,7 @@ class ModelDrafter:
         """Feed tokens, shape (n,), and return the next one's logits."""
         ids = self.known(ids)
         if self.quick is not None:
-            return self.quick.read(ids, self.cache, self._prompt)
+            return self.quick.read(ids, self.cache)
         out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1, : self.rows].float()
 

@@ -85,6 +85,13 @@ def lanes() -> int | None:
     return 8 if {"avx2", "fma", "f16c"} <= found else None
 
 
+def check_ids(ids: torch.Tensor, rows: int) -> None:
+    """Raise IndexError unless all token ids, shape (n,), are rows of an embedding: kernels do not look."""
+    numbers = ids.tolist()
+    if min(numbers) < 0 or max(numbers) >= rows:
+        raise IndexError(f"token ids from {min(numbers)} to {max(numbers)}, the model has {rows}")
+
+
 def lay_out(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a weight to 8 bits, in the order in which :func:`linear` reads it.
 

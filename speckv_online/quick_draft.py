@@ -6,9 +6,8 @@ input are one matrix, norms' weights are folded into the matrices behind them, a
 compiled kernels. Nothing of that can change what is decoded, only how often a draft is right (docs/draft.md).
 
 What a token's logits are depends on the tokens before it alone, to the last bit, however many of them are read in one
-forward: each kernel treats a row in the same way at any width. Only the prompt is read another way, all of it at once
-and with weights and inputs as they were, and so it is the same each time too. An exact trace is therefore what the
-decoder drafts, whenever it does.
+forward: each kernel treats a row in the same way at any width. An exact trace is therefore what the decoder drafts,
+whenever it does.
 """
 
 from __future__ import annotations
@@ -19,25 +18,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from speckv_online.jit import Program, double
-from speckv_online.kernels_llama import BLOCK, Form, compiled, lanes, lay_out
+from speckv_online.kernels_llama import BLOCK, Form, check_ids, compiled, lanes, lay_out
 from speckv_online.kvcache import KVCache
 
-#: Prompts of at most this many tokens are read as all other tokens are.
-SHORT = 16
-#: Most tokens of one forward.
-_ROWS = 32
+#: Most tokens that are read at once.
+_ROWS = 60
 #: Largest error of the logits, relative to their spread, that passes for rounding to 8 bits.
 _TOLERANCE = 0.1
 
 
 class _Matrix(NamedTuple):
-    """A weight as it was, for prompts, and in 8 bits with their scales."""
+    """A weight in 8 bits with its scales."""
 
-    exact: torch.Tensor
+    outputs: int
+    inputs: int
     numbers: torch.Tensor
     scales: torch.Tensor
 
@@ -91,8 +88,8 @@ class QuickDraft:
         self._program()
 
     def _matrix(self, weight: torch.Tensor) -> _Matrix:
-        weight = weight.detach().float().contiguous()
-        return _Matrix(weight, *lay_out(weight, self.form.lanes))
+        outputs, inputs = weight.shape
+        return _Matrix(outputs, inputs, *lay_out(weight.detach().float(), self.form.lanes))
 
     def _program(self) -> None:
         """Write down the forward's steps; what changes from call to call is filled in by :meth:`_forward`."""
@@ -100,9 +97,17 @@ class QuickDraft:
         state, y, numbers = (t.data_ptr() for t in (b.state, b.y, b.numbers))
 
         def times(matrix: _Matrix, out: int, add: int = 0) -> tuple[Any, ...]:
-            outputs, inputs = matrix.exact.shape
-            scales = matrix.scales.data_ptr()
-            return kernels["linear"], numbers, matrix.numbers.data_ptr(), out, 0, inputs, outputs, scales, add
+            return (
+                kernels["linear"],
+                numbers,
+                matrix.numbers.data_ptr(),
+                out,
+                0,
+                matrix.inputs,
+                matrix.outputs,
+                matrix.scales.data_ptr(),
+                add,
+            )
 
         norm, steps = (kernels["norm"], state, numbers, eps, 0, self.hidden), list[tuple[Any, ...]]()
         for together, out, gated, down in self.layers:
@@ -120,15 +125,13 @@ class QuickDraft:
         self._look = kernels["look"]
         self._seen = b.seen.ctypes.data, b.y.data_ptr()
 
-    def read(self, ids: torch.Tensor, cache: KVCache, prompt: int) -> torch.Tensor:
-        """Read tokens into the cache, at first at least the whole prompt; return the next one's logits.
+    def read(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read tokens into the cache; return the next one's logits.
 
         Parameters
         ----------
         ids : Tensor of int, shape (n,)
         cache : KVCache
-        prompt : int
-            How many tokens the sequence's prompt has.
 
         Returns
         -------
@@ -136,20 +139,14 @@ class QuickDraft:
         """
         if not len(ids):
             raise ValueError("there is no token to read")
-        logits = torch.empty(len(self.head.exact))
+        if len(cache) + len(ids) > len(self.turns):
+            raise ValueError(f"the draft holds only {len(self.turns)} tokens")
+        check_ids(ids, len(self.embedding))
+        logits, ids = torch.empty(self.head.outputs), ids.contiguous()
         with self._lock:
             self._arguments[-1, 2] = logits.data_ptr()
-            if prompt > SHORT and len(cache) == 0:
-                self._buffers.state[0] = self._read_prompt(ids[:prompt], cache)
-                ids = ids[prompt:]
-                if not len(ids):
-                    self._arguments[-2, 0] = self._buffers.state.data_ptr()
-                    self._steps.run(-2)
-            while len(ids) > _ROWS:
-                self._forward(ids[:_ROWS], cache, -2)
-                ids = ids[_ROWS:]
-            if len(ids):
-                self._forward(ids, cache, None)
+            for at in range(0, len(ids), _ROWS):
+                self._forward(ids[at : at + _ROWS], cache, None if at + _ROWS >= len(ids) else -2)
         return logits
 
     def look(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
@@ -181,28 +178,6 @@ class QuickDraft:
             attend[1], attend[2], attend[4], attend[5], attend[7] = keys, values, start, capacity, scratch
         self._steps.run(0, last)
 
-    def _read_prompt(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read a prompt with weights and inputs in fp32; return the last token's state, shape (hidden size,)."""
-        count, heads, groups = len(ids), self.form.heads, self.form.groups
-        x, linear = nn.functional.embedding(ids, self.embedding), nn.functional.linear
-        cosines, sines = (t[:, None] for t in self.turns[:count].unbind(1))
-        for i, (together, out, gated, down) in enumerate(self.layers):
-            y = linear(self._normed(x), together.exact).view(count, -1, self.form.size)
-            a, b = y[:, : heads + groups].chunk(2, -1)
-            turned = torch.cat((a * cosines - b * sines, b * cosines + a * sines), -1).transpose(0, 1)[None]
-            keys, values = cache.update(turned[:, heads:], y[:, heads + groups :].transpose(0, 1)[None], i)
-            found = nn.functional.scaled_dot_product_attention(
-                turned[:, :heads], keys, values, is_causal=True, scale=1.0, enable_gqa=True
-            )
-            x = x + linear(found[0].transpose(0, 1).flatten(1), out.exact)
-            gate, up = linear(self._normed(x), gated.exact).chunk(2, -1)
-            x += linear(nn.functional.silu(gate).mul_(up), down.exact)
-        return x[-1]
-
-    def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        """RMS norm without its weights."""
-        return nn.functional.rms_norm(x, (self.hidden,), eps=self.eps)
-
 
 @torch.inference_mode()
 def quicken(model: PreTrainedModel) -> QuickDraft | None:
@@ -221,14 +196,13 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
     if not plain or any(name.endswith("bias") for name, _ in model.named_parameters()):
         return None
     weights = [p for p in model.parameters() if p.device.type != "cpu" or p.dtype != torch.float32]
-    if weights or not all(issubclass(kind, nn.Linear) for kind in linear):
+    if weights or not all(issubclass(kind, torch.nn.Linear) for kind in linear):
         return None
-    ids = torch.arange(1, 2 * SHORT) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.arange(1, 32) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
         quick = QuickDraft(model, width)
-        found = [quick.read(ids, KVCache(len(quick.layers), len(ids)), prompt) for prompt in (1, len(ids))]
+        found = quick.read(ids, KVCache(len(quick.layers), 4))
     except (AttributeError, ImportError, OSError, RuntimeError, ValueError):  # no llvmlite, another torch, odd sizes
         return None
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
-    close = all(bool((logits - expected).std() <= _TOLERANCE * expected.std()) for logits in found)
-    return quick if close else None
+    return quick if bool((found - expected).std() <= _TOLERANCE * expected.std()) else None

@@ -1,4 +1,4 @@
-"""The forward of a Llama target over few tokens in one call, on a CPU.
+"""The forward of a Llama target over some tokens in one call, on a CPU.
 
 Half the time of a forward of a small model on a CPU goes into what is not its matrices: hundreds of operations that
 are asked for one by one and do little each. Here the whole forward is one program of compiled kernels, on the matrices
@@ -20,11 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speckv_online import kernels_bnb, norms
 from speckv_online.jit import Program, double
-from speckv_online.kernels_llama import BLOCK, Form, compiled, lanes
+from speckv_online.kernels_llama import BLOCK, Form, check_ids, compiled, lanes
 from speckv_online.kvcache import KVCache
 
-#: Most tokens of one forward; more are a prompt.
-MOST_ROWS = 32
+#: Most tokens that are read at once; for more than so many pieces the model itself is the quicker one.
+MOST_ROWS, MOST_PIECES = 64, 4
 #: Most bytes of bitsandbytes' weights that are kept twice.
 MOST_BYTES = 2 << 30
 #: Largest error of the logits, relative to their spread, that passes for rounding: bf16 and 8 bits round a lot.
@@ -165,6 +165,7 @@ class QuickTarget:
         if embedding.dtype != torch.float32 or not embedding.is_contiguous():
             raise ValueError("an embedding in another type")
         self._keep.append(embedding)
+        self._embedded = len(embedding)
         steps: list[_Step] = [(kernels["embed"], 0, embedding.data_ptr(), state, 0, self.hidden)]
         turns, add = list[int](), (kernels["add"], state, more, 0, 0, self.hidden)
         for layer in body.layers:
@@ -193,7 +194,7 @@ class QuickTarget:
 
         Parameters
         ----------
-        ids : Tensor of int64, shape (n,), n at most :data:`MOST_ROWS`
+        ids : Tensor of int64, shape (n,)
         cache : KVCache
         keep : int
             At least 1, at most n.
@@ -201,39 +202,53 @@ class QuickTarget:
         Returns
         -------
         Tensor, shape (keep, vocabulary), fp32
+
+        Raises
+        ------
+        IndexError
+            If a token is none of the model's.
         """
-        count, start, form, body = len(ids), len(cache), self.form, self._body
-        ids, logits = ids.contiguous(), torch.empty(keep, self.vocabulary)
+        check_ids(ids, self._embedded)
+        logits, ids = torch.empty(keep, self.vocabulary), ids.contiguous()
         with self._lock:
-            layers = cache.claim(count, form.groups, form.size)
-            capacity = layers[0][0].shape[2]
-            needed = torch.get_num_threads() * (form.heads // form.groups) * (capacity + 16)
-            if len(self._scratch) < needed:
-                self._scratch = torch.empty(needed)
-            body[:, 3], body[0, 0] = count, ids.data_ptr()
-            turns, attends = self._turns, self._attends
-            turns[:, 2] = attends[:, 1] = [keys.data_ptr() for keys, _ in layers]
-            turns[:, 4] = attends[:, 2] = [values.data_ptr() for _, values in layers]
-            turns[:, 3] = attends[:, 3] = count
-            turns[:, 5] = attends[:, 4] = start
-            turns[:, 6] = attends[:, 5] = capacity
-            attends[:, 7] = self._scratch.data_ptr()
-            body[self._at], body[[at + 1 for at in self._at]] = turns, attends
-            self._last[:, 3] = keep
-            self._last[0, 0] = self._state.data_ptr() + 4 * self.hidden * (count - keep)
-            self._last[-1, 2] = logits.data_ptr()
-            self._steps.run()
+            for at in range(0, len(ids), MOST_ROWS):
+                some = ids[at : at + MOST_ROWS]
+                wanted = max(at + len(some) - (len(ids) - keep), 0)  # of the rows of this piece and those before it
+                self._read(some, cache, logits[max(wanted - len(some), 0) : wanted])
         return logits
+
+    def _read(self, ids: torch.Tensor, cache: KVCache, logits: torch.Tensor) -> None:
+        """Read a piece, and write the logits behind its last tokens, as many as there is room for."""
+        count, keep, start, form, body = len(ids), len(logits), len(cache), self.form, self._body
+        layers = cache.claim(count, form.groups, form.size)
+        capacity = layers[0][0].shape[2]
+        needed = torch.get_num_threads() * (form.heads // form.groups) * (capacity + 16)
+        if len(self._scratch) < needed:
+            self._scratch = torch.empty(needed)
+        body[:, 3], body[0, 0] = count, ids.data_ptr()
+        turns, attends = self._turns, self._attends
+        turns[:, 2] = attends[:, 1] = [keys.data_ptr() for keys, _ in layers]
+        turns[:, 4] = attends[:, 2] = [values.data_ptr() for _, values in layers]
+        turns[:, 3] = attends[:, 3] = count
+        turns[:, 5] = attends[:, 4] = start
+        turns[:, 6] = attends[:, 5] = capacity
+        attends[:, 7] = self._scratch.data_ptr()
+        body[self._at], body[[at + 1 for at in self._at]] = turns, attends
+        self._last[:, 3] = keep
+        self._last[0, 0] = self._state.data_ptr() + 4 * self.hidden * (count - keep)
+        self._last[-1, 2] = logits.data_ptr()
+        self._steps.run(0, None if keep else len(body))
 
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """A model's forward: the quick one for a few tokens over a cache of ours, else its own."""
+    """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
     ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
     if not args and kwargs.keys() <= _KNOWN and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         rows, count = ids.shape
         keep = kwargs.get("logits_to_keep", 0)
-        plain = isinstance(keep, int) and ids.dtype == torch.int64 and not torch.is_grad_enabled()
-        if plain and rows == 1 and 0 < count <= MOST_ROWS:
+        plain = isinstance(keep, int) and ids.dtype == torch.int64 and ids.is_cpu and not torch.is_grad_enabled()
+        room = min(MOST_ROWS * MOST_PIECES, len(model._quick.turns) - len(cache))
+        if plain and rows == 1 and 0 < count <= room:
             logits = model._quick.read(ids[0], cache, min(keep, count) or count)
             return CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
     return type(model).forward(model, *args, **kwargs)

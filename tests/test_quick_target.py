@@ -1,0 +1,136 @@
+"""A target's quick forward: the model's logits up to rounding, the same bits at every width, and its own elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from speckv_online import quick_target
+from speckv_online.kernels_llama import Form, compiled, lanes
+from speckv_online.kvcache import KVCache
+from speckv_online.packed import pack
+from speckv_online.quick_target import MOST_PIECES, MOST_ROWS, QuickTarget
+
+pytestmark = pytest.mark.skipif(lanes() is None, reason="no kernels for this processor")
+VOCABULARY, LAYERS, LONGEST = 304, 2, 400
+TEXT = torch.from_numpy(np.random.default_rng(2).integers(0, VOCABULARY, 390))
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=160, num_hidden_layers=LAYERS, num_attention_heads=6,
+        **{"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": LONGEST, **changes},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # norms that change something; weights that fp16 holds
+        for name, p in model.named_parameters():
+            p.copy_((1.0 + 0.3 * torch.randn_like(p) if "norm" in name else 3.0 * p).half())
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    stock, quick = llama(), llama()
+    pack(quick)
+    assert isinstance(quick._quick, QuickTarget)
+    return stock, quick
+
+
+@torch.inference_mode()
+@settings(max_examples=25, deadline=None)
+@given(widths=st.lists(st.integers(1, 90), min_size=1, max_size=6), junk=st.integers(0, 30))
+def test_logits_are_the_models_and_have_the_same_bits_at_every_width(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM], widths: list[int], junk: int
+) -> None:
+    stock, quick = pair
+    length = min(sum(widths), MOST_ROWS * MOST_PIECES)
+    expected = stock(input_ids=TEXT[None, :length]).logits[0]
+    whole = quick(input_ids=TEXT[None, :length], past_key_values=KVCache(LAYERS, 4)).logits[0]
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    cache, at = KVCache(LAYERS, 7), 0
+    for width in widths:
+        some = TEXT[None, at : min(at + width, length)]
+        if not some.numel():
+            break
+        keep = 1 + (width + junk) % some.shape[1]
+        found = quick(input_ids=some, past_key_values=cache, logits_to_keep=keep, use_cache=True).logits[0]
+        at += some.shape[1]
+        assert torch.equal(found, whole[at - keep : at])
+        if junk:  # a draft that is rejected
+            quick(input_ids=TEXT[None, -junk:], past_key_values=cache, logits_to_keep=1)
+            cache.truncate(at)
+
+
+@torch.inference_mode()
+def test_what_it_does_not_know_is_the_models(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    stock, quick = pair
+    ids, batch = TEXT[None, :9], TEXT[:18].view(2, 9)
+    for arguments in (
+        {"input_ids": ids},
+        {"input_ids": ids, "past_key_values": DynamicCache(config=quick.config)},
+        {"input_ids": batch, "past_key_values": KVCache(LAYERS, 20)},
+        {"input_ids": ids, "past_key_values": KVCache(LAYERS, 20), "attention_mask": torch.ones_like(ids)},
+        {"input_ids": TEXT[None, : MOST_ROWS * MOST_PIECES + 1], "past_key_values": KVCache(LAYERS, 20)},
+    ):
+        expected = stock(arguments["input_ids"]).logits
+        torch.testing.assert_close(quick(**arguments).logits, expected, rtol=1e-4, atol=1e-3)
+    wide = quick(input_ids=ids, past_key_values=KVCache(LAYERS, 20), output_hidden_states=True)
+    assert len(wide.hidden_states) == LAYERS + 1
+    # Past the end of its table of positions.
+    cache = KVCache(LAYERS, 20)
+    for part in TEXT.split(MOST_ROWS * MOST_PIECES):
+        quick(input_ids=part[None], past_key_values=cache)
+    assert quick(input_ids=TEXT[None, :30], past_key_values=cache).logits.shape == (1, 30, VOCABULARY)
+    assert len(cache) == len(TEXT) + 30
+
+
+@torch.inference_mode()
+def test_tokens_that_there_are_not_are_refused(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    cache = KVCache(LAYERS, 20)
+    for odd in (-1, VOCABULARY):
+        with pytest.raises(IndexError, match=f"the model has {VOCABULARY}"):
+            pair[1](input_ids=torch.tensor([[3, odd]]), past_key_values=cache)
+
+
+def test_gradients_are_the_models(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    logits = pair[1](input_ids=TEXT[None, :5], past_key_values=KVCache(LAYERS, 20)).logits
+    assert logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"hidden_act": "gelu"},
+        {"head_dim": 24},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ],
+)
+def test_other_llamas_stay(changes: dict[str, Any]) -> None:
+    model = llama(**changes)
+    pack(model)
+    assert not hasattr(model, "_quick")
+
+
+def test_without_kernels_or_with_wrong_ones_a_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compiled(Form(lanes() or 8, 6, 2, 32), ("float", "bfloat"))
+    wrong = {**right, "gate_float": right["add"]}
+    for found in (wrong, OSError("no compiler")):
+
+        def kernels(form: Any, types: Any, found: Any = found) -> Any:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        model = llama()
+        monkeypatch.setattr(quick_target, "compiled", kernels)
+        pack(model)
+        assert not hasattr(model, "_quick")
+        assert model(input_ids=TEXT[None, :5], past_key_values=KVCache(LAYERS, 20)).logits.shape[1] == 5
