@@ -1,6 +1,6 @@
 """The main claim on the clock: our decoder and policies beside transformers' own assisted generation, on real models.
 
-At every level each prompt is decoded by every contender in turn, the order rotated from prompt to prompt, in this one
+At every level each prompt is decoded by every contender in turn, the order drawn anew for each prompt, in this one
 process: transformers' ``generate`` with its schedules; every policy in our decoder with the draft model; and, after
 ``+``, with another drafter (``goodput+hybrid`` is the whole product). Goodput is tokens over the seconds of whole
 calls, prompt included. Prompts come in rounds: each level decodes a few, then the next level, and after each round the
@@ -11,6 +11,7 @@ goes on where it was. With ``--doc`` the tables go into a document.
 from __future__ import annotations
 
 import gc
+import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -148,8 +149,9 @@ class Bench:
         plan = []
         for i, prompt in prompts:
             names = c.leading if i >= c.some else tuple(dict.fromkeys((*c.leading, *c.others)))
-            turn = i % len(names)  # each goes first in its turn, so that a drift of the machine hits all alike
-            plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in names[turn:] + names[:turn]]
+            # Another order each time, so that a slow moment of the machine hits others each time.
+            shuffled = random.Random(f"{c.seed} {i}").sample(names, len(names))
+            plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in shuffled]
         missing = [item for item in plan if item[0].key not in writer.done]
         if missing:
             self.load()
