@@ -19,6 +19,8 @@ from speckv_online.batch_draft import RowDrafter, row_drafter
 from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import NO_PROPOSAL
 from speckv_online.errors import UserError
+from speckv_online.quick_batch import QuickBatch, batch_of
+from speckv_online.quick_target import QuickTarget
 from speckv_online.sampling import Sampler
 from speckv_online.sequences import Generation, TokenSequence, matching, record_of, untimed
 from speckv_online.signals import History
@@ -132,7 +134,8 @@ def _run(decoder: SpeculativeDecoder, rows: list[_Row], on_tokens: Callable[[int
     started = perf_counter()
     prompts = [row.sequence.tokens for row in rows]
     capacity = max(len(p) + row.budget for p, row in zip(prompts, rows, strict=True)) + decoder.max_gamma + 1
-    target = BatchModel(decoder.target, len(rows), capacity)
+    quick: QuickTarget | None = getattr(decoder.target, "_quick", None)
+    target = batch_of(decoder.target, prompts, capacity, None if quick is None else quick.program)
     drafter = None
     if decoder.drafter is not None:
         drafter = row_drafter(decoder.drafter, prompts, capacity, [row.sequence.sampler for row in rows])
@@ -164,7 +167,9 @@ def _run(decoder: SpeculativeDecoder, rows: list[_Row], on_tokens: Callable[[int
                 drafter.keep(going)
 
 
-def _step(policy: Policy, target: BatchModel, drafter: RowDrafter | None, rows: list[_Row]) -> list[list[int]]:
+def _step(
+    policy: Policy, target: BatchModel | QuickBatch, drafter: RowDrafter | None, rows: list[_Row]
+) -> list[list[int]]:
     """Draft, verify and learn once for every row; return the rows' new tokens."""
     started = perf_counter()
     _draft(policy, drafter, rows)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
-from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import Drafter, ModelDrafter
 from speckv_online.ngram import NgramIndex
+from speckv_online.quick_batch import batch_of
 from speckv_online.sampling import Sampler
 
 
@@ -97,7 +97,8 @@ class ModelRows:
         self, drafter: ModelDrafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
     ) -> None:
         self.drafter, self.samplers = drafter, samplers
-        self.model = BatchModel(drafter.model, len(prompts), capacity, drafter.last_id)
+        program = None if drafter.quick is None else drafter.quick.program
+        self.model = batch_of(drafter.model, prompts, capacity, program, drafter.last_id)
         self.contexts = [list(p) for p in prompts]
         self.drafted: list[list[int]] = [[] for _ in prompts]
         self.drawn: list[list[torch.Tensor | None]] = [[] for _ in prompts]
@@ -118,14 +119,10 @@ class ModelRows:
             context, have = self.contexts[row], self.model.cached[row]
             feed[row] = context[have:] + self.drafted[row][max(have - len(context), 0) :]
         logits = self.model.feed(feed, last=True)[rows, 0, : self.drafter.rows].float()
-        top, best = logits.topk(2)
-        p = logits.softmax(-1)
-        entropy = torch.special.entr(p).sum(-1)
-        wanted = torch.stack((top[:, 0], top[:, 1], best[:, 0].float(), entropy, p.amax(-1)), dim=1)
         tokens = []
-        for i, (first, second, index, nats, confidence) in enumerate(wanted.tolist()):  # one transfer for all rows
+        for i, (index, first, second, nats, confidence) in enumerate(self._look(logits)):
             row, head_ids, sampler = rows[i], self.drafter.head_ids, self.samplers[rows[i]]
-            token = int(index) if head_ids is None else head_ids[int(index)]
+            token = index if head_ids is None else head_ids[index]
             proposal = None
             if sampler is not None:
                 prefix = [*self.contexts[row], *self.drafted[row]]
@@ -136,6 +133,16 @@ class ModelRows:
             self.drawn[row].append(proposal)
             tokens.append(token)
         return tokens
+
+    def _look(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
+        """Return what :func:`speckv_online.drafters.look` does for each row, with one transfer."""
+        if self.drafter.quick is not None:
+            return [self.drafter.quick.look(row) for row in logits]
+        top, best = logits.topk(2)
+        p = logits.softmax(-1)
+        entropy = torch.special.entr(p).sum(-1)
+        wanted = torch.stack((best[:, 0].float(), top[:, 0], top[:, 1], entropy, p.amax(-1)), dim=1)
+        return [(int(index), *rest) for index, *rest in wanted.tolist()]
 
     def sure(self, row: int) -> float:
         """Every token takes a forward."""

@@ -26,17 +26,21 @@ def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, inputs).contiguous()
     count, kernels = len(rows), compiled()
     numbers, tops = torch.empty((count, inputs), dtype=torch.uint8), torch.empty(count)
-    marks, columns = torch.empty(inputs, dtype=torch.int8), torch.empty(inputs + 1, dtype=torch.int64)
-    out, to, beside = torch.empty((count, outputs)), (numbers.data_ptr(), tops.data_ptr()), columns.data_ptr()
-    kernels["quantize"](rows.data_ptr(), *to, count, inputs, threshold, marks.data_ptr(), beside)
+    columns, out = torch.empty((count, inputs + 1), dtype=torch.int32), torch.empty((count, outputs))
+    to = numbers.data_ptr(), tops.data_ptr()
+    kernels["quantize"](rows.data_ptr(), *to, count, inputs, threshold, columns.data_ptr())
+    outliers = columns[0, :0].long()
+    if columns[:, 0].any():  # a column with an outlier in one row is one in all
+        some = [row[1 : 1 + n] for row, n in zip(columns, columns[:, 0].tolist(), strict=True)]
+        outliers = torch.cat(some).unique().long()
+        numbers[:, outliers] = 128
     pointers = numbers.data_ptr(), weights.data_ptr(), out.data_ptr()
     kernels["int8"](*pointers, count, inputs, outputs, tops.data_ptr(), scales.data_ptr(), sums.data_ptr())
     if layer.bias is not None:
         out += layer.bias
-    if outliers := int(columns[0]):  # they are multiplied in floating point
-        columns = columns[1 : 1 + outliers]
-        apart = layer.state.CB.index_select(1, columns) * scales.view(-1, 1) * ONE
-        out = out.addmm(rows.index_select(1, columns), apart.t())
+    if len(outliers):  # they are multiplied in floating point
+        weight = layer.state.CB.index_select(1, outliers) * scales.view(-1, 1) * ONE
+        out = out.addmm(rows.index_select(1, outliers), weight.t())
     return out.view(*x.shape[:-1], outputs)
 
 

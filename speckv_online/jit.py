@@ -206,6 +206,9 @@ class Kernel:
         self.address, self._parallel = address, parallel
         self._library = library  # owns the code
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kernel:
+        return self
+
     def __call__(self, *arguments: int) -> Any:
         found = (ctypes.c_int64 * len(arguments))(*arguments)
         self._library.start(self.address, found, torch.get_num_threads() if self._parallel else 1, 0)

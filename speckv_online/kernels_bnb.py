@@ -147,109 +147,93 @@ def int8() -> str:
 
 
 def quantize() -> str:
-    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, marks, columns)``.
+    """Return the kernel ``quantize(x, numbers, tops, rows, inputs, threshold, columns)``: LLM.int8's first half.
 
-    LLM.int8's first half: ``x`` of shape (rows, inputs), fp32, rounded to fp16; elements of at least ``threshold`` (a
-    double's bits) in size are outliers, whose columns are marked by a byte other than 0 (``marks`` has a byte for each
-    input); ``columns``, of 64-bit integers, has the number of such columns and then the columns; ``tops`` the largest
-    other element of each row; ``numbers`` each element times 127 / top, rounded to even, 128 added, or just 128 in a
-    marked column.
+    Each row by itself: ``x`` of shape (rows, inputs), fp32, is rounded to fp16; elements of at least ``threshold`` (a
+    double's bits) in size are outliers. ``tops`` has the largest other element of each row; ``numbers`` each element
+    times 127 / top, rounded to even, 128 added, or just 128 for an outlier; ``columns``, 32-bit integers of shape
+    (rows, inputs + 1), the number of a row's outliers and then where they are.
     """
     wide, bits = "<16 x float>", "<16 x i1>"
     c = Code("quantize")
     x, numbers, tops = (c.argument(i, "ptr") for i in range(3))
-    rows, inputs = c.argument(3), c.argument(4)
+    rows, inputs, columns = c.argument(3), c.argument(4), c.argument(6, "ptr")
     double = c.let(f"bitcast i64 {c.argument(5)} to double")
     threshold = c.everywhere(16, "float", c.let(f"fptrunc double {double} to float"))
-    marks, columns = c.argument(6, "ptr"), c.argument(7, "ptr")
 
-    def size(row: str, i: str) -> tuple[str, str]:
-        """Of 16 elements the rounded sizes, and which of them are outliers."""
+    def values(row: str, i: str) -> tuple[str, str]:
+        """Of 16 elements what is multiplied in whole numbers, and which are outliers."""
         place = c.at(x, c.whole("add", c.whole("mul", row, inputs), i), "float")
         half = c.let(f"fptrunc {wide} {c.load(wide, place, 4)} to <16 x half>")
         value = c.let(f"fpext <16 x half> {half} to {wide}")
-        return value, c.let(f"fcmp oge {wide} {c.let(f'call {wide} @llvm.fabs.v16f32({wide} {value})')}, {threshold}")
+        size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {value})")
+        outlier = c.let(f"fcmp oge {wide} {size}, {threshold}")
+        return c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {value}"), outlier
 
-    first_row, last_row = c.share(rows)
-    first_part, last_part = c.share(c.whole("udiv", inputs, 16))
-    with c.loop(first_row, last_row) as row:
-        most = c.slot(wide, "zeroinitializer")
+    low, high = c.share(rows)
+    with c.loop(low, high) as row:
+        most, count = c.slot(wide, "zeroinitializer"), c.slot("i32", "0")
         with c.loop(0, inputs, 16) as i:
-            value, outlier = size(row, i)
-            kept = c.let(f"select {bits} {outlier}, {wide} zeroinitializer, {wide} {value}")
-            kept = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {kept})")
+            size = c.let(f"call {wide} @llvm.fabs.v16f32({wide} {values(row, i)[0]})")
             old = c.load(wide, most)
-            larger = c.let(f"call {wide} @llvm.maximum.v16f32({wide} {kept}, {wide} {old})")  # NaN, once there is one
+            larger = c.let(f"call {wide} @llvm.maximum.v16f32({wide} {size}, {wide} {old})")  # NaN, once there is one
             c.do(f"store {wide} {larger}, ptr {most}")
         top = c.let(f"call float @llvm.vector.reduce.fmaximum.v16f32({wide} {c.load(wide, most)})")
         c.do(f"store float {top}, ptr {c.at(tops, row, 'float')}")
-    with c.loop(first_part, last_part) as part:
-        i, mark = c.whole("mul", part, 16), c.slot("<16 x i8>", "zeroinitializer")
-        with c.loop(0, rows) as row:
-            _, outlier = size(row, i)
-            now = c.let(f"or <16 x i8> {c.load('<16 x i8>', mark)}, {c.let(f'sext {bits} {outlier} to <16 x i8>')}")
-            c.do(f"store <16 x i8> {now}, ptr {mark}")
-        c.do(f"store <16 x i8> {c.load('<16 x i8>', mark)}, ptr {c.at(marks, i, 'i8')}, align 1")
-    c.do("call void @GOMP_barrier()")
-    with c.loop(first_row, last_row) as row:
-        top = c.load("float", c.at(tops, row, "float"))
         # Two roundings, as torch divides a number by a tensor.
         inverse = c.let(f"fdiv float 1.0, {top}")
         factor = c.everywhere(16, "float", c.let(f"fmul float {inverse}, 127.0"))
+        found = c.at(columns, c.whole("mul", row, c.whole("add", inputs, 1)), "i32")
         with c.loop(0, inputs, 16) as i:
-            scaled = c.let(f"fmul {wide} {size(row, i)[0]}, {factor}")
-            even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {scaled})")
+            value, outlier = values(row, i)
+            even = c.let(f"call {wide} @llvm.rint.v16f32({wide} {c.let(f'fmul {wide} {value}, {factor}')})")
             number = c.let(f"call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32({wide} {even})")
             byte = c.let(f"trunc <16 x i32> {number} to <16 x i8>")
-            mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
-            plain = c.let(f"icmp eq <16 x i8> {mark}, zeroinitializer")
-            kept_bytes = c.let(f"select {bits} {plain}, <16 x i8> {byte}, <16 x i8> zeroinitializer")
-            shifted = c.let(f"add <16 x i8> {kept_bytes}, splat (i8 -128)")
             to = c.at(numbers, c.whole("add", c.whole("mul", row, inputs), i), "i8")
-            c.do(f"store <16 x i8> {shifted}, ptr {to}, align 1")
-    with c.when(c.let(f"icmp eq i64 {c.thread()}, 0")):
-        count = c.slot("i64", "0")
-        with c.loop(0, inputs, 16) as i:
-            mark = c.load("<16 x i8>", c.at(marks, i, "i8"), 1)
-            some = c.let(f"call i8 @llvm.vector.reduce.or.v16i8(<16 x i8> {mark})")
-            with (
-                c.when(c.let(f"icmp ne i8 {some}, 0")),
-                c.loop(i, c.whole("add", i, 16)) as column,
-                c.when(c.let(f"icmp ne i8 {c.load('i8', c.at(marks, column, 'i8'))}, 0")),
-            ):
-                now = c.whole("add", c.load("i64", count), 1)
-                c.do(f"store i64 {column}, ptr {c.at(columns, now)}")
-                c.do(f"store i64 {now}, ptr {count}")
-        c.do(f"store i64 {c.load('i64', count)}, ptr {columns}")
+            c.do(f"store <16 x i8> {c.let(f'add <16 x i8> {byte}, splat (i8 -128)')}, ptr {to}, align 1")
+            mask = c.let(f"zext i16 {c.let(f'bitcast {bits} {outlier} to i16')} to i64")
+            with c.when(c.let(f"icmp ne i64 {mask}, 0")), c.loop(0, 16) as lane:
+                bit = c.whole("and", c.whole("lshr", mask, lane), 1)
+                with c.when(c.let(f"icmp ne i64 {bit}, 0")):
+                    now = c.let(f"add i32 {c.load('i32', count)}, 1")
+                    c.do(f"store i32 {now}, ptr {count}")
+                    place = c.at(found, c.let(f"zext i32 {now} to i64"), "i32")
+                    column = c.let(f"trunc i64 {c.whole('add', i, lane)} to i32")
+                    c.do(f"store i32 {column}, ptr {place}")
+        c.do(f"store i32 {c.load('i32', count)}, ptr {found}")
     return c.text()
 
 
 def outliers() -> str:
     """Return the kernel ``outliers(x, columns, out, rows, inputs, outputs, weights, sizes)``: LLM.int8's second half.
 
-    Adds the products of the columns that :func:`quantize` found, in floating point; ``x`` is as there, the rest as of
+    Adds the products of the elements that :func:`quantize` found, in floating point; ``x`` is as there, the rest as of
     :func:`int8`.
     """
     c = Code("outliers")
     x, columns, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
     weights, sizes = c.argument(6, "ptr"), c.argument(7, "ptr")
-    count = c.load("i64", columns)
     low, high = c.share(outputs)
-    with c.when(c.let(f"icmp ne i64 {count}, 0")), c.loop(low, high) as feature, c.loop(0, count) as j:
-        column = c.load("i64", c.at(columns, c.whole("add", j, 1)))
-        part, f = (c.whole(operation, feature, FEATURES) for operation in ("udiv", "urem"))
-        block, rest = (c.whole(operation, column, INPUTS) for operation in ("udiv", "urem"))
-        before = c.whole("add", c.whole("mul", part, c.whole("udiv", inputs, INPUTS)), block)
-        place = c.whole("add", c.whole("mul", c.whole("add", c.whole("mul", before, FEATURES), f), INPUTS), rest)
-        number = c.let(f"sitofp i8 {c.load('i8', c.at(weights, place, 'i8'))} to float")
-        scaled = c.let(f"fmul float {number}, {c.load('float', c.at(sizes, feature, 'float'))}")
-        weight = c.let(f"fmul float {scaled}, {single(ONE)}")
-        with c.loop(0, rows) as row:
+    with c.loop(0, rows) as row:
+        found = c.at(columns, c.whole("mul", row, c.whole("add", inputs, 1)), "i32")
+        count = c.let(f"zext i32 {c.load('i32', found)} to i64")
+        with c.loop(0, count) as j:
+            column = c.let(f"zext i32 {c.load('i32', c.at(c.at(found, j, 'i32'), 1, 'i32'))} to i64")
             value = c.load("float", c.at(x, c.whole("add", c.whole("mul", row, inputs), column), "float"))
-            to = c.at(out, c.whole("add", c.whole("mul", row, outputs), feature), "float")
-            new = c.let(f"call float @llvm.fma.f32(float {value}, float {weight}, float {c.load('float', to)})")
-            c.do(f"store float {new}, ptr {to}")
+            block, rest = (c.whole(operation, column, INPUTS) for operation in ("udiv", "urem"))
+            with c.loop(low, high) as feature:
+                part, f = (c.whole(operation, feature, FEATURES) for operation in ("udiv", "urem"))
+                before = c.whole("add", c.whole("mul", part, c.whole("udiv", inputs, INPUTS)), block)
+                place = c.whole(
+                    "add", c.whole("mul", c.whole("add", c.whole("mul", before, FEATURES), f), INPUTS), rest
+                )
+                number = c.let(f"sitofp i8 {c.load('i8', c.at(weights, place, 'i8'))} to float")
+                scaled = c.let(f"fmul float {number}, {c.load('float', c.at(sizes, feature, 'float'))}")
+                weight = c.let(f"fmul float {scaled}, {single(ONE)}")
+                to = c.at(out, c.whole("add", c.whole("mul", row, outputs), feature), "float")
+                new = c.let(f"call float @llvm.fma.f32(float {value}, float {weight}, float {c.load('float', to)})")
+                c.do(f"store float {new}, ptr {to}")
     return c.text()
 
 
@@ -265,7 +249,6 @@ def compiled() -> dict[str, Kernel]:
         declared = (
             "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n"
             "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)\n"
-            "declare i8 @llvm.vector.reduce.or.v16i8(<16 x i8>)\n"
             "declare float @llvm.fma.f32(float, float, float)\n"
             "declare float @llvm.vector.reduce.fmaximum.v16f32(<16 x float>)\n"
             "declare <16 x float> @llvm.maximum.v16f32(<16 x float>, <16 x float>)\n"

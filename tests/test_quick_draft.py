@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from policies.base import MAX_GAMMA, Decision, Policy
-from speckv_online import quick_draft
+from speckv_online import llama_program, quick_draft
 from speckv_online.batch import decode_batch
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.draft_table import draft_table
-from speckv_online.drafters import ModelDrafter
+from speckv_online.drafters import ModelDrafter, look
 from speckv_online.hybrid import HybridDrafter
 from speckv_online.jit import Library
-from speckv_online.kernels_llama import lanes
+from speckv_online.kernels_q8 import lanes
 from speckv_online.kvcache import KVCache
 from speckv_online.quick_draft import QuickDraft, quicken
 
@@ -101,6 +101,35 @@ def test_the_same_bits_at_every_width(quick: QuickDraft, widths: list[int], prom
         assert torch.equal(late, quick.read(torch.tensor(text[-1:]), single))
 
 
+@torch.inference_mode()
+def test_a_processor_with_short_registers(model: LlamaForCausalLM) -> None:
+    """The other form of the kernels, for AVX2: right, and with the same bits at every width."""
+    quick, cache = QuickDraft(model, 8), KVCache(2, 4)
+    expected = model(input_ids=torch.tensor([TEXT])).logits[0, -1]
+    found = quick.read(torch.tensor(TEXT), KVCache(2, 8))
+    assert (found - expected).std() < 0.05 * expected.std()
+    for width in (1, 7, 12, 1, 33, 35, 1):
+        last = quick.read(torch.tensor(TEXT[len(cache) : len(cache) + width]), cache)
+    assert torch.equal(last, found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), scale=st.sampled_from([0.0, 0.1, 1.0, 10.0, 60.0]), ties=st.booleans())
+def test_what_signals_are_made_of_is_what_torch_finds(quick: QuickDraft, seed: int, scale: float, ties: bool) -> None:
+    logits = scale * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    logits = logits.round() if ties else logits
+    row, *numbers = quick.look(logits)
+    _, *expected = look(logits)
+    assert row == int(logits.argmax())
+    np.testing.assert_allclose(numbers, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_logits_that_are_no_numbers_give_signals_that_are_none(quick: QuickDraft) -> None:
+    logits = torch.zeros(VOCABULARY)
+    logits[7] = torch.nan
+    assert np.isnan(quick.look(logits)[1:]).all()
+
+
 class Random(Policy):
     """Any gamma from 0 to 16, so that the draft lags by anything."""
 
@@ -172,7 +201,7 @@ def test_other_models_have_no_quick_form(model: LlamaForCausalLM, monkeypatch: p
     assert quicken(Qwen2ForCausalLM(other).eval()) is None
     assert quicken(llama(0, vocab_size=VOCABULARY + 1)) is None  # a size that the kernels do not take
     nothing = Library("define void @nothing(ptr %args) { ret void }").function("nothing")
-    monkeypatch.setattr(quick_draft, "compiled", lambda form: defaultdict(lambda: nothing))
+    monkeypatch.setattr(llama_program, "compiled", lambda form, names: defaultdict(lambda: nothing))
     assert quicken(model) is None  # wrong results
     monkeypatch.setattr(quick_draft, "lanes", lambda: None)
     assert quicken(model) is None
@@ -182,10 +211,10 @@ def test_other_models_have_no_quick_form(model: LlamaForCausalLM, monkeypatch: p
 def test_without_a_compiler_there_is_none(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    def broken(use: Any) -> Any:
+    def broken(form: Any, names: Any) -> Any:
         raise error("no compiler")
 
-    monkeypatch.setattr(quick_draft, "compiled", broken)
+    monkeypatch.setattr(llama_program, "compiled", broken)
     assert quicken(model) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from speckv_online import quick_target
-from speckv_online.kernels_llama import Form, compiled, lanes
+from speckv_online import llama_program
+from speckv_online.batch import decode_batch
+from speckv_online.batch_model import BatchModel
+from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.drafters import ModelDrafter
+from speckv_online.kernels_q8 import lanes
 from speckv_online.kvcache import KVCache
 from speckv_online.packed import pack
+from speckv_online.quick_batch import QuickBatch, batch_of
+from speckv_online.quick_draft import quicken
 from speckv_online.quick_target import MOST_PIECES, MOST_ROWS, QuickTarget
 
 pytestmark = pytest.mark.skipif(lanes() is None, reason="no kernels for this processor")
@@ -69,6 +76,48 @@ def test_logits_are_the_models_and_have_the_same_bits_at_every_width(
 
 
 @torch.inference_mode()
+def test_a_processor_with_short_registers(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    stock, packed = pair
+    quick, cache = QuickTarget(packed, 8), KVCache(LAYERS, 4)
+    expected = stock(input_ids=TEXT[None, :90]).logits[0]
+    whole = quick.read(TEXT[:90], KVCache(LAYERS, 4), 90)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    parts = [quick.read(part, cache, len(part)) for part in TEXT[:90].split([1, 6, 20, 63])]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@torch.inference_mode()
+def test_a_copy_outlives_its_model() -> None:
+    model = llama()
+    pack(model)
+    expected = model(input_ids=TEXT[None, :9], past_key_values=KVCache(LAYERS, 20)).logits
+    copied = copy.deepcopy(model)
+    del model
+    assert torch.equal(copied(input_ids=TEXT[None, :9], past_key_values=KVCache(LAYERS, 20)).logits, expected)
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "fixed:3", "goodput"])
+def test_a_batch_says_what_each_prompt_alone_does(pair: tuple[LlamaForCausalLM, LlamaForCausalLM], policy: str) -> None:
+    """Rows of other lengths that end at other times, over more tokens than are read at once."""
+    target, draft = pair[1], llama()
+    with torch.no_grad():
+        draft.lm_head.weight.add_(0.02 * torch.randn_like(draft.lm_head.weight))
+    decoder = SpeculativeDecoder(ModelDrafter(draft, VOCABULARY, quick=quicken(draft)), policy=policy, target=target)
+    prompts = [TEXT[a:b].tolist() for a, b in ((0, 1), (3, 40), (40, 42), (50, 160), (200, 231))]
+    alone = [decoder.generate(p, 24, eos_ids=[7]) for p in prompts]
+    together = decode_batch(decoder, prompts, 24, eos_ids=[7])
+    assert [g.tokens for g in together] == [g.tokens for g in alone]
+    if policy == "fixed:3":
+        drafted = sum(s.drafted for g in together for s in g.steps)
+        assert 0 < sum(s.accepted for g in together for s in g.steps) < drafted
+        signals = [[s.mean_draft_entropy for s in g.steps] for g in together]
+        np.testing.assert_array_equal(signals[1], [s.mean_draft_entropy for s in alone[1].steps])
+    long = [TEXT.tolist()[: MOST_ROWS * MOST_PIECES + 1], [5, 6]]
+    assert isinstance(batch_of(target, long, 300, target._quick.program), BatchModel)
+    assert isinstance(batch_of(target, prompts, 300, target._quick.program), QuickBatch)
+
+
+@torch.inference_mode()
 def test_what_it_does_not_know_is_the_models(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     stock, quick = pair
     ids, batch = TEXT[None, :9], TEXT[:18].view(2, 9)
@@ -120,17 +169,18 @@ def test_other_llamas_stay(changes: dict[str, Any]) -> None:
 
 
 def test_without_kernels_or_with_wrong_ones_a_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = compiled(Form(lanes() or 8, 6, 2, 32), ("float", "bfloat"))
-    wrong = {**right, "gate_float": right["add"]}
-    for found in (wrong, OSError("no compiler")):
+    real = llama_program.compiled
 
-        def kernels(form: Any, types: Any, found: Any = found) -> Any:
-            if isinstance(found, Exception):
-                raise found
-            return found
+    def wrong(form: Any, names: Any) -> Any:
+        made = real(form, names)
+        return {**made, "gate_float": made["add"]}
 
+    def broken(form: Any, names: Any) -> Any:
+        raise OSError("no compiler")
+
+    for kernels in (wrong, broken):
         model = llama()
-        monkeypatch.setattr(quick_target, "compiled", kernels)
+        monkeypatch.setattr(llama_program, "compiled", kernels)
         pack(model)
         assert not hasattr(model, "_quick")
         assert model(input_ids=TEXT[None, :5], past_key_values=KVCache(LAYERS, 20)).logits.shape[1] == 5
