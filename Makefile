@@ -33,7 +33,7 @@ test: setup
 
 results: results-measured results-modelled
 
-# 40 prompts, of which 20 for all contenders: about 70 minutes. `--prompts 8 --some 2 --max-new-tokens 40`: 20 minutes.
+# 40 prompts: about 55 minutes. `--prompts 8 --some 2 --max-new-tokens 40`: 20 minutes.
 results-measured: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== transformers, our decoder and every policy on the clock"

@@ -54,7 +54,7 @@ class ResultsConfig:
     leading: tuple[str, ...] = option(LEADING, "contenders that decode all prompts, comma separated")
     others: tuple[str, ...] = option(OTHERS, "contenders that decode the first --some prompts only")
     prompts: int = option(40, "how many of the bundled held-out prompts")
-    some: int = option(20, "how many of them the others decode")
+    some: int = option(40, "how many of them the others decode")
     round: int = option(10, "prompts that a level decodes before the next level's turn; models load anew each time")
     max_new_tokens: int = option(64, "tokens to decode per prompt")
     seed: int = option(0, "seed of the prompt choice and of the policies")

@@ -61,7 +61,7 @@ def forward_seconds(model: Any) -> dict[int, float]:
     return read_seconds(read, int(model.config.num_hidden_layers))
 
 
-def read_seconds(read: Callable[[Any, Any], None], layers: int, repeats: int = 9) -> dict[int, float]:
+def read_seconds(read: Callable[[Any, Any], None], layers: int, repeats: int = 25) -> dict[int, float]:
     """Return :func:`forward_seconds` of what reads tokens into a cache."""
     import torch
 
