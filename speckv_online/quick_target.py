@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speckv_online import kernels_bnb, norms
+from speckv_online.fingerprints import remember_fingerprint
 from speckv_online.jit import double
 from speckv_online.kernels_q8 import lanes
 from speckv_online.kvcache import KVCache
@@ -204,6 +205,7 @@ def quicken(model: nn.Module) -> bool:
     kept = (m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
     if sum(weight.nbytes for m in kept for weight in m.parameters()) > MOST_BYTES:
         return False
+    remember_fingerprint(model)
     # One by one, as LLM.int8 depends on the width; no special tokens, whose states magnify its rounding.
     ids, layers = torch.arange(1, 12) * (model.config.vocab_size // 12), int(model.config.num_hidden_layers)
     cache = KVCache(layers, 16)
