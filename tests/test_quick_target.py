@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from speckv_online.batch import decode_batch
 from speckv_online.batch_model import BatchModel
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.drafters import ModelDrafter
+from speckv_online.fingerprints import fingerprint
 from speckv_online.kernels_q8 import lanes
 from speckv_online.kvcache import KVCache
+from speckv_online.models import load_target
 from speckv_online.packed import pack
 from speckv_online.quick_batch import QuickBatch, batch_of
 from speckv_online.quick_draft import quicken
@@ -31,10 +34,9 @@ TEXT = torch.from_numpy(np.random.default_rng(2).integers(0, VOCABULARY, 390))
 
 def llama(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=160, num_hidden_layers=LAYERS, num_attention_heads=6,
-        **{"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": LONGEST, **changes},
-    )  # fmt: skip
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": LAYERS, "num_attention_heads": 6}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": LONGEST}
+    config = LlamaConfig(**{"vocab_size": VOCABULARY, **sizes, **changes})
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():  # norms that change something; weights that fp16 holds
         for name, p in model.named_parameters():
@@ -84,6 +86,31 @@ def test_a_processor_with_short_registers(pair: tuple[LlamaForCausalLM, LlamaFor
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     parts = [quick.read(part, cache, len(part)) for part in TEXT[:90].split([1, 6, 20, 63])]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("level", ["bf16", "int8", "nf4", "fp4"])
+def test_every_level_gives_a_token_the_same_bits_at_every_width(level: str, tmp_path: Path) -> None:
+    """Also where some inputs are outliers of LLM.int8: in one forward with others and alone."""
+    made = llama(hidden_size=128, intermediate_size=192, num_attention_heads=4)
+    with torch.no_grad():
+        made.model.layers[0].input_layernorm.weight[5] = 9.0
+    made.save_pretrained(tmp_path)
+    stock, model = (load_target(tmp_path, level, "cpu") for _ in range(2))
+    before = fingerprint(load_target(tmp_path, level, "cpu"))
+    pack(model)
+    if not hasattr(model, "_quick"):
+        pytest.skip("this processor has no kernels for the level")
+    assert fingerprint(model) == before
+    caches = [KVCache(LAYERS, 60) for _ in range(3)]
+    parts = TEXT[:60].split(1)
+    expected = torch.cat([stock(input_ids=part[None], past_key_values=caches[0]).logits[0] for part in parts])
+    alone = torch.cat([model(input_ids=part[None], past_key_values=caches[1]).logits[0] for part in parts])
+    wide = [
+        model(input_ids=part[None], past_key_values=caches[2]).logits[0] for part in TEXT[:60].split([9, 1, 17, 33])
+    ]
+    assert torch.equal(torch.cat(wide), alone)
+    assert (alone - expected).std() < 0.05 * expected.std()
 
 
 @torch.inference_mode()
