@@ -135,7 +135,9 @@ def _run(decoder: SpeculativeDecoder, rows: list[_Row], on_tokens: Callable[[int
     prompts = [row.sequence.tokens for row in rows]
     capacity = max(len(p) + row.budget for p, row in zip(prompts, rows, strict=True)) + decoder.max_gamma + 1
     quick: QuickTarget | None = getattr(decoder.target, "_quick", None)
-    target = batch_of(decoder.target, prompts, capacity, None if quick is None else quick.program)
+    target = batch_of(
+        decoder.target, prompts, capacity, None if quick is None or quick.whole_prompts else quick.program
+    )
     drafter = None
     if decoder.drafter is not None:
         drafter = row_drafter(decoder.drafter, prompts, capacity, [row.sequence.sampler for row in rows])

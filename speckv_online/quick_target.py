@@ -3,11 +3,13 @@
 It is a :mod:`speckv_online.llama_program` on the matrices of :mod:`speckv_online.packed` and
 :mod:`speckv_online.bnb_cpu`. Logits are the model's up to rounding. All kernels treat a row in the same way at any
 width, so a verification gives a token the same bits as a forward of that token alone. At int8 that is more than
-bitsandbytes does: there, an outlier in one row moves its column out of the whole numbers in all rows of a forward.
+bitsandbytes does: there, an outlier in one row moves its column out of the whole numbers in all rows of a forward. So
+the model itself reads prompts at int8, as in transformers.
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -159,6 +161,8 @@ class QuickTarget:
         head = _Packed([model.lm_head])
         p.finish(steps, [*self._normed(body.norm, head), *head.steps(x, 0, room)], head.outputs)
         self.positions = len(p.turns)
+        #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
+        self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuickTarget:
         return self  # the steps point at this one's memory
@@ -178,15 +182,25 @@ class QuickTarget:
         return self.program.read(ids, cache, keep)
 
 
+@wraps(LlamaForCausalLM.forward)  # transformers reads the signature
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-    if not args and kwargs.keys() <= _KNOWN and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
-        rows, count = ids.shape
-        keep = kwargs.get("logits_to_keep", 0)
-        plain = isinstance(keep, int) and ids.dtype == torch.int64 and ids.is_cpu and not torch.is_grad_enabled()
-        room = min(MOST_ROWS * MOST_PIECES, model._quick.positions - len(cache))
-        if plain and rows == 1 and 0 < count <= room:
+    ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+    known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
+    if known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
+        usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
+        count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, model._quick.positions - len(cache))
+        if usable and model._quick.whole_prompts and len(cache) == 0 and count > 1:
+            # The prompt as transformers reads it; its last token's logits are the first of those that are wanted.
+            prompt = count - keep + 1 if 0 < keep <= count else count
+            out = type(model).forward(
+                model, input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=min(keep, 1)
+            )
+            if prompt < count:
+                rest = model._quick.read(ids[0, prompt:], cache, count - prompt)
+                out.logits = torch.cat((out.logits, rest[None]), 1)
+            return out
+        if usable and 0 < count <= room:
             logits = model._quick.read(ids[0], cache, min(keep, count) or count)
             return CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
     return type(model).forward(model, *args, **kwargs)

@@ -107,10 +107,18 @@ def test_every_level_gives_a_token_the_same_bits_at_every_width(level: str, tmp_
     expected = torch.cat([stock(input_ids=part[None], past_key_values=caches[0]).logits[0] for part in parts])
     alone = torch.cat([model(input_ids=part[None], past_key_values=caches[1]).logits[0] for part in parts])
     wide = [
-        model(input_ids=part[None], past_key_values=caches[2]).logits[0] for part in TEXT[:60].split([9, 1, 17, 33])
+        model(input_ids=part[None], past_key_values=caches[2]).logits[0] for part in TEXT[:60].split([1, 9, 17, 33])
     ]
     assert torch.equal(torch.cat(wide), alone)
     assert (alone - expected).std() < 0.05 * expected.std()
+    # A prompt is read as the model reads it, and drafts that are verified with it as without it.
+    prompt, drafts, cache, again = TEXT[None, :20], TEXT[None, 20:25], KVCache(LAYERS, 60), KVCache(LAYERS, 60)
+    read = stock(input_ids=prompt, past_key_values=KVCache(LAYERS, 60), logits_to_keep=1).logits[0]
+    both = model(input_ids=TEXT[None, :25], past_key_values=cache, logits_to_keep=6).logits[0]
+    first = model(input_ids=prompt, past_key_values=again, logits_to_keep=1).logits[0]
+    assert (first - read).std() < 0.05 * read.std()
+    rest = [model(input_ids=one, past_key_values=again).logits[0] for one in drafts.split(1, 1)]
+    assert torch.equal(both, torch.cat([first, *rest]))
 
 
 @torch.inference_mode()
@@ -173,6 +181,15 @@ def test_tokens_that_there_are_not_are_refused(pair: tuple[LlamaForCausalLM, Lla
     for odd in (-1, VOCABULARY):
         with pytest.raises(IndexError, match=f"the model has {VOCABULARY}"):
             pair[1](input_ids=torch.tensor([[3, odd]]), past_key_values=cache)
+
+
+@torch.inference_mode()
+def test_transformers_generates_with_it_as_ever(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    prompts, said = TEXT[:16].view(2, 8), []
+    for model in pair:
+        said.append(model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False))
+        assert model._supports_logits_to_keep()
+    assert torch.equal(*said)
 
 
 def test_gradients_are_the_models(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
