@@ -120,7 +120,7 @@ class ModelRows:
             feed[row] = context[have:] + self.drafted[row][max(have - len(context), 0) :]
         logits = self.model.feed(feed, last=True)[rows, 0, : self.drafter.rows].float()
         tokens = []
-        for i, (index, first, second, nats, confidence) in enumerate(self._look(logits)):
+        for i, (index, first, second, nats, confidence) in enumerate(self.drafter.look(logits)):
             row, head_ids, sampler = rows[i], self.drafter.head_ids, self.samplers[rows[i]]
             token = index if head_ids is None else head_ids[index]
             proposal = None
@@ -133,16 +133,6 @@ class ModelRows:
             self.drawn[row].append(proposal)
             tokens.append(token)
         return tokens
-
-    def _look(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
-        """Return what :func:`speckv_online.drafters.look` does for each row, with one transfer."""
-        if self.drafter.quick is not None:
-            return [self.drafter.quick.look(row) for row in logits]
-        top, best = logits.topk(2)
-        p = logits.softmax(-1)
-        entropy = torch.special.entr(p).sum(-1)
-        wanted = torch.stack((best[:, 0].float(), top[:, 0], top[:, 1], entropy, p.amax(-1)), dim=1)
-        return [(int(index), *rest) for index, *rest in wanted.tolist()]
 
     def sure(self, row: int) -> float:
         """Every token takes a forward."""

@@ -182,11 +182,15 @@ class ModelDrafter:
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
         logits = self.logits()
-        row, first, second, nats, confidence = look(logits) if self.quick is None else self.quick.look(logits)
+        ((row, first, second, nats, confidence),) = self.look(logits[None])
         signals[ENTROPY] = nats / math.log(2)
         signals[CONFIDENCE] = confidence
         signals[MARGIN] = first - second
         return row if self.head_ids is None else self.head_ids[row], logits
+
+    def look(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
+        """Do what :func:`look` does, by the quick form's kernel if there is one."""
+        return look(logits) if self.quick is None else [self.quick.look(row) for row in logits]
 
     def settle(self, token: int, logits: torch.Tensor) -> int:
         """Return the token to propose, the likeliest or a draw, and note the distribution that it was drawn from."""
@@ -266,14 +270,16 @@ class NgramDrafter:
         self.ngrams.extend(tokens)
 
 
-def look(logits: torch.Tensor) -> tuple[int, float, float, float, float]:
-    """Return the likeliest row of logits, its logit, the second largest one, the entropy in nats, the confidence."""
+def look(logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
+    """Return for each of some logits, shape (n, rows of the head), what their signals are made of.
+
+    Each is the likeliest row, its logit, the second largest one, the entropy in nats and the confidence.
+    """
     top, rows = logits.topk(2)
     p = logits.softmax(-1)
     # One transfer for everything that the host needs; a row index is exact in fp32.
-    wanted = torch.stack((rows[0].float(), top[0], top[1], torch.special.entr(p).sum(), p.amax()))
-    row, first, second, nats, confidence = wanted.tolist()
-    return int(row), first, second, nats, confidence
+    wanted = torch.stack((rows[:, 0].float(), top[:, 0], top[:, 1], torch.special.entr(p).sum(-1), p.amax(-1)), dim=1)
+    return [(int(row), *rest) for row, *rest in wanted.tolist()]
 
 
 def write_signals(found: Proposal, signals: np.ndarray) -> None:

@@ -82,6 +82,10 @@ class Code:
         """Return an argument of the function."""
         return self.load(kind, self.at("%args", index))
 
+    def single(self, bits: str) -> str:
+        """Return a double's bits as a float."""
+        return self.let(f"fptrunc double {self.let(f'bitcast i64 {bits} to double')} to float")
+
     def at(self, pointer: str, index: str | int, kind: str = "i64") -> str:
         """Return the address of an element."""
         return self.let(f"getelementptr {kind}, ptr {pointer}, i64 {index}")

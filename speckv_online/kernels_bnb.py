@@ -158,8 +158,7 @@ def quantize() -> str:
     c = Code("quantize")
     x, numbers, tops = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, columns = c.argument(3), c.argument(4), c.argument(6, "ptr")
-    double = c.let(f"bitcast i64 {c.argument(5)} to double")
-    threshold = c.everywhere(16, "float", c.let(f"fptrunc double {double} to float"))
+    threshold = c.everywhere(16, "float", c.single(c.argument(5)))
 
     def values(row: str, i: str) -> tuple[str, str]:
         """Of 16 elements what is multiplied in whole numbers, and which are outliers."""

@@ -28,10 +28,8 @@ def _put(c: VectorCode, form: Form, values: list[str], out: str, row: str, block
         return
     place = c.at(out, c.whole("mul", c.whole("add", c.whole("mul", row, blocks), block), BLOCK), "float")
     for j, value in enumerate(values):
-        if to == "bfloat":
-            short = f"<{form.lanes} x bfloat>"
-            value = c.let(f"fpext {short} {c.let(f'fptrunc {form.wide} {value} to {short}')} to {form.wide}")
-        c.do(f"store {form.wide} {value}, ptr {c.at(place, j * form.lanes, 'float')}, align 4")
+        value = c.bf16(value) if to == "bfloat" else value
+        c.do(f"store {c.wide} {value}, ptr {c.at(place, j * form.lanes, 'float')}, align 4")
 
 
 def add(form: Form) -> str:
@@ -41,8 +39,8 @@ def add(form: Form) -> str:
     low, high = c.share(c.whole("udiv", c.whole("mul", rows, inputs), form.lanes))
     with c.loop(low, high) as part:
         to, other = (c.at(p, c.whole("mul", part, form.lanes), "float") for p in (x, y))
-        total = c.f("fadd", c.load(form.wide, to, 4), c.load(form.wide, other, 4))
-        c.do(f"store {form.wide} {total}, ptr {to}, align 4")
+        total = c.f("fadd", c.load(c.wide, to, 4), c.load(c.wide, other, 4))
+        c.do(f"store {c.wide} {total}, ptr {to}, align 4")
     return c.text()
 
 
@@ -50,12 +48,10 @@ def shorten(form: Form) -> str:
     """Return the kernel ``shorten(x, _, _, rows, inputs)``: fp32 rounded to bf16 in place."""
     c = VectorCode("shorten", form.lanes)
     x, rows, inputs = c.argument(0, "ptr"), c.argument(3), c.argument(4)
-    short = f"<{form.lanes} x bfloat>"
     low, high = c.share(c.whole("udiv", c.whole("mul", rows, inputs), form.lanes))
     with c.loop(low, high) as part:
         to = c.at(x, c.whole("mul", part, form.lanes), "float")
-        value = c.let(f"fptrunc {form.wide} {c.load(form.wide, to, 4)} to {short}")
-        c.do(f"store {form.wide} {c.let(f'fpext {short} {value} to {form.wide}')}, ptr {to}, align 4")
+        c.do(f"store {c.wide} {c.bf16(c.load(c.wide, to, 4))}, ptr {to}, align 4")
     return c.text()
 
 
@@ -67,9 +63,9 @@ def embed(form: Form) -> str:
     low, high = c.share(rows)
     with c.loop(low, high) as row, c.loop(0, inputs, form.lanes) as i:
         of = c.whole("mul", c.load("i64", c.at(ids, row)), inputs)
-        value = c.load(form.wide, c.at(table, c.whole("add", of, i), "float"), 4)
+        value = c.load(c.wide, c.at(table, c.whole("add", of, i), "float"), 4)
         to = c.at(x, c.whole("add", c.whole("mul", row, inputs), i), "float")
-        c.do(f"store {form.wide} {value}, ptr {to}, align 4")
+        c.do(f"store {c.wide} {value}, ptr {to}, align 4")
     return c.text()
 
 
@@ -93,10 +89,10 @@ def turn(form: Form) -> str:
     rows, values, places = c.argument(3), c.argument(4, "ptr"), c.argument(5, "ptr")
 
     def load(pointer: str, offset: int) -> str:
-        return c.load(form.wide, c.at(pointer, offset, "float"), 4)
+        return c.load(c.wide, c.at(pointer, offset, "float"), 4)
 
     def store(value: str, pointer: str, offset: int) -> None:
-        c.do(f"store {form.wide} {value}, ptr {c.at(pointer, offset, 'float')}, align 4")
+        c.do(f"store {c.wide} {value}, ptr {c.at(pointer, offset, 'float')}, align 4")
 
     def rotate(source: str, to: str, angles: str) -> None:
         for j in range(0, half, form.lanes):
@@ -126,16 +122,16 @@ def turn(form: Form) -> str:
     return c.text()
 
 
-def attend(form: Form, to: str = "i8") -> str:
+def attend(form: Form, to: str) -> str:
     """Return the kernel ``attend(y, keys, values, rows, places, longest, out, scratch, scale)``: causal attention.
 
     ``y``, ``keys`` and ``values`` are as :func:`turn` leaves them, ``scale`` is a double's bits; the answers have shape
     (rows, heads * size) and the type ``to``, see :func:`_put`. ``scratch`` has ``heads / groups * longest`` floats for
     each thread, ``longest`` a multiple of 16 that no row's length exceeds.
     """
-    size, lanes, wide, ratio = form.size, form.lanes, form.wide, form.heads // form.groups
-    parts = range(0, size, lanes)
     c = VectorCode(f"attend_{to}", form.lanes)
+    size, lanes, wide, ratio = form.size, form.lanes, c.wide, form.heads // form.groups
+    parts = range(0, size, lanes)
     y, keys, values = (c.argument(i, "ptr") for i in range(3))
     rows, places, stride = c.argument(3), c.argument(4, "ptr"), c.argument(5)
     out, scratch = c.argument(6, "ptr"), c.argument(7, "ptr")
@@ -175,7 +171,7 @@ def attend(form: Form, to: str = "i8") -> str:
                 if last is not None:
                     left = c.let(f"trunc i64 {c.whole('sub', last, first)} to i32")
                     numbers = ", ".join(f"i32 {lane}" for lane in range(lanes))
-                    behind = c.let(f"icmp ugt {form.whole} <{numbers}>, {c.everywhere(lanes, 'i32', left)}")
+                    behind = c.let(f"icmp ugt {c.ints} <{numbers}>, {c.everywhere(lanes, 'i32', left)}")
                     found = c.let(f"select <{lanes} x i1> {behind}, {wide} {least}, {wide} {found}")
                 c.do(f"store {wide} {found}, ptr {c.at(shares[h], first, 'float')}, align 4")
                 c.do(f"store {wide} {c.call('maxnum', c.load(wide, top), found)}, ptr {top}")
@@ -218,7 +214,7 @@ def attend(form: Form, to: str = "i8") -> str:
     return c.text()
 
 
-def gate(form: Form, to: str = "i8") -> str:
+def gate(form: Form, to: str) -> str:
     """Return the kernel ``gate(y, out, inputs, rows)``: ``silu(first half) * second half``.
 
     ``y`` has shape (rows, 2 inputs), and the answer the type ``to``, see :func:`_put`.
@@ -233,8 +229,8 @@ def gate(form: Form, to: str = "i8") -> str:
         place = c.at(y, first, "float")
         found = []
         for j in range(0, BLOCK, form.lanes):
-            x, up = (c.load(form.wide, c.at(p, j, "float"), 4) for p in (place, c.at(place, inputs, "float")))
-            bottom = c.f("fadd", c.power(c.let(f"fneg {form.wide} {x}")), splat(1.0))
+            x, up = (c.load(c.wide, c.at(p, j, "float"), 4) for p in (place, c.at(place, inputs, "float")))
+            bottom = c.f("fadd", c.power(c.let(f"fneg {c.wide} {x}")), splat(1.0))
             found.append(c.f("fmul", c.f("fdiv", x, bottom), up))
         _put(c, form, found, out, row, block, blocks, to)
     return c.text()

@@ -13,8 +13,8 @@ def look(form: Form) -> str:
     ``out`` has room for five floats: the largest logit, the second, the row of the first, and with ``e`` the power of
     each logit minus the largest, the sum of ``e`` and that of ``e`` times this difference. ``scratch`` has 3 registers.
     """
-    n, wide, whole, bits = form.lanes, form.wide, form.whole, f"<{form.lanes} x i1>"
     c = VectorCode("look", form.lanes)
+    n, wide, whole, bits = form.lanes, c.wide, c.ints, f"<{form.lanes} x i1>"
     logits, out, scratch, count = (c.argument(i, kind) for i, kind in enumerate(("ptr", "ptr", "ptr", "i64")))
     never = f"splat (float {single(float('-inf'))})"
     best, second, at = c.slot(wide, never), c.slot(wide, never), c.slot(whole, "zeroinitializer")

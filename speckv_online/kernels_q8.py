@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from speckv_online.jit import features, single
-from speckv_online.kernels import SCALED, round_to_8_bits
+from speckv_online.kernels import SCALED, round_to_8_bits, shape
 from speckv_online.vector_code import VectorCode
 
 #: So many inputs have one scale.
@@ -55,23 +55,13 @@ class Form:
         """Return room for rows of rounded inputs, of shape (parts, blocks, rows at once, bytes)."""
         return torch.empty(-(-rows // self.rows), width // BLOCK, self.rows, self.stride, dtype=torch.uint8)
 
-    @property
-    def wide(self) -> str:
-        """A register of floats."""
-        return f"<{self.lanes} x float>"
-
-    @property
-    def whole(self) -> str:
-        """A register of 32-bit integers."""
-        return f"<{self.lanes} x i32>"
-
 
 def lanes() -> int | None:
     """Return how many floats this processor's registers hold; None where there are no kernels for it."""
-    found = features()
-    if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= found:
-        return 16
-    return 8 if {"avx2", "fma", "f16c"} <= found else None
+    use = shape()
+    if use is None:
+        return None
+    return use.lanes if "avx512vnni" in features() else 8
 
 
 def lay_out(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,19 +103,19 @@ def round_block(c: VectorCode, form: Form, values: list[str], numbers: str) -> N
     most = c.call("fabs", values[0])
     for value in values[1:]:
         most = c.call("maxnum", most, c.call("fabs", value))
-    top = c.let(f"call float @llvm.vector.reduce.fmax.v{form.lanes}f32({form.wide} {most})")
+    top = c.let(f"call float @llvm.vector.reduce.fmax.v{form.lanes}f32({c.wide} {most})")
     some = c.let(f"fcmp ogt float {top}, 0.0")
     inverse = c.let(f"select i1 {some}, float {c.let(f'fdiv float 127.0, {top}')}, float 0.0")
     factor, total = c.everywhere(form.lanes, "float", inverse), "zeroinitializer"
     kind = f"<{form.lanes} x i{8 * form.bytes}>"
     for place, value in enumerate(values):
         even = c.call("rint", c.f("fmul", value, factor))
-        number = c.let(f"fptosi {form.wide} {even} to {form.whole}")
-        total = c.let(f"add {form.whole} {total}, {number}")
-        short = c.let(f"trunc {form.whole} {number} to {kind}")
+        number = c.let(f"fptosi {c.wide} {even} to {c.ints}")
+        total = c.let(f"add {c.ints} {total}, {number}")
+        short = c.let(f"trunc {c.ints} {number} to {kind}")
         c.do(f"store {kind} {short}, ptr {c.at(numbers, place * form.lanes * form.bytes, 'i8')}, align 1")
     c.do(f"store float {c.let(f'fmul float {top}, {single(1 / 127)}')}, ptr {size}")
-    added = c.let(f"call i32 @llvm.vector.reduce.add.v{form.lanes}i32({form.whole} {total})")
+    added = c.let(f"call i32 @llvm.vector.reduce.add.v{form.lanes}i32({c.ints} {total})")
     c.do(f"store i32 {c.let(f'mul i32 {added}, -128')}, ptr {correction}")
 
 
@@ -141,16 +131,16 @@ def norm(form: Form) -> str:
     length = c.let(f"sitofp i64 {inputs} to float")
     low, high = c.share(rows)
     with c.loop(low, high) as row:
-        start, squares = c.whole("mul", row, inputs), c.slot(form.wide, "zeroinitializer")
+        start, squares = c.whole("mul", row, inputs), c.slot(c.wide, "zeroinitializer")
         with c.loop(0, inputs, form.lanes) as i:
-            value = c.load(form.wide, c.at(x, c.whole("add", start, i), "float"), 4)
+            value = c.load(c.wide, c.at(x, c.whole("add", start, i), "float"), 4)
             c.add_product(form.lanes, squares, value, value)
-        mean = c.let(f"fdiv float {c.total(c.load(form.wide, squares))}, {length}")
+        mean = c.let(f"fdiv float {c.total(c.load(c.wide, squares))}, {length}")
         root = c.let(f"call float @llvm.sqrt.f32(float {c.let(f'fadd float {mean}, {eps}')})")
         factor = c.everywhere(form.lanes, "float", c.let(f"fdiv float 1.0, {root}"))
         with c.loop(0, blocks) as block:
             place = c.at(x, c.whole("add", start, c.whole("mul", block, BLOCK)), "float")
-            values = [c.load(form.wide, c.at(place, j, "float"), 4) for j in range(0, BLOCK, form.lanes)]
+            values = [c.load(c.wide, c.at(place, j, "float"), 4) for j in range(0, BLOCK, form.lanes)]
             normed = [c.f("fmul", value, factor) for value in values]
             round_block(c, form, normed, block_of(c, form, numbers, row, block, blocks))
     return c.text()
@@ -162,9 +152,9 @@ def linear(form: Form) -> str:
     ``out`` of shape (rows, outputs), fp32, becomes the product of the rounded inputs and weights, or where ``add`` is 1
     has it added to it. ``numbers`` are as of :meth:`Form.inputs`; :func:`lay_out` gives weights and scales.
     """
-    lanes, wide, whole, together = form.lanes, form.wide, form.whole, 4 // form.bytes
-    size = lanes * together  # bytes of weights that one instruction takes
     c = VectorCode("linear", form.lanes)
+    lanes, wide, whole, together = form.lanes, c.wide, c.ints, 4 // form.bytes
+    size = lanes * together  # bytes of weights that one instruction takes
     x, weights, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
     scales, add = c.argument(6, "ptr"), c.let(f"trunc i64 {c.argument(7)} to i1")
@@ -209,7 +199,7 @@ def linear(form: Form) -> str:
 
 def _dot(c: VectorCode, form: Form, total: str, weight: str, x: str) -> str:
     """Add the products of each lane's unsigned weights and signed inputs to a register of 32-bit integers."""
-    whole = form.whole
+    whole = c.ints
     if form.lanes == 16:
         weight = c.let(f"bitcast <64 x i8> {weight} to {whole}")
         return c.let(f"call {whole} @llvm.x86.avx512.vpdpbusd.512({whole} {total}, {whole} {weight}, {whole} {x})")

@@ -28,7 +28,7 @@ def rms_norm() -> str:
     c = Code("rms_norm")
     x, weight, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs = c.argument(3), c.argument(4)
-    eps = c.let(f"fptrunc double {c.let(f'bitcast i64 {c.argument(5)} to double')} to float")
+    eps = c.single(c.argument(5))
     length = c.let(f"sitofp i64 {inputs} to float")
     turn = _TURNS * _LANES
     even, blocks = (c.whole("mul", c.whole("udiv", inputs, step), step) for step in (turn, turn * _BLOCK))

@@ -23,15 +23,8 @@ class QuickBatch:
     Parameters
     ----------
     program : LlamaProgram
-    rows, capacity : int
-        Number of sequences, and most tokens of any.
-    last_id : int, optional
-        Ids beyond it are read as it.
-
-    Attributes
-    ----------
-    cached : list of int
-        Tokens of each sequence that its cache holds; lower a number to forget.
+    rows, capacity, last_id
+        As :class:`~speckv_online.batch_model.BatchModel` has them, and so the attribute ``cached``.
     """
 
     def __init__(self, program: LlamaProgram, rows: int, capacity: int, last_id: int | None = None) -> None:

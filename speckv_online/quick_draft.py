@@ -82,7 +82,7 @@ class QuickDraft:
         return self.program.read(ids, cache, 1)[0]
 
     def look(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
-        """Return what :func:`speckv_online.drafters.look` does, for what :meth:`read` returned."""
+        """Return what :func:`speckv_online.drafters.look` finds in what :meth:`read` returned."""
         with self._lock:
             self._look(logits.data_ptr(), *self._to, len(logits))
             first, second, row, total, weighed = self._seen.tolist()

@@ -160,7 +160,6 @@ class QuickTarget:
             ]  # fmt: skip
         head = _Packed([model.lm_head])
         p.finish(steps, [*self._normed(body.norm, head), *head.steps(x, 0, room)], head.outputs)
-        self.positions = len(p.turns)
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
         self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
 
@@ -189,16 +188,14 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
     if known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
-        count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, model._quick.positions - len(cache))
-        if usable and model._quick.whole_prompts and len(cache) == 0 and count > 1:
-            # The prompt as transformers reads it; its last token's logits are the first of those that are wanted.
-            prompt = count - keep + 1 if 0 < keep <= count else count
-            out = type(model).forward(
-                model, input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=min(keep, 1)
-            )
-            if prompt < count:
-                rest = model._quick.read(ids[0, prompt:], cache, count - prompt)
-                out.logits = torch.cat((out.logits, rest[None]), 1)
+        count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, len(model._quick.program.turns) - len(cache))
+        # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
+        drafts = keep - 1 if 0 < keep <= count else 0
+        if usable and model._quick.whole_prompts and len(cache) == 0 and count - drafts > 1:
+            prompt, rest = ids.split([count - drafts, drafts], 1)
+            out = type(model).forward(model, input_ids=prompt, past_key_values=cache, logits_to_keep=keep - drafts)
+            if drafts:
+                out.logits = torch.cat((out.logits, model(input_ids=rest, past_key_values=cache).logits), 1)
             return out
         if usable and 0 < count <= room:
             logits = model._quick.read(ids[0], cache, min(keep, count) or count)

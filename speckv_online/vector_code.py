@@ -31,9 +31,10 @@ class VectorCode(Code):
         listed = ", ".join(f"{self.wide} {value}" for value in values)
         return self.let(f"call {self.wide} @llvm.{name}.v{self.lanes}f32({listed})")
 
-    def single(self, bits: str) -> str:
-        """Return a double's bits as a float."""
-        return self.let(f"fptrunc double {self.let(f'bitcast i64 {bits} to double')} to float")
+    def bf16(self, value: str) -> str:
+        """Return a register rounded to bf16, in fp32."""
+        short = f"<{self.lanes} x bfloat>"
+        return self.let(f"fpext {short} {self.let(f'fptrunc {self.wide} {value} to {short}')} to {self.wide}")
 
     def total(self, value: str) -> str:
         """Return the sum of a register's lanes."""
