@@ -1,10 +1,10 @@
 """Tokens per second of batches, of the same prompts one after the other, and of transformers' own batches.
 
-``one cache`` is :meth:`SpeculativeDecoder.decode_batch` (where it is one program each sequence has a cache of its own; one
-serves all elsewhere), ``caches`` decodes the same prompts one after the other, each
-with a cache of its own, ``transformers`` is plain ``generate`` of the same target, its layers packed as for us, with
-padding on the left (no draft). They take turns, batch by batch, in an order that rotates. The prompts' reading is part
-of the time of all. Greedy, without an end of sequence, so that every row gives the same number of tokens.
+``one cache`` is :meth:`SpeculativeDecoder.decode_batch` (where it is one program, each sequence has a cache of its own;
+elsewhere one serves all), ``caches`` decodes the same prompts one after the other, ``transformers`` is plain
+``generate`` of the same target, its layers packed as for us, with padding on the left (no draft). They take turns,
+batch by batch, in an order that rotates. The prompts' reading is part of the time of all. Greedy, without an end of
+sequence, so that every row gives the same number of tokens.
 """
 
 from __future__ import annotations
