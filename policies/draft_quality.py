@@ -5,6 +5,7 @@ disagrees with an n-gram lookup is mostly wrong, a strong one mostly right. So e
 :mod:`policies.hazard` is a line over one number m, learned offline from pairs of models of different quality: the
 log-odds of a token's acceptance are x.w + m x.v + m^2 q. Online, m is what explains a level's acceptances best: a
 logistic regression with one coefficient, by Newton's method, whose sums forget exponentially and add up over workers.
+Where acceptances show that the draft must be another one by now, what was known of it is dropped at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ MEAN, PRECISION = 0.2, 3.0
 LEAST, MOST = -1.0, 2.0
 #: How far above the likeliest m decisions take it to be, in standard deviations.
 HOPE = 1.0
+#: A draft is another one where log-odds higher, or lower, by SHIFT explain its latest tokens e^ALARM times as well.
+SHIFT, ALARM = 2.0, 10.0
+#: Least variance of a tested token: predictions may be surer than anything is.
+DOUBT = 0.01
 
 
 def quality(accepted: float, tested: float) -> float:
@@ -46,6 +51,24 @@ class DraftQuality:
         self._sums: dict[str, np.ndarray] = {}
         self._delta: dict[str, np.ndarray] = {}
         self._count = 0
+        self._runs: dict[str, tuple[float, float]] = {}
+
+    def surprised(self, level: str, surplus: float, variance: float) -> bool:
+        """Note a step: how many more of its tokens were accepted than was predicted, and the variance of that number.
+
+        Returns True, and drops what is known of the level, where the draft is another one: Page's cumulative sums
+        (Biometrika, 1954) of the log-likelihood ratio, for a better draft and for a worse one. A copy that has dropped
+        something does not make those drop it with which it shares.
+        """
+        up, down = self._runs.get(level, (0.0, 0.0))
+        cost = 0.5 * SHIFT * SHIFT * variance
+        up, down = max(up + SHIFT * surplus - cost, 0.0), max(down - SHIFT * surplus - cost, 0.0)
+        found = up > ALARM or down > ALARM
+        self._runs[level] = (0.0, 0.0) if found else (up, down)
+        if found:
+            for table in (self._sums, self._delta):
+                table.pop(level, None)
+        return found
 
     def value(self, level: str) -> float:
         """Return m of a level, some way above what is likeliest: a draft that is taken for worse than it is would not
@@ -71,13 +94,16 @@ class DraftQuality:
 
     def state(self) -> State:
         """The sums, as arrays."""
-        return {f"quality.{level}": sums.copy() for level, sums in self._sums.items()}
+        runs = {f"surprise.{level}": np.array(run) for level, run in self._runs.items()}
+        return {f"quality.{level}": sums.copy() for level, sums in self._sums.items()} | runs
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         sums = _read(state)
+        runs = {key: check_array(state, key, (2,)).tolist() for key in state if key.startswith("surprise.")}
         self.forget()
         self._sums = sums
+        self._runs = {key.removeprefix("surprise."): (run[0], run[1]) for key, run in runs.items()}
 
     def take_delta(self) -> State:
         """The sums since the last call."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from policies.base import PolicyError, State
-from policies.draft_quality import DraftQuality
+from policies.draft_quality import DOUBT, DraftQuality
 from policies.gaussian import GaussianHead, check_array
 from policies.step_features import AFTER, BEFORE, Step
 from policies.token_history import SHAPE, TokenHistory
@@ -97,6 +97,14 @@ class Hazard:
 
     def add(self, step: Step, tested: int, accepted: int) -> None:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
+        surplus = variance = 0.0
+        for j in range(tested):
+            if step.after[j]:
+                before = step.survival[j]
+                p = step.survival[j + 1] / before if before else 0.0
+                surplus += (j < accepted) - p
+                variance += p * (1.0 - p) + DOUBT
+        self.quality.surprised(step.level, surplus, variance)
         self._steps.append((step, tested, accepted))
         step.note(tested, accepted)
         self.history.step()

@@ -49,6 +49,36 @@ def test_finds_the_quality_that_explains_the_acceptances(tmp_path: Path, rate: f
     assert DraftQuality(0.9).value("fp16") == pytest.approx(MEAN + HOPE * PRECISION**-0.5)
 
 
+@pytest.mark.parametrize(("rate", "then"), [(0.9, 0.3), (0.3, 0.9)])
+def test_another_draft_is_noticed(tmp_path: Path, rate: float, then: float) -> None:
+    hazard = Hazard(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
+    known = 0.0
+    for seed in range(20):  # the same draft all the time: nothing that is known of it is dropped
+        feed(hazard, "nf4", rate, 50, seed)
+        feed(hazard, "fp16", rate, 5, seed)
+        assert hazard.quality.information("nf4") > known
+        known = hazard.quality.information("nf4")
+    other = hazard.quality.information("fp16")
+    feed(hazard, "nf4", then, 60)
+    assert hazard.quality.information("nf4") < known / 3
+    assert hazard.quality.value("nf4") == pytest.approx(np.log(then / (1 - then)) / 3, abs=0.25)
+    assert hazard.quality.information("fp16") == other
+    # Nothing of the first draft is handed out any more.
+    assert hazard.take_delta()["quality.nf4"][0] == pytest.approx(hazard.quality.information("nf4"))
+
+
+def test_what_was_surprising_so_far_is_saved() -> None:
+    one, again = DraftQuality(0.99), DraftQuality(0.99)
+    assert not any(one.surprised("a", -1.0, 0.2) for _ in range(5))
+    again.load(one.state())
+    more = [(one.surprised("a", -1.0, 0.2), again.surprised("a", -1.0, 0.2)) for _ in range(5)]
+    assert more[0] == (False, False)
+    assert (True, True) in more
+    assert (True, False) not in more
+    with pytest.raises(PolicyError, match="surprise"):
+        again.load({"surprise.a": np.zeros(3)})
+
+
 def test_unknown_drafts_are_given_the_benefit_of_the_doubt() -> None:
     sums, excess = DraftQuality(0.99), []
     for _ in range(3):
