@@ -1,5 +1,5 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
-# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-m 'not slow and not ray'"
+# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"
 # make results  everything that docs/results.md shows, about 3.5 hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
@@ -28,8 +28,10 @@ test: setup
 	@$(BIN)/mypy
 	@echo "== preparing the default model pair"
 	@$(BIN)/speckv models prepare smollm2
-	@echo "== pytest"
-	@$(BIN)/python -m pytest $(ARGS)
+	@echo "== tests that need neither the real models nor Ray, two processes at a time"
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(ARGS) || test $$? -eq 5
+	@echo "== tests with the real models and a real Ray"
+	@$(BIN)/python -m pytest -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none of them was asked for
 
 results: results-measured results-modelled
 
