@@ -8,9 +8,9 @@ modelled seconds. While the budget is overdrawn the baseline is played instead, 
 
 in expectation over the baseline's own luck, up to the probes below, and with the rates as the cost model and the
 acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
-long bad time later. Where the fixed gamma, played by the guard, falls short of three quarters of its estimate by a
-burn-in, the estimate was of another time (another draft, say): it is made anew, the policy returns to what it started
-from, and the burn-in starts anew.
+long bad time later. Where what the fixed gamma would have produced falls short of three quarters of its estimate by a
+burn-in, the estimate was of another time (another draft, say): it is made anew, and the burn-in starts anew. If the
+guard was just playing it, the policy returns to what it started from, too.
 
 What the fixed gamma would have produced from where a step began is known from every step that drafted as many or met a
 rejection. Where the policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on
@@ -43,27 +43,23 @@ CLOSE = 0.9
 #: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the share of its tokens that
 #: take a forward.
 LOCAL, SHARE = 0.2, 0.02
-#: Share of its estimated tokens that the fixed gamma should make when it is played.
+#: Share of its estimated tokens that the fixed gamma should make.
 FAIR = 0.75
 #: Numbers of a ledger's row that do not depend on the fixed gamma.
-OWN = 11
+OWN = 12
 
 
 class _Ledger:
     """One level's budget, what the fixed gamma would have done, and the probing schedule."""
 
     def __init__(self, gamma: int, budget: float) -> None:
-        self.steps = 0
+        self.gamma, self.steps = gamma, 0
         self.budget = budget
         self.interventions = 0
         # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
         # Worth two steps at acceptance one half before there is data.
         self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
         self.forget()
-        # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
-        # met a rejection there), and how many of the first r were accepted in all.
-        self.seen = [2.0] * gamma
-        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, gamma + 1)]
         # Share of drafted tokens that took a forward of the draft model.
         self.forwards = 1.0
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
@@ -73,13 +69,13 @@ class _Ledger:
     def forget(self) -> None:
         """Judge the fixed gamma by the latest steps only."""
         self.tokens, self.fixed_steps, self.short = 2.0 * self.local, 2.0, 0.0
+        # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
+        # met a rejection there), and how many of the first r were accepted in all.
+        self.seen = [2.0] * self.gamma
+        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, self.gamma + 1)]
 
-    def disproved(self, produced: int, allowance: float) -> bool:
-        """Whether the fixed gamma, played by the guard, has fallen far short of its estimate, which is forgotten then.
-
-        Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
-        """
-        self.short = max(self.short + FAIR * self.tokens / self.fixed_steps - produced, 0.0)
+    def disproved(self, allowance: float) -> bool:
+        """Whether the fixed gamma has fallen far short of its estimate, which is forgotten then."""
         if self.short <= allowance:
             return False
         self.forget()
@@ -88,20 +84,19 @@ class _Ledger:
     def row(self) -> list[float]:
         """Everything that is saved."""
         counts = [float(x) for x in (self.steps, self.budget, self.interventions, *self.probes, *self.due)]
-        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, *self.seen, *self.more]
+        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, self.short, *self.seen, *self.more]
 
     def fill(self, row: list[float]) -> None:
         """Restore :meth:`row`."""
         self.steps, self.interventions = int(row[0]), int(row[2])
         self.budget = row[1]
         self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
-        self.local, self.tokens, self.fixed_steps, self.forwards = row[7:OWN]
-        gamma = len(self.seen)
-        self.seen, self.more = row[OWN : OWN + gamma], row[OWN + gamma :]
+        self.local, self.tokens, self.fixed_steps, self.forwards, self.short = row[7:OWN]
+        self.seen, self.more = row[OWN : OWN + self.gamma], row[OWN + self.gamma :]
 
-    def count(self, gamma: int, outcome: Outcome, stop: int) -> None:
+    def count(self, outcome: Outcome, stop: int) -> None:
         """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
-        n, k = outcome.accepted, outcome.drafted
+        n, k, gamma = outcome.accepted, outcome.drafted, self.gamma
         known = float(min(n, gamma))
         if outcome.tested == n and k < gamma:  # all of a shorter draft was accepted
             r = gamma - n - 1
@@ -112,6 +107,8 @@ class _Ledger:
                 if r <= extra or outcome.tested > n:
                     self.seen[r - 1] += 1.0
                     self.more[r - 1] += min(extra, r)
+        # Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
+        self.short = max(self.short + FAIR * self.tokens / self.fixed_steps - 1.0 - known, 0.0)
         self.local += LOCAL * (1.0 + known - self.local)
         self.tokens += outcome.produced
         self.fixed_steps += outcome.produced / self.local
@@ -217,7 +214,7 @@ class SafetyGuard(Wrapper):
             self.model.observe(outcome)
         ledger, k = self.ledger(outcome.level), outcome.drafted
         stop = self._taken.pop(decision.id, -1)
-        ledger.count(self.gamma, outcome, stop)
+        ledger.count(outcome, stop)
         if k == 0:
             self._postpone(ledger, 0)
         elif k >= self.gamma:
@@ -230,9 +227,9 @@ class SafetyGuard(Wrapper):
         ledger.budget += outcome.produced - ledger.rate * seconds
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)
-        if stop >= 0 and k == self.gamma and ledger.disproved(outcome.produced, self.burn_in):
+        if ledger.disproved(self.burn_in):
             ledger.budget = self.burn_in
-            if isinstance(self.policy, CostAware):
+            if stop >= 0 and k == self.gamma and isinstance(self.policy, CostAware):
                 self.policy.forget()
             self._review(ledger, costs)
         if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:

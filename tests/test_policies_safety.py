@@ -196,3 +196,22 @@ def test_an_estimate_of_another_time_is_given_up() -> None:
     ledger = guard.ledger("nf4")
     assert before > 4.5
     assert ledger.tokens / ledger.fixed_steps < 1.2
+
+
+def test_a_policy_that_has_seen_the_change_is_not_held_back() -> None:
+    """It drafts four tokens while they are right and none after that; what four used to bring is no reproach to it."""
+    rng, policy = np.random.default_rng(0), Stubborn(4)
+    guard = told(SafetyGuard(policy), "nf4")
+    for i in range(1600):
+        policy.gamma = 4 if i < 600 else 1
+        decision = guard.decide(Context(level="nf4", step=i))
+        k, rate = decision.gamma, 0.95 if i < 600 else 0.1
+        n = int(np.argmin(np.append(rng.random(k) < rate, False)))
+        seconds = 0.161 + 0.002 * k
+        outcome = Outcome(
+            k, n, min(n + 1, k), n + 1, seconds, 0.001 * k, 0.16 + 0.001 * k, "nf4", 100, 0, np.zeros((k, 4))
+        )
+        guard.learn(decision, outcome)
+    ledger = guard.ledger("nf4")
+    assert ledger.interventions == 0
+    assert ledger.tokens / ledger.fixed_steps == pytest.approx(1.111, abs=0.1)
