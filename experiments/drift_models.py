@@ -123,6 +123,7 @@ def first_layers(target: PreTrainedModel, count: int) -> PreTrainedModel:
     small, body = _shallow(target), _shallow(inner)
     body.layers, body.config = layers[:count], config
     small.model, small.config = body, config
+    small.__dict__.pop("forward", None)  # a quick one is the target's, with all of its layers
     return small
 
 

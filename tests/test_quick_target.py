@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from experiments.drift_models import first_layers
 from speckv_online import llama_program
 from speckv_online.batch import decode_batch
 from speckv_online.batch_model import BatchModel
@@ -129,6 +130,19 @@ def test_a_copy_outlives_its_model() -> None:
     copied = copy.deepcopy(model)
     del model
     assert torch.equal(copied(input_ids=TEXT[None, :9], past_key_values=KVCache(LAYERS, 20)).logits, expected)
+
+
+@torch.inference_mode()
+def test_a_model_of_some_of_the_layers_has_a_forward_of_its_own() -> None:
+    stock, model = llama(), llama()
+    pack(model)
+    stock.model.layers = stock.model.layers[:1]
+    expected = stock(input_ids=TEXT[None, :9]).logits
+    small, cut = first_layers(model, 1), copy.deepcopy(model)
+    cut.model.layers = cut.model.layers[:1]
+    for other in (small, cut):
+        torch.testing.assert_close(other(input_ids=TEXT[None, :9], past_key_values=KVCache(1, 20)).logits, expected)
+    assert len(model(input_ids=TEXT[None, :9], past_key_values=KVCache(LAYERS, 20)).past_key_values) == 9
 
 
 @pytest.mark.parametrize("policy", ["autoregressive", "fixed:3", "goodput"])
