@@ -1,5 +1,5 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
-# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"
+# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below
 # make results  everything that docs/results.md shows, about 3.5 hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only

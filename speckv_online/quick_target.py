@@ -185,9 +185,9 @@ class QuickTarget:
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
     ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+    whole = len(model.model.layers) == model._quick.program.layers  # none was taken out since
     known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
-    known = known and len(model.model.layers) == model._quick.program.layers  # none was taken out since
-    if known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
+    if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
         count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, len(model._quick.program.turns) - len(cache))
         # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.

@@ -199,7 +199,7 @@ def test_an_estimate_of_another_time_is_given_up() -> None:
 
 
 def test_a_policy_that_has_seen_the_change_is_not_held_back() -> None:
-    """It drafts four tokens while they are right and none after that; what four used to bring is no reproach to it."""
+    """It drafts four tokens while they are right and one after that; what four used to bring is no reproach to it."""
     rng, policy = np.random.default_rng(0), Stubborn(4)
     guard = told(SafetyGuard(policy), "nf4")
     for i in range(1600):
