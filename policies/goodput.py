@@ -5,11 +5,17 @@ m more is worth S_k (p + p^2 + ... + p^m) tokens and costs lambda (m t_d + T_v(k
 that pays for any m. For m = 1 alone this is the one-step-ahead rule, optimal while survival falls and costs do not; the
 look ahead sees past a verify that is dear for two tokens and no dearer for eight. Gamma 0 is the same rule at k = 0.
 Drafting paid for, the tail is submitted only where its survival pays for the wider verify.
+
+lambda is what a token is worth: the tokens that can be had for a second elsewhere. A text is of some length, so that a
+token drafted here saves the seconds of one a little further on. Stretches in which drafts are right go on for a while,
+and tokens are cheap there; after a rejection they are dear. So lambda is the geometric mean of two rates: that of the
+latest steps, and that which this step itself has in prospect with its next token.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from math import sqrt
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -25,11 +31,33 @@ BINS = 32
 #: G[b, m - 1] = p + p^2 + ... + p^m at the middle of bin b.
 _GAIN = np.cumsum(((np.arange(BINS) + 0.5) / BINS)[:, None] ** np.arange(1, MAX_GAMMA + 1), axis=1)
 _M = np.arange(1, MAX_GAMMA + 1)
-#: Version of the costs that a level's rule was made from, least survivals by k and kind of the next token, and price of
-#: a verify by k.
-Rule = tuple[int, dict[int, list[float]], list[float]]
 #: What the next token may take: a forward, the step's first forward, nothing (a lookup proposes it).
 FORWARD, FIRST, FREE = 0, 1, 2
+
+
+class Rule(NamedTuple):
+    """What a level's decisions need, in tokens at the rate of the latest steps.
+
+    Attributes
+    ----------
+    version : int
+        That of the costs it was made from.
+    least : dict of int to list of float
+        By ``3 k + kind`` of the next token, the least survival that pays for it, by bin of its chance.
+    wider : list of float
+        By k, what verifying k tokens takes on top of verifying none.
+    plain : list of float
+        By k, what a step that submits k tokens takes besides drafting them.
+    draft, first : float
+        What a forward of the draft takes, and a step's first one on top.
+    """
+
+    version: int
+    least: dict[int, list[float]]
+    wider: list[float]
+    plain: list[float]
+    draft: float
+    first: float
 
 
 class Goodput(CostAware):
@@ -78,24 +106,29 @@ class Goodput(CostAware):
         """Return the level's rule under its latest costs."""
         costs = self.costs.level(level)
         found = self._rules.get(level)
-        if found is None or found[0] != costs.version:
-            price = (costs.rate * (costs.verify - costs.verify[0])).tolist()
-            found = self._rules[level] = costs.version, {}, price
+        if found is None or found.version != costs.version:
+            rate, verify = costs.rate, costs.verify
+            wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
+            found = Rule(costs.version, {}, wider, plain, rate * costs.draft, rate * costs.first)
+            self._rules[level] = found
         return found
 
     def _pays(self, level: str, k: int, step: Step) -> bool:
         """Whether to draft on after k tokens of a step."""
         if not self.timed:
             return True
-        rows = self._rule(level)[1]
+        rule, forwards = self._rule(level), step.forwards
         p = step.sure()
-        kind = FREE if p else FORWARD if step.forwards else FIRST
-        row = rows.get(3 * k + kind)
+        kind = FREE if p else FORWARD if forwards else FIRST
+        row = rule.least.get(3 * k + kind)
         if row is None:
-            row = rows[3 * k + kind] = thresholds(self.costs.level(level), k, kind).tolist()
+            row = rule.least[3 * k + kind] = thresholds(self.costs.level(level), k, kind).tolist()
         if not p:
             p = step.chance()
-        return step.survival[k] >= row[int(p * BINS) if p < 1.0 else BINS - 1]
+            forwards += 1
+        survival = step.survival[k]
+        price = rule.plain[k + 1] + (rule.draft * forwards + rule.first if forwards else 0.0)
+        return survival >= local(step.expected + survival * p, price) * row[int(p * BINS) if p < 1.0 else BINS - 1]
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.hazard)
@@ -114,13 +147,16 @@ class Goodput(CostAware):
         step.extend(drafted, signals)
         if not self.timed:
             return drafted
-        price = self._rule(step.level)[2]
+        rule, forwards = self._rule(step.level), step.forwards
+        price = rule.plain[drafted] + (rule.draft * forwards + rule.first if forwards else 0.0)
+        here = local(step.expected, price)
         best = worth = 0.0
         count = 0
         for k in range(1, drafted + 1):
             worth += step.survival[k]
-            if worth - price[k] > best:
-                best, count = worth - price[k], k
+            gain = worth - here * rule.wider[k]
+            if gain > best:
+                best, count = gain, k
         return count
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
@@ -157,6 +193,11 @@ class Goodput(CostAware):
         self.hazard.merge(delta)
         super().merge(delta)
         self.version += 1
+
+
+def local(tokens: float, price: float) -> float:
+    """Return how many times the latest steps' rate is in force in a step of so many tokens for so many tokens' time."""
+    return sqrt(tokens / price)
 
 
 def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:

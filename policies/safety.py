@@ -36,10 +36,9 @@ from policies.level_cost import LevelCosts
 REVIEW_EVERY = 16
 #: Weight that the counts of a review keep until the next one.
 KEEP = 0.98
-#: The j-th probe comes at step PROBE * j^2, or CLEAR times as late where a baseline is clearly worse.
-PROBE, CLEAR = 8, 4
-#: A baseline is clearly worse below this share of the policy's own rate.
-CLOSE = 0.9
+#: The j-th probe of a baseline comes at step PROBE * j^2; later by the square of how many times CLOSE of the best rate
+#: it is behind, up to FAR times, as so many fewer probes tell the two rates apart.
+PROBE, CLOSE, FAR = 16, 0.1, 4.0
 #: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the share of its tokens that
 #: take a forward.
 LOCAL, SHARE = 0.2, 0.02
@@ -125,8 +124,8 @@ class SafetyGuard(Wrapper):
     """Modelled goodput at least (1 - epsilon) of the better of autoregressive and ``fixed:gamma``, past a burn-in.
 
     Gamma 0 and the fixed gamma are both re-probed for ever, at a falling rate: the j-th probe of either comes at step
-    8 j^2 of a level (32 j^2 while its estimated rate is below nine tenths of the best, so that a dear probe is a rare
-    one) unless the policy has played it by itself since the probe before. So no estimate that the
+    16 j^2 of a level (64 j^2 while its estimated rate is a fifth below the best, 256 j^2 from two fifths on, so that a
+    dear probe is a rare one) unless the policy has played it by itself since the probe before. So no estimate that the
     comparison rests on goes stale, and a policy that has stopped drafting gets to see whether drafting pays by now.
 
     Parameters
@@ -251,8 +250,9 @@ class SafetyGuard(Wrapper):
         fixed = ledger.tokens / ledger.fixed_steps / (float(costs.seconds[self.gamma]) - free)
         ledger.baseline = self.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
-        near = CLOSE * max(plain, fixed, costs.rate)
-        ledger.spacing = [PROBE if rate >= near else PROBE * CLEAR for rate in (plain, fixed)]
+        best = max(plain, fixed, costs.rate)
+        behind = [min(max((1.0 - rate / best) / CLOSE, 1.0), FAR) for rate in (plain, fixed)]
+        ledger.spacing = [int(PROBE * times * times) for times in behind]
 
     def state_dict(self) -> State:
         found = self.policy.state_dict()

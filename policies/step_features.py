@@ -97,6 +97,8 @@ class Step:
         The last tokens, up to four, that each token follows; empty tuples where they are not known.
     forwards : int
         How many of the tokens so far took a forward of the draft model.
+    expected : float
+        Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
     """
 
     __slots__ = (
@@ -110,6 +112,7 @@ class Step:
         "_tokens",
         "after",
         "before",
+        "expected",
         "forwards",
         "level",
         "survival",
@@ -125,6 +128,7 @@ class Step:
         self.before: list[list[float]] = []
         self.after: list[list[float]] = []
         self.survival = [1.0]
+        self.expected = 1.0
         self.forwards = 0
         self._tokens: list[Token] = []
         self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
@@ -164,6 +168,7 @@ class Step:
                 self.forwards += 1
             tokens.append(own)
             self.survival.append(self.survival[j] * chance)
+            self.expected += self.survival[-1]
             tail = self.tails[j]
             self.tails.append((*tail[1 - TAIL :], drafts[j]) if tail and j < len(drafts) else ())
 

@@ -155,6 +155,35 @@ def test_stops_where_survival_no_longer_pays() -> None:
     assert [policy.proceed(decision, k, table) for k in (1, 2, 3)] == [True, True, False]
 
 
+def test_a_token_is_worth_what_the_latest_steps_and_this_one_take_for_one() -> None:
+    """By hand, with free tokens of a lookup among those that take a forward: both answers, at every k."""
+    policy, rng, answers = make(CostPrior(0.02, (0.1, 0.115), overhead_seconds=0.003)), np.random.default_rng(5), []
+    costs = policy.costs.level("nf4")
+    for _ in range(60):
+        context = Context(level="nf4", acceptance=rng.random(), step=1, last_drafted=1)
+        step: Step = policy.decide(context).features
+        table = signals(rng, 6)
+        table[:, CONFIDENCE] **= 0.2
+        context.lookups = [0.0] * 6
+        context.lookups[int(rng.integers(6))] = 0.8
+        for k in range(5):
+            step.extend(k, table)
+            free = context.lookups[: k + 1]
+            p = free[k] or step.chance()
+            forwards = free.count(0.0)
+            seconds = 0.02 * forwards + costs.verify[k + 1] + 0.003
+            rate = math.sqrt(costs.rate * (sum(step.survival) + step.survival[k] * p) / seconds)
+            middle = (int(p * BINS) + 0.5) / BINS
+            t_d = 0.0 if free[k] else 0.02
+            pays = [
+                step.survival[k] * sum(middle**i for i in range(1, m + 1)) - rate * m * (t_d + 0.015)
+                for m in range(1, 17 - k)
+            ]
+            assert policy._pays("nf4", k, step) == (max(pays) >= 0.0)
+            answers.append((k, max(pays) >= 0.0))
+    assert len(set(answers)) == 10
+
+
 def test_the_tail_is_submitted_only_where_a_wider_verify_pays() -> None:
     sure, unsure = [0.1, 0.97, 9.0, 3.0], [5.0, 0.02, 0.1, -3.0]
     table = np.array([sure, sure, unsure] + [sure] * 13)
