@@ -61,11 +61,11 @@ class ReplaysConfig:
             raise UserError("--orders must be at least 1, --folds 0 or at least 2")
 
 
-def check_traces(traces: Sequence[str]) -> None:
-    """Raise :class:`UserError` unless every item is NAME=DIRECTORY with a name of its own."""
+def check_traces(traces: Sequence[str], said: str = "--traces") -> None:
+    """Raise :class:`UserError` unless every item is NAME=DIRECTORY with a name of its own; ``said`` is the option."""
     names = [text.partition("=")[0] for text in traces]
     if not traces or not all("=" in text for text in traces) or len(set(names)) < len(names):
-        raise UserError("--traces wants NAME=DIRECTORY, each name once, e.g. default=runs/test,high=runs/high")
+        raise UserError(f"{said} wants NAME=DIRECTORY, each name once, e.g. default=runs/test,high=runs/high")
 
 
 @dataclass

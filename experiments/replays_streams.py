@@ -32,6 +32,9 @@ class StreamsConfig:
     """Settings of ``python -m experiments.replays_streams``."""
 
     traces: tuple[str, ...] = option((), "traces by pair, NAME=DIRECTORY, comma separated")
+    settled: tuple[str, ...] = option(
+        (), "drift: traces of other prompts, by pair as in --traces, for settled copies to settle on as well"
+    )
     costs: tuple[str, ...] = option(("rtx3090-release",), "cost tables: files or built-in names, comma separated")
     policies: tuple[str, ...] = option(("online", "goodput"), "policies, comma separated")
     parts: tuple[str, ...] = option(PARTS, "what to run: start, drift, merge, comma separated")
@@ -54,6 +57,8 @@ class StreamsConfig:
 
     def __post_init__(self) -> None:
         check_traces(self.traces)
+        if self.settled:
+            check_traces(self.settled, "--settled")
         if not self.costs or not self.policies or not self.parts or not set(self.parts) <= set(PARTS):
             raise UserError(f"--costs, --policies and --parts must name at least one; parts are {', '.join(PARTS)}")
         if self.split not in ("train", "test", "all"):
@@ -139,10 +144,17 @@ def _drift(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:
     yield (
         "Goodput is relative to a settled copy of the policy, which has met only what the stream has changed to, for "
         "4,000 steps, and replays the same prompts. Back: steps after a change from which on every 100 steps are at "
-        "least 95 % of it, all changes together. The last column is over the whole stream; which fixed γ comes closest "
-        "is known in hindsight only.\n"
+        "least 95 % of it, all changes together. "
     )
-    heads = ("stream", "policy", "changes", "first 100 steps", "back after", "worst kind past 300", "× nearest fixed γ")
+    other = ["first 100 steps, others", "back after, others"] if config.settled else []
+    if other:
+        yield (
+            "A copy that settles on the stream's own prompts has met each of them a hundred times and knows their "
+            "tokens; *others* is relative to a copy that has settled on other prompts of the same kind. "
+        )
+    yield "The last column is over the whole stream; which fixed γ comes closest is known in hindsight only.\n"
+    start = ("stream", "policy", "changes", "first 100 steps", "back after", "worst kind past 300")
+    heads = (*start, *other, "× nearest fixed γ")
     yield from markdown_table([heads, *(as_rows(where, one) for (where, _), one in drifts.items())])
     yield "\n![Goodput after a change, relative to the settled policy](img/drift.png)"
 

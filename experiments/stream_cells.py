@@ -38,6 +38,8 @@ def cells(config: StreamsConfig) -> list[Cell]:
             raise UserError(
                 "the traces are of one pair, level and task, so nothing changes: leave drift out of --parts"
             )
+        if config.settled:
+            _check_settled(pairs, _pairs(config.settled, "all"))
         found += [("drift", name, stream, spec) for name in tables for stream in streams(pairs)
                   for spec in config.policies]  # fmt: skip
     if "merge" in config.parts:
@@ -66,7 +68,9 @@ def play(config: StreamsConfig, cell: Cell) -> Any:
         # A stream of everything has kinds enough to come to each of them once.
         rounds = 1 if stream == EVERYTHING else config.rounds
         kinds, seeds = streams(pairs)[stream], range(config.streams)
-        return drift(spec, kinds, costs[name], period=config.period, rounds=rounds, seeds=seeds).as_json()
+        others = streams(_pairs(config.settled, "all")).get(stream, {})
+        setting: dict[str, Any] = {"period": config.period, "rounds": rounds, "seeds": seeds, "others": others}
+        return drift(spec, kinds, costs[name], **setting).as_json()
     from experiments.stream_merge import simulate
 
     spec, count, every = where
@@ -105,6 +109,18 @@ def streams(pairs: Mapping[str, Sequence[Trace]]) -> dict[str, Kinds]:
         if len(pairs) > 1 and all(level in groups for groups in levels.values()):
             found[f"drafts, {level}"] = {pair: groups[level] for pair, groups in levels.items()}
     return found
+
+
+def _check_settled(pairs: Mapping[str, Sequence[Trace]], others: Mapping[str, Sequence[Trace]]) -> None:
+    """Raise :class:`UserError` unless the others are of all the same kinds and of other prompts."""
+    both = streams(pairs), streams(others)
+    missing = [f"{stream}: {kind}" for stream, kinds in both[0].items() for kind in kinds
+               if kind not in both[1].get(stream, {})]  # fmt: skip
+    if missing:
+        raise UserError(f"--settled has no traces for {missing[0]}: name the pairs of --traces, at the same levels")
+    met = ({t.prompt_id for traces in found.values() for t in traces} for found in (pairs, others))
+    if again := set.intersection(*met):
+        raise UserError(f"--settled has prompts of the streams, {min(again)} for one: give traces of others")
 
 
 @cache

@@ -28,6 +28,8 @@ class Drift:
     ----------
     relative : ndarray, shape (period / BIN,)
         Goodput relative to the settled copy's, by steps since the change, all changes together.
+    unseen : ndarray, shape (period / BIN,) or (0,)
+        The same relative to a copy that has settled on other prompts, if there were any.
     kinds : dict of str to float
         The same after :data:`WITHIN` steps, by what the stream had changed to.
     over_fixed : dict of int to float
@@ -39,16 +41,15 @@ class Drift:
     policy: str
     changes: int
     relative: np.ndarray
+    unseen: np.ndarray
     kinds: dict[str, float]
     over_fixed: dict[int, float]
     nearest: Estimate
 
     @property
-    def back(self) -> int | None:
+    def back(self) -> dict[str, int | None]:
         """Steps after a change from which on every bin is at least :data:`SHARE` of the stationary goodput."""
-        below = np.flatnonzero(self.relative < SHARE)
-        start = 0 if not len(below) else int(below[-1] + 1)
-        return None if start == len(self.relative) else start * BIN
+        return {name: _back(getattr(self, name)) for name in ("relative", "unseen")}
 
     @property
     def nearest_gamma(self) -> int:
@@ -57,19 +58,30 @@ class Drift:
 
     @property
     def holds(self) -> dict[str, bool]:
-        """Whether it is back in time, and beats every fixed gamma."""
-        back = self.back
-        return {"back": back is not None and back <= WITHIN, "beats": self.nearest.value > 1.0}
+        """Whether it is back in time, by either settled copy, and beats every fixed gamma."""
+        found = {name: back is not None and back <= WITHIN for name, back in self.back.items()}
+        return found | {"beats": self.nearest.value > 1.0}
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
-        return asdict(self) | {"relative": self.relative.tolist()}
+        return asdict(self) | {"relative": self.relative.tolist(), "unseen": self.unseen.tolist()}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Drift:
         """Read what :meth:`as_json` gave."""
-        own = {"relative": np.array(found["relative"]), "nearest": Estimate(**found["nearest"])}
-        return cls(**found | own | {"over_fixed": {int(gamma): x for gamma, x in found["over_fixed"].items()}})
+        own = {name: np.array(found[name]) for name in ("relative", "unseen")}
+        return cls(
+            **found
+            | own
+            | {"nearest": Estimate(**found["nearest"])}
+            | {"over_fixed": {int(gamma): x for gamma, x in found["over_fixed"].items()}}
+        )
+
+
+def _back(relative: np.ndarray) -> int | None:
+    below = np.flatnonzero(relative < SHARE)
+    start = 0 if not len(below) else int(below[-1] + 1)
+    return None if start == len(relative) else start * BIN
 
 
 def drift(
@@ -77,6 +89,7 @@ def drift(
     kinds: Mapping[str, Sequence[Trace]],
     cost: CostTable,
     *,
+    others: Mapping[str, Sequence[Trace]] | None = None,
     period: int = 1000,
     rounds: int = 3,
     seeds: Sequence[int] = range(3),
@@ -92,30 +105,38 @@ def drift(
         What the stream changes between.
     cost : CostTable
         Where the seconds come from.
+    others : mapping of str to sequence of Trace, optional
+        Traces of other prompts, of every kind, on which a second copy settles.
     period, rounds, settling : int
         Steps between changes, changes to every kind, and steps that a settled copy has behind it.
     seeds : sequence of int
         One stream each.
     """
     edges = np.append(np.arange(0, period, BIN), np.inf)
-    own, still = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+    schools = {"relative": kinds} | ({"unseen": others} if others else {})
+    sums = {name: np.zeros((2, len(edges) - 1)) for name in schools}
     late: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in kinds}
     visits: list[Visit] = []
     changes = 0
     for seed in seeds:
-        settled = {k: settle(make_policy(spec, seed=seed), traces, cost, settling, seed) for k, traces in kinds.items()}
+        settled = {
+            name: {k: settle(make_policy(spec, seed=seed), own[k], cost, settling, seed) for k in kinds}
+            for name, own in schools.items()
+        }
         met = change(make_policy(spec, seed=seed), kinds, cost, period, rounds, seed)
         for v in met[1:]:  # the first visit is a start, not a change
-            calm = again(settled[v.kind], v.traces, cost)
-            seconds, same = relative(v.steps, v.seconds, calm, edges)
-            own += seconds
-            still += same
-            late[v.kind][0] += same[WITHIN // BIN :].sum()
-            late[v.kind][1] += seconds[WITHIN // BIN :].sum()
+            for name, copies in settled.items():
+                both = relative(v.steps, v.seconds, again(copies[v.kind], v.traces, cost), edges)
+                sums[name] += np.array(both)
+                if name == "relative":
+                    late[v.kind][0] += both[1][WITHIN // BIN :].sum()
+                    late[v.kind][1] += both[0][WITHIN // BIN :].sum()
         changes += len(met) - 1
         visits += met
     by_kind = {kind: same / seconds for kind, (same, seconds) in late.items()}
-    return Drift(spec, changes, still / own, by_kind, *against_fixed(visits, cost))
+    found = {name: still / own for name, (own, still) in sums.items()}
+    unseen = found.get("unseen", np.empty(0))
+    return Drift(spec, changes, found["relative"], unseen, by_kind, *against_fixed(visits, cost))
 
 
 def against_fixed(visits: Sequence[Visit], cost: CostTable) -> tuple[dict[int, float], Estimate]:
@@ -144,16 +165,17 @@ def against_fixed(visits: Sequence[Visit], cost: CostTable) -> tuple[dict[int, f
 
 def as_rows(stream: str, found: Drift) -> list[str]:
     """Cells of a table row."""
-    back = found.back
     gamma, ratio = found.nearest_gamma, found.nearest
     kind = min(found.kinds, key=lambda k: found.kinds[k])
     verdict = {name: "pass" if good else "**fail**" for name, good in found.holds.items()}
+    back = {name: f"{'never' if steps is None else steps} {verdict[name]}" for name, steps in found.back.items()}
     return [
         stream,
         f"`{found.policy}`",
         str(found.changes),
         f"{found.relative[0]:.3f}",
-        f"{'never' if back is None else back} {verdict['back']}",
+        back["relative"],
         f"{found.kinds[kind]:.3f} ({kind})",
+        *([f"{found.unseen[0]:.3f}", back["unseen"]] if len(found.unseen) else []),
         f"{ratio.text(3)} (γ {gamma}) {verdict['beats']}",
     ]

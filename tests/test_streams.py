@@ -7,6 +7,7 @@ import json
 import re
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from policies.registry import make_policy
 from speckv_online.contest import tell_costs
 from speckv_online.cost import CostTable, LevelCost
 from speckv_online.simulate import Simulator
-from tests.trace_env import random_traces, save
+from tests.trace_env import random_trace, random_traces, save
 
 COST = CostTable("test", {level: LevelCost(0.01, (0.05, 0.056), 0.001) for level in ("nf4", "int8")})
 TRACES = random_traces(8)
@@ -114,10 +115,15 @@ def test_reaching_a_share_of_the_final_goodput() -> None:
 
 
 def test_drift_of_a_policy_that_cannot_learn_is_none() -> None:
-    found = drift("fixed:2", {"easy": random_traces(4, ease=3), "hard": random_traces(4, ease=0.5)}, COST, period=400,
-                  rounds=1, seeds=(0,), settling=50)  # fmt: skip
+    kinds = {"easy": random_traces(4, ease=3), "hard": random_traces(4, ease=0.5)}
+    few: dict[str, Any] = {"period": 400, "rounds": 1, "seeds": (0,), "settling": 50}
+    found = drift("fixed:2", kinds, COST, others={kind: own[:1] for kind, own in kinds.items()}, **few)
     np.testing.assert_allclose(found.relative, 1.0)
-    assert found.back == 0
+    np.testing.assert_allclose(found.unseen, 1.0)
+    assert found.back == {"relative": 0, "unseen": 0}
+    alone = drift("fixed:2", kinds, COST, **few)
+    assert len(as_rows("s", alone)) == len(as_rows("s", found)) - 2
+    assert alone.unseen.shape == (0,)
     assert found.over_fixed[2] == pytest.approx(1)
     assert found.nearest.value <= 1 + 1e-12
     assert found.nearest.value == pytest.approx(found.over_fixed[found.nearest_gamma])
@@ -134,6 +140,16 @@ def test_a_warm_start_is_measured_against_a_cold_one() -> None:
     assert vars(Start.from_json(json.loads(json.dumps(found.as_json()))))["cold"].tolist() == found.cold.tolist()
     assert not np.array_equal(found.warm_curve, found.cold_curve)
     assert np.isfinite(found.warm_curve).all()
+
+
+def test_what_has_settled_on_other_prompts_does_not_know_the_streams_own() -> None:
+    """`goodput` remembers how drafts after the same tokens fared: one that has met the same prompts is ahead."""
+    kinds, others = ({kind: [random_trace(first + i, kind) for i in range(6)] for kind in ("nf4", "int8")}
+                     for first in (0, 100))  # fmt: skip
+    found = drift("goodput", kinds, COST, others=others, period=400, rounds=1, seeds=(0,), settling=400)
+    assert found.unseen.shape == found.relative.shape
+    assert not np.allclose(found.unseen, found.relative)
+    assert found.unseen.mean() > found.relative.mean()
 
 
 def test_folds_spread_tasks_and_hold_every_prompt_once() -> None:
@@ -218,6 +234,22 @@ def test_streams_go_on_where_a_run_was_killed(tmp_path: Path, folders: str) -> N
     assert replays_streams.main(flags) == 0  # what other policies did is not taken up
     assert len(log.read_text().splitlines()) == 8
     assert replays_streams.main([*flags, "--steps", "50"]) == 2
+
+
+def test_settled_copies_meet_other_prompts_of_every_kind(
+    tmp_path: Path, folders: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--traces", folders, "--parts", "drift", "--policies", "fixed:2", "--out", str(tmp_path / "streams")]
+    few = save(random_traces(4, ("nf4",)), tmp_path / "few")
+    for settled, message in (
+        (folders, "has prompts of the streams"),
+        (f"good={few},weak={few}", "no traces for"),
+        ("nowhere", "--settled wants NAME=DIRECTORY"),
+    ):
+        assert replays_streams.main([*flags, "--settled", settled]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
