@@ -20,7 +20,7 @@ from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import NO_PROPOSAL
 from speckv_online.errors import UserError
 from speckv_online.quick_batch import QuickBatch, batch_of
-from speckv_online.quick_target import QuickTarget
+from speckv_online.quick_target import quick_of
 from speckv_online.sampling import Sampler
 from speckv_online.sequences import Generation, TokenSequence, matching, record_of, untimed
 from speckv_online.signals import History
@@ -134,7 +134,7 @@ def _run(decoder: SpeculativeDecoder, rows: list[_Row], on_tokens: Callable[[int
     started = perf_counter()
     prompts = [row.sequence.tokens for row in rows]
     capacity = max(len(p) + row.budget for p, row in zip(prompts, rows, strict=True)) + decoder.max_gamma + 1
-    quick: QuickTarget | None = getattr(decoder.target, "_quick", None)
+    quick = quick_of(decoder.target)
     target = batch_of(
         decoder.target, prompts, capacity, None if quick is None or quick.whole_prompts else quick.program
     )

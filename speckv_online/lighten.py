@@ -1,7 +1,8 @@
 """Other libraries' layers on a CPU with the same results bit for bit, in less time.
 
 A layer that can be done in fewer calls is compared first: its first forward is its own, and it takes the short way
-from then on if that gives the same for the same input. So another version of a library costs speed and nothing else.
+from then on if that gives the same for the same input, until its weight is changed. So another version of a library
+costs speed and nothing else.
 The ways are those of bitsandbytes' layers (:mod:`speckv_online.bnb_cpu`) and of RMS norms
 (:mod:`speckv_online.norms`). docs/performance.md has the measurements.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from speckv_online import bnb_cpu, norms
+from speckv_online.marks import mark
 
 #: By the name of a layer's class: whether it can take the short way, and that way.
 WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch.Tensor]]] = {
@@ -36,12 +38,20 @@ def lighten(model: nn.Module) -> int:
 def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     answer: torch.Tensor = type(layer).forward(layer, x)
     if x.dtype == torch.float32 and x.numel() > 0 and not torch.is_grad_enabled():
-        del layer.forward
+        layer.__dict__.pop("forward", None)
         ready, forward = WAYS[type(layer).__name__]
         try:
             if ready(layer) and torch.equal(forward(layer, x), answer):
-                layer.forward = MethodType(forward, layer)
+                layer._way, layer._made_of = forward, mark(layer)
+                layer.forward = MethodType(_short_forward, layer)
         # Another version of a library, or none; a processor that lacks an instruction.
         except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError):
             pass
+    return answer
+
+
+def _short_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    if layer._made_of != mark(layer):
+        return _first_forward(layer, x)
+    answer: torch.Tensor = layer._way(layer, x)
     return answer

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from speckv_online.attention import group
 from speckv_online.kernels import Shape, compiled, lay_out, shape
 from speckv_online.lighten import lighten
+from speckv_online.marks import mark
 from speckv_online.quick_target import quicken
 
 #: Most rows for which the kernels are the quicker ones: more are a prompt.
@@ -30,7 +31,8 @@ _TOLERANCE = 1e-5
 class PackedLinear(nn.Linear):
     """An ``nn.Linear`` for inference whose weight is laid out for few rows too.
 
-    A row's result has the same bits whatever the number of rows, up to :data:`MOST_ROWS`.
+    A row's result has the same bits whatever the number of rows, up to :data:`MOST_ROWS`. Where the weight was changed
+    it is laid out anew.
 
     Parameters
     ----------
@@ -44,10 +46,15 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        # Not buffers: neither saved nor hashed.
-        self._packed = lay_out(linear.weight.detach(), use)
-        self._kernel = compiled(use)[self._packed[0].dtype]
+        self._use = use
+        self._lay_out()
         self.eval()
+
+    def _lay_out(self) -> None:
+        # Not buffers: neither saved nor hashed.
+        self._made_of = mark(self)
+        self._packed = lay_out(self.weight.detach(), self._use)
+        self._kernel = compiled(self._use)[self._packed[0].dtype]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias``, shape (..., out_features)."""
@@ -55,6 +62,8 @@ class PackedLinear(nn.Linear):
         plain = x.dtype == torch.float32 and x.is_contiguous() and x.is_cpu and not torch.is_grad_enabled()
         if not plain or not 0 < rows <= MOST_ROWS:
             return nn.functional.linear(x, self.weight, self.bias)
+        if self._made_of != mark(self):
+            self._lay_out()
         weight, scales = self._packed
         out = x.new_empty(*x.shape[:-1], self.out_features)
         pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
@@ -89,7 +98,7 @@ def pack(model: nn.Module) -> int:
     Other layers take a short way where there is one, see :mod:`speckv_online.lighten`, and so do attention, see
     :mod:`speckv_online.attention`, and the whole forward, see :mod:`speckv_online.quick_target`. Linear layers stay
     where packing does not work, and in a model whose weights are too large to be kept twice. Logits change by rounding
-    only.
+    only. A model whose weights change later need not be packed again, unless they change through ``weight.data``.
     """
     lighten(model)
     if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
@@ -102,7 +111,8 @@ def pack(model: nn.Module) -> int:
         for parent in model.modules()
         for name, child in parent.named_children()
         # The exact type: bitsandbytes' layers are subclasses with weights of their own.
-        if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
+        if type(child) is nn.Linear or type(child) is PackedLinear
+        if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
         if child.out_features % use.features == 0 and child.in_features % use.lanes == 0
     ]
     if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES or not can_pack(use):

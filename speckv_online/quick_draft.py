@@ -37,7 +37,7 @@ class QuickDraft:
     Parameters
     ----------
     model : LlamaForCausalLM
-        In fp32 on the CPU. Its embedding is shared, all other weights are copied.
+        In fp32 on the CPU. Its embedding is shared, all other weights are copied: where they change, make it anew.
     width : int
         Floats in a register of the processor, as :func:`speckv_online.kernels_q8.lanes` has them.
     """

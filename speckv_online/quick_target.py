@@ -24,6 +24,7 @@ from speckv_online.jit import double
 from speckv_online.kernels_q8 import lanes
 from speckv_online.kvcache import KVCache
 from speckv_online.llama_program import UNUSABLE, LlamaProgram, Step, plain
+from speckv_online.marks import Mark, mark
 
 #: Most tokens that are read at once; for more than so many pieces the model itself is the quicker one.
 MOST_ROWS, MOST_PIECES = 64, 4
@@ -141,6 +142,7 @@ class QuickTarget:
         to = "bfloat" if any(type(m).__name__ == "Linear4bit" for m in model.modules()) else "float"
         names = "embed", "turn", f"attend_{to}", f"gate_{to}", "add", "shorten"
         self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
+        self.made_of = _marks(model)
         body, scale = model.model, double(float(model.model.layers[0].self_attn.scaling))
         widest = max(p.hidden, p.form.heads * p.form.size, p.inner)
         self._x, self._more, room = torch.empty(MOST_ROWS, widest), torch.empty(MOST_ROWS, p.hidden), _Room(widest)
@@ -181,12 +183,32 @@ class QuickTarget:
         return self.program.read(ids, cache, keep)
 
 
+def _marks(model: Any) -> list[Mark]:
+    """Return the marks of all weights of a Llama."""
+    found = [model.model.embed_tokens, model.model.norm, model.lm_head]
+    for layer in model.model.layers:
+        a, f = layer.self_attn, layer.mlp
+        found += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
+        found += [layer.input_layernorm, layer.post_attention_layernorm]
+    return list(map(mark, found))
+
+
+def quick_of(model: nn.Module) -> QuickTarget | None:
+    """Return a model's quick forward, if it has one, as of its weights now: made anew where they were changed."""
+    quick: QuickTarget | None = model.__dict__.get("_quick")
+    if quick is not None and quick.made_of != _marks(model):
+        return model._quick if quicken(model) else None  # type: ignore[return-value]
+    return quick
+
+
 @wraps(LlamaForCausalLM.forward)  # transformers reads the signature
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
     ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
     whole = len(model.model.layers) == model._quick.program.layers  # none was taken out since
     known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
+    if whole and isinstance(cache, KVCache) and len(cache) == 0:  # a new text
+        known = known and quick_of(model) is not None
     if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
         count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, len(model._quick.program.turns) - len(cache))
@@ -211,6 +233,8 @@ def quicken(model: nn.Module) -> bool:
     It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
     are not the model's up to rounding, the model stays as it is.
     """
+    if model.__dict__.pop("_quick", None) is not None:
+        del model.forward
     width = lanes()
     if width is None or not plain(model):
         return False

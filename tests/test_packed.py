@@ -31,6 +31,20 @@ def test_packed_linear_is_linear(bias: bool, shape: tuple[int, ...]) -> None:
 
 
 @needs_packing
+def test_a_weight_that_is_changed_is_laid_out_anew() -> None:
+    linear, x = nn.Linear(48, 80), torch.randn(5, 48)
+    layer = PackedLinear(linear, USE)
+    with torch.no_grad():
+        for change in (
+            lambda: linear.weight.mul_(3.0),
+            lambda: setattr(layer, "weight", nn.Parameter(x.repeat(16, 1))),
+        ):
+            layer(x)
+            change()
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@needs_packing
 def test_gradients_pass_as_through_the_layer_itself() -> None:
     linear, x = nn.Linear(48, 80), torch.randn(3, 48, requires_grad=True)
     PackedLinear(linear, USE)(x).sum().backward()

@@ -132,6 +132,66 @@ def test_a_copy_outlives_its_model() -> None:
     assert torch.equal(copied(input_ids=TEXT[None, :9], past_key_values=KVCache(LAYERS, 20)).logits, expected)
 
 
+def write(model: LlamaForCausalLM) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2.0)
+
+
+def load(model: LlamaForCausalLM) -> None:
+    model.load_state_dict({name: 0.5 * value for name, value in model.state_dict().items()})
+
+
+def train(model: LlamaForCausalLM) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(input_ids=TEXT[None, :20], labels=TEXT[None, :20]).loss.backward()
+    optimizer.step()
+
+
+def replace_norm(model: LlamaForCausalLM) -> None:
+    layer = model.model.layers[0].input_layernorm
+    layer.weight = torch.nn.Parameter(2.0 * layer.weight.detach())
+
+
+def replace_layer(model: LlamaForCausalLM) -> None:
+    torch.manual_seed(8)
+    model.lm_head = torch.nn.Linear(96, VOCABULARY, bias=False)
+
+
+def write_unseen(model: LlamaForCausalLM) -> None:
+    model.model.norm.weight.data.mul_(0.5)
+    model.model.layers[0].self_attn.o_proj.weight.data.mul_(0.5)
+    if hasattr(model, "_quick"):
+        pack(model)
+
+
+@pytest.mark.parametrize("change", [write, load, train, replace_norm, replace_layer, write_unseen])
+def test_changed_weights_are_decoded_with(change: Any) -> None:
+    """Whatever changes a packed model, its next text is that of the model as it is then, and its copies stay."""
+    stock, model = llama(), llama()
+    pack(model)
+    quick, before = model._quick, copy.deepcopy(model)
+    short, one = {"input_ids": TEXT[None, :9]}, {"input_ids": TEXT[None, 9:10]}
+    changed, tokens = list[torch.Tensor](), list[list[int]]()
+    for some in (stock, model):
+        with torch.inference_mode():
+            first = some(**short, past_key_values=KVCache(LAYERS, 20)).logits
+        change(some)
+        with torch.inference_mode():
+            cache = KVCache(LAYERS, 20)
+            changed += [some(**short, past_key_values=cache).logits, some(**one, past_key_values=cache).logits]
+        decoder = SpeculativeDecoder(None, policy="autoregressive", target=some)
+        tokens.append(decode_batch(decoder, [TEXT[:9].tolist()] * 2, 1)[0].tokens)
+    for want, found in zip(changed[:2], changed[2:], strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert tokens[0] == tokens[1]
+    assert not torch.allclose(first, changed[2])
+    assert hasattr(model, "_quick") == (change is not replace_layer)  # a stock layer is none that it knows
+    with torch.inference_mode():
+        same = before(**short, past_key_values=KVCache(LAYERS, 20)).logits
+    assert torch.equal(same, first)
+    assert before._quick is not quick  # of its own weights
+
+
 @torch.inference_mode()
 def test_a_model_of_some_of_the_layers_has_a_forward_of_its_own() -> None:
     stock, model = llama(), llama()
