@@ -136,6 +136,10 @@ class Code:
             f"shufflevector <{lanes} x {kind}> {one}, <{lanes} x {kind}> poison, <{lanes} x i32> zeroinitializer"
         )
 
+    def upper(self, value: str) -> str:
+        """Return the upper halves of 16 words: fp32 with bf16's values in bf16."""
+        return self.let(f"trunc <16 x i32> {self.let(f'lshr <16 x i32> {value}, splat (i32 16)')} to <16 x i16>")
+
     def add_product(self, lanes: int, total: str, a: str, b: str) -> None:
         """Add the product of two vectors of floats to a slot, rounded once."""
         wide = f"<{lanes} x float>"

@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from speckv_online.fingerprints import fingerprint
+from speckv_online.jit import Kernel, features
+from speckv_online.kernels_bnb import four_bit_ways
 from speckv_online.lighten import WAYS, lighten
 from speckv_online.packed import pack
 
 bnb = pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def ways() -> list[Kernel]:
+    return four_bit_ways()
 
 
 def layer(kind: str, bias: bool = False) -> Any:
@@ -49,6 +58,32 @@ def test_equal_to_the_last_bit(kind: str, bias: bool) -> None:
                 found = light(x)
                 assert found.dtype == torch.float32
                 assert torch.equal(found, stock(x)), (scale, shape)
+
+
+@pytest.mark.skipif("avx512bf16" not in features(), reason="no such instructions")
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 30), size=st.sampled_from([(64, 32, 64), (192, 96, 64), (256, 64, 128)]), seed=st.integers(0, 9)
+)
+def test_both_ways_to_multiply_pairs_have_the_same_bits(
+    ways: list[Kernel], rows: int, size: tuple[int, int, int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs, outputs, block = size
+    weights = torch.randint(0, 256, (inputs * outputs // 2,), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(inputs // block * outputs, generator=generator).bfloat16()
+    x, codes = (torch.randn(shape, generator=generator).bfloat16().float() for shape in ((rows, inputs), (16,)))
+    first, second = torch.empty(rows, outputs), torch.empty(rows, outputs)
+    for kernel, out in zip(ways, (first, second), strict=True):
+        pointers = x.data_ptr(), weights.data_ptr(), out.data_ptr()
+        kernel(*pointers, rows, inputs, outputs, scales.data_ptr(), block, codes.data_ptr())
+    assert torch.equal(first, second)
+    # Of 32 features, a byte of the last 16 and of the first 16, for two inputs in turn.
+    bytes_ = weights.view(outputs // 32, inputs // 2, 16, 2)
+    table = torch.cat((codes[(bytes_ & 15).long()], codes[(bytes_ >> 4).long()]), 2)
+    w = table.permute(0, 2, 1, 3).reshape(outputs, inputs)
+    w = w * scales.float().view(inputs // block, outputs).t().repeat_interleave(block, 1)
+    torch.testing.assert_close(first, x @ w.t(), rtol=0.01, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
