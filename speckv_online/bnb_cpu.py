@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from speckv_online.jit import double
-from speckv_online.kernels_bnb import FEATURES, INPUTS, ONE, compiled
+from speckv_online.kernels_bnb import FEATURES, ONE, compiled, lay_out_int8
 
 
 def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -75,9 +75,9 @@ def ready_int8(layer: Any) -> bool:
         return False
     weight = layer.state.CB
     outputs, inputs = weight.shape
-    if outputs % FEATURES or inputs % INPUTS:
+    if outputs % FEATURES or inputs % 16:
         return False
-    blocks = weight.view(outputs // FEATURES, FEATURES, inputs // INPUTS, INPUTS).transpose(1, 2).contiguous()
+    blocks = lay_out_int8(weight)
     sums = weight.sum(1, dtype=torch.int32) * 128
     threshold = layer.state.threshold if layer.state.threshold > 0.0 else float("inf")
     layer._light = blocks, layer.state.SCB.float().contiguous(), sums, double(threshold), (outputs, inputs)

@@ -10,13 +10,14 @@ from functools import cache
 from time import perf_counter
 
 import numpy as np
+import torch
 
 from speckv_online.jit import Code, Kernel, Library, features, single
 
 #: Most rows that meet a weight at once.
 _ROWS = 12
 #: Output features that are read together by :func:`int8`, and inputs of each at once.
-FEATURES, INPUTS = 2, 64
+FEATURES, INPUTS = 32, 4
 #: What LLM.int8 multiplies by in bitsandbytes: 1 / 127 squared (its literal is one zero short).
 BOTH = 6.200124e-05
 #: 1 / 127, as bitsandbytes has it.
@@ -129,10 +130,10 @@ def int8() -> str:
     ``out = ((numbers - 128) @ weights.T) * (tops * sizes) * BOTH`` in fp32, in this order, with the product in whole
     numbers: LLM.int8 without outliers.
 
-    ``numbers`` are unsigned bytes, ``weights`` signed ones in the order in which they are read here, ``tops`` fp32 of
-    shape (rows,), ``sizes`` fp32 of shape (outputs,), ``sums`` 128 times the sum of a row of weights, int32.
+    ``numbers`` are unsigned bytes, ``weights`` signed ones as :func:`lay_out_int8` has them, ``tops`` fp32 of shape
+    (rows,), ``sizes`` fp32 of shape (outputs,), ``sums`` 128 times the sum of a row of weights, int32.
     """
-    wide, few, whole = "<16 x i32>", f"<{FEATURES} x float>", f"<{FEATURES} x i32>"
+    wide, whole, parts = "<16 x float>", "<16 x i32>", range(FEATURES // 16)
     c = Code("int8")
     x, weights, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
@@ -143,38 +144,43 @@ def int8() -> str:
         there = c.at(weights, c.whole("mul", feature, inputs), "i8")
 
         def some(done: str, count: int) -> None:
-            totals = [[c.slot(wide, "zeroinitializer") for _ in range(FEATURES)] for _ in range(count)]
+            totals = [[c.slot(whole, "zeroinitializer") for _ in parts] for _ in range(count)]
             with c.loop(0, inputs, INPUTS) as i:
                 place = c.at(there, c.whole("mul", i, FEATURES), "i8")
                 c.fetch(place, FEATURES * INPUTS)
-                w = [c.load(wide, c.at(place, f * INPUTS, "i8"), 1) for f in range(FEATURES)]
+                w = [c.load(whole, c.at(place, 16 * INPUTS * p, "i8"), 1) for p in parts]
                 for row in range(count):
                     at = c.whole("add", c.whole("mul", c.whole("add", done, row), inputs), i)
-                    value = c.load(wide, c.at(x, at, "i8"), 1)
-                    for f in range(FEATURES):
-                        old = c.load(wide, totals[row][f])
-                        new = c.let(
-                            f"call {wide} @llvm.x86.avx512.vpdpbusd.512({wide} {old}, {wide} {value}, {wide} {w[f]})"
-                        )
-                        c.do(f"store {wide} {new}, ptr {totals[row][f]}")
-            size = c.load(few, c.at(sizes, feature, "float"), 4)
-            much = c.load(whole, c.at(sums, feature, "i32"), 4)
-            for row in range(count):
-                found = "poison"
-                for f in range(FEATURES):
-                    total = c.load(wide, totals[row][f])
-                    one = c.let(f"call i32 @llvm.vector.reduce.add.v16i32({wide} {total})")
-                    found = c.let(f"insertelement {whole} {found}, i32 {one}, i64 {f}")
-                product = c.let(f"sitofp {whole} {c.let(f'sub {whole} {found}, {much}')} to {few}")
-                behind = c.whole("add", done, row)
-                top = c.everywhere(FEATURES, "float", c.load("float", c.at(tops, behind, "float")))
-                scaled = c.let(f"fmul {few} {product}, {c.let(f'fmul {few} {top}, {size}')}")
-                answer = c.let(f"fmul {few} {scaled}, splat (float {single(BOTH)})")
-                to = c.at(out, c.whole("add", c.whole("mul", behind, outputs), feature), "float")
-                c.do(f"store {few} {answer}, ptr {to}, align 4")
+                    value = c.everywhere(16, "i32", c.load("i32", c.at(x, at, "i8"), 1))
+                    for p in parts:
+                        given = f"{whole} {c.load(whole, totals[row][p])}, {whole} {value}, {whole} {w[p]}"
+                        new = c.let(f"call {whole} @llvm.x86.avx512.vpdpbusd.512({given})")
+                        c.do(f"store {whole} {new}, ptr {totals[row][p]}")
+            for p in parts:
+                here = c.whole("add", feature, 16 * p)
+                size = c.load(wide, c.at(sizes, here, "float"), 4)
+                much = c.load(whole, c.at(sums, here, "i32"), 4)
+                for row in range(count):
+                    found = c.let(f"sub {whole} {c.load(whole, totals[row][p])}, {much}")
+                    product = c.let(f"sitofp {whole} {found} to {wide}")
+                    behind = c.whole("add", done, row)
+                    top = c.everywhere(16, "float", c.load("float", c.at(tops, behind, "float")))
+                    scaled = c.let(f"fmul {wide} {product}, {c.let(f'fmul {wide} {top}, {size}')}")
+                    answer = c.let(f"fmul {wide} {scaled}, splat (float {single(BOTH)})")
+                    to = c.at(out, c.whole("add", c.whole("mul", behind, outputs), here), "float")
+                    c.do(f"store {wide} {answer}, ptr {to}, align 4")
 
         c.chunks(rows, _ROWS, some)
     return c.text()
+
+
+def lay_out_int8(weights: torch.Tensor) -> torch.Tensor:
+    """Return bytes of shape (outputs, inputs) as :func:`int8` reads them: four inputs of each of 32 outputs together.
+
+    The result's shape is (outputs / 32, inputs / 4, 32, 4).
+    """
+    outputs, inputs = weights.shape
+    return weights.view(outputs // FEATURES, FEATURES, inputs // INPUTS, INPUTS).transpose(1, 2).contiguous()
 
 
 def quantize() -> str:
@@ -244,26 +250,32 @@ def outliers() -> str:
     x, columns, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
     weights, sizes = c.argument(6, "ptr"), c.argument(7, "ptr")
-    low, high = c.share(outputs)
+    wide, whole = "<16 x float>", "<16 x i32>"
+    low, high = c.share(c.whole("udiv", outputs, FEATURES))
     with c.loop(0, rows) as row:
         found = c.at(columns, c.whole("mul", row, c.whole("add", inputs, 1)), "i32")
         count = c.let(f"zext i32 {c.load('i32', found)} to i64")
         with c.loop(0, count) as j:
             column = c.let(f"zext i32 {c.load('i32', c.at(c.at(found, j, 'i32'), 1, 'i32'))} to i64")
-            value = c.load("float", c.at(x, c.whole("add", c.whole("mul", row, inputs), column), "float"))
-            block, rest = (c.whole(operation, column, INPUTS) for operation in ("udiv", "urem"))
-            with c.loop(low, high) as feature:
-                part, f = (c.whole(operation, feature, FEATURES) for operation in ("udiv", "urem"))
-                before = c.whole("add", c.whole("mul", part, c.whole("udiv", inputs, INPUTS)), block)
-                place = c.whole(
-                    "add", c.whole("mul", c.whole("add", c.whole("mul", before, FEATURES), f), INPUTS), rest
-                )
-                number = c.let(f"sitofp i8 {c.load('i8', c.at(weights, place, 'i8'))} to float")
-                scaled = c.let(f"fmul float {number}, {c.load('float', c.at(sizes, feature, 'float'))}")
-                weight = c.let(f"fmul float {scaled}, {single(ONE)}")
-                to = c.at(out, c.whole("add", c.whole("mul", row, outputs), feature), "float")
-                new = c.let(f"call float @llvm.fma.f32(float {value}, float {weight}, float {c.load('float', to)})")
-                c.do(f"store float {new}, ptr {to}")
+            here = c.at(x, c.whole("add", c.whole("mul", row, inputs), column), "float")
+            value = c.everywhere(16, "float", c.load("float", here))
+            # Which of a word's four bytes: shifted to the top, and down again with its sign.
+            up = c.whole("sub", 24, c.whole("mul", c.whole("urem", column, INPUTS), 8))
+            shift = c.everywhere(16, "i32", c.let(f"trunc i64 {up} to i32"))
+            with c.loop(low, high) as part:
+                before = c.whole("add", c.whole("mul", part, c.whole("udiv", inputs, INPUTS)),
+                                 c.whole("udiv", column, INPUTS))  # fmt: skip
+                for p in range(FEATURES // 16):
+                    first = c.whole("mul", c.whole("add", c.whole("mul", before, FEATURES), 16 * p), INPUTS)
+                    upper = c.let(f"shl {whole} {c.load(whole, c.at(weights, first, 'i8'), 1)}, {shift}")
+                    number = c.let(f"sitofp {whole} {c.let(f'ashr {whole} {upper}, splat (i32 24)')} to {wide}")
+                    feature = c.whole("add", c.whole("mul", part, FEATURES), 16 * p)
+                    size = c.load(wide, c.at(sizes, feature, "float"), 4)
+                    weight = c.let(f"fmul {wide} {c.let(f'fmul {wide} {number}, {size}')}, splat (float {single(ONE)})")
+                    to = c.at(out, c.whole("add", c.whole("mul", row, outputs), feature), "float")
+                    old = c.load(wide, to, 4)
+                    new = c.let(f"call {wide} @llvm.fma.v16f32({wide} {value}, {wide} {weight}, {wide} {old})")
+                    c.do(f"store {wide} {new}, ptr {to}, align 4")
     return c.text()
 
 
@@ -302,8 +314,6 @@ def compiled() -> dict[str, Kernel]:
     if {"avx512f", "avx512bw", "avx512vnni"} <= there:
         declared = (
             "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n"
-            "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)\n"
-            "declare float @llvm.fma.f32(float, float, float)\n"
             "declare float @llvm.vector.reduce.fmaximum.v16f32(<16 x float>)\n"
             "declare <16 x float> @llvm.maximum.v16f32(<16 x float>, <16 x float>)\n"
             "declare <16 x float> @llvm.fabs.v16f32(<16 x float>)\n"
