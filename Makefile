@@ -1,6 +1,6 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
 # make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below
-# make results  everything that docs/results.md shows, about 3.5 hours on two cores; stopped, the same command goes on
+# make results  everything that docs/results.md shows, two to four hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
 # make clean removes the environment; caches of models stay (see `speckv models`)
@@ -42,24 +42,27 @@ results-measured: setup
 	@$(BIN)/python -m experiments.results --doc docs/results.md --readme README.md --plot docs/img/results.png \
 		--out $(RUNS)/results $(ARGS)
 
-# Exact traces of all held-out prompts, of the default pair (25 minutes) and of the same target drafted by its own 4-bit
-# self, whose outputs are those of the first (20 minutes); every policy replayed on both (30 minutes), and streams (40).
+# Exact traces of all held-out prompts, of the default pair (5 to 25 minutes) and of the same target drafted by its own
+# 4-bit self, whose outputs are those of the first (as long); of 40 training prompts, for the streams' settled copies
+# (half as long); every policy replayed on the held-out ones (10 to 30 minutes), and streams (30 to 60).
 results-modelled: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== exact traces of the default pair"
 	@$(BIN)/python -m experiments.profile --split test --prompts 80 --out $(RUNS)/test
+	@$(BIN)/python -m experiments.profile --split train --prompts 40 --out $(RUNS)/train
 	@echo "== exact traces of a draft that is mostly right: the target's own 4-bit self"
 	@model=$$($(BIN)/python -c "from speckv_online.models import prepare; print(prepare('smollm2'))") && \
-	$(BIN)/python -m experiments.profile --target "$$model" --draft "$$model" --draft-level nf4 --split test \
-		--prompts 80 --reuse $(RUNS)/test --out $(RUNS)/high
+	for split in test:80 train:40; do $(BIN)/python -m experiments.profile --target "$$model" --draft "$$model" \
+		--draft-level nf4 --split $${split%:*} --prompts $${split#*:} --reuse $(RUNS)/$${split%:*} \
+		--out $(RUNS)/high-$${split%:*} || exit $$?; done
 	@echo "== every policy on the traces"
 	@test -f $(RUNS)/replays/replays.json || $(BIN)/python -m experiments.replays $(ON_TRACES) --orders 3 \
 		--out $(RUNS)/replays
 	@echo "== learning over time on the traces"
 	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --processes 2 --images docs/img \
-		--out $(RUNS)/streams
+		--settled default=$(RUNS)/train,high=$(RUNS)/high-train --out $(RUNS)/streams
 
-ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high --costs $(RUNS)/test/cost.json,rtx3090-release \
+ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high-test --costs $(RUNS)/test/cost.json,rtx3090-release \
 	--doc docs/results.md
 
 setup: $(READY)
