@@ -90,7 +90,7 @@ class Goodput(CostAware):
         acceptance: str = "",
         strength: float = 1500.0,
         discount: float = 0.9995,
-        refresh: int = 32,
+        refresh: int = 48,
         cap: int = MAX_GAMMA,
         **options: Any,
     ) -> None:
@@ -167,7 +167,7 @@ class Goodput(CostAware):
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.
         known = min(self.hazard.heads[0].steps, self.hazard.quality.information(step.level))
-        if self.hazard.pending >= min(self.every, 1 + known // 8):
+        if self.hazard.pending >= min(self.every, 1 + known // 2):
             self.hazard.refresh()
             self.version += 1
 

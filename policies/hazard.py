@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -115,24 +116,25 @@ class Hazard:
         """Turn the noted steps into weighted rows of both heads, at the weights in use."""
         if not self._steps:
             return
-        before: list[list[float]] = []
-        after: list[list[float]] = []
-        labels: list[float] = []
+        # Rows one after the other: numpy takes long to read lists of lists.
+        before, after, labels = list[float](), list[float](), list[float]()
         lengths: list[int] = []
         levels = list(dict.fromkeys(step.level for step, _, _ in self._steps))
         for step, tested, accepted in self._steps:
-            told = [j for j in range(tested) if step.after[j]]
-            before += [step.before[j] for j in told]
-            after += [step.after[j] for j in told]
-            labels += [float(j < accepted) for j in told]
-            lengths.append(len(told))
+            count = len(labels)
+            for j in range(tested):
+                if step.after[j]:
+                    before += step.before[j]
+                    after += step.after[j]
+                    labels.append(1.0 if j < accepted else 0.0)
+            lengths.append(len(labels) - count)
         at = np.repeat([levels.index(step.level) for step, _, _ in self._steps], lengths)
         age = np.repeat(self.quality.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
         self._steps.clear()
         y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
         sums = np.zeros((2, len(levels)))
         for head, rows, slope, curve in zip(self.heads, (before, after), self._slopes, self._curves, strict=True):
-            phi = np.array(rows).reshape(-1, len(slope))
+            phi = np.frombuffer(array("d", rows)).reshape(-1, len(slope))
             own, by_quality = phi @ head.mean, phi @ slope
             p = 1.0 / (1.0 + np.exp(-np.clip(own + m * (by_quality + m * curve), -30.0, 30.0)))
             variance = np.maximum(p * (1.0 - p), FLOOR)
