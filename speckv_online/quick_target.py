@@ -196,9 +196,15 @@ def _marks(model: Any) -> list[Mark]:
 def quick_of(model: nn.Module) -> QuickTarget | None:
     """Return a model's quick forward, if it has one, as of its weights now: made anew where they were changed."""
     quick: QuickTarget | None = model.__dict__.get("_quick")
-    if quick is not None and quick.made_of != _marks(model):
-        return model._quick if quicken(model) else None  # type: ignore[return-value]
-    return quick
+    if quick is None:
+        return None
+    try:
+        same = quick.made_of == _marks(model)
+    except AttributeError:  # a part was put in place that has other parts
+        same = False
+    if same:
+        return quick
+    return model._quick if quicken(model) else None  # type: ignore[return-value]
 
 
 @wraps(LlamaForCausalLM.forward)  # transformers reads the signature

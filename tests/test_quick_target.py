@@ -157,6 +157,10 @@ def replace_layer(model: LlamaForCausalLM) -> None:
     model.lm_head = torch.nn.Linear(96, VOCABULARY, bias=False)
 
 
+def replace_part(model: LlamaForCausalLM) -> None:
+    model.model.layers[0].mlp = torch.nn.Identity()
+
+
 def write_unseen(model: LlamaForCausalLM) -> None:
     model.model.norm.weight.data.mul_(0.5)
     model.model.layers[0].self_attn.o_proj.weight.data.mul_(0.5)
@@ -164,7 +168,7 @@ def write_unseen(model: LlamaForCausalLM) -> None:
         pack(model)
 
 
-@pytest.mark.parametrize("change", [write, load, train, replace_norm, replace_layer, write_unseen])
+@pytest.mark.parametrize("change", [write, load, train, replace_norm, replace_layer, replace_part, write_unseen])
 def test_changed_weights_are_decoded_with(change: Any) -> None:
     """Whatever changes a packed model, its next text is that of the model as it is then, and its copies stay."""
     stock, model = llama(), llama()
@@ -185,7 +189,7 @@ def test_changed_weights_are_decoded_with(change: Any) -> None:
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert tokens[0] == tokens[1]
     assert not torch.allclose(first, changed[2])
-    assert hasattr(model, "_quick") == (change is not replace_layer)  # a stock layer is none that it knows
+    assert hasattr(model, "_quick") == (change not in (replace_layer, replace_part))  # parts that it does not know
     with torch.inference_mode():
         same = before(**short, past_key_values=KVCache(LAYERS, 20)).logits
     assert torch.equal(same, first)
