@@ -69,13 +69,10 @@ class Drift:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Drift:
         """Read what :meth:`as_json` gave."""
-        own = {name: np.array(found[name]) for name in ("relative", "unseen")}
-        return cls(
-            **found
-            | own
-            | {"nearest": Estimate(**found["nearest"])}
-            | {"over_fixed": {int(gamma): x for gamma, x in found["over_fixed"].items()}}
-        )
+        own: dict[str, Any] = {name: np.array(found[name]) for name in ("relative", "unseen")}
+        own["nearest"] = Estimate(**found["nearest"])
+        own["over_fixed"] = {int(gamma): x for gamma, x in found["over_fixed"].items()}
+        return cls(**found | own)
 
 
 def _back(relative: np.ndarray) -> int | None:

@@ -59,6 +59,13 @@ class Rule(NamedTuple):
     draft: float
     first: float
 
+    def local(self, tokens: float, submitted: int, forwards: int) -> float:
+        """Return how many times the latest steps' rate is in force in a step with so many tokens in prospect."""
+        price = self.plain[submitted]
+        if forwards:
+            price += self.draft * forwards + self.first
+        return sqrt(tokens / price)
+
 
 class Goodput(CostAware):
     """Token-level stopping by predicted acceptance and measured seconds.
@@ -127,8 +134,8 @@ class Goodput(CostAware):
             p = step.chance()
             forwards += 1
         survival = step.survival[k]
-        price = rule.plain[k + 1] + (rule.draft * forwards + rule.first if forwards else 0.0)
-        return survival >= local(step.expected + survival * p, price) * row[int(p * BINS) if p < 1.0 else BINS - 1]
+        here = rule.local(step.expected + survival * p, k + 1, forwards)
+        return survival >= here * row[int(p * BINS) if p < 1.0 else BINS - 1]
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.hazard)
@@ -147,9 +154,8 @@ class Goodput(CostAware):
         step.extend(drafted, signals)
         if not self.timed:
             return drafted
-        rule, forwards = self._rule(step.level), step.forwards
-        price = rule.plain[drafted] + (rule.draft * forwards + rule.first if forwards else 0.0)
-        here = local(step.expected, price)
+        rule = self._rule(step.level)
+        here = rule.local(step.expected, drafted, step.forwards)
         best = worth = 0.0
         count = 0
         for k in range(1, drafted + 1):
@@ -193,11 +199,6 @@ class Goodput(CostAware):
         self.hazard.merge(delta)
         super().merge(delta)
         self.version += 1
-
-
-def local(tokens: float, price: float) -> float:
-    """Return how many times the latest steps' rate is in force in a step of so many tokens for so many tokens' time."""
-    return sqrt(tokens / price)
 
 
 def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:

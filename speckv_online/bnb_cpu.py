@@ -75,7 +75,7 @@ def ready_int8(layer: Any) -> bool:
         return False
     weight = layer.state.CB
     outputs, inputs = weight.shape
-    if outputs % FEATURES or inputs % 16:
+    if outputs % FEATURES or inputs % 16:  # inputs are rounded 16 at a time
         return False
     blocks = lay_out_int8(weight)
     sums = weight.sum(1, dtype=torch.int32) * 128

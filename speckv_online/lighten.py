@@ -2,8 +2,7 @@
 
 A layer that can be done in fewer calls is compared first: its first forward is its own, and it takes the short way
 from then on if that gives the same for the same input, until its weight is changed. So another version of a library
-costs speed and nothing else.
-The ways are those of bitsandbytes' layers (:mod:`speckv_online.bnb_cpu`) and of RMS norms
+costs speed and nothing else. The ways are those of bitsandbytes' layers (:mod:`speckv_online.bnb_cpu`) and of RMS norms
 (:mod:`speckv_online.norms`). docs/performance.md has the measurements.
 """
 
@@ -38,7 +37,7 @@ def lighten(model: nn.Module) -> int:
 def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     answer: torch.Tensor = type(layer).forward(layer, x)
     if x.dtype == torch.float32 and x.numel() > 0 and not torch.is_grad_enabled():
-        layer.__dict__.pop("forward", None)
+        del layer.forward
         ready, forward = WAYS[type(layer).__name__]
         try:
             if ready(layer) and torch.equal(forward(layer, x), answer):
