@@ -226,8 +226,7 @@ def write_tables(config: ProfileConfig, out: Path) -> None:
     traces = load_traces(out)
     timed: dict[str, list[Any]] = {}
     for unit in read_units(out):
-        # A generation's first step reads the prompt: its times are not those of a step.
-        timed.setdefault(unit.unit.level, []).extend(unit.steps[1:])
+        timed.setdefault(unit.unit.level, []).extend(unit.steps)
     facts = {"hardware": manifest.hardware(), "software": manifest.software(), "git": manifest.git_state()}
     facts["schedule"] = {"threads": config.threads or manifest.cores()}
     # Without a drafted token there is nothing to say of the cost of drafting: leave the level out.

@@ -138,8 +138,8 @@ class Outcome:
     produced : int
         Tokens that the step added to the output: ``n + 1`` unless the end was reached.
     seconds, draft_seconds, verify_seconds : float
-        Whole step and its two main parts; zero where they are not known, or not those of a usual step (a first step
-        reads the prompt too).
+        Whole step and its two main parts; zero where they are not known, or not those of a usual step (in a first step
+        the target reads the prompt too, so that only the draft's seconds are told).
     level : str
         Compression level, for policies that keep a cost model per level.
     context_length : int

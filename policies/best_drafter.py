@@ -85,7 +85,10 @@ class BestDrafter(Policy):
     def _tell(self, drafter: str, level: str, prior: CostPrior) -> None:
         tell = getattr(self.inner[drafter], "set_costs", None)
         if tell is not None:
-            tell(level, replace(prior, draft_seconds=LOOKUP_SECONDS) if drafter == "ngram" else prior)
+            tell(
+                level,
+                replace(prior, draft_seconds=LOOKUP_SECONDS, catch_up_seconds=0.0) if drafter == "ngram" else prior,
+            )
 
     def begin(self, context: Context) -> None:
         for drafter in context.drafters if len(context.drafters) > 1 else ("",):

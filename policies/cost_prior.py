@@ -31,6 +31,9 @@ class CostPrior:
         Context length at which the table holds.
     weight : float
         How many observed steps the table is worth.
+    catch_up_seconds : float
+        Seconds per context token that the draft has to read before its first draft of a step, beyond the latest one:
+        the prompt, and what was produced in steps that drafted nothing.
     """
 
     draft_seconds: float
@@ -39,6 +42,7 @@ class CostPrior:
     context_seconds: float = 0.0
     context_length: float = 0.0
     weight: float = 20.0
+    catch_up_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         others = [v for name, v in asdict(self).items() if name != "verify_seconds"]

@@ -21,9 +21,12 @@ HALF_LIFE = 400.0
 REFIT_EVERY, REFIT_ALWAYS = 32, 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
 OWN = 5.0
+#: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
+CAUGHT, READ = 8, 10.0
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
 RATE = 4
 _K = np.arange(WIDTHS)
+SUMS = 11
 
 
 class LevelCosts:
@@ -37,6 +40,8 @@ class LevelCosts:
         T_v(w) for w = 1..17.
     draft, first : float
         t_d, the marginal seconds of one more drafted token, and what the first one takes on top.
+    catch_up : float
+        Seconds for each token that the draft has to read first.
     overhead : float
         t_0, seconds of a step besides drafting and verifying.
     rate : float
@@ -55,9 +60,9 @@ class LevelCosts:
         self._gain = 1.0
         # Rows: count, sum of seconds, of context, of its square, of their product; one column per width.
         self._widths = np.zeros((5, WIDTHS))
-        # Draft: count, k, k squared, d, k d. Rest: count, t_0, tokens, seconds.
-        self._sums = np.zeros(9)
-        self._delta = (np.zeros((5, WIDTHS)), np.zeros(9), 0)
+        # Draft: count, k, k squared, d, k d. Rest: count, t_0, tokens, seconds. Catching up: tokens, seconds.
+        self._sums = np.zeros(SUMS)
+        self._delta = (np.zeros((5, WIDTHS)), np.zeros(SUMS), 0)
         self._clear_block()
         self.set_prior(prior)
 
@@ -73,6 +78,8 @@ class LevelCosts:
         """Take in one step's times."""
         verify, draft, total = outcome.verify_seconds, outcome.draft_seconds, outcome.seconds
         drafted = outcome.forwards  # what the draft seconds paid for
+        if outcome.caught_up >= CAUGHT and 0.0 < draft < 1e9:
+            self._catch_up(outcome.caught_up, draft - self.first - self.draft * drafted)
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
         self.steps += 1
@@ -108,6 +115,12 @@ class LevelCosts:
         if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self.refit()
 
+    def _catch_up(self, tokens: int, seconds: float) -> None:
+        """Take in what the draft took to read so many tokens; reading one takes at most as long as drafting one."""
+        each = min(3.0 * self.catch_up, self.draft) if self._sums[9] > 0.0 else self.draft
+        self._block_sums[9] += self._gain * tokens
+        self._block_sums[10] += self._gain * min(max(seconds, 0.0), each * tokens)
+
     def _clip(self, value: float, expected: float) -> float:
         """Huber-clip a time around its estimate, and widen or narrow the allowance."""
         if self.steps <= 3 and self.prior == VAGUE:
@@ -119,15 +132,15 @@ class LevelCosts:
 
     def _clear_block(self) -> None:
         self._block = [0.0] * (5 * WIDTHS)
-        self._block_sums = [0.0] * 9
+        self._block_sums = [0.0] * SUMS
         self._pending = 0
         self._gain = 1.0
 
     def refit(self) -> None:
         """Fold the latest measurements in and solve for the estimates anew."""
-        if not self._pending:
+        if not self._pending and not self._block_sums[9]:
             return
-        scale = self._keep ** (self._pending - 1)
+        scale = self._keep ** max(self._pending - 1, 0)
         block, block_sums = np.array(self._block).reshape(5, WIDTHS) * scale, np.array(self._block_sums) * _faded(scale)
         self.add(block, block_sums, self._pending)
         widths, sums, count = self._delta
@@ -172,7 +185,7 @@ class LevelCosts:
         self._solve_rate()
 
     def _refit_draft(self, scale: float) -> None:
-        m, k, kk, d, kd, rests, rest, _, _ = self._sums.tolist()
+        m, k, kk, d, kd, rests, rest, _, _, read, reading = self._sums.tolist()
         self._measured, prior = (m, rests), self.prior
         w = max(prior.weight, 0.01)
         # d = first + t_d k; the prior says first = 0, and t_d relative to the target's speed.
@@ -183,6 +196,8 @@ class LevelCosts:
         self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
         w = prior.weight
         self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
+        w *= READ
+        self.catch_up = (reading + w * scale * prior.catch_up_seconds) / (read + w)
 
     def _solve_rate(self) -> None:
         self.seconds = self.draft * _K + self.verify
@@ -205,39 +220,48 @@ class LevelCosts:
             "sums": self._sums.copy(),
             "misc": np.array([self.steps, self.deviation, float(prior == VAGUE)]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
+            "catch_up": np.array(prior.catch_up_seconds),
         }
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         misc = check_array(state, "misc", (3,)).tolist()
-        widths, sums = check_array(state, "widths", (5, WIDTHS)), check_array(state, "sums", (9,))
+        widths, sums = check_array(state, "widths", (5, WIDTHS)), _sums(state)
+        c = float(check_array(state, "catch_up", ())) if "catch_up" in state else 0.0
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
         vague = bool(misc[2])
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]
         self._widths, self._sums = widths.copy(), sums.copy()
-        self._delta = (np.zeros((5, WIDTHS)), np.zeros(9), 0)
-        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), p[1], p[2], p[3], p[4]))
+        self._delta = (np.zeros((5, WIDTHS)), np.zeros(SUMS), 0)
+        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), p[1], p[2], p[3], p[4], c))
 
     def take_delta(self) -> State:
         """Sums gathered since the last call."""
         self.refit()
         widths, sums, count = self._delta
-        self._delta = (np.zeros((5, WIDTHS)), np.zeros(9), 0)
+        self._delta = (np.zeros((5, WIDTHS)), np.zeros(SUMS), 0)
         return {"widths": widths, "sums": sums, "count": np.array(float(count))}
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums."""
         self.refit()
         count = int(check_array(delta, "count", ()))
-        self.add(check_array(delta, "widths", (5, WIDTHS)), check_array(delta, "sums", (9,)), count)
+        self.add(check_array(delta, "widths", (5, WIDTHS)), _sums(delta), count)
         self.steps += count
         self._refit()
 
 
 def _faded(keep: float) -> np.ndarray:
-    """What is kept of the sums where ``keep`` is kept of times, shape (9,)."""
-    return np.array([keep] * 7 + [keep**RATE] * 2)
+    """What is kept of the sums where ``keep`` is kept of times, shape (SUMS,)."""
+    return np.array([keep] * 7 + [keep**RATE] * 2 + [keep] * 2)
+
+
+def _sums(state: State) -> np.ndarray:
+    """The sums of a state or delta, shape (SUMS,); those of versions that knew nothing of catching up are shorter."""
+    if np.shape(state.get("sums", ())) == (SUMS - 2,):
+        return np.append(check_array(state, "sums", (SUMS - 2,)), (0.0, 0.0))
+    return check_array(state, "sums", (SUMS,))
 
 
 def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:

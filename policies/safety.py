@@ -223,6 +223,8 @@ class SafetyGuard(Wrapper):
         if k:
             ledger.forwards += SHARE * (min(outcome.forwards / k, 1.0) - ledger.forwards)
             seconds -= 0.0 if outcome.forwards else costs.first
+            if ledger.baseline == 0:  # the fixed gamma would have had to read as much
+                seconds += costs.catch_up * outcome.caught_up
         ledger.budget += outcome.produced - ledger.rate * seconds
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)

@@ -20,14 +20,14 @@ REPEATS = 3
 
 
 class _Cycle(Policy):
-    """Play :data:`GAMMAS` in turn."""
+    """Play :data:`GAMMAS` in turn, from the second one on: the first step of a text is to draft."""
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), GAMMAS[context.step % len(GAMMAS)])
+        return Decision(self.new_id(), GAMMAS[(context.step + 1) % len(GAMMAS)])
 
 
 def calibrate(target: PreTrainedModel, drafter: Drafter, level: str, prompt_ids: Sequence[int]) -> LevelCost:
-    """Return the seconds per drafted token and per verify width of a loaded pair, as medians.
+    """Return the seconds per drafted token, per verify width and per prompt token of a loaded pair, as medians.
 
     The first step at every gamma warms caches and kernels up and is no data. The end of the sequence is ignored, since
     only the time counts.
@@ -44,4 +44,5 @@ def calibrate(target: PreTrainedModel, drafter: Drafter, level: str, prompt_ids:
     steps: list[StepRecord] = []
     while len(steps) < wanted:  # a step gives at least one token, and more where drafts are right
         steps += decoder.generate(prompt_ids, wanted - len(steps) + max(GAMMAS), eos_ids=()).steps
-    return fit_level(steps[warm:wanted])
+    again = decoder.generate(prompt_ids, 2, eos_ids=()).steps[:1]  # to see what the draft takes to read a prompt
+    return fit_level([*steps[warm:wanted], *again])

@@ -2,10 +2,11 @@
 
 A step that drafts tokens by ``j`` forwards of the draft and submits ``k`` of them costs
 
-    T = t_d * j + T_v(k + 1) + slope * (context - usual context) + t_0
+    T = t_d * j + c * behind + T_v(k + 1) + slope * (context - usual context) + t_0
 
 the linear model of speculative decoding's speed-up analyses (Leviathan et al. 2023, section 3.3), with a table where
-the verify time is not linear in its width. Times are seconds, lengths tokens.
+the verify time is not linear in its width, and c for each token of the context that the draft has yet to read (where
+j > 0). Times are seconds, lengths tokens.
 """
 
 from __future__ import annotations
@@ -34,12 +35,7 @@ class LevelCost(CostPrior):
     ----------
     verify_seconds : tuple of float
         As in :class:`policies.cost_prior.CostPrior`, continued up to width 17.
-    catch_up_seconds : float
-        Seconds per context token that the draft has to read before its first draft of a step, beyond the latest one:
-        the prompt, and what was produced in steps that drafted nothing.
     """
-
-    catch_up_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,15 +130,20 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     """Fit one level's cost to measured steps, by medians throughout, so that stalls of a busy machine do not count.
 
     T_v has one median per width; widths that were not seen are interpolated, or continued at the average rate of
-    growth. The context slope is the median slope over pairs of steps of one width (Theil and Sen).
+    growth. The context slope is the median slope over pairs of steps of one width (Theil and Sen). First steps tell
+    what the draft takes to read a prompt, and nothing else.
 
     Raises
     ------
     UserError
         If there is no record with a positive verify time.
     """
-    rows = [(r.drafted, r.forwards, r.context_length, r.draft_seconds, r.verify_seconds, r.seconds) for r in records]
-    data = np.array([row for row in rows if row[4] > 0], dtype=float).reshape(-1, 6)
+    rows = [
+        (r.drafted, r.forwards, r.context_length, r.draft_seconds, r.verify_seconds, r.seconds, r.step) for r in records
+    ]
+    data = np.array([row for row in rows if row[4] > 0], dtype=float).reshape(-1, 7)
+    first = data[data[:, 6] == 0, 1:4].T
+    data = data[data[:, 6] > 0, :6]
     if not len(data):
         raise UserError("no timed steps to fit a cost table to: record some with python -m experiments.profile")
     drafted, forwards, context, draft, verify, total = data.T
@@ -160,7 +161,8 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     paid = forwards > 0
     t_d = float(np.median(draft[paid] / forwards[paid])) if paid.any() else 0.0
     overhead = max(0.0, float(np.median(total - draft - verify)))
-    return LevelCost(t_d, tuple(float(v) for v in table), overhead, slope, centre)
+    catch_up = _catch_up(first, t_d)
+    return LevelCost(t_d, tuple(float(v) for v in table), overhead, slope, centre, catch_up_seconds=catch_up)
 
 
 def fit_cost(
@@ -171,6 +173,24 @@ def fit_cost(
 ) -> CostTable:
     """Fit a table to measured step records, given per level."""
     return CostTable(name, {level: fit_level(steps) for level, steps in records.items()}, source, details or {})
+
+
+def _catch_up(first: np.ndarray, t_d: float) -> float:
+    """Median seconds per token of a prompt that the draft read in a first step; 0 where none did.
+
+    Parameters
+    ----------
+    first : ndarray, shape (3, n)
+        Forwards, context and draft seconds of first steps.
+    t_d : float
+        Seconds per drafted token.
+    """
+    forwards, context, draft = first
+    read = (forwards > 0) & (context > 1)
+    if not read.any():
+        return 0.0
+    each = (draft - t_d * forwards)[read] / (context[read] - 1)
+    return max(0.0, float(np.median(each)))
 
 
 def _theil_sen(groups: np.ndarray, x: np.ndarray, y: np.ndarray, pairs: int = 20_000) -> float:

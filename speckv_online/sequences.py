@@ -153,8 +153,8 @@ def matching(drafts: list[int], choices: list[int]) -> tuple[int, int]:
 
 
 def untimed(outcome: Outcome) -> Outcome:
-    """Return an outcome whose times are not known."""
-    return replace(outcome, seconds=0.0, draft_seconds=0.0, verify_seconds=0.0)
+    """Return an outcome of which the draft's time alone is known."""
+    return replace(outcome, seconds=0.0, verify_seconds=0.0)
 
 
 def record_of(

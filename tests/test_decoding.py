@@ -155,8 +155,8 @@ def test_the_prompt_is_read_with_the_first_drafts(
         drafted = [s.drafted for s in out.steps]
         assert widths == [(length + drafted[0], drafted[0] + 1), *((k + 1, k + 1) for k in drafted[1:])]
         first, *later = policy.outcomes
-        times = (first.seconds, first.draft_seconds, first.verify_seconds)
-        assert (times == (0.0, 0.0, 0.0)) == (length > 1)
+        assert ((first.seconds, first.verify_seconds) == (0.0, 0.0)) == (length > 1)
+        assert first.draft_seconds > 0.0
         assert all(o.seconds > 0 for o in later)
         assert out.prefill_seconds + out.decode_seconds <= out.seconds
         assert all(s.seconds >= s.draft_seconds + s.verify_seconds > 0 for s in out.steps)

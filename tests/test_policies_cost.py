@@ -109,6 +109,39 @@ def test_catching_up_does_not_count_as_drafting() -> None:
     assert costs.draft == pytest.approx(0.01, rel=0.02)
 
 
+@pytest.mark.parametrize("known", [0.0, 0.001])
+def test_catching_up_is_learned_from_steps_that_do(known: float) -> None:
+    """A first step tells nothing else; a stall counts little, and a copy that merges knows as much."""
+    prior = CostPrior(0.01, (0.1,), catch_up_seconds=known)
+    costs, other = LevelCosts(prior), LevelCosts(prior)
+    assert costs.catch_up == known
+    for text in range(60):
+        first = Outcome(2, 1, 2, 2, draft_seconds=0.02 + 0.0005 * 90 + (5.0 if text % 20 == 19 else 0.0), caught_up=90)
+        costs.observe(first)
+        for _ in range(5):
+            costs.observe(outcome(2, 0.1, 0.02))
+    costs.refit()
+    assert costs.catch_up == pytest.approx(0.0005, rel=0.25)
+    other.merge(costs.take_delta())
+    assert other.catch_up == pytest.approx(costs.catch_up, rel=1e-9)
+    again = LevelCosts()
+    again.load(costs.state())
+    assert again.catch_up == pytest.approx(costs.catch_up, rel=1e-9)
+
+
+def test_what_was_saved_before_catching_up_was_learned_still_loads() -> None:
+    costs = LevelCosts(CostPrior(0.01, (0.1,)))
+    for _ in range(40):
+        costs.observe(outcome(2, 0.1, 0.02))
+    state = costs.state()
+    del state["catch_up"]
+    state["sums"] = state["sums"][:-2]
+    again = LevelCosts()
+    again.load(state)
+    assert again.catch_up == 0.0
+    np.testing.assert_allclose(again.seconds, costs.seconds, rtol=1e-9)
+
+
 def test_nonsense_times_are_ignored() -> None:
     costs = LevelCosts(CostPrior(0.01, (0.1,)))
     before = costs.seconds.copy()

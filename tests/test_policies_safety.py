@@ -75,6 +75,21 @@ def test_a_good_policy_is_left_alone() -> None:
     assert np.mean([g == 2 for g in run.gammas]) > 0.9
 
 
+def test_reading_late_counts_against_no_draft_only() -> None:
+    """A fixed gamma would have had to read the prompt as well; plain decoding would not."""
+    for t_d, better in ((0.02, 0), (0.001, 4)):
+        budgets = []
+        for behind in (0, 200):
+            guard = SafetyGuard(Stubborn(1))
+            guard.model.set_prior("fp16", CostPrior(t_d, (0.02,), catch_up_seconds=1e-4))
+            decision = guard.decide(Context())
+            guard.learn(decision, Outcome(1, 1, 1, 2, caught_up=behind))
+            assert guard.ledger("fp16").baseline == better
+            budgets.append(guard.ledger("fp16").budget)
+        spent = 0.95 * 200 * 1e-4 / 0.02 if better == 0 else 0.0
+        assert budgets[0] - budgets[1] == pytest.approx(spent, rel=0.02, abs=1e-9)
+
+
 def test_probes_fall_but_never_end() -> None:
     """j-th probe of either baseline at step 16 j^2, or at 256 j^2 where it is far worse, unless the policy itself has
     played it meanwhile."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +229,7 @@ def test_hindsight_bounds() -> None:
 
 def step(k: int, context: int, draft: float, verify: float, rest: float = 0.003) -> StepRecord:
     return StepRecord(
-        step=0, gamma=k, drafted=k, accepted=0, tested=min(1, k), produced=1, mean_draft_entropy=0.0,
+        step=1, gamma=k, drafted=k, accepted=0, tested=min(1, k), produced=1, mean_draft_entropy=0.0,
         mean_draft_confidence=0.0, max_draft_entropy=0.0, min_draft_confidence=0.0, context_length=context,
         propensity=1.0, policy_version=0, decision_id=0, decide_seconds=0.0, draft_seconds=draft, verify_seconds=verify,
         seconds=draft + verify + rest,
@@ -266,6 +266,19 @@ def test_cost_files(tmp_path: Path) -> None:
             load_cost(path)
     with pytest.raises(UserError, match="no timed steps"):
         fit_level([step(1, 10, 0.1, 0.0)])
+
+
+def test_first_steps_tell_what_reading_a_prompt_takes() -> None:
+    """Steps that drafted nothing read nothing; one text in ten met a stall."""
+    later = [step(2, 50, 0.02, 0.1) for _ in range(20)]
+    first = [
+        replace(step(k, context, 0.01 * k + (2e-4 * (context - 1) if k else 0.0) + 3.0 * (i % 10 == 9), 5.0), step=0)
+        for i, (k, context) in enumerate((k, context) for context in range(20, 60) for k in (0, 1, 2))
+    ]
+    cost = fit_level([*first, *later])
+    assert cost.catch_up_seconds == pytest.approx(2e-4, rel=1e-6)
+    assert cost.verify_seconds[2] == 0.1  # of later steps alone
+    assert fit_level(later).catch_up_seconds == 0.0
 
 
 #: Seeded policies that learn from acceptances, and stopping rules: what they do does not depend on a clock.
