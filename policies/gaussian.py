@@ -16,7 +16,7 @@ PRIOR_NOISE = 0.09
 #: Rows that the assumption is worth.
 PRIOR_ROWS = 100.0
 #: Rows that wait at most before they are folded into the sums.
-BUFFER = 1024
+BUFFER = 2048
 
 
 class GaussianHead:
@@ -60,6 +60,7 @@ class GaussianHead:
         # Column d of the sums is r, so that one product updates both; misc: rows, steps, squared residuals.
         self._total, self._total_misc = np.zeros((d, d + 1)), np.zeros(3)
         self._delta, self._delta_misc, self._delta_count = np.zeros((d, d + 1)), np.zeros(3), 0
+        self._factor: np.ndarray | None = None
         # Rows (phi, y) of the latest steps, not in the sums yet, and how many rows each step has.
         self._rows, self._used, self._lengths = np.empty((BUFFER, d + 1)), 0, list[int]()
         self.refresh()
@@ -90,14 +91,13 @@ class GaussianHead:
             return
         rows, d = self._rows[: self._used], len(self.prior_mean)
         rows[:, d] -= rows[:, :d] @ self.prior_mean
-        misc = np.array([float(self._used), float(steps), float(rows[:, d] @ rows[:, d])])
-        keep = 1.0
+        keep, count = 1.0, (float(self._used), float(steps))
         if self.discount < 1.0:
             age = self.discount ** np.arange(steps - 1, -1, -1)
             weight = np.repeat(age, self._lengths)
-            misc = np.array([weight.sum(), age.sum(), weight @ np.square(rows[:, d])])
             rows *= np.sqrt(weight)[:, None]
-            keep = self.discount**steps
+            keep, count = self.discount**steps, (float(weight.sum()), float(age.sum()))
+        misc = np.array([*count, float(rows[:, d] @ rows[:, d])])
         block = rows[:, :d].T @ rows
         for total, more in (
             (self._total, block),
@@ -121,6 +121,8 @@ class GaussianHead:
     def factor(self) -> np.ndarray:
         """Factor of the posterior covariance."""
         self._solved()
+        if self._factor is None:  # not everyone asks for it
+            self._factor = np.linalg.inv(np.linalg.cholesky(self._precision)) * self._noise**0.5
         return self._factor
 
     @property
@@ -140,8 +142,8 @@ class GaussianHead:
         self._stale = False
         d = len(self.prior_mean)
         A, r = self._total[:, :d], self._total[:, d]
-        self._factor = np.linalg.inv(np.linalg.cholesky(self.prior_precision + A))
-        shift = self._factor.T @ (self._factor @ r)
+        self._precision, self._factor = self.prior_precision + A, None
+        shift = np.linalg.solve(self._precision, r)
         self._mean = self.prior_mean + shift
         rows, steps, squares = self._total_misc.tolist()
         if self.fixed_noise:
@@ -150,7 +152,6 @@ class GaussianHead:
             rss = max(squares - 2.0 * float(shift @ r) + float(shift @ A @ shift), 0.0)
             variance = (self.prior_noise * PRIOR_ROWS + rss) / (PRIOR_ROWS + rows)
             self._noise = variance * (rows / steps if steps else 1.0)
-        self._factor *= self._noise**0.5
 
     def sample(self, rng: np.random.Generator, count: int, scale: float = 1.0) -> np.ndarray:
         """Draw heads from the posterior, shape (count, D); ``scale`` multiplies their spread."""

@@ -28,9 +28,9 @@ from policies.step_features import Step
 
 STATE_FORMAT = 3
 BINS = 32
-#: G[b, m - 1] = p + p^2 + ... + p^m at the middle of bin b.
-_GAIN = np.cumsum(((np.arange(BINS) + 0.5) / BINS)[:, None] ** np.arange(1, MAX_GAMMA + 1), axis=1)
 _M = np.arange(1, MAX_GAMMA + 1)
+#: [m - 1, b] is 1 / (p + p^2 + ... + p^m) at the middle of bin b.
+_PER_GAIN = 1.0 / np.cumsum(((np.arange(BINS) + 0.5) / BINS) ** _M[:, None], axis=0)
 #: What the next token may take: a forward, the step's first forward, nothing (a lookup proposes it).
 FORWARD, FIRST, FREE = 0, 1, 2
 
@@ -97,7 +97,7 @@ class Goodput(CostAware):
         acceptance: str = "",
         strength: float = 1500.0,
         discount: float = 0.9995,
-        refresh: int = 48,
+        refresh: int = 64,
         cap: int = MAX_GAMMA,
         **options: Any,
     ) -> None:
@@ -172,8 +172,7 @@ class Goodput(CostAware):
         self.hazard.add(step, outcome.tested, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.
-        known = min(self.hazard.heads[0].steps, self.hazard.quality.information(step.level))
-        if self.hazard.pending >= min(self.every, 1 + known // 2):
+        if self.hazard.pending >= min(self.every, 1 + self.hazard.known(step.level) // 2):
             self.hazard.refresh()
             self.version += 1
 
@@ -208,8 +207,8 @@ def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:
     """
     verify, m = costs.verify, _M[: MAX_GAMMA - k]
     price = 0.0 if kind == FREE else costs.draft
-    cost = costs.rate * (m * price + verify[k + 1 :] - verify[k])
-    if kind == FIRST:
-        cost += costs.rate * costs.first
-    found: np.ndarray = (cost / _GAIN[:, : len(m)]).min(axis=1)
+    cost = m * price + verify[k + 1 :]
+    cost += (costs.first if kind == FIRST else 0.0) - verify.item(k)
+    cost *= costs.rate
+    found: np.ndarray = np.minimum.reduce(cost[:, None] * _PER_GAIN[: len(m)])
     return found

@@ -26,7 +26,7 @@ from policies.token_history import SHAPE, TokenHistory
 HEADS = {"before": BEFORE, "after": AFTER}
 DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
 #: Steps that wait at most before they become rows.
-WAITING = 64
+WAITING = 128
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.005
 #: How many times as fast the quality of a draft is forgotten: it is one number, and another draft has another.
@@ -71,17 +71,17 @@ class Hazard:
         self.heads = tuple(
             GaussianHead(prior[: len(a)], a, discount, noise=1.0) for prior, a in zip(priors, precisions, strict=True)
         )
-        self._slopes = tuple(prior[len(a) : -1] for prior, a in zip(priors, precisions, strict=True))
-        self._curves = tuple(float(prior[-1]) for prior in priors)
+        self._slopes = np.stack([prior[len(a) : -1] for prior, a in zip(priors, precisions, strict=True)])
+        self._curves = np.array([prior[-1] for prior in priors])
         self.quality = DraftQuality(discount**QUALITY)
         self.history = TokenHistory(table, discount)
-        self._steps: list[tuple[Step, int, int]] = []
+        self._clear()
         self._read()
 
     @property
     def pending(self) -> int:
         """Steps not learnt from yet."""
-        return len(self._steps)
+        return len(self._levels)
 
     def weights(self, level: str) -> tuple[list[float], list[float]]:
         """Return both heads' weights in use at a level, as of the latest :meth:`refresh`."""
@@ -96,56 +96,68 @@ class Hazard:
             found = self._weights[level] = parts[0], parts[1]
         return found
 
+    def known(self, level: str) -> float:
+        """Return how much is known of a level, in steps, as of the latest :meth:`refresh`."""
+        found = self._known.get(level)
+        if found is None:
+            found = self._known[level] = min(self.heads[0].steps, self.quality.information(level))
+        return found
+
     def add(self, step: Step, tested: int, accepted: int) -> None:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
         surplus = variance = 0.0
-        for j in range(tested):
-            if step.after[j]:
-                before = step.survival[j]
-                p = step.survival[j + 1] / before if before else 0.0
-                surplus += (j < accepted) - p
+        before, after, labels = self._rows
+        survival, count = step.survival, len(labels)
+        for j, row in enumerate(step.after[:tested]):
+            if row:
+                before += step.before[j]
+                after += row
+                hit = 1.0 if j < accepted else 0.0
+                labels.append(hit)
+                p = survival[j + 1] / survival[j] if survival[j] else 0.0
+                surplus += hit - p
                 variance += p * (1.0 - p) + DOUBT
-        self.quality.surprised(step.level, surplus, variance)
-        self._steps.append((step, tested, accepted))
+        self._levels.append(step.level)
+        self._lengths.append(len(labels) - count)
+        if self.quality.surprised(step.level, surplus, variance):
+            self._known.clear()
         step.note(tested, accepted)
         self.history.step()
-        if len(self._steps) >= WAITING:
+        if len(self._levels) >= WAITING:
             self._linearise()
 
     def _linearise(self) -> None:
         """Turn the noted steps into weighted rows of both heads, at the weights in use."""
-        if not self._steps:
+        names, lengths, (before, after, labels) = self._levels, self._lengths, self._rows
+        if not names:
             return
-        # Rows one after the other: numpy takes long to read lists of lists.
-        before, after, labels = list[float](), list[float](), list[float]()
-        lengths: list[int] = []
-        levels = list(dict.fromkeys(step.level for step, _, _ in self._steps))
-        for step, tested, accepted in self._steps:
-            count = len(labels)
-            for j in range(tested):
-                if step.after[j]:
-                    before += step.before[j]
-                    after += step.after[j]
-                    labels.append(1.0 if j < accepted else 0.0)
-            lengths.append(len(labels) - count)
-        at = np.repeat([levels.index(step.level) for step, _, _ in self._steps], lengths)
-        age = np.repeat(self.quality.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
-        self._steps.clear()
+        self._clear()
+        levels = list(dict.fromkeys(names))
+        which = np.repeat(np.arange(len(lengths)), lengths)  # step of each row
+        at = np.array([levels.index(name) for name in names])[which]
+        half_age = 0.5 * (self.quality.discount ** np.arange(len(lengths) - 1, -1, -1))[which]
         y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
-        sums = np.zeros((2, len(levels)))
-        for head, rows, slope, curve in zip(self.heads, (before, after), self._slopes, self._curves, strict=True):
-            phi = np.frombuffer(array("d", rows)).reshape(-1, len(slope))
-            own, by_quality = phi @ head.mean, phi @ slope
-            p = 1.0 / (1.0 + np.exp(-np.clip(own + m * (by_quality + m * curve), -30.0, 30.0)))
-            variance = np.maximum(p * (1.0 - p), FLOOR)
-            gradient = by_quality + 2.0 * m * curve
-            information = 0.5 * age * variance * gradient**2  # both heads tell of the same tokens
-            sums[0] += np.bincount(at, information, len(levels))
-            sums[1] += np.bincount(at, information * m + 0.5 * age * gradient * (y - p), len(levels))
-            s = np.sqrt(variance)
-            phi *= s[:, None]
-            head.add(phi, s * own + (y - p) / s, list(lengths))
-        self.quality.add({level: sums[:, i] for i, level in enumerate(levels)}, len(lengths))
+
+        # Both heads at once, (2, rows): at this size a call takes longer than its numbers.
+        phi = np.frombuffer(array("d", before + after)).reshape(2, len(y), BEFORE)
+        weights = np.array([[head.mean, slope] for head, slope in zip(self.heads, self._slopes, strict=True)])
+        product = phi @ weights.transpose(0, 2, 1)
+        own, by_quality = product[:, :, 0], product[:, :, 1]
+        curves = self._curves[:, None] * m
+        eta = own + m * (by_quality + curves)
+        p = 1.0 / (1.0 + np.exp(-np.minimum(np.maximum(eta, -30.0), 30.0)))
+        variance = np.maximum(p * (1.0 - p), FLOOR)
+        error, root = y - p, np.sqrt(variance)
+        gradient = by_quality + 2.0 * curves
+        information = half_age * variance * gradient**2  # half: both heads tell of the same tokens
+        score = information * m + half_age * gradient * error
+        members = (at == np.arange(len(levels))[:, None]).astype(float)
+        sums = members @ information.sum(axis=0), members @ score.sum(axis=0)
+        self.quality.add(dict(zip(levels, np.column_stack(sums), strict=True)), len(lengths))
+        phi *= root[:, :, None]
+        z = root * own + error / root
+        for head, rows, label in zip(self.heads, phi, z, strict=True):
+            head.add(rows, label, lengths)
 
     def refresh(self) -> None:
         """Learn from the noted steps."""
@@ -156,15 +168,23 @@ class Hazard:
 
     def forget(self) -> None:
         """Return to the prior."""
-        self._steps.clear()
+        self._clear()
         for head in self.heads:
             head.forget()
         self.quality.forget()
         self.history.forget()
         self._read()
 
+    def _clear(self) -> None:
+        """Drop the noted steps."""
+        # Level and number of rows of each; rows before and after, one behind the other (numpy takes long to read lists
+        # of lists), and labels.
+        self._levels, self._lengths = list[str](), list[int]()
+        self._rows = list[float](), list[float](), list[float]()
+
     def _read(self) -> None:
         self._weights: dict[str, tuple[list[float], list[float]]] = {}
+        self._known: dict[str, float] = {}
 
     def state(self) -> State:
         """All that was learnt, as arrays."""
@@ -173,7 +193,7 @@ class Hazard:
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
-        self._steps.clear()
+        self._clear()
         for name, head in zip(HEADS, self.heads, strict=True):
             head.load(_part(state, name))
         self.quality.load(state)

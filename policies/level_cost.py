@@ -99,18 +99,23 @@ class LevelCosts:
         sums = self._block_sums
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
-            draft = min(draft, 3.0 * (self.first + self.draft * drafted)) if self._measured[0] > 3 else draft
+            if self._measured[0] > 3.0 and draft > (most := 3.0 * (self.first + self.draft * drafted)):
+                draft = most
             sums[0] += g
             sums[1] += g * drafted
             sums[2] += g * drafted * drafted
             sums[3] += g * draft
             sums[4] += g * drafted * draft
-        rest = max(total - outcome.draft_seconds - outcome.verify_seconds, 0.0)
+        # Conditions instead of min() here: a call costs more than all that it compares.
+        rest = total - outcome.draft_seconds - outcome.verify_seconds
+        rest = rest if rest > 0.0 else 0.0
+        most = 3.0 * self.overhead if self._measured[1] > 3.0 else verify
         sums[5] += g
-        sums[6] += g * (min(rest, 3.0 * self.overhead) if self._measured[1] > 3 else min(rest, verify))
+        sums[6] += g * (rest if rest < most else most)
+        usual = verify + draft + rest
         g **= RATE
         sums[7] += g * outcome.produced
-        sums[8] += g * min(total, verify + draft + rest)
+        sums[8] += g * (total if total < usual else usual)
         self._pending += 1
         if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self.refit()
@@ -125,8 +130,11 @@ class LevelCosts:
         """Huber-clip a time around its estimate, and widen or narrow the allowance."""
         if self.steps <= 3 and self.prior == VAGUE:
             return value
-        allowance = max(4.0 * self.deviation, 0.2)
-        value = min(max(value, expected / (1.0 + allowance)), expected * (1.0 + allowance))
+        most = 1.0 + max(4.0 * self.deviation, 0.2)
+        if value > expected * most:
+            value = expected * most
+        elif value < expected / most:
+            value = expected / most
         self.deviation += 0.05 * (abs(value / expected - 1.0) - self.deviation)
         return value
 

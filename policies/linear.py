@@ -209,21 +209,30 @@ class LinTs(_Linear):
         super().__init__(**options)
         from statistics import NormalDist
 
-        self._z = np.array([NormalDist().inv_cdf((i + 0.5) / SAMPLES) for i in range(SAMPLES)])
+        self._z = np.array([NormalDist().inv_cdf((i + 0.5) / SAMPLES) for i in range(SAMPLES)])[:, None]
+        self._picks: list[int] = []
 
     def _best(self, context: Context, features: np.ndarray) -> np.ndarray:
         """Best arm for each quantile, shape (SAMPLES,)."""
         mean, deviation = self._lines(features, context.level)
         legal = self.legal(context)
-        best: np.ndarray = (mean + np.multiply.outer(self._z, deviation))[:, :legal].argmax(axis=1)
+        values = self._z * deviation
+        values += mean
+        best: np.ndarray = values[:, :legal].argmax(axis=1)
         return best
 
     def decide(self, context: Context) -> Decision:
         features = self.features(context)
         choices = self._best(context, features).tolist()
-        arm = choices[int(self.rng.integers(SAMPLES))]
+        if not self._picks:  # a draw at a time would take longer than all the rest
+            self._picks = self.rng.integers(0, SAMPLES, 64).tolist()
+        arm = choices[self._picks.pop()]
         gamma = min(self.arms[arm], context.max_gamma)
         return Decision(self.new_id(), gamma, False, choices.count(arm) / SAMPLES, self.version, features)
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self._picks.clear()  # a state says nothing of chance
 
     def pmf(self, context: Context) -> np.ndarray:
         """Probability of each of ``arms``."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import Context, Decision, Outcome, PolicyError, State
+from policies.base import MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
 from policies.labels import ArmLabels
 from policies.learned import CostAware
@@ -17,6 +17,10 @@ from policies.mlp16 import HIDDEN, INPUTS, Mlp16, level_code, resolve_weights
 _INPUTS = INPUTS + N_LEVEL
 #: Where W1, b1, W2, b2 lie in the flat parameter vector.
 _SIZES = (_INPUTS * HIDDEN, HIDDEN, HIDDEN, 1)
+#: What Adam keeps of a gradient's running mean and of its square's, and what it takes of the new ones.
+_KEPT = np.array([[0.9], [0.999]])
+_NEW = 1.0 - _KEPT
+_ONES = np.ones(MAX_GAMMA + 1)
 
 
 class OnlineSgd(CostAware):
@@ -46,39 +50,45 @@ class OnlineSgd(CostAware):
         # Reads contexts, with their fading while nothing is drafted; its weights are what training starts from.
         self._reader = Mlp16(resolve_weights(weights), self.arms)
         self._flat = self._start()
-        self._gradient, self._first, self._second = (np.zeros_like(self._flat) for _ in range(3))
+        # The gradient and its square; running means of both.
+        self._gradients, self._moments = np.zeros((2, len(self._flat))), np.zeros((2, len(self._flat)))
         self._W1, self._b1, self._W2, self._b2 = _views(self._flat)
-        self._views = _views(self._gradient)
+        self._views = _views(self._gradients[0])
         self.labels = ArmLabels(self.arms)
-        self._inputs = np.zeros((len(self.arms), _INPUTS))
-        self._inputs[:, 5] = self.arms
+        self._inputs, self._zeros = np.zeros((len(self.arms), _INPUTS)), np.zeros((len(self.arms), HIDDEN))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # copies of views are no views
         self._W1, self._b1, self._W2, self._b2 = _views(self._flat)
-        self._views = _views(self._gradient)
+        self._views = _views(self._gradients[0])
 
     def _start(self) -> np.ndarray:
         w = self._reader.weights
         return np.concatenate([w.W1.ravel(), np.zeros(N_LEVEL * HIDDEN), w.b1, w.W2.ravel(), w.b2])
 
     def _read(self, context: Context) -> np.ndarray:
-        """Four signals, the acceptance, a 1, and the description of the level, shape (9,)."""
-        found = np.empty(_INPUTS)
-        found[:INPUTS], found[INPUTS:] = self._reader.read(context), self.costs.describe(context.level)
+        """Inputs without the arm, and behind them the acceptance, shape (10,)."""
+        found, level = np.empty(_INPUTS + 1), context.level
+        found[:INPUTS], found[INPUTS:_INPUTS] = self._reader.read(context), self.costs.describe(level)
+        found[_INPUTS], found[4] = found.item(4), level_code(level)
         return found
 
-    def _forward(self, level: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _forward(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return inputs (K, 9), hidden units (K, 16) and rates (K,), not clipped."""
         x = self._inputs
-        x[:, :4] = features[:4]
-        x[:, 4] = level_code(level)
-        x[:, INPUTS:] = features[INPUTS:]
-        hidden = np.maximum(x @ self._W1 + self._b1, 0.0)
-        return x, hidden, hidden @ self._W2 + self._b2
+        x[:] = features[:_INPUTS]
+        x[:, 5] = self.gammas
+        hidden = np.dot(x, self._W1)
+        hidden += self._b1
+        np.maximum(hidden, self._zeros, hidden)
+        rates = np.dot(hidden, self._W2)
+        rates += self._b2
+        return x, hidden, rates
 
     def _greedy(self, level: str, features: np.ndarray, legal: int) -> int:
-        value = np.clip(self._forward(level, features)[2], 0.0, 1.0) * self.gammas
+        value = self._forward(features)[2]
+        value *= self.gammas
+        np.minimum(np.maximum(value, self._zeros[:, 0], value), self.gammas, value)
         if self.timed:
             value -= self.costs.level(level).arm_price
         return int(value[:legal].argmax())
@@ -91,9 +101,10 @@ class OnlineSgd(CostAware):
         features = self._read(context)
         legal = self.legal(context)
         best = arm = self._greedy(context.level, features, legal)
-        if self.rng.random() < self._share:
+        share = self._share
+        if self.rng.random() < share:
             arm = int(self.rng.integers(legal))
-        propensity = self._share / legal + (1.0 - self._share) * (arm == best)
+        propensity = share / legal + (1.0 - share) * (arm == best)
         gamma = min(self.arms[arm], context.max_gamma)
         return Decision(self.new_id(), gamma, False, propensity, self.version, features)
 
@@ -106,42 +117,49 @@ class OnlineSgd(CostAware):
         return p
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
-        start, stop, y = self.labels(outcome, decision.features.item(4))
+        start, stop, y = self.labels(outcome, decision.features.item(_INPUTS))
         if start < stop:
-            self._train(outcome.level, decision.features, start, stop, y)
+            self._train(decision.features, start, stop, y)
 
-    def _train(self, level: str, features: np.ndarray, start: int, stop: int, y: np.ndarray) -> None:
+    def _train(self, features: np.ndarray, start: int, stop: int, y: np.ndarray) -> None:
         """One Adam step (Kingma & Ba, 2015) on the mean squared error of the labelled arms."""
-        x, hidden, rates = self._forward(level, features)
+        x, hidden, rates = self._forward(features)
         error = np.zeros(len(rates))
         error[start:stop] = (rates - y)[start:stop] / (stop - start)
-        back = np.multiply.outer(error, self._W2)
+        back = error[:, None] * self._W2
         back *= hidden > 0.0
         W1, b1, W2, b2 = self._views
         np.dot(x.T, back, W1)
-        back.sum(axis=0, out=b1)
-        np.dot(hidden.T, error, W2)
-        b2[0] = error.sum()
+        np.dot(_ONES[: len(back)], back, b1)
+        np.dot(error, hidden, W2)
+        b2[0] = sum(error.tolist())
         self.steps += 1
         self.version += 1
-        self._first += 0.1 * (self._gradient - self._first)
-        self._second += 0.001 * (np.square(self._gradient) - self._second)
+        gradients, moments = self._gradients, self._moments
+        np.square(gradients[0], gradients[1])
+        moments *= _KEPT
+        gradients *= _NEW
+        moments += gradients
         size = self.rate * (1.0 - 0.999**self.steps) ** 0.5 / (1.0 - 0.9**self.steps)
-        self._flat -= size * self._first / (np.sqrt(self._second) + 1e-8)
+        change = np.sqrt(moments[1])
+        change += 1e-8
+        np.divide(moments[0], change, change)
+        change *= size
+        self._flat -= change
 
     def forget(self) -> None:
         self._flat[:] = self._start()
-        self._first[:], self._second[:], self.steps = 0.0, 0.0, 0
+        self._moments[:], self.steps = 0.0, 0
         self.version += 1
 
     def state_dict(self) -> State:
-        arrays = np.stack([self._flat, self._first, self._second])
+        arrays = np.stack([self._flat, *self._moments])
         return super().state_dict() | {"sgd": arrays, "sgd.steps": np.array(self.steps)}
 
     def load_state_dict(self, state: State) -> None:
         arrays = check_array(state, "sgd", (3, len(self._flat)))
         self.steps = int(check_array(state, "sgd.steps", ()))
-        self._flat[:], self._first[:], self._second[:] = arrays
+        self._flat[:], self._moments[:] = arrays[0], arrays[1:]
         super().load_state_dict(state)
         self.version += 1
 

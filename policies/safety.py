@@ -221,13 +221,13 @@ class SafetyGuard(Wrapper):
         costs = self.model.level(outcome.level)
         seconds = costs.seconds.item(k) + costs.draft * (outcome.forwards - k)
         if k:
-            ledger.forwards += SHARE * (min(outcome.forwards / k, 1.0) - ledger.forwards)
+            ledger.forwards += SHARE * ((outcome.forwards / k if outcome.forwards < k else 1.0) - ledger.forwards)
             seconds -= 0.0 if outcome.forwards else costs.first
             if ledger.baseline == 0:  # the fixed gamma would have had to read as much
                 seconds += costs.catch_up * outcome.caught_up
-        ledger.budget += outcome.produced - ledger.rate * seconds
+        budget, most = ledger.budget + outcome.produced - ledger.rate * seconds, self.burn_in
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
-        ledger.budget = min(max(ledger.budget, -self.burn_in), 4.0 * self.burn_in)
+        ledger.budget = -most if budget < -most else budget if budget < 4.0 * most else 4.0 * most
         if ledger.disproved(self.burn_in):
             ledger.budget = self.burn_in
             if stop >= 0 and k == self.gamma and isinstance(self.policy, CostAware):

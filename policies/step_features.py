@@ -10,7 +10,7 @@ import numpy as np
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context
 from policies.mlp16 import FADE
-from policies.token_history import FEATURES, TAIL, Tail
+from policies.token_history import FEATURES, TAIL, Place, Tail, place
 
 if TYPE_CHECKING:
     from policies.hazard import Hazard
@@ -95,6 +95,8 @@ class Step:
         The context's compression level.
     tails : list of tuple of int
         The last tokens, up to four, that each token follows; empty tuples where they are not known.
+    places : list
+        Where the history of each token that took a forward is kept, see :func:`~policies.token_history.place`.
     forwards : int
         How many of the tokens so far took a forward of the draft model.
     expected : float
@@ -115,6 +117,7 @@ class Step:
         "expected",
         "forwards",
         "level",
+        "places",
         "survival",
         "tails",
     )
@@ -132,6 +135,7 @@ class Step:
         self.forwards = 0
         self._tokens: list[Token] = []
         self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
+        self.places: list[Place | None] = []
 
     def sure(self) -> float:
         """How sure the drafter is of the next token if that takes no forward of a model, else 0."""
@@ -149,17 +153,22 @@ class Step:
         tokens = self._tokens
         j = len(tokens)
         if len(self.before) == j:
-            seen = self._hazard.history.look(self._memory, self.tails[j])
+            here = place(self.tails[j])
+            self.places.append(here)
+            seen = self._hazard.history.look(self._memory, here)
             self.before.append(before_features(self._start, tokens[j - 1] if j else None, j, seen))
 
     def extend(self, drafted: int, signals: np.ndarray) -> None:
         """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
         tokens, context = self._tokens, self._context
+        if len(tokens) == drafted:
+            return
         drafts = context.drafts if context.step == self._number else ()
         for j in range(len(tokens), drafted):
             own, chance = token_features(signals[j].tolist()), self.sure()
             if chance:
                 self.before[j:] = self.after[j:] = [[]]
+                self.places[j:] = [None]
             else:
                 self._look()
                 features = after_features(self._start, own, tokens[j - 1] if j else None, j)
@@ -167,16 +176,17 @@ class Step:
                 chance = probability(self._after, features)
                 self.forwards += 1
             tokens.append(own)
-            self.survival.append(self.survival[j] * chance)
-            self.expected += self.survival[-1]
+            survival = self.survival[j] * chance
+            self.survival.append(survival)
+            self.expected += survival
             tail = self.tails[j]
             self.tails.append((*tail[1 - TAIL :], drafts[j]) if tail and j < len(drafts) else ())
 
     def note(self, tested: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
-        for j in range(tested):
-            if self.after[j]:
-                self._hazard.history.note(self._memory, self.tails[j], j < accepted)
+        for j, where in enumerate(self.places[:tested]):
+            if where is not None:
+                self._hazard.history.note(self._memory, where, j < accepted)
 
 
 def probability(weights: list[float], features: list[float]) -> float:

@@ -26,20 +26,30 @@ SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
 #: Number of features, see :meth:`TokenHistory.look`.
 FEATURES = TAIL + 2
 
-_SUFFIXES = [slice(-n, None) for n in range(1, TAIL + 1)]
 _MISSED = [tuple(-1.0 if i == n else 0.0 for i in range(TAIL)) for n in range(TAIL)]
 _HIT = [tuple(1.0 if i == n else 0.0 for i in range(TAIL)) for n in range(TAIL)]
 _UNSEEN = (0.0,) * TAIL
 
 Tail = tuple[int, ...]
+#: Where a token's history is kept: its suffixes, shortest first, and its buckets.
+Place = tuple[tuple[Tail, ...], int, int]
 
 
 def buckets(tail: Tail) -> tuple[int, int]:
     """Return where the last token, and the last two, are counted; -1 where there is no such token."""
     if len(tail) < 2:
         return ((tail[0] * 2654435761 & 0xFFFFFFFF) >> 20, -1) if tail else (-1, -1)
-    hashed = tail[-1] * 2654435761
-    return (hashed & 0xFFFFFFFF) >> 20, SINGLES + ((hashed + tail[-2] * 2246822519 & 0xFFFFFFFF) >> 19)
+    hashed = tail[-1] * 2654435761 & 0xFFFFFFFF
+    return hashed >> 20, SINGLES + ((hashed + tail[-2] * 2246822519 & 0xFFFFFFFF) >> 19)
+
+
+def place(tail: Tail) -> Place:
+    """Return where the history of a token that follows ``tail``, the last tokens up to four, is kept."""
+    if len(tail) == TAIL:
+        suffixes: tuple[Tail, ...] = tail[3:], tail[2:], tail[1:], tail
+    else:
+        suffixes = tuple([tail[-n:] for n in range(1, len(tail) + 1)])
+    return suffixes, *buckets(tail)
 
 
 class TokenHistory:
@@ -108,22 +118,22 @@ class TokenHistory:
         if self._weight > 1e6:
             self._fade(1.0)
 
-    def look(self, memory: dict[Any, Any], tail: Tail) -> tuple[float, ...]:
-        """Describe what is known of drafts after ``tail``, the last tokens up to four; all zero for an empty one.
+    def look(self, memory: dict[Any, Any], place: Place) -> tuple[float, ...]:
+        """Describe what is known of drafts at a place; all zero where no token comes before.
 
         Returns, for suffixes of 1 to 4 tokens, 1 or -1 where that is the longest one seen before in this sequence and
         the draft after it was accepted or not; then the shrunk excess acceptance after the last token and the last two.
         """
         found = -1
         # A suffix was seen before only if all shorter ones were.
-        for suffix in _SUFFIXES if len(tail) == TAIL else _SUFFIXES[: len(tail)]:
-            hit = memory.get(tail[suffix])
+        suffixes, i, j = place
+        for suffix in suffixes:
+            hit = memory.get(suffix)
             if hit is None:
                 break
             found += 1
             latest = hit
         seen = _UNSEEN if found < 0 else (_HIT if latest else _MISSED)[found]
-        i, j = buckets(tail)
         weight, (tested, accepted, totals) = self._weight, self._counts
         mean = totals[1] / totals[0] if totals[0] else 0.0
         one = two = 0.0
@@ -135,11 +145,11 @@ class TokenHistory:
             two = (accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
         return (*seen, one, two)
 
-    def note(self, memory: dict[Any, Any], tail: Tail, hit: bool) -> None:
-        """Note whether the draft after ``tail`` was accepted."""
-        for suffix in _SUFFIXES[: len(tail)]:
-            memory[tail[suffix]] = hit
-        i, j = buckets(tail)
+    def note(self, memory: dict[Any, Any], place: Place, hit: bool) -> None:
+        """Note whether the draft at a place was accepted."""
+        suffixes, i, j = place
+        for suffix in suffixes:
+            memory[suffix] = hit
         weight, (tested, accepted, totals) = self._weight, self._counts
         if i >= 0:
             tested[i] += weight

@@ -44,6 +44,10 @@ def summarise(signals: np.ndarray) -> tuple[float, float, float, float]:
     if not len(signals):
         return 0.0, 0.0, 0.0, 0.0
     # Python floats on a handful of rows are faster here than four numpy reductions.
-    entropy, confidence = signals[:, ENTROPY].tolist(), signals[:, CONFIDENCE].tolist()
-    n = len(entropy)
+    rows = signals.tolist()
+    n = len(rows)
+    if n == 1:
+        entropy, confidence = rows[0][ENTROPY], rows[0][CONFIDENCE]
+        return entropy, entropy, confidence, confidence
+    entropy, confidence = [row[ENTROPY] for row in rows], [row[CONFIDENCE] for row in rows]
     return sum(entropy) / n, max(entropy), sum(confidence) / n, min(confidence)

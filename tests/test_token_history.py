@@ -7,14 +7,14 @@ import pytest
 
 from policies.base import Context, PolicyError
 from policies.goodput import Goodput
-from policies.token_history import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets
+from policies.token_history import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets, place
 from speckv_online.training_acceptance import excess, tokens_from_traces, train_acceptance
 from tests.made_traces import made_trace
 
 
 def note(history: TokenHistory, rows: list[tuple[tuple[int, ...], bool]], memory: dict | None = None) -> None:
     for tail, hit in rows:
-        history.note({} if memory is None else memory, tail, hit)
+        history.note({} if memory is None else memory, place(tail), hit)
         history.step()
 
 
@@ -26,24 +26,24 @@ def draws(seed: int, count: int) -> list[tuple[tuple[int, ...], bool]]:
 def test_the_longest_suffix_seen_before_counts() -> None:
     history, memory = TokenHistory(), {}
     note(history, [((1, 2, 3, 4), True), ((9, 9, 3, 4), False), ((5, 6, 7, 8), True)], memory)
-    assert history.look(memory, (1, 2, 3, 4))[:TAIL] == (0, 0, 0, 1)
-    assert history.look(memory, (0, 0, 3, 4))[:TAIL] == (0, -1, 0, 0)
-    assert history.look(memory, (0, 0, 0, 8))[:TAIL] == (1, 0, 0, 0)
-    assert history.look(memory, (4, 3, 2, 1))[:TAIL] == (0, 0, 0, 0)
-    assert history.look({}, (1, 2, 3, 4))[:TAIL] == (0, 0, 0, 0)
-    assert history.look(memory, ()) == (0,) * (TAIL + 2)
-    assert history.look(memory, (8,))[:TAIL] == (1, 0, 0, 0)
+    assert history.look(memory, place((1, 2, 3, 4)))[:TAIL] == (0, 0, 0, 1)
+    assert history.look(memory, place((0, 0, 3, 4)))[:TAIL] == (0, -1, 0, 0)
+    assert history.look(memory, place((0, 0, 0, 8)))[:TAIL] == (1, 0, 0, 0)
+    assert history.look(memory, place((4, 3, 2, 1)))[:TAIL] == (0, 0, 0, 0)
+    assert history.look({}, place((1, 2, 3, 4)))[:TAIL] == (0, 0, 0, 0)
+    assert history.look(memory, place(())) == (0,) * (TAIL + 2)
+    assert history.look(memory, place((8,)))[:TAIL] == (1, 0, 0, 0)
 
 
 def test_the_table_holds_shrunk_excess_acceptance() -> None:
     history = TokenHistory()
     note(history, [((1, 2), True)] * 3 + [((7, 2), False)] + [((3, 4), False)] * 4)
     mean = 3 / 8
-    assert history.look({}, (1, 2))[TAIL] == pytest.approx((3 - mean * 4) / (4 + SHRINK_SINGLE))
-    assert history.look({}, (1, 2))[TAIL + 1] == pytest.approx((3 - mean * 3) / (3 + SHRINK_PAIR))
+    assert history.look({}, place((1, 2)))[TAIL] == pytest.approx((3 - mean * 4) / (4 + SHRINK_SINGLE))
+    assert history.look({}, place((1, 2)))[TAIL + 1] == pytest.approx((3 - mean * 3) / (3 + SHRINK_PAIR))
     table = history.table()
     rows = np.array([buckets((1, 2)), buckets((3, 4)), buckets((2,))])
-    want = [history.look({}, tail)[TAIL:] for tail in ((1, 2), (3, 4), (2,))]
+    want = [history.look({}, place(tail))[TAIL:] for tail in ((1, 2), (3, 4), (2,))]
     np.testing.assert_allclose(excess(table, rows), want)
 
 
