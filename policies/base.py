@@ -52,6 +52,8 @@ class Context:
         Steps taken and tokens produced so far for this prompt; tokens in the target's context.
     max_gamma : int
         Most tokens that this step may draft (less near the end of the budget).
+    remaining : int
+        Most tokens that may still be produced: what is left of the budget. Very large where there is none.
     last_drafted, last_accepted : int
         Outcome of the step before; zero at the first step.
     idle : int
@@ -78,6 +80,7 @@ class Context:
     position: int = 0
     context_length: int = 0
     max_gamma: int = MAX_GAMMA
+    remaining: int = 1 << 62
     last_drafted: int = 0
     last_accepted: int = 0
     idle: int = 0

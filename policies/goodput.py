@@ -10,6 +10,9 @@ lambda is what a token is worth: the tokens that can be had for a second elsewhe
 token drafted here saves the seconds of one a little further on. Stretches in which drafts are right go on for a while,
 and tokens are cheap there; after a rejection they are dear. So lambda is the geometric mean of two rates: that of the
 latest steps, and that which this step itself has in prospect with its next token.
+
+Where a budget ends within a step's reach, tokens beyond it are worth nothing, and the last one is worth a plain step:
+left over, it would take one of its own.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ class Rule(NamedTuple):
         By k, what a step that submits k tokens takes besides drafting them.
     draft, first : float
         What a forward of the draft takes, and a step's first one on top.
+    last : float
+        What the last token of a budget is worth: without it, it would take a step of its own.
     """
 
     version: int
@@ -58,6 +63,7 @@ class Rule(NamedTuple):
     plain: list[float]
     draft: float
     first: float
+    last: float
 
     def local(self, tokens: float, submitted: int, forwards: int) -> float:
         """Return how many times the latest steps' rate is in force in a step with so many tokens in prospect."""
@@ -116,7 +122,7 @@ class Goodput(CostAware):
         if found is None or found.version != costs.version:
             rate, verify = costs.rate, costs.verify
             wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
-            found = Rule(costs.version, {}, wider, plain, rate * costs.draft, rate * costs.first)
+            found = Rule(costs.version, {}, wider, plain, rate * costs.draft, rate * costs.first, costs.price.item(0))
             self._rules[level] = found
         return found
 
@@ -135,6 +141,8 @@ class Goodput(CostAware):
             forwards += 1
         survival = step.survival[k]
         here = rule.local(step.expected + survival * p, k + 1, forwards)
+        if step.left <= MAX_GAMMA:
+            return ends(self.costs.level(level), k, kind, step.left, p, survival / here)
         return survival >= here * row[int(p * BINS) if p < 1.0 else BINS - 1]
 
     def decide(self, context: Context) -> Decision:
@@ -159,7 +167,7 @@ class Goodput(CostAware):
         best = worth = 0.0
         count = 0
         for k in range(1, drafted + 1):
-            worth += step.survival[k]
+            worth += step.survival[k] * (rule.last if k == step.left else 1.0)
             gain = worth - here * rule.wider[k]
             if gain > best:
                 best, count = gain, k
@@ -212,3 +220,16 @@ def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:
     cost *= costs.rate
     found: np.ndarray = np.minimum.reduce(cost[:, None] * _PER_GAIN[: len(m)])
     return found
+
+
+def ends(costs: LevelCosts, k: int, kind: int, left: int, p: float, survival: float) -> bool:
+    """Whether it pays to draft on after k tokens where ``left`` accepted ones end the text: for some m, as above."""
+    verify, each = costs.verify, 0.0 if kind == FREE else costs.draft
+    price, chance, gain = (costs.first if kind == FIRST else 0.0) - verify.item(k), 1.0, 0.0
+    for j in range(k + 1, left + 1):
+        price += each
+        chance *= p
+        gain += chance * costs.price.item(0) if j == left else chance
+        if survival * gain >= costs.rate * (price + verify.item(j)):
+            return True
+    return False

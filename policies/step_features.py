@@ -99,6 +99,8 @@ class Step:
         Where the history of each token that took a forward is kept, see :func:`~policies.token_history.place`.
     forwards : int
         How many of the tokens so far took a forward of the draft model.
+    left : int
+        How many accepted tokens end the text, with the target's own: drafting more is of no use.
     expected : float
         Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
     """
@@ -116,6 +118,7 @@ class Step:
         "before",
         "expected",
         "forwards",
+        "left",
         "level",
         "places",
         "survival",
@@ -132,7 +135,7 @@ class Step:
         self.after: list[list[float]] = []
         self.survival = [1.0]
         self.expected = 1.0
-        self.forwards = 0
+        self.forwards, self.left = 0, context.remaining - 1
         self._tokens: list[Token] = []
         self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
         self.places: list[Place | None] = []

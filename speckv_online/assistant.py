@@ -123,7 +123,8 @@ class PolicyCandidates(AssistedCandidateGenerator):
         """Decide, and draft as many tokens; see the base class."""
         context = self.history.context
         length = input_ids.shape[1]
-        context.max_gamma = max(0, min(MAX_GAMMA, self.main_model_max_length - length - 1))
+        context.remaining = self.main_model_max_length - length
+        context.max_gamma = max(0, min(MAX_GAMMA, context.remaining - 1))
         self.drafts = []
         context.drafts = self.drafts
         self.started = perf_counter()

@@ -153,7 +153,8 @@ def _run(decoder: SpeculativeDecoder, rows: list[_Row], on_tokens: Callable[[int
         for row in rows:
             context = row.history.context
             context.level = level_name(decoder.level, len(rows))
-            context.max_gamma = decoder.limit(row.budget - len(row.out.tokens), context.context_length)
+            context.remaining = row.budget - len(row.out.tokens)
+            context.max_gamma = decoder.limit(context.remaining, context.context_length)
         produced = _step(decoder.policy, target, drafter, rows)
         for row, tokens in zip(rows, produced, strict=True):
             if on_tokens is not None:

@@ -188,7 +188,8 @@ class SpeculativeDecoder:
         out.prefill_seconds = perf_counter() - started
 
         while len(out.tokens) < budget:
-            history.context.max_gamma = self.limit(budget - len(out.tokens), history.context.context_length)
+            remaining = history.context.remaining = budget - len(out.tokens)
+            history.context.max_gamma = self.limit(remaining, history.context.context_length)
             tokens, outcome = self._step(sequence, cache, history, out.steps, on_logits)
             out.tokens += tokens
             history.update(outcome)

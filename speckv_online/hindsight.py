@@ -67,8 +67,7 @@ def clairvoyant(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
 def fastest(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     """Replay, per level, the sequence of k that takes the least modelled time of all, by dynamic programming.
 
-    A true bound: unlike :func:`clairvoyant` it also weighs where a step leaves off. The catching up of the draft is
-    charged as a policy would be, but not planned for.
+    A true bound: unlike :func:`clairvoyant` it also weighs where a step leaves off, and what the draft has to read.
     """
     return {
         level: Replay.join([_shortest(trace, cost.level(level)) for trace in group])
@@ -95,16 +94,33 @@ def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:
 
 
 def _shortest(trace: Trace, cost: LevelCost) -> Replay:
-    length = len(trace)
-    least, best = np.zeros(length + 1), np.zeros(length, dtype=int)
+    """Plan backwards, with two least times from each position on: without the draft model, and with it.
+
+    A token that the draft has not read costs nothing before it is clear that the draft will be asked once more: then it
+    is charged to the step that left it unread.
+    """
+    length, c = len(trace), cost.catch_up_seconds if trace.reads else 0.0
+    without, best_without = np.zeros(length + 1), np.zeros(length, dtype=int)
+    using, best_using, last = np.full(length + 1, np.inf), np.zeros(length, dtype=int), np.zeros(length, dtype=bool)
     for t in range(length - 1, -1, -1):
         tokens, seconds = _steps(trace, t, cost)
-        total = seconds + least[t + tokens]
-        best[t] = int(np.argmin(total))
-        least[t] = total[best[t]]
+        k, after = np.arange(len(tokens)), t + tokens
+        paid, read = trace.forwards[t, k], trace.read[t, k]
+        asked = paid > 0
+        total = np.where(asked, np.inf, seconds + without[after])
+        best_without[t] = int(np.argmin(total))
+        without[t] = total[best_without[t]]
+        unread = np.where(asked, k + 1 - np.minimum(read, k), tokens)
+        later = using[after] + c * unread
+        ends = asked & (without[after] <= later)
+        total = seconds + np.where(asked, c * (read - paid), 0.0) + np.where(ends, without[after], later)
+        best_using[t] = int(np.argmin(total))
+        using[t], last[t] = total[best_using[t]], ends[best_using[t]]
     choice, t = {}, 0
+    more = using[0] + c * len(trace.prompt) < without[0]
     while t < length:
-        choice[t] = int(best[t])
+        choice[t] = int((best_using if more else best_without)[t])
+        more = more and not last[t]
         t = min(t + choice[t] + 1, length)
     return _replay(trace, choice, cost)
 

@@ -142,6 +142,7 @@ class Simulator:
         while t < end:
             # Conditions instead of min() here: a call costs more than all that it compares.
             left = budget - t - 1
+            context.remaining = left + 1
             limit = context.max_gamma = longest if longest < left else left
             if lookups:
                 context.lookups = lookups[t][:1]

@@ -33,8 +33,9 @@ def test_the_policy_sets_gamma(tiny_pair: TinyPair, gammas: list[int]) -> None:
     tokens, assistant = run(tiny_pair, policy, prompt)
     assert tokens == plain(tiny_pair.target, prompt, 30) == assistant.last.tokens
     assert not assistant.policy.faults
-    for record, (*_, max_gamma) in zip(assistant.last.steps, policy.contexts, strict=True):
+    for record, (*_, max_gamma, remaining) in zip(assistant.last.steps, policy.contexts, strict=True):
         assert record.drafted == min(gammas[record.step % len(gammas)], max_gamma)
+        assert max_gamma == min(16, remaining - 1)
     # The decoder of this package, at the same gammas, takes the same steps.
     other = Scripted(gammas)
     SpeculativeDecoder(tiny_pair.draft, policy=other, target=tiny_pair.target).generate(prompt, 30)

@@ -27,11 +27,12 @@ class Scripted(Policy):
     def __init__(self, gammas: list[int], stops: bool = False, **options: int) -> None:
         super().__init__(**options)
         self.gammas, self.stops = gammas, stops
-        self.contexts: list[tuple[int, int, int, int]] = []
+        self.contexts: list[tuple[int, ...]] = []
         self.outcomes: list[Outcome] = []
 
     def decide(self, context: Context) -> Decision:
-        self.contexts.append((context.step, context.position, context.context_length, context.max_gamma))
+        c = context
+        self.contexts.append((c.step, c.position, c.context_length, c.max_gamma, c.remaining))
         return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)], stops=self.stops)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
@@ -100,8 +101,9 @@ def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
     out = decoder.generate(prompt, 40)
     position = 0
     for record, outcome, seen in zip(out.steps, policy.outcomes, policy.contexts, strict=True):
-        step, at, context_length, max_gamma = seen
+        step, at, context_length, max_gamma, remaining = seen
         assert (step, at, context_length) == (record.step, position, len(prompt) + position)
+        assert (remaining, max_gamma) == (40 - position, min(16, 39 - position))
         assert record.drafted == min(record.gamma, max_gamma) == outcome.drafted
         assert record.accepted <= record.tested <= record.drafted
         assert outcome.rejected == (record.accepted < record.drafted)

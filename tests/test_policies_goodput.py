@@ -10,7 +10,7 @@ import pytest
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
 from policies.cost import CostPrior
-from policies.goodput import BINS, Goodput, thresholds
+from policies.goodput import BINS, FIRST, FORWARD, FREE, Goodput, ends, thresholds
 from policies.hazard import Hazard
 from policies.level_cost import LevelCosts
 from policies.step_features import AFTER, Step
@@ -190,6 +190,36 @@ def test_the_tail_is_submitted_only_where_a_wider_verify_pays() -> None:
     for growth, want in ((0.03, 2), (0.0, 3)):
         policy = make(CostPrior(0.001, (0.1, 0.1 + growth)))
         decision = policy.decide(Context(level="nf4", acceptance=0.9))
+        assert policy.submit(decision, 3, table) == want
+
+
+def test_near_the_end_of_a_budget_by_hand() -> None:
+    """Tokens past the end are worth nothing, and the last one a plain step; both answers, at every k."""
+    costs, rng, answers = flat(0.02, (0.1, 0.104, 0.13, 0.135)), np.random.default_rng(6), set()
+    costs.first = 0.004
+    for _ in range(300):
+        left, kind = int(rng.integers(1, 17)), int(rng.integers(3))
+        k, p, survival = int(rng.integers(left)), rng.random(), rng.random()
+        t_d, first = (0.0 if kind == FREE else 0.02), (0.004 if kind == FIRST else 0.0)
+        pays = []
+        for m in range(1, left - k + 1):
+            worth = [1.0] * (m - 1) + [costs.rate * costs.seconds[0] if k + m == left else 1.0]
+            gain = survival * sum(p ** (i + 1) * w for i, w in enumerate(worth))
+            pays.append(gain - costs.rate * (m * t_d + first + costs.verify[k + m] - costs.verify[k]))
+        assert ends(costs, k, kind, left, p, survival) == (max(pays) >= 0.0)
+        answers.add((kind, max(pays) >= 0.0))
+    assert answers == {(kind, pays) for kind in (FORWARD, FIRST, FREE) for pays in (True, False)}
+
+
+def test_the_token_that_ends_a_text_is_submitted_where_another_is_not() -> None:
+    """Verifying a third draft takes more than a token is worth at this rate, but less than a step of its own."""
+    table = np.array([[0.1, 0.97, 9.0, 3.0]] * 16)
+    for remaining, want in ((1 << 62, 2), (5, 2), (4, 3)):
+        policy = make(CostPrior(0.001, (0.1, 0.1, 0.1, 0.16)))
+        costs = policy.costs.level("nf4")
+        costs.rate *= 2.0  # steps give two tokens on average
+        costs.price = costs.rate * costs.seconds
+        decision = policy.decide(Context(level="nf4", acceptance=0.9, remaining=remaining, max_gamma=3))
         assert policy.submit(decision, 3, table) == want
 
 

@@ -21,7 +21,7 @@ from speckv_online.errors import UserError
 from speckv_online.hindsight import best_fixed, clairvoyant, fastest
 from speckv_online.models import LoadedPair, chat_prompt
 from speckv_online.records import StepRecord
-from speckv_online.simulate import Simulator, replay_fixed
+from speckv_online.simulate import Simulator, replay_fixed, replay_plan
 from speckv_online.step_table import Schedule
 from speckv_online.trace_collection import collect_trace
 from speckv_online.traces import Trace, agreement
@@ -189,27 +189,29 @@ def test_replay_needs_a_level_and_long_enough_drafts() -> None:
 
 def brute_force(trace: Trace, cost: LevelCost) -> float:
     """Least seconds over all sequences of gammas of a short trace."""
-    best = float("inf")
-    for gammas in itertools.product(range(4), repeat=len(trace)):
-        t, seconds = 0, 0.0
-        for gamma in gammas:
-            if t == len(trace):
-                break
-            k = min(gamma, trace.budget - t - 1)
-            n = min(int(trace.accepted[t]), k)
-            seconds += cost.seconds(k, context=len(trace.prompt) + t)
-            t += n + 1 if t + n < len(trace) else n
-        best = min(best, seconds)
-    return best
+    plans = (np.array(gammas) for gammas in itertools.product(range(4), repeat=len(trace)))
+    return min(float(replay_plan(trace, plan, plan, cost).seconds.sum()) for plan in plans)
+
+
+@pytest.mark.parametrize("catch_up", [0.0, 0.001, 0.003])
+def test_the_least_time_of_all_sequences(catch_up: float) -> None:
+    """What the draft has to read is planned for: at the dearest rate some texts are best decoded without it."""
+    rng = np.random.default_rng(0)
+    cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12, catch_up_seconds=catch_up)
+    plain = 0
+    for _ in range(8):
+        trace = made(np.minimum(rng.integers(0, 4, 5), np.arange(5, 0, -1)).tolist())
+        found = fastest([trace], CostTable("test", {"fp32": cost}))["fp32"]
+        assert found.seconds.sum() == pytest.approx(brute_force(trace, cost))
+        plain += not found.drafted.any()
+    assert plain < 8
+    assert plain > 0 or catch_up < 0.001
 
 
 def test_hindsight_bounds() -> None:
     rng = np.random.default_rng(0)
     cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12)
     table = CostTable("test", {"fp32": cost})
-    for _ in range(5):
-        trace = made(np.minimum(rng.integers(0, 4, 6), np.arange(6, 0, -1)).tolist())
-        assert fastest([trace], table)["fp32"].seconds.sum() == pytest.approx(brute_force(trace, cost))
     left = np.arange(40, 0, -1).clip(max=16)
     traces = [made(np.minimum(rng.geometric(0.4, 40) - 1, left).tolist()) for _ in range(8)]
     fixed, oracle = best_fixed(traces, table)["fp32"], clairvoyant(traces, table)["fp32"]
