@@ -72,6 +72,18 @@ class Rule(NamedTuple):
             price += self.draft * forwards + self.first
         return sqrt(tokens / price)
 
+    def ends(self, k: int, kind: int, left: int, p: float, survival: float) -> bool:
+        """Whether it pays to draft on after k tokens where ``left`` accepted ones end the text: whether any m does."""
+        wider, last, each = self.wider, self.last, 0.0 if kind == FREE else self.draft
+        price, chance, gain = (self.first if kind == FIRST else 0.0) - wider[k], survival, 0.0
+        for j in range(k + 1, left + 1):
+            price += each
+            chance *= p
+            gain += chance * last if j == left else chance
+            if gain >= price + wider[j]:
+                return True
+        return False
+
 
 class Goodput(CostAware):
     """Token-level stopping by predicted acceptance and measured seconds.
@@ -142,7 +154,7 @@ class Goodput(CostAware):
         survival = step.survival[k]
         here = rule.local(step.expected + survival * p, k + 1, forwards)
         if step.left <= MAX_GAMMA:
-            return ends(self.costs.level(level), k, kind, step.left, p, survival / here)
+            return rule.ends(k, kind, step.left, p, survival / here)
         return survival >= here * row[int(p * BINS) if p < 1.0 else BINS - 1]
 
     def decide(self, context: Context) -> Decision:
@@ -220,16 +232,3 @@ def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:
     cost *= costs.rate
     found: np.ndarray = np.minimum.reduce(cost[:, None] * _PER_GAIN[: len(m)])
     return found
-
-
-def ends(costs: LevelCosts, k: int, kind: int, left: int, p: float, survival: float) -> bool:
-    """Whether it pays to draft on after k tokens where ``left`` accepted ones end the text: for some m, as above."""
-    verify, each = costs.verify, 0.0 if kind == FREE else costs.draft
-    price, chance, gain = (costs.first if kind == FIRST else 0.0) - verify.item(k), 1.0, 0.0
-    for j in range(k + 1, left + 1):
-        price += each
-        chance *= p
-        gain += chance * costs.price.item(0) if j == left else chance
-        if survival * gain >= costs.rate * (price + verify.item(j)):
-            return True
-    return False

@@ -123,11 +123,12 @@ class OnlineSgd(CostAware):
 
     def _train(self, features: np.ndarray, start: int, stop: int, y: np.ndarray) -> None:
         """One Adam step (Kingma & Ba, 2015) on the mean squared error of the labelled arms."""
-        x, hidden, rates = self._forward(features)
-        error = np.zeros(len(rates))
-        error[start:stop] = (rates - y)[start:stop] / (stop - start)
+        x, hidden, error = self._forward(features)
+        error -= y
+        error[:start] = error[stop:] = 0.0
+        error *= 1.0 / (stop - start)
         back = error[:, None] * self._W2
-        back *= hidden > 0.0
+        back *= np.sign(hidden)  # of units that are not negative
         W1, b1, W2, b2 = self._views
         np.dot(x.T, back, W1)
         np.dot(_ONES[: len(back)], back, b1)

@@ -10,7 +10,7 @@ import pytest
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
 from policies.cost import CostPrior
-from policies.goodput import BINS, FIRST, FORWARD, FREE, Goodput, ends, thresholds
+from policies.goodput import BINS, FIRST, FORWARD, FREE, Goodput, thresholds
 from policies.hazard import Hazard
 from policies.level_cost import LevelCosts
 from policies.step_features import AFTER, Step
@@ -195,8 +195,10 @@ def test_the_tail_is_submitted_only_where_a_wider_verify_pays() -> None:
 
 def test_near_the_end_of_a_budget_by_hand() -> None:
     """Tokens past the end are worth nothing, and the last one a plain step; both answers, at every k."""
-    costs, rng, answers = flat(0.02, (0.1, 0.104, 0.13, 0.135)), np.random.default_rng(6), set()
+    policy, rng, answers = make(CostPrior(0.02, (0.1, 0.104, 0.13, 0.135))), np.random.default_rng(6), set()
+    costs = policy.costs.level("nf4")
     costs.first = 0.004
+    rule = policy._rule("nf4")
     for _ in range(300):
         left, kind = int(rng.integers(1, 17)), int(rng.integers(3))
         k, p, survival = int(rng.integers(left)), rng.random(), rng.random()
@@ -206,7 +208,7 @@ def test_near_the_end_of_a_budget_by_hand() -> None:
             worth = [1.0] * (m - 1) + [costs.rate * costs.seconds[0] if k + m == left else 1.0]
             gain = survival * sum(p ** (i + 1) * w for i, w in enumerate(worth))
             pays.append(gain - costs.rate * (m * t_d + first + costs.verify[k + m] - costs.verify[k]))
-        assert ends(costs, k, kind, left, p, survival) == (max(pays) >= 0.0)
+        assert rule.ends(k, kind, left, p, survival) == (max(pays) >= 0.0)
         answers.add((kind, max(pays) >= 0.0))
     assert answers == {(kind, pays) for kind in (FORWARD, FIRST, FREE) for pays in (True, False)}
 
