@@ -10,6 +10,8 @@ from policies.base import MAX_GAMMA, PolicyError
 
 #: Numbers of tokens that a verification may have: 1 to 17.
 WIDTHS = MAX_GAMMA + 1
+#: Far above any time: a whole number may be finite and still be too large for a float.
+MOST = 1e300
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class CostPrior:
         others = [v for name, v in asdict(self).items() if name != "verify_seconds"]
         times = (*others, *self.verify_seconds)
         positive = (*self.verify_seconds, self.weight)
-        if not self.verify_seconds or not all(0 <= t < float("inf") for t in times) or min(positive) <= 0:
+        if not self.verify_seconds or not all(0 <= t < MOST for t in times) or min(positive) <= 0:
             wanted = "finite numbers, none below zero, and verify times and a weight above zero"
             raise PolicyError(f"cost prior needs {wanted}: {self}")
 

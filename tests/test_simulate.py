@@ -262,7 +262,8 @@ def test_cost_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one of rtx3090-release"):
         load_cost("rtx4090")
     document = json.loads(path.read_text())
-    for change in ({"version": 2}, {"levels": {"fp16": {"draft_seconds": -1, "verify_seconds": [1]}}}, {"levels": [1]}):
+    wrong = [{"draft_seconds": -1, "verify_seconds": [1]}, {"draft_seconds": 1, "verify_seconds": [10**400]}]
+    for change in ({"version": 2}, *({"levels": {"fp16": level}} for level in wrong), {"levels": [1]}):
         path.write_text(json.dumps(document | change))
         with pytest.raises(UserError, match="not a cost table"):
             load_cost(path)
