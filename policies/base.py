@@ -157,6 +157,9 @@ class Outcome:
     forwards : int
         Tokens that took a forward of the draft model, also those that the policy dropped again: what the draft seconds
         paid for. By default all of ``drafted``.
+    policy_seconds : float
+        What the policy itself took of ``seconds``: to decide, and to learn from the step before. Zero where nobody
+        looked at a clock, as in replays.
     """
 
     drafted: int
@@ -172,6 +175,7 @@ class Outcome:
     signals: np.ndarray = field(default_factory=lambda: np.empty((0, N_SIGNALS)))
     drafter: str = ""
     forwards: int = -1
+    policy_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.forwards < 0:

@@ -62,7 +62,8 @@ class DraftQuality:
         """
         up, down = self._runs.get(level, (0.0, 0.0))
         cost = 0.5 * SHIFT * SHIFT * variance
-        up, down = max(up + SHIFT * surplus - cost, 0.0), max(down - SHIFT * surplus - cost, 0.0)
+        up, down = up + SHIFT * surplus - cost, down - SHIFT * surplus - cost
+        up, down = up if up > 0.0 else 0.0, down if down > 0.0 else 0.0
         found = up > ALARM or down > ALARM
         self._runs[level] = (0.0, 0.0) if found else (up, down)
         if found:

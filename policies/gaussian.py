@@ -16,7 +16,7 @@ PRIOR_NOISE = 0.09
 #: Rows that the assumption is worth.
 PRIOR_ROWS = 100.0
 #: Rows that wait at most before they are folded into the sums.
-BUFFER = 2048
+BUFFER = 4096
 
 
 class GaussianHead:

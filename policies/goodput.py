@@ -115,7 +115,7 @@ class Goodput(CostAware):
         acceptance: str = "",
         strength: float = 1500.0,
         discount: float = 0.9995,
-        refresh: int = 64,
+        refresh: int = 128,
         cap: int = MAX_GAMMA,
         **options: Any,
     ) -> None:
@@ -138,16 +138,16 @@ class Goodput(CostAware):
             self._rules[level] = found
         return found
 
-    def _pays(self, level: str, k: int, step: Step) -> bool:
+    def _pays(self, k: int, step: Step) -> bool:
         """Whether to draft on after k tokens of a step."""
         if not self.timed:
             return True
-        rule, forwards = self._rule(level), step.forwards
+        rule, forwards = step.rule, step.forwards
         p = step.sure()
         kind = FREE if p else FORWARD if forwards else FIRST
         row = rule.least.get(3 * k + kind)
         if row is None:
-            row = rule.least[3 * k + kind] = thresholds(self.costs.level(level), k, kind).tolist()
+            row = rule.least[3 * k + kind] = thresholds(self.costs.level(step.level), k, kind).tolist()
         if not p:
             p = step.chance()
             forwards += 1
@@ -159,22 +159,23 @@ class Goodput(CostAware):
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.hazard)
-        gamma = min(self.cap, context.max_gamma)
-        if gamma and not self._pays(context.level, 0, step):
+        step.rule = self._rule(context.level)
+        gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
+        if gamma and not self._pays(0, step):
             gamma = 0
         return Decision(self.new_id(), gamma, gamma > 0, 1.0, self.version, step)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
         step: Step = decision.features
         step.extend(drafted, signals)
-        return self._pays(step.level, drafted, step)
+        return self._pays(drafted, step)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
         step: Step = decision.features
         step.extend(drafted, signals)
         if not self.timed:
             return drafted
-        rule = self._rule(step.level)
+        rule = step.rule
         here = rule.local(step.expected, drafted, step.forwards)
         best = worth = 0.0
         count = 0

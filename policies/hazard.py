@@ -26,7 +26,7 @@ from policies.token_history import SHAPE, TokenHistory
 HEADS = {"before": BEFORE, "after": AFTER}
 DEFAULT_PRIOR = Path(__file__).parent / "data" / "goodput.npz"
 #: Steps that wait at most before they become rows.
-WAITING = 128
+WAITING = 256
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
 FLOOR = 0.005
 #: How many times as fast the quality of a draft is forgotten: it is one number, and another draft has another.

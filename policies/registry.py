@@ -11,7 +11,7 @@ Options are the keyword parameters of the policy's constructor, and their annota
 ``float``, ``bool`` (``on``/``off``), ``str``, ``Literal[...]``, and ``tuple[int, ...]`` written ``0/2/4``.
 
 Learned policies (``guarded``) come wrapped in :class:`~policies.safety.SafetyGuard`, and take its options too:
-``safety=off`` leaves it out, ``safety_gamma`` and ``safety_epsilon`` set it.
+``safety=off`` leaves it out, ``safety_gamma`` and ``safety_epsilon`` set it, ``naps=off`` keeps it awake.
 
 To add a policy, write one file and add one line to :data:`BUILTIN`.
 """
@@ -56,7 +56,12 @@ BUILTIN: dict[str, str] = {
 }
 
 #: Options of every guarded policy: type and default.
-SAFETY: dict[str, tuple[Any, Any]] = {"safety": (bool, True), "safety_gamma": (int, 4), "safety_epsilon": (float, 0.05)}
+SAFETY: dict[str, tuple[Any, Any]] = {
+    "safety": (bool, True),
+    "safety_gamma": (int, 4),
+    "safety_epsilon": (float, 0.05),
+    "naps": (bool, True),
+}
 
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
@@ -86,7 +91,7 @@ def make_policy(spec: str, **defaults: Any) -> Policy:
         policy = cls(**options)
         if not (getattr(cls, "guarded", False) and safety["safety"]):
             return policy
-        return SafetyGuard(policy, gamma=safety["safety_gamma"], epsilon=safety["safety_epsilon"])
+        return SafetyGuard(policy, safety["safety_gamma"], safety["safety_epsilon"], naps=safety["naps"])
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None
     except (TypeError, ValueError) as error:

@@ -23,15 +23,17 @@ As probes are few, the estimate may be off by a tenth; steps that are taken over
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
 from policies.cost import CostModel
+from policies.gaussian import check_array
 from policies.guard import Wrapper
 from policies.learned import CostAware
 from policies.level_cost import LevelCosts
+from policies.nap import NUMBERS, STRETCH, Nap
 
 REVIEW_EVERY = 16
 #: Weight that the counts of a review keep until the next one.
@@ -63,6 +65,7 @@ class _Ledger:
         self.forwards = 1.0
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
         self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
+        self.nap = Nap()
         self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
 
     def forget(self) -> None:
@@ -96,7 +99,7 @@ class _Ledger:
     def count(self, outcome: Outcome, stop: int) -> None:
         """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
         n, k, gamma = outcome.accepted, outcome.drafted, self.gamma
-        known = float(min(n, gamma))
+        known = float(n if n < gamma else gamma)
         if outcome.tested == n and k < gamma:  # all of a shorter draft was accepted
             r = gamma - n - 1
             known += self.more[r] / self.seen[r]
@@ -107,7 +110,8 @@ class _Ledger:
                     self.seen[r - 1] += 1.0
                     self.more[r - 1] += min(extra, r)
         # Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
-        self.short = max(self.short + FAIR * self.tokens / self.fixed_steps - 1.0 - known, 0.0)
+        short = self.short + FAIR * self.tokens / self.fixed_steps - 1.0 - known
+        self.short = short if short > 0.0 else 0.0
         self.local += LOCAL * (1.0 + known - self.local)
         self.tokens += outcome.produced
         self.fixed_steps += outcome.produced / self.local
@@ -118,6 +122,16 @@ class _Ledger:
         self.fixed_steps *= KEEP
         self.seen = [KEEP**0.25 * x for x in self.seen]
         self.more = [KEEP**0.25 * x for x in self.more]
+
+
+#: Level, position where it ends, whether to sleep through it, the level's ledger.
+_Stretch: TypeAlias = tuple[str, int, bool, _Ledger]
+
+
+class Asleep:
+    """What a decision that was taken asleep has for features."""
+
+    __slots__ = ()
 
 
 class SafetyGuard(Wrapper):
@@ -138,15 +152,19 @@ class SafetyGuard(Wrapper):
         Share of the baseline's goodput that may be given up.
     burn_in : float
         Tokens that may be lost before the policy is held back.
+    naps : bool
+        Whether to decode plainly without asking the policy where asking it does not pay, see :mod:`policies.nap`.
     """
 
-    def __init__(self, policy: Policy, gamma: int = 4, epsilon: float = 0.05, burn_in: float = 50.0) -> None:
+    def __init__(
+        self, policy: Policy, gamma: int = 4, epsilon: float = 0.05, burn_in: float = 50.0, naps: bool = True
+    ) -> None:
         super().__init__(policy)
         if not 1 <= gamma <= MAX_GAMMA:
             raise PolicyError(f"the safety gamma must be from 1 to {MAX_GAMMA}, got {gamma}")
         if not 0 < epsilon < 1 or not 0 < burn_in < float("inf"):
             raise PolicyError(f"epsilon must be between 0 and 1 and burn_in above zero, got {epsilon} and {burn_in}")
-        self.gamma, self.epsilon, self.burn_in = gamma, epsilon, burn_in
+        self.gamma, self.epsilon, self.burn_in, self.naps = gamma, epsilon, burn_in, naps
         own = getattr(policy, "costs", None)
         self.model = own if own is not None else CostModel()
         self._shared = own is not None
@@ -162,9 +180,23 @@ class SafetyGuard(Wrapper):
             self._review(found, self.model.level(level))
         return found
 
+    def _stretch(self, context: Context) -> _Stretch:
+        """Begin a stretch of the sequence, and settle whether to sleep through it."""
+        level = context.level
+        ledger = self.ledger(level)
+        plain = self.model.level(level).seconds.item(0)
+        asleep = self.naps and ledger.nap.start(plain, ledger.baseline == 0)
+        found = context.memory[self] = level, context.position + STRETCH, asleep, ledger
+        return found
+
     def decide(self, context: Context) -> Decision:
+        stretch = context.memory.get(self)
+        if stretch is None or stretch[0] != context.level or stretch[1] <= context.position:
+            stretch = self._stretch(context)
+        _, _, asleep, ledger = stretch
+        if asleep:
+            return Decision(self.policy.new_id(), 0, features=Asleep())
         decision = self.policy.decide(context)
-        ledger = self.ledger(context.level)
         ledger.steps += 1
         gamma, limit = decision.gamma, context.max_gamma
         if type(gamma) is not int or not 0 <= gamma <= MAX_GAMMA:
@@ -205,6 +237,8 @@ class SafetyGuard(Wrapper):
         return drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if type(decision.features) is Asleep:
+            return
         seen = decision.id in self.policy._learnt
         self.policy.learn(decision, outcome)
         if seen:
@@ -220,11 +254,17 @@ class SafetyGuard(Wrapper):
             self._postpone(ledger, 1)
         costs = self.model.level(outcome.level)
         seconds = costs.seconds.item(k) + costs.draft * (outcome.forwards - k)
+        nap, reading = ledger.nap, 0.0
         if k:
             ledger.forwards += SHARE * ((outcome.forwards / k if outcome.forwards < k else 1.0) - ledger.forwards)
             seconds -= 0.0 if outcome.forwards else costs.first
-            if ledger.baseline == 0:  # the fixed gamma would have had to read as much
-                seconds += costs.catch_up * outcome.caught_up
+            reading = costs.catch_up * outcome.caught_up
+        if outcome.policy_seconds:
+            nap.spent(outcome.policy_seconds)
+        nap.tokens += outcome.produced
+        nap.seconds += seconds + reading
+        if ledger.baseline == 0:  # the fixed gamma would have had to read as much
+            seconds += reading
         budget, most = ledger.budget + outcome.produced - ledger.rate * seconds, self.burn_in
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = -most if budget < -most else budget if budget < 4.0 * most else 4.0 * most
@@ -260,12 +300,13 @@ class SafetyGuard(Wrapper):
         found = self.policy.state_dict()
         for level, x in self._ledgers.items():
             found[f"safety.{level}"] = np.array(x.row())
+            found[f"safety_nap.{level}"] = np.array(x.nap.row())
         if not self._shared:
             found |= self.model.state()
         return found
 
     def load_state_dict(self, state: State) -> None:
-        own = {k for k in state if k.startswith("safety.")}
+        own = {k for k in state if k.startswith(("safety.", "safety_nap."))}
         if not self._shared:
             own |= {k for k in state if k.startswith("cost.")}
             self.model.load(state)
@@ -280,8 +321,11 @@ class SafetyGuard(Wrapper):
             level = key.removeprefix("safety.")
             ledger = self.ledger(level)
             ledger.fill(row.tolist())
+            if (key := f"safety_nap.{level}") in state:
+                ledger.nap.fill(check_array(state, key, (NUMBERS,)).astype(float).tolist())
             self._review(ledger, self.model.level(level))
 
     def info(self) -> dict[str, Any]:
         held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
-        return self.policy.info() | held
+        slept = {f"{level}.slept": ledger.nap.slept for level, ledger in self._ledgers.items() if ledger.nap.slept}
+        return self.policy.info() | held | slept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import mul
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def token_features(row: list[float]) -> Token:
     return (
         log_odds(row[CONFIDENCE]),
         0.25 * row[ENTROPY],
-        0.5 * math.log1p(max(row[MARGIN], 0.0)),
+        0.5 * math.log1p(row[MARGIN]) if row[MARGIN] > 0.0 else 0.0,
         0.5 + 0.125 * n if n > 0.0 else 0.0,
         0.5 - 0.125 * n if n < 0.0 else 0.0,
     )
@@ -103,6 +103,8 @@ class Step:
         How many accepted tokens end the text, with the target's own: drafting more is of no use.
     expected : float
         Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
+    rule : object
+        What the policy decides the step by; its own affair.
     """
 
     __slots__ = (
@@ -121,6 +123,7 @@ class Step:
         "left",
         "level",
         "places",
+        "rule",
         "survival",
         "tails",
     )
@@ -139,6 +142,7 @@ class Step:
         self._tokens: list[Token] = []
         self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
         self.places: list[Place | None] = []
+        self.rule: Any = None
 
     def sure(self) -> float:
         """How sure the drafter is of the next token if that takes no forward of a model, else 0."""
@@ -148,32 +152,31 @@ class Step:
 
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
-        self._look()
+        if len(self.before) == len(self._tokens):
+            self._look()
         return probability(self._before, self.before[-1])
 
     def _look(self) -> None:
-        """Describe the next token before it is drafted."""
-        tokens = self._tokens
-        j = len(tokens)
-        if len(self.before) == j:
-            here = place(self.tails[j])
-            self.places.append(here)
-            seen = self._hazard.history.look(self._memory, here)
-            self.before.append(before_features(self._start, tokens[j - 1] if j else None, j, seen))
+        """Describe the next token, which is not described yet, before it is drafted."""
+        j, here = len(self._tokens), place(self.tails[-1])
+        self.places.append(here)
+        seen = self._hazard.history.look(self._memory, here)
+        self.before.append(before_features(self._start, self._tokens[-1] if j else None, j, seen))
 
     def extend(self, drafted: int, signals: np.ndarray) -> None:
         """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
         tokens, context = self._tokens, self._context
         if len(tokens) == drafted:
             return
-        drafts = context.drafts if context.step == self._number else ()
+        drafts, lookups = (context.drafts, context.lookups) if context.step == self._number else ((), ())
         for j in range(len(tokens), drafted):
-            own, chance = token_features(signals[j].tolist()), self.sure()
+            own, chance = token_features(signals[j].tolist()), lookups[j] if j < len(lookups) else 0.0
             if chance:
                 self.before[j:] = self.after[j:] = [[]]
                 self.places[j:] = [None]
             else:
-                self._look()
+                if len(self.before) == j:
+                    self._look()
                 features = after_features(self._start, own, tokens[j - 1] if j else None, j)
                 self.after.append(features)
                 chance = probability(self._after, features)

@@ -115,7 +115,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.ngrams = NgramIndex(tokens)
         self.signals = np.zeros((MAX_GAMMA, N_SIGNALS))
         self.drafts: list[int] = []
-        self.forwards = 0
+        self.forwards, self.learning = 0, 0.0
         self.decision = Decision(0, 0)
         self.policy.begin(self.history.context)
 
@@ -198,16 +198,18 @@ class PolicyCandidates(AssistedCandidateGenerator):
         context = self.history.context
         outcome = Outcome(
             drafted=k, accepted=n, tested=n if ended else min(n + 1, k), produced=len(tokens),
-            seconds=now - self.started, draft_seconds=self.drafted_at - self.started - self.asked,
+            seconds=now - self.started + self.learning, draft_seconds=self.drafted_at - self.started - self.asked,
             verify_seconds=now - self.drafted_at, level=context.level, context_length=context.context_length,
             caught_up=max(self.lag - 1, 0) if self.forwards else 0, signals=self.signals[:k].copy(),
-            forwards=self.forwards,
+            forwards=self.forwards, policy_seconds=self.asked + self.learning,
         )  # fmt: skip
         self._forget(outcome.context_length + n)
         # The first verification reads the prompt too: its time is no usual step's.
         self.policy.learn(self.decision, outcome if self.out.steps else untimed(outcome))
-        spent = perf_counter() - now
-        self.out.steps.append(record_of(context, self.decision, outcome, self.asked + spent, outcome.seconds + spent))
+        taken, self.learning = now - self.started, perf_counter() - now
+        self.out.steps.append(
+            record_of(context, self.decision, outcome, self.asked + self.learning, taken + self.learning)
+        )
         self.out.tokens += tokens
         self.tokens += tokens
         self.ngrams.extend(tokens)

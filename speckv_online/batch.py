@@ -57,6 +57,7 @@ class _Row:
     used: str = ""
     policy_seconds: float = 0.0
     draft_seconds: float = 0.0
+    learning: float = 0.0
 
 
 @torch.inference_mode()
@@ -210,14 +211,15 @@ def _step(
     own = [row.policy_seconds + row.draft_seconds + verify_seconds for row in rows]
     rest = max(perf_counter() - started - sum(own), 0.0) / len(rows)
     for row, outcome, seconds in zip(rows, outcomes, own, strict=True):
-        outcome.seconds = seconds + rest
+        outcome.seconds = seconds + rest + row.learning
+        outcome.policy_seconds = row.policy_seconds + row.learning
         t = perf_counter()
         # A step whose draft read the prompt first says nothing of what a step takes.
         first = row.history.context.step == 0 and outcome.caught_up > 1
         policy.learn(row.decision, untimed(outcome) if first else outcome)
-        learning = perf_counter() - t
+        row.learning = perf_counter() - t
         record = record_of(
-            row.history.context, row.decision, outcome, row.policy_seconds + learning, outcome.seconds + learning
+            row.history.context, row.decision, outcome, row.policy_seconds + row.learning, seconds + rest + row.learning
         )
         row.out.steps.append(record)
         row.history.update(outcome)

@@ -185,6 +185,7 @@ class SpeculativeDecoder:
         history.context.drafters = self.drafter.names if self.drafter is not None else ()
         history.context.tokens = sequence.tokens
         self.policy.begin(history.context)
+        self._learning = 0.0  # seconds that the policy took to learn from the step before
         out.prefill_seconds = perf_counter() - started
 
         while len(out.tokens) < budget:
@@ -293,9 +294,11 @@ class SpeculativeDecoder:
             caught_up=max(lag - 1, 0) if forwards else 0, signals=signals[:k].copy(), drafter=used, forwards=forwards,
         )  # fmt: skip
         t2 = perf_counter()
-        outcome.seconds = t2 - t0
+        outcome.seconds = t2 - t0 + self._learning
+        outcome.policy_seconds = t1 - t0 + asked + self._learning
         # A forward that read the prompt too says nothing of what a step takes.
         policy.learn(decision, outcome if len(unread) == 1 else untimed(outcome))
         t3 = perf_counter()
+        self._learning = t3 - t2
         records.append(record_of(context, decision, outcome, t1 - t0 + asked + t3 - t2, t3 - t0))
         return tokens, outcome

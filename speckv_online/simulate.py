@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
+from policies.base import MAX_GAMMA, Outcome, Policy
 from policies.fixed import Fixed
 from policies.guard import FaultGuard
 from speckv_online.cost import CostTable, LevelCost
@@ -96,7 +96,6 @@ class Simulator:
         # A slow decision is no fault here: a replay must not depend on how busy the machine is.
         self.policy = policy if isinstance(policy, FaultGuard) else FaultGuard(policy, stall_seconds=math.inf)
         self.cost, self.max_gamma = cost, max_gamma
-        self._signals = np.zeros((max(max_gamma, 1), N_SIGNALS))
 
     def run(self, traces: Iterable[Trace]) -> Replay:
         """Replay several traces in order."""
@@ -127,7 +126,7 @@ class Simulator:
         return self.cost.level(trace.level)
 
     def _steps(self, trace: Trace, cost: LevelCost) -> Iterator[tuple[int, int, int, int, int, int, int, float]]:
-        policy, buffer, budget = self.policy, self._signals, trace.budget
+        policy, budget = self.policy, trace.budget
         decide, proceed, submit, learn = policy.decide, policy.proceed, policy.submit, policy.learn
         end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
@@ -151,18 +150,17 @@ class Simulator:
             drafts, ids, there = table[t], proposals[t], available[t]
             proposed = k = most = gamma if gamma < there else there
             if decision.stops and most:
-                # Only what is drafted so far is shown, as in the decoder: later rows hold an earlier step's signals.
+                # Only what is drafted so far is shown, as in the decoder.
                 proposed = 0
                 context.drafts = shown = []
                 while proposed < most:
-                    buffer[proposed] = drafts[proposed]
                     shown.append(ids[proposed])
                     proposed += 1
                     if lookups:
                         context.lookups = lookups[t][: proposed + 1]
-                    if proposed < gamma and not proceed(decision, proposed, buffer):
+                    if proposed < gamma and not proceed(decision, proposed, drafts[:proposed]):
                         break
-                k = submit(decision, proposed, buffer)
+                k = submit(decision, proposed, drafts[:proposed])
             context.drafts = ids[:k]
             n = accepted[t] if accepted[t] < k else k
             whole = t + n == end  # the draft held the end-of-sequence token

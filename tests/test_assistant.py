@@ -47,6 +47,7 @@ def test_the_policy_sets_gamma(tiny_pair: TinyPair, gammas: list[int]) -> None:
     first, *later = policy.outcomes
     assert not first.seconds  # it read the prompt too
     assert all(o.seconds >= o.draft_seconds + o.verify_seconds > 0 for o in later)
+    assert all(0 < o.policy_seconds < o.seconds for o in later)
     assert all(s.seconds >= s.draft_seconds + s.verify_seconds > 0 for s in assistant.last.steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,49 @@ def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
         position += record.produced
     assert position == 40
     assert policy.outcomes[0].caught_up == len(prompt) - 1
+
+
+def test_outcomes_hold_the_policys_own_time(tiny_pair: TinyPair) -> None:
+    """Deciding, and learning from the step before: the first step has nothing to have learnt from."""
+
+    class Slow(Scripted):
+        def decide(self, context: Context) -> Decision:
+            sleep(0.004)
+            return super().decide(context)
+
+        def learn(self, decision: Decision, outcome: Outcome) -> None:
+            sleep(0.01)
+            super().learn(decision, outcome)
+
+    policy = Slow([2, 0])
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
+    decoder.generate(prompt_of(5), 8)
+    decoder.decode_batch([prompt_of(5), prompt_of(6)], 8)
+    alone, batch = [o for o in policy.outcomes if "@" not in o.level], [o for o in policy.outcomes if "@" in o.level]
+    for first, *rest in (alone, batch[::2], batch[1::2]):
+        assert first.policy_seconds >= 0.004
+        assert rest
+        for outcome in rest:
+            assert outcome.policy_seconds >= 0.014
+            assert outcome.seconds >= outcome.policy_seconds + outcome.verify_seconds
+
+
+def test_while_the_policy_sleeps_the_draft_reads_nothing(tiny_pair: TinyPair) -> None:
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy="goodput", target=tiny_pair.target, level="fp32")
+    ledger, forwards = decoder.policy.ledger("fp32"), []
+    nap, ledger.baseline = ledger.nap, 0
+    for _ in range(8):
+        nap.tokens, nap.seconds = 64.0, 1e6
+        nap.start(0.1, allowed=True)
+    note = tiny_pair.draft.register_forward_hook(lambda *_: forwards.append(1))
+    try:
+        out = decoder.generate(prompt_of(12), 30)
+    finally:
+        note.remove()
+    assert out.tokens == plain(tiny_pair.target, prompt_of(12), 30)
+    assert [s.gamma for s in out.steps] == [0] * 30
+    assert not forwards
+    assert not decoder.policy.costs.level("fp32").steps
 
 
 def test_the_draft_catches_up_in_one_forward(tiny_pair: TinyPair) -> None:

@@ -179,7 +179,7 @@ def test_a_token_is_worth_what_the_latest_steps_and_this_one_take_for_one() -> N
                 step.survival[k] * sum(middle**i for i in range(1, m + 1)) - rate * m * (t_d + 0.015)
                 for m in range(1, 17 - k)
             ]
-            assert policy._pays("nf4", k, step) == (max(pays) >= 0.0)
+            assert policy._pays(k, step) == (max(pays) >= 0.0)
             answers.append((k, max(pays) >= 0.0))
     assert len(set(answers)) == 10
 
