@@ -26,7 +26,9 @@ CAUGHT, READ = 8, 10.0
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
 RATE = 4
 _K = np.arange(WIDTHS)
-SUMS = 11
+#: Sums that are not by width, all sums, and where in those the draft's and the reading's begin.
+SUMS, OF_DRAFT = 11, 5 * WIDTHS
+ALL, OF_READING = OF_DRAFT + SUMS, OF_DRAFT + 9
 
 
 class LevelCosts:
@@ -58,11 +60,10 @@ class LevelCosts:
         self.steps = self.version = 0
         self.deviation = 0.3
         self._gain = 1.0
-        # Rows: count, sum of seconds, of context, of its square, of their product; one column per width.
-        self._widths = np.zeros((5, WIDTHS))
-        # Draft: count, k, k squared, d, k d. Rest: count, t_0, tokens, seconds. Catching up: tokens, seconds.
-        self._sums = np.zeros(SUMS)
-        self._delta = (np.zeros((5, WIDTHS)), np.zeros(SUMS), 0)
+        # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
+        # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
+        # t_0, tokens, seconds. Of catching up: tokens, seconds.
+        self._total, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
         self._clear_block()
         self.set_prior(prior)
 
@@ -86,17 +87,16 @@ class LevelCosts:
         if self.steps == 1 and self.prior == VAGUE:
             return  # the first call warms caches up and would be the only measure of scale
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
-        k, g = outcome.drafted, self._gain
+        k, g, block, sums = outcome.drafted, self._gain, self._block, self._block_sums
         self._gain = g / self._keep
         if verify > 0.0:
             verify = self._clip(verify, self._expected[k] + self._per_token * outcome.context_length)
-            c, block = float(outcome.context_length), self._block
+            c = float(outcome.context_length)
             block[k] += g
             block[WIDTHS + k] += g * verify
             block[2 * WIDTHS + k] += g * c
             block[3 * WIDTHS + k] += g * c * c
             block[4 * WIDTHS + k] += g * c * verify
-        sums = self._block_sums
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
             if self._measured[0] > 3.0 and draft > (most := 3.0 * (self.first + self.draft * drafted)):
@@ -122,7 +122,7 @@ class LevelCosts:
 
     def _catch_up(self, tokens: int, seconds: float) -> None:
         """Take in what the draft took to read so many tokens; reading one takes at most as long as drafting one."""
-        each = min(3.0 * self.catch_up, self.draft) if self._sums[9] > 0.0 else self.draft
+        each = min(3.0 * self.catch_up, self.draft) if self._total[OF_READING] > 0.0 else self.draft
         self._block_sums[9] += self._gain * tokens
         self._block_sums[10] += self._gain * min(max(seconds, 0.0), each * tokens)
 
@@ -139,8 +139,7 @@ class LevelCosts:
         return value
 
     def _clear_block(self) -> None:
-        self._block = [0.0] * (5 * WIDTHS)
-        self._block_sums = [0.0] * SUMS
+        self._block, self._block_sums = [0.0] * OF_DRAFT, [0.0] * SUMS
         self._pending = 0
         self._gain = 1.0
 
@@ -148,29 +147,23 @@ class LevelCosts:
         """Fold the latest measurements in and solve for the estimates anew."""
         if not self._pending and not self._block_sums[9]:
             return
-        scale = self._keep ** max(self._pending - 1, 0)
-        block, block_sums = np.array(self._block).reshape(5, WIDTHS) * scale, np.array(self._block_sums) * _faded(scale)
-        self.add(block, block_sums, self._pending)
-        widths, sums, count = self._delta
-        keep = self._keep**self._pending
-        self._delta = (widths * keep + block, sums * _faded(keep) + block_sums, count + self._pending)
+        block, keep = np.array(self._block + self._block_sums), self._keep**self._pending
+        block *= _faded(self._keep ** max(self._pending - 1, 0))
+        kept = _faded(keep)
+        for sums in (self._total, self._delta):
+            sums *= kept
+            sums += block
+        self._count += self._pending
         self._clear_block()
         self._refit()
-
-    def add(self, widths: np.ndarray, sums: np.ndarray, count: int) -> None:
-        """Add sums over ``count`` steps, after forgetting by as much."""
-        keep = self._keep**count
-        self._widths *= keep
-        self._sums *= _faded(keep)
-        self._widths += widths
-        self._sums += sums
 
     def _refit(self) -> None:
         self.version += 1
         p, q, prior = self._shape, self._slope, self.prior
-        n, v, c = self._widths[:3]
+        widths = self._total[:OF_DRAFT].reshape(5, WIDTHS)
+        n, v, c = widths[:3]
         (npp, npq, nqq, np_, nq, n_), (_, _, _, vp, vq, v_), (_, _, _, cp, cq, c_), cc, cv = (
-            self._widths @ self._moments
+            widths @ self._moments
         ).tolist()
         # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's: a calibration is
         # trusted for its shape far more than for its scale.
@@ -193,7 +186,7 @@ class LevelCosts:
         self._solve_rate()
 
     def _refit_draft(self, scale: float) -> None:
-        m, k, kk, d, kd, rests, rest, _, _, read, reading = self._sums.tolist()
+        m, k, kk, d, kd, rests, rest, _, _, read, reading = self._total[OF_DRAFT:].tolist()
         self._measured, prior = (m, rests), self.prior
         w = max(prior.weight, 0.01)
         # d = first + t_d k; the prior says first = 0, and t_d relative to the target's speed.
@@ -211,7 +204,7 @@ class LevelCosts:
         self.seconds = self.draft * _K + self.verify
         self.seconds += self.overhead
         self.seconds[1:] += self.first
-        tokens, seconds = float(self._sums[7]), float(self._sums[8])
+        tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
         # One token per plain step is what the prior promises until there is data.
         w = 2.0
         self.rate = (tokens + w) / (seconds + w * float(self.seconds[0]))
@@ -224,8 +217,7 @@ class LevelCosts:
         prior = self.prior
         times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
         return {
-            "widths": self._widths.copy(),
-            "sums": self._sums.copy(),
+            **_parts(self._total.copy()),
             "misc": np.array([self.steps, self.deviation, float(prior == VAGUE)]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
             "catch_up": np.array(prior.catch_up_seconds),
@@ -234,42 +226,50 @@ class LevelCosts:
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         misc = check_array(state, "misc", (3,)).tolist()
-        widths, sums = check_array(state, "widths", (5, WIDTHS)), _sums(state)
+        total = _whole(state)
         c = float(check_array(state, "catch_up", ())) if "catch_up" in state else 0.0
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
         vague = bool(misc[2])
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]
-        self._widths, self._sums = widths.copy(), sums.copy()
-        self._delta = (np.zeros((5, WIDTHS)), np.zeros(SUMS), 0)
+        self._total, self._delta, self._count = total, np.zeros(ALL), 0
         self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), p[1], p[2], p[3], p[4], c))
 
     def take_delta(self) -> State:
         """Sums gathered since the last call."""
         self.refit()
-        widths, sums, count = self._delta
-        self._delta = (np.zeros((5, WIDTHS)), np.zeros(SUMS), 0)
-        return {"widths": widths, "sums": sums, "count": np.array(float(count))}
+        delta, count = self._delta, self._count
+        self._delta, self._count = np.zeros(ALL), 0
+        return {**_parts(delta), "count": np.array(float(count))}
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums."""
         self.refit()
         count = int(check_array(delta, "count", ()))
-        self.add(check_array(delta, "widths", (5, WIDTHS)), _sums(delta), count)
+        more = _whole(delta)
+        self._total *= _faded(self._keep**count)
+        self._total += more
         self.steps += count
         self._refit()
 
 
 def _faded(keep: float) -> np.ndarray:
-    """What is kept of the sums where ``keep`` is kept of times, shape (SUMS,)."""
-    return np.array([keep] * 7 + [keep**RATE] * 2 + [keep] * 2)
+    """What is kept of all sums where ``keep`` is kept of times, shape (ALL,)."""
+    found = np.full(ALL, keep)
+    found[OF_DRAFT + 7 : OF_READING] = keep**RATE
+    return found
 
 
-def _sums(state: State) -> np.ndarray:
-    """The sums of a state or delta, shape (SUMS,); those of versions that knew nothing of catching up are shorter."""
-    if np.shape(state.get("sums", ())) == (SUMS - 2,):
-        return np.append(check_array(state, "sums", (SUMS - 2,)), (0.0, 0.0))
-    return check_array(state, "sums", (SUMS,))
+def _parts(total: np.ndarray) -> State:
+    """All sums as they are saved and handed out."""
+    return {"widths": total[:OF_DRAFT].reshape(5, WIDTHS), "sums": total[OF_DRAFT:]}
+
+
+def _whole(state: State) -> np.ndarray:
+    """All sums of a state or delta; those of versions that knew nothing of catching up are shorter."""
+    older = np.shape(state.get("sums", ())) == (SUMS - 2,)
+    sums = check_array(state, "sums", (SUMS - 2 if older else SUMS,))
+    return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(2 if older else 0)))
 
 
 def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:

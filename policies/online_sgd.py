@@ -56,6 +56,8 @@ class OnlineSgd(CostAware):
         self._views = _views(self._gradients[0])
         self.labels = ArmLabels(self.arms)
         self._inputs, self._zeros = np.zeros((len(self.arms), _INPUTS)), np.zeros((len(self.arms), HIDDEN))
+        # Features, version of the weights, and what _forward found.
+        self._latest: tuple[Any, int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # copies of views are no views
@@ -74,7 +76,10 @@ class OnlineSgd(CostAware):
         return found
 
     def _forward(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return inputs (K, 9), hidden units (K, 16) and rates (K,), not clipped."""
+        """Return inputs (K, 9), hidden units (K, 16) and rates (K,), not clipped: the latest ones where asked again."""
+        latest = self._latest
+        if latest is not None and latest[0] is features and latest[1] == self.version:
+            return latest[2]
         x = self._inputs
         x[:] = features[:_INPUTS]
         x[:, 5] = self.gammas
@@ -83,11 +88,12 @@ class OnlineSgd(CostAware):
         np.maximum(hidden, self._zeros, hidden)
         rates = np.dot(hidden, self._W2)
         rates += self._b2
-        return x, hidden, rates
+        found = x, hidden, rates
+        self._latest = features, self.version, found
+        return found
 
     def _greedy(self, level: str, features: np.ndarray, legal: int) -> int:
-        value = self._forward(features)[2]
-        value *= self.gammas
+        value = self._forward(features)[2] * self.gammas
         np.minimum(np.maximum(value, self._zeros[:, 0], value), self.gammas, value)
         if self.timed:
             value -= self.costs.level(level).arm_price
@@ -124,7 +130,7 @@ class OnlineSgd(CostAware):
     def _train(self, features: np.ndarray, start: int, stop: int, y: np.ndarray) -> None:
         """One Adam step (Kingma & Ba, 2015) on the mean squared error of the labelled arms."""
         x, hidden, error = self._forward(features)
-        error -= y
+        error = error - y
         error[:start] = error[stop:] = 0.0
         error *= 1.0 / (stop - start)
         back = error[:, None] * self._W2
