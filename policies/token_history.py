@@ -45,11 +45,13 @@ def buckets(tail: Tail) -> tuple[int, int]:
 
 def place(tail: Tail) -> Place:
     """Return where the history of a token that follows ``tail``, the last tokens up to four, is kept."""
-    if len(tail) == TAIL:
-        suffixes: tuple[Tail, ...] = tail[3:], tail[2:], tail[1:], tail
-    else:
-        suffixes = tuple([tail[-n:] for n in range(1, len(tail) + 1)])
-    return suffixes, *buckets(tail)
+    if len(tail) != TAIL:
+        return tuple([tail[-n:] for n in range(1, len(tail) + 1)]), *buckets(tail)
+    # The usual case, written out: this is asked for every token.
+    _, b, c, d = tail
+    hashed = d * 2654435761 & 0xFFFFFFFF
+    pair = SINGLES + ((hashed + c * 2246822519 & 0xFFFFFFFF) >> 19)
+    return ((d,), (c, d), (b, c, d), tail), hashed >> 20, pair
 
 
 class TokenHistory:

@@ -44,10 +44,8 @@ def summarise(signals: np.ndarray) -> tuple[float, float, float, float]:
     if not len(signals):
         return 0.0, 0.0, 0.0, 0.0
     # Python floats on a handful of rows are faster here than four numpy reductions.
-    rows = signals.tolist()
-    n = len(rows)
+    columns, n = signals.T.tolist(), len(signals)
+    entropy, confidence = columns[ENTROPY], columns[CONFIDENCE]
     if n == 1:
-        entropy, confidence = rows[0][ENTROPY], rows[0][CONFIDENCE]
-        return entropy, entropy, confidence, confidence
-    entropy, confidence = [row[ENTROPY] for row in rows], [row[CONFIDENCE] for row in rows]
+        return entropy[0], entropy[0], confidence[0], confidence[0]
     return sum(entropy) / n, max(entropy), sum(confidence) / n, min(confidence)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from policies.base import Context, PolicyError
 from policies.goodput import Goodput
@@ -127,3 +129,10 @@ def test_a_policy_reads_ids_only_from_its_own_step() -> None:
     context.step, context.drafts = 1, [60, 70, 80]
     step.extend(3, np.full((3, 4), 0.9))
     assert step.tails == [(2, 3, 4, 5), (3, 4, 5, 6), (), ()]
+
+
+@given(st.lists(st.integers(0, 200_000), max_size=TAIL).map(tuple))
+def test_a_place_is_all_suffixes_and_both_buckets(tail: tuple[int, ...]) -> None:
+    suffixes, *where = place(tail)
+    assert suffixes == tuple(tail[len(tail) - n :] for n in range(1, len(tail) + 1))
+    assert tuple(where) == buckets(tail)
