@@ -10,9 +10,9 @@ exponentially and add up over workers, like those of :class:`~policies.gaussian.
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +139,10 @@ class Hazard:
         y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
 
         # Both heads at once, (2, rows): at this size a call takes longer than its numbers.
-        phi = np.frombuffer(array("d", before + after)).reshape(2, len(y), BEFORE)
+        count = len(before) + len(after)
+        numbers = bytearray(8 * count)
+        struct.pack_into(f"{count}d", numbers, 0, *before, *after)  # numpy takes four times as long to read lists
+        phi = np.frombuffer(numbers).reshape(2, len(y), BEFORE)
         weights = np.array([[head.mean, slope] for head, slope in zip(self.heads, self._slopes, strict=True)])
         product = phi @ weights.transpose(0, 2, 1)
         own, by_quality = product[:, :, 0], product[:, :, 1]
