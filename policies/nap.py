@@ -19,11 +19,11 @@ STRETCH = 128
 KEEP = 0.998
 #: A stretch's gain per token is taken to vary by SPREAD until there is data; that counts as PRIOR stretches.
 SPREAD, PRIOR = 0.1, 4.0
-#: Most stretches slept through at a time.
-LONGEST = 16
+#: Stretches awake before there is any bound (three of about one length), and most slept through at a time.
+LEAST, LONGEST = 2.5, 16
 #: Weight of the latest step in the mean of the policy's own seconds, and how many times that mean one step counts most.
 LATEST, STALL = 0.02, 10.0
-NUMBERS = 8
+NUMBERS = 9
 
 
 class Nap:
@@ -34,25 +34,26 @@ class Nap:
     tokens, seconds : float
         Produced in the stretches since the last :meth:`start`, and the modelled seconds they took; for the caller to
         add to.
-    slept : int
-        Stretches slept through, in all.
+    slept, latest : int
+        Stretches slept through, in all and since the policy was awake last.
     """
 
     def __init__(self) -> None:
         self.tokens = self.seconds = 0.0
-        self.slept = self.row_asleep = 0
-        self._policy = 0.0
+        self.slept = self.latest = 0
+        self._policy, self._steps = 0.0, 0
         # Discounted: stretches asleep or awake; and of those awake tokens, their squares, gain, gain squared by tokens.
-        self._all = self._weight = self._squares = self._gain = self._spread = 0.0
+        self._sums = [0.0] * 5
 
     def spent(self, seconds: float) -> None:
-        """Note what the policy itself took of a step."""
-        usual = self._policy
-        if usual:
-            most = STALL * usual
-            self._policy = usual + LATEST * ((seconds if seconds < most else most) - usual)
-        else:
+        """Note what the policy itself took of a step; the first one, which warms caches up, is no measure of it."""
+        self._steps += 1
+        if self._steps <= 2:
             self._policy = seconds
+            return
+        usual, weight = self._policy, 1.0 / (self._steps - 1.0)
+        most = STALL * usual
+        self._policy += (weight if weight > LATEST else LATEST) * ((seconds if seconds < most else most) - usual)
 
     def start(self, plain: float, allowed: bool) -> bool:
         """Begin a stretch, and return whether to sleep through it.
@@ -64,42 +65,41 @@ class Nap:
         allowed : bool
             Whether plain decoding is the better baseline.
         """
-        self._all = KEEP * self._all + 1.0
-        for name in ("_weight", "_squares", "_gain", "_spread"):
-            setattr(self, name, KEEP * getattr(self, name))
+        self._sums = [KEEP * x for x in self._sums]
+        self._sums[0] += 1.0
         if self.tokens:
             self._close(plain)
-        if allowed and self.row_asleep < LONGEST and self.bound() < 0.0:
+        if allowed and self.latest < LONGEST and self.bound() < 0.0:
             self.slept += 1
-            self.row_asleep += 1
+            self.latest += 1
             return True
-        self.row_asleep = 0
+        self.latest = 0
         return False
 
     def _close(self, plain: float) -> None:
+        """Take the stretches since the last start into account."""
         tokens, gain = self.tokens, self.tokens - self.seconds / max(plain - self._policy, 0.1 * plain)
         self.tokens = self.seconds = 0.0
-        self._weight += tokens
-        self._squares += tokens * tokens
-        self._gain += gain
-        self._spread += gain * gain / tokens
+        for i, more in enumerate((tokens, tokens * tokens, gain, gain * gain / tokens), 1):
+            self._sums[i] += more
 
     def bound(self) -> float:
-        """Upper confidence bound of the gain per token; infinite before there is data."""
-        weight = self._weight
-        if not weight:
+        """Upper confidence bound of the gain per token; infinite after fewer than ``LEAST`` stretches awake."""
+        everything, tokens, squares, gain, spread = self._sums
+        if tokens * tokens < LEAST * squares or not tokens:
             return float("inf")
-        count, mean = weight * weight / self._squares, self._gain / weight
-        variance = (PRIOR * SPREAD**2 + count * max(self._spread / weight - mean * mean, 0.0)) / (PRIOR + count)
-        return mean + sqrt(2.0 * variance * log(1.0 + self._all) / count)
+        count, mean = tokens * tokens / squares, gain / tokens
+        variance = (PRIOR * SPREAD**2 + count * max(spread / tokens - mean * mean, 0.0)) / (PRIOR + count)
+        return mean + sqrt(2.0 * variance * log(1.0 + everything) / count)
 
     def row(self) -> list[float]:
         """Everything that is saved; a stretch under way is not."""
-        sums = [self._all, self._weight, self._squares, self._gain, self._spread]
-        return [float(self.slept), float(self.row_asleep), self._policy, *sums]
+        return [float(self.slept), float(self.latest), float(self._steps), self._policy, *self._sums]
 
     def fill(self, row: list[float]) -> None:
-        """Restore :meth:`row`."""
-        self.slept, self.row_asleep = int(row[0]), int(row[1])
-        self._policy, self._all, self._weight, self._squares, self._gain, self._spread = row[2:]
+        """Restore :meth:`row`; raises ValueError where a number but the gain is negative."""
+        if min(*row[:7], row[8]) < 0.0:
+            raise ValueError("negative numbers")
+        self.slept, self.latest, self._steps = int(row[0]), int(row[1]), int(row[2])
+        self._policy, *self._sums = row[3:]
         self.tokens = self.seconds = 0.0

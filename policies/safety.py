@@ -322,7 +322,11 @@ class SafetyGuard(Wrapper):
             ledger = self.ledger(level)
             ledger.fill(row.tolist())
             if (key := f"safety_nap.{level}") in state:
-                ledger.nap.fill(check_array(state, key, (NUMBERS,)).astype(float).tolist())
+                row = check_array(state, key, (NUMBERS,)).astype(float)
+                try:
+                    ledger.nap.fill(row.tolist())
+                except ValueError as error:
+                    raise PolicyError(f"the state's '{key}' is no account of naps: {error}") from None
             self._review(ledger, self.model.level(level))
 
     def info(self) -> dict[str, Any]:

@@ -24,18 +24,20 @@ def stretch(nap: Nap, tokens: float, seconds: float, plain: float = 0.1) -> bool
 
 
 def test_the_bound_by_hand() -> None:
-    """Two stretches at 100 ms a plain step: 64 tokens in 7.2 s lose 8, 32 in 3.1 s gain 1."""
+    """Three stretches at 100 ms a plain step: 64 tokens in 7.2 s lose 8, as many in 6.4 nothing, 65 gain 1."""
     nap = Nap()
     assert nap.bound() == float("inf")
     assert not nap.start(0.1, allowed=True)
     stretch(nap, 64, 7.2)
-    stretch(nap, 32, 3.1)
-    weights, gains = (64 * KEEP, 32.0), (-8.0 * KEEP, 1.0)
+    stretch(nap, 64, 6.4)
+    assert nap.bound() == float("inf")
+    stretch(nap, 65, 6.4)
+    weights, gains = (64 * KEEP**2, 64 * KEEP, 65.0), (-8.0 * KEEP**2, 0.0, 1.0)
     total, mean = sum(weights), sum(gains) / sum(weights)
-    count = total**2 / (64**2 * KEEP + 32**2)
-    spread = (64 * KEEP * (8 / 64) ** 2 + 32 * (1 / 32) ** 2) / total - mean**2
+    count = total**2 / (64**2 * KEEP**2 + 64**2 * KEEP + 65**2)
+    spread = (64 * KEEP**2 * (8 / 64) ** 2 + 65 * (1 / 65) ** 2) / total - mean**2
     variance = (PRIOR * SPREAD**2 + count * spread) / (PRIOR + count)
-    everything = KEEP**2 + KEEP + 1
+    everything = KEEP**3 + KEEP**2 + KEEP + 1
     assert nap.bound() == pytest.approx(mean + sqrt(2 * variance * log(1 + everything) / count))
 
 
@@ -82,9 +84,10 @@ def test_no_sleep_where_the_fixed_gamma_is_better() -> None:
 def test_the_policys_own_time_counts() -> None:
     """Plain steps of 100 ms of which the policy takes 20: it keeps pace with those of 100, not with those of 80."""
     idle, slow = Nap(), Nap()
+    slow.spent(5.0)  # the first step, and a stall, count for little
     for _ in range(200):
         slow.spent(0.02)
-    slow.spent(5.0)  # a stall counts for little
+    slow.spent(5.0)
     assert not any(stretch(idle, 64, 6.4) for _ in range(20))
     assert any(stretch(slow, 64, 6.4) for _ in range(20))
 
@@ -117,7 +120,7 @@ def test_nobody_is_asked_or_taught_in_a_sleep() -> None:
     nap, ledger.baseline = ledger.nap, 0
     for _ in range(20):
         stretch(nap, 64, 64.0)
-    nap.row_asleep = 0
+    nap.latest = 0
     history = History("nf4", "", 5)
     for _ in range(STRETCH):
         decision = guard.decide(history.context)
@@ -141,7 +144,7 @@ def test_state() -> None:
     assert again.ledger("nf4").nap.bound() == guard.ledger("nf4").nap.bound()
     older = {key: value for key, value in guard.state_dict().items() if not key.startswith("safety_nap")}
     again.load_state_dict(older)
-    for wrong in (np.zeros(3), np.full(8, np.nan)):
+    for wrong in (np.zeros(3), np.full(9, np.nan), np.full(9, -1.0)):
         with pytest.raises(PolicyError, match=r"safety_nap\.nf4"):
             again.load_state_dict(older | {"safety_nap.nf4": wrong})
 
@@ -153,7 +156,7 @@ def test_naps_are_an_option() -> None:
     assert (on.naps, off.naps) == (True, False)
     off.model.set_prior("nf4", CostPrior(0.01, (0.1, 0.1)))
     nap = off.ledger("nf4").nap
-    for _ in range(3):
+    for _ in range(4):
         stretch(nap, 64, 64.0)
     assert nap.bound() < 0
     assert type(off.decide(Context(level="nf4")).features) is not Asleep
