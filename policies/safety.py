@@ -195,7 +195,7 @@ class SafetyGuard(Wrapper):
             stretch = self._stretch(context)
         _, _, asleep, ledger = stretch
         if asleep:
-            return Decision(self.policy.new_id(), 0, features=Asleep())
+            return Decision(self.policy.new_id(), 0, policy_version=self.policy.version, features=Asleep())
         decision = self.policy.decide(context)
         ledger.steps += 1
         gamma, limit = decision.gamma, context.max_gamma
