@@ -20,8 +20,8 @@ gamma would have needed are added up over the text: a stretch of n tokens takes 
 thereabouts. (A mean of m over the policy's own steps would count easy stretches too often where those steps are short.)
 As probes are few, the estimate may be off by a tenth; steps that are taken over put it right.
 
-The guard also settles when the policy sleeps (:mod:`policies.nap`). Steps asleep are plain decoding where that is the better
-baseline, and count for nothing here: neither do they fill the budget up, nor bring the next probe nearer.
+The guard also settles when the policy sleeps (:mod:`policies.nap`). Steps asleep are plain decoding where that is the
+better baseline, and count for nothing here: neither do they fill the budget up, nor bring the next probe nearer.
 """
 
 from __future__ import annotations
