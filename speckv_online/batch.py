@@ -22,7 +22,7 @@ from speckv_online.errors import UserError
 from speckv_online.quick_batch import QuickBatch, batch_of
 from speckv_online.quick_target import quick_of
 from speckv_online.sampling import Sampler
-from speckv_online.sequences import Generation, TokenSequence, matching, record_of, untimed
+from speckv_online.sequences import Generation, TokenSequence, likeliest, matching, record_of, untimed
 from speckv_online.signals import History
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _step(
     _draft(policy, drafter, rows)
     t = perf_counter()
     logits = target.feed([[row.sequence.tokens[-1], *row.drafts] for row in rows])
-    choices = [] if all(row.sequence.sampler for row in rows) else logits.argmax(-1).tolist()
+    choices = [] if all(row.sequence.sampler for row in rows) else likeliest(logits)
     found = []
     for i, row in enumerate(rows):
         if row.sequence.sampler is None:

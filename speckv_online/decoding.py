@@ -22,6 +22,7 @@ from speckv_online.drafters import Drafter, ModelDrafter
 from speckv_online.drafting import draft, draft_ahead, judge_ahead
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
+from speckv_online.quick_target import read_on
 from speckv_online.records import StepRecord
 from speckv_online.rope import RopeSwitch
 from speckv_online.sampling import Sampler
@@ -230,6 +231,8 @@ class SpeculativeDecoder:
     def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
         """Run the target over ``tokens`` and the drafts of ``ahead``; return the last ``keep`` rows of logits."""
         target = self.target
+        if ahead is None and (logits := read_on(target, tokens, cache, keep)) is not None:
+            return logits
         ids = torch.tensor([tokens], device=target.device)
         if ahead is not None:
             ids = torch.cat((ids, ahead[None, :, 0].to(target.device, torch.long)), dim=1)

@@ -157,13 +157,14 @@ class ModelDrafter:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
         have, n = len(self.cache), len(self.context)
         missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
+        if self.quick is not None:
+            last = self.last_id
+            return self.quick.read(missing if last is None else [min(token, last) for token in missing], self.cache)
         return self._read(torch.tensor(missing, device=self.model.device))
 
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Feed tokens, shape (n,), and return the next one's logits."""
+        """Feed tokens, shape (n,), to the model and return the next one's logits."""
         ids = self.known(ids)
-        if self.quick is not None:
-            return self.quick.read(ids, self.cache)
         out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1, : self.rows].float()
 

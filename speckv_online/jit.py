@@ -253,12 +253,12 @@ class Program:
         #: Each step's arguments; change them as you like.
         self.arguments = table[:, 1:]
         self._kernels, self._table, self._run = [kernel for kernel, *_ in steps], table, _runner()
+        self._start, self._stride = table.ctypes.data, table.strides[0]
 
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Do the steps of a slice, on torch's number of threads."""
-        first, last, _ = slice(first, last).indices(len(self._table))
-        count = last - first
-        self._run(self._table.ctypes.data + first * self._table.strides[0], count)
+        last = len(self._table) if last is None else last
+        self._run(self._start + first * self._stride, last - first)
 
 
 @cache

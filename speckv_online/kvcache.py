@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -79,25 +80,38 @@ class KVCache(Cache):
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
         self._own = [_Layer(capacity) for _ in range(layers)]
+        # Addresses of all layers' keys and values; where the first one's keys were then, and their capacity: layers
+        # move at the same time, and grow when they do.
+        self._addresses, self._there = np.empty((0, 2), np.int64), (0, 0)
         super().__init__(layers=list(self._own))
 
     def __len__(self) -> int:
         return self._own[0].used
 
-    def claim(self, count: int, heads: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def claim(self, count: int, heads: int, size: int) -> tuple[np.ndarray, int]:
         """Count so many more tokens as read, in fp32 on the CPU; return where the caller is to write them.
 
         Returns
         -------
-        list of tuple of Tensor
-            Each layer's keys and values, shape (1, heads, capacity, size), contiguous.
+        addresses : ndarray of int64, shape (layers, 2)
+            Of each layer's keys and values, both contiguous, shape (1, heads, capacity, size). The same object until
+            they move.
+        capacity : int
         """
+        first = self._own[0]
+        fits = first.is_initialized and first.used + count <= first.capacity
+        if fits and (first.keys.data_ptr(), first.capacity) == self._there:
+            for layer in self._own:
+                layer.used += count
+            return self._addresses, first.capacity
         for layer in self._own:
             if not layer.is_initialized:
                 one = torch.empty(1, heads, 1, size)
                 layer.lazy_initialization(one, one)
             layer.claim(count)
-        return [(layer.keys, layer.values) for layer in self._own]
+        self._addresses = np.array([(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in self._own])
+        self._there = first.keys.data_ptr(), first.capacity
+        return self._addresses, first.capacity
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens; a longer length than the cache's own is an error."""

@@ -72,9 +72,16 @@ class LlamaProgram:
         self.turns = torch.stack((angles.cos(), angles.sin()), 1).contiguous()
         #: Of each row what goes from layer to layer, and the outputs of a layer's first matrices.
         self.state = torch.empty(rows, self.hidden)
+        self._states, self._tokens = self.state.data_ptr(), len(self.embedding)
+        #: Most tokens of a text.
+        self.most = len(self.turns)
         self.y = torch.empty(rows, max((heads + 2 * groups) * size, 2 * self.inner))
         #: Of each row its position and its cache's capacity; in each layer the addresses of its keys and values.
         self._places, self._addresses = np.zeros((rows, 2), np.int64), np.zeros((self.layers, 2, rows), np.int64)
+        # The addresses that all rows have, those of read's latest cache; the tokens; what the steps know of numbers.
+        self._filled: np.ndarray | None = None
+        self._ids = np.zeros(rows, np.int64)
+        self._longest, self._counts = 0, (0, 0)
         self._scratch, self._attending, self._lock = torch.empty(0), list[Step](), Lock()
 
     def attention(self, layer: int, to: str, out: int, scale: int) -> list[Step]:
@@ -94,17 +101,18 @@ class LlamaProgram:
         first = self.kernels["embed"], 0, self.embedding.data_ptr(), self.state.data_ptr(), 0, self.hidden
         self._steps, self._outputs = Program([first, *steps, *last]), outputs
         self._body, self._last = self._steps.arguments[: -len(last)], self._steps.arguments[-len(last) :]
+        self._body[0, 0] = self._ids.ctypes.data
         self._attends = [1 + i for i, step in enumerate(steps) if any(step is own for own in self._attending)]
 
-    def read(self, ids: torch.Tensor, cache: KVCache, keep: int) -> torch.Tensor:
+    def read(self, ids: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor:
         """Read tokens into the cache; return the logits behind the last ``keep`` of them.
 
         Parameters
         ----------
-        ids : Tensor of int64, shape (n,)
+        ids : sequence of int
         cache : KVCache
         keep : int
-            At least 1, at most n.
+            At least 1, at most as many as there are tokens.
 
         Returns
         -------
@@ -117,7 +125,30 @@ class LlamaProgram:
         ValueError
             If there is no token to read, or no room for it in the model's context.
         """
-        return self.read_all([ids.tolist()], [cache], keep)
+        count, start = len(ids), len(cache)
+        if count > self.rows:
+            return self.read_all([ids], [cache], keep)
+        self._check(ids, start + count)
+        addresses, capacity = cache.claim(count, self.form.groups, self.form.size)
+        logits = torch.empty(keep, self._outputs)
+        with self._lock:
+            self._make_room(start + count)
+            if self._filled is not addresses:
+                self._addresses[:], self._filled = addresses[:, :, None], addresses
+            places = self._places
+            places[:count, 0], places[:count, 1] = range(start, start + count), capacity
+            self._ids[:count] = ids
+            self._run(count, range(count - keep, count), logits)
+        return logits
+
+    def _check(self, ids: Sequence[int], longest: int) -> None:
+        """Refuse tokens that are none of the model's, and texts that it cannot hold: kernels do not look."""
+        if not ids:
+            raise ValueError("there is no token to read")
+        if min(ids) < 0 or max(ids) >= self._tokens:
+            raise IndexError(f"token ids from {min(ids)} to {max(ids)}, the model has {self._tokens}")
+        if longest > self.most:
+            raise ValueError(f"the model holds only {self.most} tokens")
 
     def read_all(self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache], keep: int) -> torch.Tensor:
         """Read tokens of several sequences, each into its own cache.
@@ -136,31 +167,28 @@ class LlamaProgram:
             Sequence by sequence. Errors are those of :meth:`read`.
         """
         flat = [token for some in ids for token in some]
-        if not flat:
-            raise ValueError("there is no token to read")
-        if min(flat) < 0 or max(flat) >= len(self.embedding):  # kernels do not look
-            raise IndexError(f"token ids from {min(flat)} to {max(flat)}, the model has {len(self.embedding)}")
-        if max(len(cache) + len(some) for cache, some in zip(caches, ids, strict=True)) > len(self.turns):
-            raise ValueError(f"the model holds only {len(self.turns)} tokens")
+        self._check(flat, max(len(cache) + len(some) for cache, some in zip(caches, ids, strict=True)))
         places, addresses = np.empty((len(flat), 2), np.int64), np.empty((self.layers, 2, len(flat)), np.int64)
         wanted, at = list[int](), 0
         for some, cache in zip(ids, caches, strict=True):
             if some:
                 start, end = len(cache), at + len(some)
-                layers = cache.claim(len(some), self.form.groups, self.form.size)
-                places[at:end, 0], places[at:end, 1] = range(start, start + len(some)), layers[0][0].shape[2]
-                addresses[:, :, at:end] = np.array([(k.data_ptr(), v.data_ptr()) for k, v in layers])[:, :, None]
+                where, capacity = cache.claim(len(some), self.form.groups, self.form.size)
+                places[at:end, 0], places[at:end, 1] = range(start, start + len(some)), capacity
+                addresses[:, :, at:end] = where[:, :, None]
                 wanted += range(max(end - keep, at), end)
                 at = end
         logits, done = torch.empty(len(wanted), self._outputs), 0
         numbers = np.array(flat, dtype=np.int64)
         with self._lock:
             self._make_room(int(places[:, 0].max()) + 1)
+            self._filled = None
             for at in range(0, len(flat), self.rows):
                 end = min(at + self.rows, len(flat))
                 here = [row - at for row in wanted if at <= row < end]
                 self._places[: end - at], self._addresses[:, :, : end - at] = places[at:end], addresses[:, :, at:end]
-                self._run(numbers[at:end], here, logits[done : done + len(here)])
+                self._ids[: end - at] = numbers[at:end]
+                self._run(end - at, here, logits[done : done + len(here)])
                 done += len(here)
         return logits
 
@@ -168,24 +196,26 @@ class LlamaProgram:
         """Have room for the scores of so many positions."""
         longest = -(-longest // 16) * 16
         needed = torch.get_num_threads() * (self.form.heads // self.form.groups) * longest
-        if len(self._scratch) < needed:
+        if self._scratch.numel() < needed:
             self._scratch = torch.empty(2 * needed)
             self._body[self._attends, 7] = self._scratch.data_ptr()
-        self._body[self._attends, 5] = longest
+        if longest != self._longest:
+            self._body[self._attends, 5] = self._longest = longest
 
-    def _run(self, numbers: np.ndarray, wanted: list[int], logits: torch.Tensor) -> None:
-        """Read a piece, whose places are known, and write the logits behind some of its tokens."""
-        count, keep = len(numbers), len(wanted)
-        self._body[:, 3], self._body[0, 0] = count, numbers.ctypes.data
+    def _run(self, count: int, wanted: Sequence[int], logits: torch.Tensor) -> None:
+        """Read a piece, whose tokens and places are set, and write the logits behind some of the tokens."""
+        keep = len(wanted)
+        if self._counts != (count, keep):
+            self._body[:, 3], self._last[:, 3], self._counts = count, keep, (count, keep)
         if not keep:
             self._steps.run(0, len(self._body))
             return
-        self._last[:, 3], self._last[-1, 2] = keep, logits.data_ptr()
+        self._last[-1, 2] = logits.data_ptr()
         if wanted[0] == count - keep:
-            self._last[0, 0] = self.state.data_ptr() + 4 * self.hidden * (count - keep)
+            self._last[0, 0] = self._states + 4 * self.hidden * (count - keep)
             self._steps.run()
             return
         self._steps.run(0, len(self._body))
-        picked = self.state[wanted]
+        picked = self.state[list(wanted)]
         self._last[0, 0] = picked.data_ptr()
         self._steps.run(len(self._body))

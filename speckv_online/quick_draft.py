@@ -13,6 +13,7 @@ whenever it does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from threading import Lock
 
 import numpy as np
@@ -74,8 +75,8 @@ class QuickDraft:
         there = self._numbers.data_ptr(), numbers.data_ptr(), out
         return self.program.kernels["linear"], *there, 0, inputs, outputs, scales.data_ptr(), add
 
-    def read(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read tokens, shape (n,), into the cache; return the next one's logits, shape (rows of the head,), fp32.
+    def read(self, ids: Sequence[int], cache: KVCache) -> torch.Tensor:
+        """Read tokens into the cache; return the next one's logits, shape (rows of the head,), fp32.
 
         Errors are those of :meth:`speckv_online.llama_program.LlamaProgram.read`.
         """
@@ -107,7 +108,7 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
     ids = torch.arange(1, 32) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
         quick = QuickDraft(model, width)
-        found = quick.read(ids, KVCache(quick.layers, 4))
+        found = quick.read(ids.tolist(), KVCache(quick.layers, 4))
     except UNUSABLE:
         return None
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]

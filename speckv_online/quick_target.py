@@ -9,12 +9,14 @@ the model itself reads prompts at int8, as in transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import wraps
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -178,7 +180,7 @@ class QuickTarget:
         steps: list[Step] = [(norms.compiled(), p.state.data_ptr(), weight.data_ptr(), x, 0, p.hidden, eps)]
         return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
 
-    def read(self, ids: torch.Tensor, cache: KVCache, keep: int) -> torch.Tensor:
+    def read(self, ids: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor:
         """Do what :meth:`speckv_online.llama_program.LlamaProgram.read` does."""
         return self.program.read(ids, cache, keep)
 
@@ -217,7 +219,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         known = known and quick_of(model) is not None
     if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
-        count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, len(model._quick.program.turns) - len(cache))
+        count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, model._quick.program.most - len(cache))
         # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
         drafts = keep - 1 if 0 < keep <= count else 0
         if usable and model._quick.whole_prompts and len(cache) == 0 and count - drafts > 1:
@@ -227,9 +229,29 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
                 out.logits = torch.cat((out.logits, model(input_ids=rest, past_key_values=cache).logits), 1)
             return out
         if usable and 0 < count <= room:
-            logits = model._quick.read(ids[0], cache, min(keep, count) or count)
+            logits = model._quick.read(ids[0].tolist(), cache, min(keep, count) or count)
             return CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
     return type(model).forward(model, *args, **kwargs)
+
+
+def read_on(model: nn.Module, tokens: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor | None:
+    """Read more tokens of a text as a model's forward would, without what is around it in transformers and torch.
+
+    Returns
+    -------
+    Tensor or None
+        As :meth:`QuickTarget.read`; None where the model has no quick forward, or where somebody wants to know of its
+        calls: then call the model. So does the text's beginning, when weights are looked at.
+    """
+    quick: QuickTarget | None = model.__dict__.get("_quick")
+    if quick is None or len(cache) == 0 or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
+        return None
+    if model._forward_hooks or model._forward_pre_hooks or _has_any_global_hook() or model._compiled_call_impl:
+        return None
+    room = min(MOST_ROWS * MOST_PIECES, quick.program.most - len(cache))
+    if len(tokens) > room or len(model.model.layers) != quick.program.layers:  # type: ignore[arg-type, union-attr]
+        return None
+    return quick.read(tokens, cache, keep)
 
 
 @torch.inference_mode()
@@ -254,7 +276,7 @@ def quicken(model: nn.Module) -> bool:
     expected = torch.cat([model(input_ids=one[None], past_key_values=cache).logits[0] for one in ids.split(1)])
     try:
         quick = QuickTarget(model, width)
-        error = quick.read(ids, KVCache(layers, 4), len(ids)) - expected
+        error = quick.read(ids.tolist(), KVCache(layers, 4), len(ids)) - expected
     except UNUSABLE:
         return False
     if not bool(error.std() <= _TOLERANCE * expected.std()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -129,7 +130,7 @@ class TokenSequence:
         """
         if self.sampler is not None:
             return self.sampler.verify(self.sampler.probabilities(logits, self.tokens, drafts), drafts, proposals)
-        return matching(drafts, logits.argmax(-1).tolist())
+        return matching(drafts, likeliest(logits))
 
     def append(self, tokens: list[int]) -> list[int]:
         """Append tokens up to the first that ends the sequence, and return those."""
@@ -142,6 +143,14 @@ class TokenSequence:
             if self.finish:
                 return tokens[: i + 1]
         return tokens
+
+
+def likeliest(logits: torch.Tensor) -> list[Any]:
+    """Return each row's likeliest token, the first of equals; nested like the logits, shape (..., vocab)."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # A tenth of the time that torch takes, which for one row is 1 % of a small model's forward.
+        return logits.detach().numpy().argmax(-1).tolist()
+    return logits.argmax(-1).tolist()
 
 
 def matching(drafts: list[int], choices: list[int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.lossless import check_greedy
 from speckv_online.records import StepRecord
+from speckv_online.sequences import likeliest
 from tests.conftest import EOS, TinyPair, perturbed, tiny_llama
 
 
@@ -283,6 +284,14 @@ def test_context_ends_at_the_models_limit() -> None:
         decoder.generate(prompt_of(65), 5)
     with pytest.raises(UserError, match="empty"):
         decoder.generate([], 5)
+
+
+@given(rows=st.lists(st.lists(st.sampled_from([-2.0, 0.0, 1.5, float("inf"), float("nan")]), min_size=5, max_size=5)))
+def test_the_likeliest_token_is_torchs(rows: list[list[float]]) -> None:
+    """The first of equals, also where numbers are none; in every type."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        logits = torch.tensor(rows, dtype=dtype).reshape(-1, 5)
+        assert likeliest(logits) == logits.argmax(-1).tolist()
 
 
 def test_no_drafter_is_plain_decoding(tiny_pair: TinyPair) -> None:

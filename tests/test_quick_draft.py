@@ -68,7 +68,7 @@ TEXT = [int(t) for t in np.random.default_rng(5).integers(1, VOCABULARY, 90)]
 @pytest.mark.parametrize("length", [1, 2, 17, 60, 61, 90])
 def test_logits_are_the_models_up_to_rounding(model: LlamaForCausalLM, quick: QuickDraft, length: int) -> None:
     expected = model(input_ids=torch.tensor([TEXT[:length]])).logits[0, -1]
-    found = quick.read(torch.tensor(TEXT[:length]), KVCache(2, 8))
+    found = quick.read(TEXT[:length], KVCache(2, 8))
     assert (found - expected).std() < 0.05 * expected.std()
 
 
@@ -80,7 +80,7 @@ def test_the_same_bits_at_every_width(quick: QuickDraft, widths: list[int], prom
     text = [*TEXT[:prompt], *TEXT[prompt : prompt + sum(widths)]]
     single, pieces = KVCache(2, 4), KVCache(2, 300)
     for cache in (single, pieces):
-        quick.read(torch.tensor(text[:prompt]), cache)
+        quick.read(text[:prompt], cache)
     at = prompt
     for width in widths:
         ids = text[at : at + width]
@@ -88,17 +88,17 @@ def test_the_same_bits_at_every_width(quick: QuickDraft, widths: list[int], prom
             break
         one = torch.empty(0)
         for token in ids:
-            one = quick.read(torch.tensor([token]), single)
+            one = quick.read([token], single)
         if junk:
-            quick.read(torch.tensor(TEXT[-junk:]), pieces)
+            quick.read(TEXT[-junk:], pieces)
             pieces.truncate(at)
-        assert torch.equal(quick.read(torch.tensor(ids), pieces), one)
+        assert torch.equal(quick.read(ids, pieces), one)
         at += width
     # The prompt and all that follows it, in one call.
-    late = quick.read(torch.tensor(text), KVCache(2, 8))
+    late = quick.read(text, KVCache(2, 8))
     if len(single) > prompt:
         single.truncate(len(single) - 1)
-        assert torch.equal(late, quick.read(torch.tensor(text[-1:]), single))
+        assert torch.equal(late, quick.read(text[-1:], single))
 
 
 @torch.inference_mode()
@@ -106,10 +106,10 @@ def test_a_processor_with_short_registers(model: LlamaForCausalLM) -> None:
     """The other form of the kernels, for AVX2: right, and with the same bits at every width."""
     quick, cache = QuickDraft(model, 8), KVCache(2, 4)
     expected = model(input_ids=torch.tensor([TEXT])).logits[0, -1]
-    found = quick.read(torch.tensor(TEXT), KVCache(2, 8))
+    found = quick.read(TEXT, KVCache(2, 8))
     assert (found - expected).std() < 0.05 * expected.std()
     for width in (1, 7, 12, 1, 33, 35, 1):
-        last = quick.read(torch.tensor(TEXT[len(cache) : len(cache) + width]), cache)
+        last = quick.read(TEXT[len(cache) : len(cache) + width], cache)
     assert torch.equal(last, found)
 
 
@@ -220,14 +220,14 @@ def test_without_a_compiler_there_is_none(
 
 def test_cache(quick: QuickDraft) -> None:
     cache = KVCache(2, 4)
-    quick.read(torch.tensor(TEXT[:2]), cache)
+    quick.read(TEXT[:2], cache)
     with pytest.raises(ValueError, match="cannot truncate a cache of 2 tokens to 3"):
         cache.truncate(3)
     with pytest.raises(ValueError, match="no token"):
-        quick.read(torch.tensor([], dtype=torch.long), cache)
+        quick.read([], cache)
     for odd in (-1, VOCABULARY):
         with pytest.raises(IndexError, match=f"the model has {VOCABULARY}"):
-            quick.read(torch.tensor([odd, 3]), cache)
+            quick.read([odd, 3], cache)
     with pytest.raises(ValueError, match="holds only 256 tokens"):
-        quick.read(torch.tensor(TEXT * 3), cache)
+        quick.read(TEXT * 3, cache)
     assert len(cache) == 2

@@ -26,7 +26,7 @@ from speckv_online.models import load_target
 from speckv_online.packed import pack
 from speckv_online.quick_batch import QuickBatch, batch_of
 from speckv_online.quick_draft import quicken
-from speckv_online.quick_target import MOST_PIECES, MOST_ROWS, QuickTarget
+from speckv_online.quick_target import MOST_PIECES, MOST_ROWS, QuickTarget, read_on
 
 pytestmark = pytest.mark.skipif(lanes() is None, reason="no kernels for this processor")
 VOCABULARY, LAYERS, LONGEST = 304, 2, 400
@@ -79,13 +79,61 @@ def test_logits_are_the_models_and_have_the_same_bits_at_every_width(
 
 
 @torch.inference_mode()
+def test_texts_in_turns_copies_and_growth(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    """Where a cache's keys and values are is remembered: a copy has its own, and so has one that grew meanwhile."""
+    stock, quick = pair
+    program, ids = quick._quick, TEXT.tolist()
+    expected = stock(input_ids=TEXT[None, :60]).logits[0]
+
+    def near(found: torch.Tensor, at: int) -> None:
+        torch.testing.assert_close(found, expected[at - len(found) : at], rtol=1e-4, atol=1e-3)
+
+    one, other = KVCache(LAYERS, 40), KVCache(LAYERS, 8)
+    near(program.read(ids[:20], one, 2), 20)
+    near(program.read(ids[:5], other, 1), 5)
+    copied = copy.deepcopy(one)
+    program.read(ids[100:110], copied, 1)  # over what must not be the original's
+    near(program.read(ids[20:30], one, 3), 30)
+    near(program.read(ids[5:9], other, 1), 9)  # it grows
+    stock(input_ids=TEXT[None, 9:50], past_key_values=other)  # and again, by the model's own forward
+    near(program.read(ids[50:52], other, 2), 52)
+    near(program.read(ids[30:60], one, 1), 60)  # it grows too
+    copied.truncate(20)
+    near(program.read(ids[20:24], copied, 4), 24)
+
+
+@torch.inference_mode()
+def test_reading_on_without_the_model_around(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
+    stock, quick = pair
+    cache, ids, calls = KVCache(LAYERS, 64), TEXT.tolist(), []
+    assert read_on(quick, ids[:4], cache, 1) is None  # the beginning, when weights are looked at
+    assert read_on(stock, ids[:4], cache, 1) is None
+    whole = quick(input_ids=TEXT[None, :30], past_key_values=KVCache(LAYERS, 64)).logits[0]
+    quick(input_ids=TEXT[None, :10], past_key_values=cache)
+    found = read_on(quick, ids[10:16], cache, 3)
+    assert found is not None
+    assert torch.equal(found, whole[13:16])
+    assert read_on(quick, [1] * (MOST_ROWS * MOST_PIECES + 1), cache, 1) is None
+    note = quick.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        assert read_on(quick, ids[16:18], cache, 1) is None
+        decoder = SpeculativeDecoder(None, policy="autoregressive", target=quick)
+        heard = decoder.generate(ids[:8], 6).tokens
+    finally:
+        note.remove()
+    assert len(calls) == 6  # who listens to the model hears of every step
+    assert decoder.generate(ids[:8], 6).tokens == heard
+    assert len(calls) == 6
+
+
+@torch.inference_mode()
 def test_a_processor_with_short_registers(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     stock, packed = pair
     quick, cache = QuickTarget(packed, 8), KVCache(LAYERS, 4)
     expected = stock(input_ids=TEXT[None, :90]).logits[0]
-    whole = quick.read(TEXT[:90], KVCache(LAYERS, 4), 90)
+    whole = quick.read(TEXT[:90].tolist(), KVCache(LAYERS, 4), 90)
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    parts = [quick.read(part, cache, len(part)) for part in TEXT[:90].split([1, 6, 20, 63])]
+    parts = [quick.read(part.tolist(), cache, len(part)) for part in TEXT[:90].split([1, 6, 20, 63])]
     assert torch.equal(torch.cat(parts), whole)
 
 
