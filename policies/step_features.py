@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,8 +195,11 @@ class Step:
 
 
 def probability(weights: list[float], features: list[float]) -> float:
-    """Logistic regression's probability."""
-    eta = sum(map(mul, weights, features))
+    """Logistic regression's probability, of 16 features: written out, as this is asked twice for every token."""
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf = weights
+    x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, xa, xb, xc, xd, xe, xf = features
+    eta = v0 * x0 + v1 * x1 + v2 * x2 + v3 * x3 + v4 * x4 + v5 * x5 + v6 * x6 + v7 * x7
+    eta = eta + v8 * x8 + v9 * x9 + va * xa + vb * xb + vc * xc + vd * xd + ve * xe + vf * xf
     if eta > 30.0:
         return 1.0
     return 1.0 / (1.0 + math.exp(-eta)) if eta > -30.0 else 0.0
