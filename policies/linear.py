@@ -67,12 +67,13 @@ class _Linear(CostAware):
         if not 0 <= alpha < float("inf") or not 0 < ridge < float("inf") or not 0 < discount <= 1 or refresh < 1:
             got = f"{alpha}, {ridge}, {discount}, {refresh}"
             raise PolicyError(f"need alpha >= 0, ridge > 0, 0 < discount <= 1 and refresh >= 1, got {got}")
-        self.alpha, self.ridge, self.discount, self.every = alpha, ridge, discount, refresh
+        self.alpha, self.discount, self.every = alpha, discount, refresh
         known = load_start(weights)
         self.net = None if known is None else Mlp16(known, self.arms)
         self.labels = ArmLabels(self.arms)
         k = len(self.arms)
-        self._none = np.zeros(k)
+        self._none, self._prior = np.zeros(k), ridge * np.eye(DIM)
+        self._fading: dict[int, np.ndarray] = {}  # by number of steps, the root of what each of them weighs
         # Columns: A, then one right-hand side per arm. Misc: steps, then squared residuals per arm.
         self._total, self._misc = np.zeros((DIM, DIM + k)), np.zeros(1 + k)
         self._delta = np.zeros((DIM, DIM + k)), np.zeros(1 + k), 0
@@ -99,14 +100,17 @@ class _Linear(CostAware):
             return
         rows = np.array(self._waiting)
         self._waiting.clear()
-        rows *= np.sqrt(self.discount ** np.arange(steps - 1, -1, -1))[:, None]
+        fading = self._fading.get(steps)
+        if fading is None:
+            fading = self._fading[steps] = np.sqrt(self.discount ** np.arange(steps - 1, -1, -1))[:, None]
+        rows *= fading
         block = rows[:, :DIM].T @ rows
-        weight = np.square(rows[:, 0])  # the constant feature is 1
-        misc = np.concatenate(([weight.sum()], np.square(rows[:, DIM:]).sum(axis=0)))
+        squares = np.square(rows).sum(axis=0)
+        misc = np.concatenate((squares[:1], squares[DIM:]))  # the constant feature is 1
         self._add(block, misc, steps)
-        total, squares, count = self._delta
+        total, others, count = self._delta
         keep = self.discount**steps
-        self._delta = total * keep + block, squares * keep + misc, count + steps
+        self._delta = total * keep + block, others * keep + misc, count + steps
 
     def _add(self, block: np.ndarray, misc: np.ndarray, steps: int) -> None:
         keep = self.discount**steps
@@ -116,7 +120,7 @@ class _Linear(CostAware):
     def _solve(self) -> None:
         self._fold()
         A, B = self._total[:, :DIM], self._total[:, DIM:]
-        inverse = np.linalg.inv(A + self.ridge * np.eye(DIM))
+        inverse = np.linalg.inv(A + self._prior)
         self.W = inverse @ B  # (DIM, K)
         self._root = np.linalg.cholesky(inverse)
         fitted = np.maximum(self._misc[1:] - (self.W * B).sum(axis=0), 0.0)
