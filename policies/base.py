@@ -35,6 +35,12 @@ class PolicyError(ValueError):
     """Bad policy name, option or state; the message is one line that says what to do."""
 
 
+def reason(error: Exception) -> str:
+    """Return what an exception says, in one line of at most 300 characters: those of damaged files quote them."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 @dataclass(slots=True)
 class Context:
     """What is known before anything is drafted in a step.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.base import PolicyError, State
+from policies.base import PolicyError, State, reason
 from policies.draft_quality import DOUBT, DraftQuality
 from policies.gaussian import GaussianHead, check_array
 from policies.step_features import AFTER, BEFORE, Step
@@ -249,7 +249,7 @@ def load_prior(
         with np.load(file, allow_pickle=False) as arrays:
             state = {key: arrays[key] for key in arrays.files}
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise PolicyError(f"cannot read acceptance weights from {file}: {error}") from error
+        raise PolicyError(f"cannot read acceptance weights from {file}: {reason(error)}") from error
     means = tuple(check_array(state, name, (2 * d + 1,)).astype(float) for name, d in HEADS.items())
     precisions = []
     for name, d in HEADS.items():

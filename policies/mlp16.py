@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import ARMS, LEVEL_CODES, Context, Decision, PolicyError
+from policies.base import ARMS, LEVEL_CODES, Context, Decision, PolicyError, reason
 from policies.learned import CostAware
 from policies.level_features import level_bits
 
@@ -88,7 +88,7 @@ def load_weights(path: str | Path) -> Weights:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: np.asarray(file[key]) for key in file.files}
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise PolicyError(f"cannot read weights from {path}: {error}") from error
+        raise PolicyError(f"cannot read weights from {path}: {reason(error)}") from error
     return check_weights(arrays, str(path))
 
 

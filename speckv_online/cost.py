@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from policies.base import reason
 from policies.cost_prior import WIDTHS, CostPrior
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
@@ -123,7 +124,9 @@ def load_cost(spec: str | Path) -> CostTable:
         levels = {name: LevelCost(**numbers) for name, numbers in document["levels"].items()}
         return CostTable(document["name"], levels, document.get("source", ""), document.get("details", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a cost table: {error}; write one with python -m experiments.profile") from error
+        raise UserError(
+            f"{path} is not a cost table: {reason(error)}; write one with python -m experiments.profile"
+        ) from error
 
 
 def fit_level(records: Iterable[StepRecord]) -> LevelCost:

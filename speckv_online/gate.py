@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.base import CONFIDENCE, ENTROPY, MARGIN
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, reason
 from speckv_online.errors import UserError
 from speckv_online.files import UNREADABLE, write_atomically
 from speckv_online.ngram import Proposal
@@ -124,7 +124,9 @@ class Gate:
         except FileNotFoundError:
             raise UserError(f"no gate {path}: fit one with python -m experiments.gate") from None
         except UNREADABLE as error:
-            raise UserError(f"{path} is no usable gate: {error}; fit one with python -m experiments.gate") from error
+            raise UserError(
+                f"{path} is no usable gate: {reason(error)}; fit one with python -m experiments.gate"
+            ) from error
 
 
 def lookup_features(found: Proposal) -> list[float]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.base import N_SIGNALS
+from policies.base import N_SIGNALS, reason
 from speckv_online.errors import UserError
 from speckv_online.files import UNREADABLE, write_atomically
 
@@ -180,7 +180,7 @@ class Trace:
         except FileNotFoundError:
             raise UserError(f"no trace file {path}: collect one with python -m experiments.profile") from None
         except UNREADABLE as error:
-            raise UserError(f"{path} is not a usable trace: {error}; collect it again") from error
+            raise UserError(f"{path} is not a usable trace: {reason(error)}; collect it again") from error
         return trace
 
 

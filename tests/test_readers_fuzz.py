@@ -154,6 +154,19 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path: Path, name: str
     assert said is None or (str(tmp_path) in said and "\n" not in said and len(said) < 1000)
 
 
+@pytest.mark.parametrize("name", ["trace", "weights"])
+def test_a_refusal_does_not_quote_a_damaged_file_at_length(tmp_path: Path, name: str) -> None:
+    """An archive whose first member's name is said to have a thousand characters: zipfile quotes them all."""
+    file, make, read = READERS[name]
+    path, data = tmp_path / file, bytearray(make(tmp_path))
+    data[27] = 4
+    path.write_bytes(data)
+    said = refusal(read, path)
+    assert said is not None
+    assert "differ" in said or "..." in said
+    assert len(said) < 600
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_whole_files_are_read(tmp_path: Path, name: str) -> None:
     file, make, read = READERS[name]
