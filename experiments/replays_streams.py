@@ -175,7 +175,7 @@ def _merge(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:
         f"Tokens per second of all workers together over the first {config.steps} steps of each, from a cold start. "
         f"Where m is {config.steps} or more nothing is merged. Up to {config.walkers} workers streams are the same. "
         "Even a lone worker gains by exchanging at every step: its policy then decides by its latest posterior, which "
-        "it else solves for every 16 or 64 steps.\n"
+        "it else solves for every 16 or 128 steps.\n"
     )
     rows = [
         [f"`{spec}`", str(count), *(f"{rate:.2f}" for rate in line)]

@@ -179,7 +179,6 @@ class LlamaProgram:
                 wanted += range(max(end - keep, at), end)
                 at = end
         logits, done = torch.empty(len(wanted), self._outputs), 0
-        numbers = np.array(flat, dtype=np.int64)
         with self._lock:
             self._make_room(int(places[:, 0].max()) + 1)
             self._filled = None
@@ -187,7 +186,7 @@ class LlamaProgram:
                 end = min(at + self.rows, len(flat))
                 here = [row - at for row in wanted if at <= row < end]
                 self._places[: end - at], self._addresses[:, :, : end - at] = places[at:end], addresses[:, :, at:end]
-                self._ids[: end - at] = numbers[at:end]
+                self._ids[: end - at] = flat[at:end]
                 self._run(end - at, here, logits[done : done + len(here)])
                 done += len(here)
         return logits

@@ -58,6 +58,6 @@ def batch_of(
     last_id: int | None = None,
 ) -> BatchModel | QuickBatch:
     """Return what reads sequences that begin with these prompts: the quick one, unless a prompt is too long for it."""
-    if program is not None and max(map(len, prompts)) <= MOST_ROWS * MOST_PIECES and capacity <= len(program.turns):
+    if program is not None and max(map(len, prompts)) <= MOST_ROWS * MOST_PIECES and capacity <= program.most:
         return QuickBatch(program, len(prompts), capacity, last_id)
     return BatchModel(model, len(prompts), capacity, last_id)

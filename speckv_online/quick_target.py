@@ -180,6 +180,10 @@ class QuickTarget:
         steps: list[Step] = [(norms.compiled(), p.state.data_ptr(), weight.data_ptr(), x, 0, p.hidden, eps)]
         return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
 
+    def room(self, cache: KVCache) -> int:
+        """Return how many tokens may be read at once into a cache."""
+        return min(MOST_ROWS * MOST_PIECES, self.program.most - len(cache))
+
     def read(self, ids: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor:
         """Do what :meth:`speckv_online.llama_program.LlamaProgram.read` does."""
         return self.program.read(ids, cache, keep)
@@ -219,7 +223,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         known = known and quick_of(model) is not None
     if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
-        count, room = ids.shape[-1], min(MOST_ROWS * MOST_PIECES, model._quick.program.most - len(cache))
+        count, room = ids.shape[-1], model._quick.room(cache)
         # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
         drafts = keep - 1 if 0 < keep <= count else 0
         if usable and model._quick.whole_prompts and len(cache) == 0 and count - drafts > 1:
@@ -248,8 +252,7 @@ def read_on(model: nn.Module, tokens: Sequence[int], cache: KVCache, keep: int) 
         return None
     if model._forward_hooks or model._forward_pre_hooks or _has_any_global_hook() or model._compiled_call_impl:
         return None
-    room = min(MOST_ROWS * MOST_PIECES, quick.program.most - len(cache))
-    if len(tokens) > room or len(model.model.layers) != quick.program.layers:  # type: ignore[arg-type, union-attr]
+    if len(tokens) > quick.room(cache) or len(model.model.layers) != quick.program.layers:  # type: ignore[arg-type, union-attr]
         return None
     return quick.read(tokens, cache, keep)
 
