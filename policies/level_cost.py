@@ -23,6 +23,8 @@ REFIT_EVERY, REFIT_ALWAYS = 32, 16
 OWN = 5.0
 #: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
 CAUGHT, READ = 8, 10.0
+#: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
+FAR = 4.0
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
 RATE = 4
 _K = np.arange(WIDTHS)
@@ -70,6 +72,7 @@ class LevelCosts:
     def set_prior(self, prior: CostPrior) -> None:
         """Start from, or change to, another prior; what was measured is kept."""
         self.prior = prior
+        self._vague = prior == VAGUE
         p = self._shape = prior.table()
         q = self._slope = np.arange(WIDTHS) * p[0]
         self._moments = np.column_stack([p * p, p * q, q * q, p, q, np.ones(WIDTHS)])
@@ -84,14 +87,15 @@ class LevelCosts:
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
         self.steps += 1
-        if self.steps == 1 and self.prior == VAGUE:
+        if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
+        k, c = outcome.drafted, float(outcome.context_length)
+        if verify > 0.0:
+            verify = self._clip(verify, self._expected[k] + self._per_token * c)
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
-        k, g, block, sums = outcome.drafted, self._gain, self._block, self._block_sums
+        g, block, sums = self._gain, self._block, self._block_sums
         self._gain = g / self._keep
         if verify > 0.0:
-            verify = self._clip(verify, self._expected[k] + self._per_token * outcome.context_length)
-            c = float(outcome.context_length)
             block[k] += g
             block[WIDTHS + k] += g * verify
             block[2 * WIDTHS + k] += g * c
@@ -99,7 +103,11 @@ class LevelCosts:
             block[4 * WIDTHS + k] += g * c * verify
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
-            if self._measured[0] > 3.0 and draft > (most := 3.0 * (self.first + self.draft * drafted)):
+            # A stall here would be held against the draft for hundreds of steps. A drafted token takes no longer than
+            # a forward of the target, whatever else is not known yet.
+            told = self._measured[0] > 3.0 or not self._vague
+            most = 3.0 * (self.first + self.draft * drafted) if told else verify * drafted
+            if 0.0 < most < draft:
                 draft = most
             sums[0] += g
             sums[1] += g * drafted
@@ -128,8 +136,15 @@ class LevelCosts:
 
     def _clip(self, value: float, expected: float) -> float:
         """Huber-clip a time around its estimate, and widen or narrow the allowance."""
-        if self.steps <= 3 and self.prior == VAGUE:
-            return value
+        if self._vague and self.steps < REFIT_ALWAYS:
+            if self.steps == 2:
+                return value
+            if FAR * value < expected:  # what came before was a stall
+                self._total[:], self._delta[:], self._count = 0.0, 0.0, 0
+                self._clear_block()
+                return value
+            if self.steps == 3:
+                return min(value, FAR * expected)
         most = 1.0 + max(4.0 * self.deviation, 0.2)
         if value > expected * most:
             value = expected * most
@@ -168,7 +183,7 @@ class LevelCosts:
         # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's: a calibration is
         # trusted for its shape far more than for its scale.
         square, s0, centre = float(p[0]) ** 2, prior.context_seconds, prior.context_length
-        if prior == VAGUE and n_ > 0.0:
+        if self._vague and n_ > 0.0:
             centre = c_ / n_
         weak = 0.1 * prior.weight * square
         xp, xq, xx = cp - centre * np_, cq - centre * nq, cc[5] - 2 * centre * c_ + n_ * centre**2 + 1e6
@@ -218,7 +233,7 @@ class LevelCosts:
         times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
         return {
             **_parts(self._total.copy()),
-            "misc": np.array([self.steps, self.deviation, float(prior == VAGUE)]),
+            "misc": np.array([self.steps, self.deviation, float(self._vague)]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
             "catch_up": np.array(prior.catch_up_seconds),
         }

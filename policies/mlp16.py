@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ SHAPES = {"W1": (INPUTS, HIDDEN), "b1": (HIDDEN,), "W2": (HIDDEN, 1), "b2": (1,)
 DEFAULT_WEIGHTS = Path(__file__).parent / "data" / "mlp16.npz"
 
 #: What a context holds before anything was drafted, and how fast stale signals fade towards it per step.
-NEUTRAL = np.array([2.0, 0.5, 4.0, 0.25, 0.5, 1.0])
+NEUTRAL = (2.0, 0.5, 4.0, 0.25, 0.5)
 FADE = 0.9
 
 
@@ -186,23 +186,18 @@ class Mlp16:
         np.maximum(found, 0.0, out=found)
         return found
 
-    def read(self, context: Context) -> np.ndarray:
-        """Return the context's four signals, its acceptance, and a constant 1, in a new array of shape (6,).
+    def read(self, context: Context, described: tuple[float, ...] = ()) -> np.ndarray:
+        """Return the context's four signals, its acceptance, a constant 1 and ``described`` (E,), shape (6 + E,).
 
         While nothing is drafted the lagged signals stay what they were. They would hold a policy at gamma 0 for ever
         after one hard stretch, so with each idle step they fade towards what a context starts with.
         """
-        values = (
-            context.mean_entropy,
-            context.mean_confidence,
-            context.max_entropy,
-            context.min_confidence,
-            context.acceptance,
-            1.0,
-        )
-        if not context.idle:
-            return np.array(values)
-        return NEUTRAL + FADE**context.idle * (values - NEUTRAL)
+        c = context
+        values: Iterable[float] = (c.mean_entropy, c.mean_confidence, c.max_entropy, c.min_confidence, c.acceptance)
+        if c.idle:
+            keep = FADE**c.idle
+            values = [n + keep * (v - n) for v, n in zip(values, NEUTRAL, strict=True)]
+        return np.array((*values, 1.0, *described))
 
     def predict(self, context: Context) -> np.ndarray:
         """Return every arm's predicted acceptance rate, in [0, 1], shape (K,)."""

@@ -20,7 +20,7 @@ from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array, widen
 from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
 from policies.level_features import N_LEVEL
-from policies.mlp16 import HIDDEN, INPUTS, Mlp16, resolve_weights
+from policies.mlp16 import HIDDEN, Mlp16, resolve_weights
 
 STATE_FORMAT = 2
 #: Posterior samples per refresh; a Thompson decision picks one of them, so its propensity is exact.
@@ -108,12 +108,7 @@ class Online(CostAware):
 
     def features(self, context: Context) -> np.ndarray:
         """What :class:`~policies.mlp16.Mlp16` reads of a context, and the description of its level, shape (6 + E,)."""
-        x = self.net.read(context)
-        if not self.net.extra:
-            return x
-        found = np.empty(INPUTS + N_LEVEL)
-        found[:INPUTS], found[INPUTS:] = x, self.costs.describe(context.level)
-        return found
+        return self.net.read(context, self.costs.describe(context.level) if self.net.extra else ())
 
     def _refresh(self) -> None:
         """Learn from the steps that wait, and draw the heads of the next decisions."""

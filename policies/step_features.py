@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 10 + FEATURES, 16
 
 Token = tuple[float, float, float, float, float]
-_OTHER = (0.0, 0.0, 0.0, 0.0)
+_OTHER, _NEITHER = (0.0,) * 4, (0.0,) * 8
 
 
 def log_odds(confidence: float) -> float:
@@ -32,11 +32,11 @@ def log_odds(confidence: float) -> float:
 
 def token_features(row: list[float]) -> Token:
     """Describe a drafted token by its signals: log-odds, entropy, log margin, n-gram agreement and disagreement."""
-    n = row[NGRAM]
+    margin, n = row[MARGIN], row[NGRAM]
     return (
         log_odds(row[CONFIDENCE]),
         0.25 * row[ENTROPY],
-        0.5 * math.log1p(row[MARGIN]) if row[MARGIN] > 0.0 else 0.0,
+        0.5 * math.log1p(margin) if margin > 0.0 else 0.0,
         0.5 + 0.125 * n if n > 0.0 else 0.0,
         0.5 - 0.125 * n if n < 0.0 else 0.0,
     )
@@ -73,11 +73,15 @@ def after_features(start: list[float], own: Token, previous: Token | None, j: in
     each of the first two cases has weights of its own beside the common ones.
     """
     odds, entropy, margin, agree, differ = own
-    last, first = (start[2], start[1]) if previous is None else (previous[0], 0.0)
-    row = [1.0, odds, entropy, margin, start[0], last, j * 0.125 if j < 8 else 1.0, first]
+    acceptance, whole, lagged, _ = start
+    last, first = (lagged, whole) if previous is None else (previous[0], 0.0)
+    at = j * 0.125 if j < 8 else 1.0
+    # One list at once: this is asked for every token.
     if agree:
-        return [*row, 1.0, agree, odds, entropy, *_OTHER]
-    return [*row, *_OTHER, 1.0, differ, odds, entropy] if differ else [*row, *_OTHER, *_OTHER]
+        return [1.0, odds, entropy, margin, acceptance, last, at, first, 1.0, agree, odds, entropy, *_OTHER]
+    if differ:
+        return [1.0, odds, entropy, margin, acceptance, last, at, first, *_OTHER, 1.0, differ, odds, entropy]
+    return [1.0, odds, entropy, margin, acceptance, last, at, first, *_NEITHER]
 
 
 class Step:
@@ -145,8 +149,11 @@ class Step:
 
     def sure(self) -> float:
         """How sure the drafter is of the next token if that takes no forward of a model, else 0."""
-        context, j = self._context, len(self._tokens)
+        context = self._context
         lookups = context.lookups
+        if not lookups:
+            return 0.0
+        j = len(self._tokens)
         return lookups[j] if j < len(lookups) and context.step == self._number else 0.0
 
     def chance(self) -> float:

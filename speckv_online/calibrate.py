@@ -15,8 +15,10 @@ from speckv_online.records import StepRecord
 #: A prompt to warm up and calibrate with.
 WARM_UP = "Write a short note that thanks a colleague for their help with a project."
 GAMMAS = (0, 1, 2, 4, 8)
-#: Timed steps per gamma.
-REPEATS = 3
+#: Timed steps per gamma, at least and at most; in between, as many as fit into SECONDS. On a machine that others use,
+#: a median of three tells of the moment, and policies take long to forget a shape that they were told.
+LEAST, MOST = 3, 24
+SECONDS = 3.0
 
 
 class _Cycle(Policy):
@@ -40,9 +42,11 @@ def calibrate(target: PreTrainedModel, drafter: Drafter, level: str, prompt_ids:
         Any prompt.
     """
     decoder = SpeculativeDecoder(drafter, policy=_Cycle(), target=target, level=level)
-    warm, wanted = len(GAMMAS), len(GAMMAS) * (1 + REPEATS)
+    cycle, repeats = len(GAMMAS), LEAST
     steps: list[StepRecord] = []
-    while len(steps) < wanted:  # a step gives at least one token, and more where drafts are right
-        steps += decoder.generate(prompt_ids, wanted - len(steps) + max(GAMMAS), eos_ids=()).steps
+    while (missing := cycle * (1 + repeats) - len(steps)) > 0:  # a step gives at least one token
+        steps += decoder.generate(prompt_ids, missing + max(GAMMAS), eos_ids=()).steps
+        timed = [step.seconds for step in steps[cycle:]]
+        repeats = min(max(LEAST, int(SECONDS * len(timed) / (cycle * sum(timed)))), MOST)
     again = decoder.generate(prompt_ids, 2, eos_ids=()).steps[:1]  # to see what the draft takes to read a prompt
-    return fit_level([*steps[warm:wanted], *again])
+    return fit_level([*steps[cycle : cycle * (1 + repeats)], *again])

@@ -54,6 +54,20 @@ def test_the_first_measurements_set_the_scale() -> None:
     assert costs.draft == pytest.approx(0.1, rel=0.1)
 
 
+@pytest.mark.parametrize("prior", [VAGUE, CostPrior(0.001, (0.010, 0.011), 0.001)])
+@pytest.mark.parametrize("part", ["draft", "verify"])
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+def test_a_stall_among_the_first_steps_is_soon_forgotten(part: str, at: int, prior: CostPrior) -> None:
+    # Half a second, where a step takes 12 ms. The first draft at hand used to look 35 times as dear for 40 steps more.
+    costs = LevelCosts(prior)
+    for i in range(12):
+        k = (1, 2, 1, 0)[i % 4] if i != at else 1
+        stall = {part: 0.5 if i == at else 0.0}
+        costs.observe(outcome(k, 0.010 + 0.001 * k + stall.get("verify", 0.0), 0.001 * k + stall.get("draft", 0.0)))
+    assert 0.005 < costs.seconds[0] < 0.025
+    assert 0.0 <= costs.seconds[1] - costs.seconds[0] < 0.008
+
+
 def test_a_calibration_holds_before_there_is_data() -> None:
     prior = CostPrior(0.009, (0.055, 0.104, 0.116), overhead_seconds=0.002)
     costs = LevelCosts(prior)
