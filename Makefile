@@ -35,7 +35,7 @@ test: setup
 
 results: results-measured results-modelled
 
-# 40 prompts: about 55 minutes. `--prompts 8 --some 2 --max-new-tokens 40`: 20 minutes.
+# 80 prompts, of which all contenders decode 20: about an hour. `--prompts 8 --some 2 --max-new-tokens 40`: 15 minutes.
 results-measured: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== transformers, our decoder and every policy on the clock"

@@ -33,13 +33,11 @@ if TYPE_CHECKING:
 
 #: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
 #: the cost model, see :mod:`experiments.results_model`: several others draft as many.
-LEADING = (
-    "transformers", "transformers:constant-4", "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online",
-    "goodput", "goodput+hybrid",
-)  # fmt: skip
+LEADING = ("autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online", "goodput", "goodput+hybrid")
 OTHERS = (
-    "transformers:heuristic", "transformers:default", "fixed:8", "fixed:16", "mlp16:tokens_per_step",
-    "hf-heuristic", "hf-confidence", "svip", "adaedl", "ucbspec", "vllm", "sglang", "fixed:2+hybrid",
+    "transformers", "transformers:constant-4", "transformers:heuristic", "transformers:default", "fixed:8", "fixed:16",
+    "mlp16:tokens_per_step", "hf-heuristic", "hf-confidence", "svip", "adaedl", "ucbspec", "vllm", "sglang",
+    "fixed:2+hybrid",
 )  # fmt: skip
 PEER = "transformers"
 PLACES = ("doc", "readme", "plot", "out")
@@ -53,8 +51,8 @@ class ResultsConfig:
     levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels, comma separated")
     leading: tuple[str, ...] = option(LEADING, "contenders that decode all prompts, comma separated")
     others: tuple[str, ...] = option(OTHERS, "contenders that decode the first --some prompts only")
-    prompts: int = option(40, "how many of the bundled held-out prompts")
-    some: int = option(40, "how many of them the others decode")
+    prompts: int = option(80, "how many of the bundled held-out prompts")
+    some: int = option(20, "how many of them the others decode")
     round: int = option(10, "prompts that a level decodes before the next level's turn; models load anew each time")
     max_new_tokens: int = option(64, "tokens to decode per prompt")
     seed: int = option(0, "seed of the prompt choice and of the policies")
@@ -154,7 +152,7 @@ class Bench:
             plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in shuffled]
         missing = [item for item in plan if item[0].key not in writer.done]
         if missing:
-            self.load()
+            self.load(any(unit.policy.partition(":")[0] == PEER for unit, _ in missing))
         said = f"{self.level}, prompts {prompts[0][0] + 1} to {prompts[-1][0] + 1} of {c.prompts}"
         bar = tqdm(missing, desc=said, unit="call", disable=not sys.stderr.isatty(), file=sys.stderr)
         for number, (unit, prompt) in enumerate(bar, start=1):
@@ -171,8 +169,8 @@ class Bench:
         gc.collect()  # the next level's models must not have to fit beside these
         return len(missing)
 
-    def load(self) -> None:
-        """Load the models, theirs and ours, and calibrate our costs, once in a run."""
+    def load(self, peers: bool) -> None:
+        """Load our models, and for ``peers`` theirs, and calibrate our costs, once in a run."""
         import torch
 
         from experiments.peers import SCHEDULES, Stock
@@ -188,7 +186,7 @@ class Bench:
         self.pair = pair = load_pair(c.pair, level=self.level, device=c.device)
         warm = chat_prompt(pair.tokenizer, WARM_UP)
         cost = calibrate(pair.target, pair.drafter, self.level, warm)  # also warms up, so it runs at every load
-        if any(n.partition(":")[0] == PEER for n in (*c.leading, *c.others)):
+        if peers:
             self.stock = stock = Stock(c.pair, self.level, c.device)
             for name in SCHEDULES:  # warm-up calls are no data
                 stock.generate(warm, 8, SCHEDULES[name])

@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, str, bool], ...] = (
 def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
     """Return a caption and the table as Markdown; contenders that are not in the run are left out."""
     shown = {name for _, name, _ in ROWS}
-    prompts = [decoded_by_all(level, shown) for level in levels]
+    prompts = [decoded_by_most(level, shown) for level in levels]
     count = min(len(found) for found in prompts)
     tokens = manifest.get("settings", {}).get("max_new_tokens", "?")
     lines = [
@@ -53,22 +53,34 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         if family:
             picked = [n.partition(":")[2] or "0" for n in chosen]
             label += f" (*hindsight*: {', '.join(picked)})"
+        of = [len(decoded(*given)) for given in zip(levels, chosen, prompts, strict=True)]
+        if any(n < len(all_) for n, all_ in zip(of, prompts, strict=True)):
+            label += f" ({min(of)} of them)"
         if name == PRODUCT:
             cells = [f"**{text.partition(' ')[0]}**{text[len(text.partition(' ')[0]) :]}" for text in cells]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def decoded_by_all(level: Level, shown: Collection[str]) -> list[str]:
-    """Return the prompts that all contenders of the short table decoded, families of schedules included."""
+def decoded_by_most(level: Level, shown: Collection[str]) -> list[str]:
+    """Return the prompts that contenders of the short table decoded, but for those that decoded far fewer.
+
+    Families of schedules are included.
+    """
     families = tuple(name for name in shown if name in ("fixed", THEIRS))
     calls = [c for n, c in level.calls.items() if n in shown or (n.startswith(families) and "+" not in n)]
-    return sorted(set.intersection(*map(set, calls)))
+    most = max(map(len, calls))
+    return sorted(set.intersection(*(set(c) for c in calls if len(c) >= 0.75 * most)))
+
+
+def decoded(level: Level, name: str, prompts: Sequence[str]) -> list[str]:
+    """Return those of the prompts that a contender decoded."""
+    return [p for p in prompts if p in level.calls[name]]
 
 
 def cell(level: Level, name: str, prompts: Sequence[str], compare: bool) -> str:
     """A contender's tokens per second on these prompts, on request with its ratio to transformers' constant-4."""
-    text = f"{level.goodput(name, prompts):.1f}"
+    text = f"{level.goodput(name, decoded(level, name, prompts)):.1f}"
     if compare:
         e = level.ratio(name, THEIR_FOUR, prompts)
         text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]" if len(prompts) > 1 else f" [{e.value:.2f}]"

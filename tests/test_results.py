@@ -77,9 +77,9 @@ def test_tables_say_what_passes_and_what_fails(level: Level) -> None:
     assert sum("`transformers" in row for row in rows) == 3
     assert any(row.startswith("| `goodput+hybrid` | 3 | 20.00 |") for row in rows)
     text = headline([level], {"settings": {"max_new_tokens": 64}})
-    assert "1 held-out prompt, 64 new tokens" in text  # the best fixed gamma decoded one of three
-    assert "| ours, best fixed γ (*hindsight*: 1) | 11.1 |" in text
-    assert "with the hybrid drafter** | **20.0** [5.00] |" in text
+    assert "3 held-out prompts, 64 new tokens" in text
+    assert "| ours, best fixed γ (*hindsight*: 1) (1 of them) | 11.1 |" in text
+    assert "with the hybrid drafter** | **20.0** [5.00: 5.00–5.00] |" in text
     level.calls["fixed:1"] = level.calls["fixed:4"]
     text = headline([level], {"settings": {"max_new_tokens": 64}})
     assert "3 held-out prompts, 64 new tokens" in text
