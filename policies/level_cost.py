@@ -5,13 +5,16 @@ shape at context length c0 (a calibration's table, or nearly flat): linear until
 width's own mean residual takes over with the number of times it was seen. Times are Huber-clipped around the current
 estimate, so that a stall of the machine moves nothing by much while a lasting change is followed. All statistics are
 sums that forget exponentially, so workers can add theirs up.
+
+A machine that others use too changes its pace, and drafts are longer in some texts than in others: widths that were met
+in slow minutes would look dear. So times are divided by how much slower the latest steps were than those before them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from policies.base import ARMS, Outcome, State
+from policies.base import ARMS, Outcome, PolicyError, State
 from policies.cost_prior import VAGUE, WIDTHS, CostPrior
 from policies.gaussian import check_array
 
@@ -23,6 +26,9 @@ REFIT_EVERY, REFIT_ALWAYS = 32, 16
 OWN = 5.0
 #: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
 CAUGHT, READ = 8, 10.0
+#: Weights of the latest step in two means of how many times its estimate a verification takes: the machine's pace now,
+#: and lately.
+NOW, LATELY = 0.12, 0.014
 #: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
 FAR = 4.0
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
@@ -62,6 +68,7 @@ class LevelCosts:
         self.steps = self.version = 0
         self.deviation = 0.3
         self._gain = 1.0
+        self._now, self._lately, self._paced = 1.0, 1.0, 0
         # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
         # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
         # t_0, tokens, seconds. Of catching up: tokens, seconds.
@@ -89,9 +96,15 @@ class LevelCosts:
         self.steps += 1
         if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
-        k, c = outcome.drafted, float(outcome.context_length)
+        k, c, rest = outcome.drafted, float(outcome.context_length), total - draft - verify
         if verify > 0.0:
-            verify = self._clip(verify, self._expected[k] + self._per_token * c)
+            pace = self._now / self._lately
+            if pace != 1.0:
+                verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
+            expected = self._expected[k] + self._per_token * c
+            verify = self._clip(verify, expected)
+            if not self._vague or self.steps > REFIT_ALWAYS:
+                self._note_pace(pace * verify / expected)
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
         g, block, sums = self._gain, self._block, self._block_sums
         self._gain = g / self._keep
@@ -115,7 +128,6 @@ class LevelCosts:
             sums[3] += g * draft
             sums[4] += g * drafted * draft
         # Conditions instead of min() here: a call costs more than all that it compares.
-        rest = total - outcome.draft_seconds - outcome.verify_seconds
         rest = rest if rest > 0.0 else 0.0
         most = 3.0 * self.overhead if self._measured[1] > 3.0 else verify
         sums[5] += g
@@ -133,6 +145,13 @@ class LevelCosts:
         each = min(3.0 * self.catch_up, self.draft) if self._total[OF_READING] > 0.0 else self.draft
         self._block_sums[9] += self._gain * tokens
         self._block_sums[10] += self._gain * min(max(seconds, 0.0), each * tokens)
+
+    def _note_pace(self, ratio: float) -> None:
+        """Take in how many times its estimate a verification took."""
+        self._paced += 1
+        even = 1.0 / self._paced
+        self._now += (NOW if even < NOW else even) * (ratio - self._now)
+        self._lately += (LATELY if even < LATELY else even) * (ratio - self._lately)
 
     def _clip(self, value: float, expected: float) -> float:
         """Huber-clip a time around its estimate, and widen or narrow the allowance."""
@@ -233,18 +252,22 @@ class LevelCosts:
         times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
         return {
             **_parts(self._total.copy()),
-            "misc": np.array([self.steps, self.deviation, float(self._vague)]),
+            "misc": np.array([self.steps, self.deviation, float(self._vague), self._now, self._lately, self._paced]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
             "catch_up": np.array(prior.catch_up_seconds),
         }
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
-        misc = check_array(state, "misc", (3,)).tolist()
+        older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
+        misc = [*check_array(state, "misc", (3 if older else 6,)).tolist(), 1.0, 1.0, 0.0]
         total = _whole(state)
         c = float(check_array(state, "catch_up", ())) if "catch_up" in state else 0.0
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
         vague = bool(misc[2])
+        if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
+            raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:6]}")
+        self._now, self._lately, self._paced = misc[3], misc[4], int(misc[5])
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]
         self._total, self._delta, self._count = total, np.zeros(ALL), 0

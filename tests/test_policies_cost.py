@@ -68,6 +68,28 @@ def test_a_stall_among_the_first_steps_is_soon_forgotten(part: str, at: int, pri
     assert 0.0 <= costs.seconds[1] - costs.seconds[0] < 0.008
 
 
+@pytest.mark.parametrize("prior", [VAGUE, CostPrior(0.001, (0.010, 0.011), 0.001)])
+def test_drafting_in_slow_minutes_hardly_looks_dear(prior: CostPrior) -> None:
+    """Drafts of eight steps in ten where the machine is slow by half, of one in ten elsewhere: T(1) / T(0) is 1.17."""
+    costs, rng = LevelCosts(prior), np.random.default_rng(0)
+    for i in range(600):
+        slow = 1.5 if i // 50 % 3 == 0 else 1.0
+        k = int(rng.random() < (0.8 if slow > 1.0 else 0.1))
+        noise = slow * np.exp(0.05 * rng.normal(size=2))
+        costs.observe(outcome(k, (0.010 + 0.001 * k) * noise[0], 0.001 * k * noise[1], 0.001 * slow))
+    assert costs.seconds[1] / costs.seconds[0] < 1.4  # 1.54 if times were taken as they come
+
+
+def test_states_of_versions_without_a_pace_are_read() -> None:
+    costs = LevelCosts()
+    feed(costs, np.random.default_rng(2), 200, LINE, t_d=0.01)
+    state, again = costs.state(), LevelCosts()
+    again.load(state | {"misc": state["misc"][:3]})
+    assert again.seconds == pytest.approx(costs.seconds)
+    with pytest.raises(PolicyError, match="pace"):
+        again.load(state | {"misc": np.array([*state["misc"][:3], 0.0, 1.0, 9.0])})
+
+
 def test_a_calibration_holds_before_there_is_data() -> None:
     prior = CostPrior(0.009, (0.055, 0.104, 0.116), overhead_seconds=0.002)
     costs = LevelCosts(prior)
