@@ -53,9 +53,9 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         if family:
             picked = [n.partition(":")[2] or "0" for n in chosen]
             label += f" (*hindsight*: {', '.join(picked)})"
-        of = [len(decoded(*given)) for given in zip(levels, chosen, prompts, strict=True)]
-        if any(n < len(all_) for n, all_ in zip(of, prompts, strict=True)):
-            label += f" ({min(of)} of them)"
+        own = [decoded(*given) for given in zip(levels, chosen, prompts, strict=True)]
+        if own != prompts:
+            label += f" ({min(map(len, own))} of them)"
         if name == PRODUCT:
             cells = [f"**{text.partition(' ')[0]}**{text[len(text.partition(' ')[0]) :]}" for text in cells]
         lines.append(f"| {label} | {' | '.join(cells)} |")

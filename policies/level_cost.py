@@ -260,13 +260,13 @@ class LevelCosts:
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
-        misc = [*check_array(state, "misc", (3 if older else 6,)).tolist(), 1.0, 1.0, 0.0]
+        misc = check_array(state, "misc", (3 if older else 6,)).tolist() + [1.0, 1.0, 0.0] * older
         total = _whole(state)
         c = float(check_array(state, "catch_up", ())) if "catch_up" in state else 0.0
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
         vague = bool(misc[2])
         if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
-            raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:6]}")
+            raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:]}")
         self._now, self._lately, self._paced = misc[3], misc[4], int(misc[5])
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]

@@ -46,7 +46,7 @@ def calibrate(target: PreTrainedModel, drafter: Drafter, level: str, prompt_ids:
     steps: list[StepRecord] = []
     while (missing := cycle * (1 + repeats) - len(steps)) > 0:  # a step gives at least one token
         steps += decoder.generate(prompt_ids, missing + max(GAMMAS), eos_ids=()).steps
-        timed = [step.seconds for step in steps[cycle:]]
-        repeats = min(max(LEAST, int(SECONDS * len(timed) / (cycle * sum(timed)))), MOST)
+        if timed := [step.seconds for step in steps[cycle:]]:
+            repeats = min(max(LEAST, int(SECONDS * len(timed) / (cycle * sum(timed)))), MOST)
     again = decoder.generate(prompt_ids, 2, eos_ids=()).steps[:1]  # to see what the draft takes to read a prompt
     return fit_level([*steps[cycle : cycle * (1 + repeats)], *again])
