@@ -88,7 +88,7 @@ def results(config: ResultsConfig) -> int:
 
     for name in (*config.leading, *config.others):
         spec, _, drafter = name.partition("+")
-        if spec.partition(":")[0] == PEER:
+        if is_peer(spec):
             if name not in SCHEDULES:
                 raise UserError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
         else:
@@ -116,6 +116,11 @@ def results(config: ResultsConfig) -> int:
                 publish_headline(run.path, config.readme, config.leading)
     print(text)
     return 0
+
+
+def is_peer(name: str) -> bool:
+    """Whether a contender is transformers itself."""
+    return name.partition(":")[0] == PEER
 
 
 class Bench:
@@ -152,7 +157,7 @@ class Bench:
             plan += [(Unit(self.level, n, prompt.id, prompt.task, c.seed), prompt) for n in shuffled]
         missing = [item for item in plan if item[0].key not in writer.done]
         if missing:
-            self.load(any(unit.policy.partition(":")[0] == PEER for unit, _ in missing))
+            self.load(any(is_peer(unit.policy) for unit, _ in missing))
         said = f"{self.level}, prompts {prompts[0][0] + 1} to {prompts[-1][0] + 1} of {c.prompts}"
         bar = tqdm(missing, desc=said, unit="call", disable=not sys.stderr.isatty(), file=sys.stderr)
         for number, (unit, prompt) in enumerate(bar, start=1):
@@ -213,8 +218,7 @@ class Bench:
     def call(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:
         """Return what decodes for a contender, made at its first use."""
         if name not in self.calls:
-            peer = name.partition(":")[0] == PEER
-            self.calls[name] = self._peer(name) if peer else self._ours(name)
+            self.calls[name] = self._peer(name) if is_peer(name) else self._ours(name)
         return self.calls[name]
 
     def _peer(self, name: str) -> Callable[[list[int]], tuple[list[int], float, list[Any]]]:

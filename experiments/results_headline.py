@@ -47,13 +47,13 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         family = name in ("fixed", THEIRS)
         try:
             chosen = [level.best(name) if family else name for level in levels]
-            cells = [cell(*given, compare) for given in zip(levels, chosen, prompts, strict=True)]
+            own = [decoded(*given) for given in zip(levels, chosen, prompts, strict=True)]
+            cells = [cell(*given, compare) for given in zip(levels, chosen, own, strict=True)]
         except KeyError:
             continue
         if family:
             picked = [n.partition(":")[2] or "0" for n in chosen]
             label += f" (*hindsight*: {', '.join(picked)})"
-        own = [decoded(*given) for given in zip(levels, chosen, prompts, strict=True)]
         if own != prompts:
             label += f" ({min(map(len, own))} of them)"
         if name == PRODUCT:
@@ -80,7 +80,7 @@ def decoded(level: Level, name: str, prompts: Sequence[str]) -> list[str]:
 
 def cell(level: Level, name: str, prompts: Sequence[str], compare: bool) -> str:
     """A contender's tokens per second on these prompts, on request with its ratio to transformers' constant-4."""
-    text = f"{level.goodput(name, decoded(level, name, prompts)):.1f}"
+    text = f"{level.goodput(name, prompts):.1f}"
     if compare:
         e = level.ratio(name, THEIR_FOUR, prompts)
         text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]" if len(prompts) > 1 else f" [{e.value:.2f}]"

@@ -53,7 +53,7 @@ class Level:
         """
         found = self.all_calls if stalled else self.calls
         a, b = found[name], found[base]
-        both = [p for p in prompts or a if p in a and p in b]
+        both = [p for p in prompts or a if p in b]
         columns = [np.array(x) for calls in (a, b) for x in zip(*(calls[p] for p in both), strict=True)]
         return paired_ratio(*columns)
 

@@ -49,8 +49,8 @@ class Rule(NamedTuple):
         By ``3 k + kind`` of the next token, the least survival that pays for it, by bin of its chance.
     wider : list of float
         By k, what verifying k tokens takes on top of verifying none.
-    plain, whole : list of float
-        By k, what a step that submits k tokens takes besides drafting them, and with k forwards of the draft.
+    plain : list of float
+        By k, what a step that submits k tokens takes besides drafting them.
     draft, first : float
         What a forward of the draft takes, and a step's first one on top.
     last : float
@@ -61,15 +61,12 @@ class Rule(NamedTuple):
     least: dict[int, list[float]]
     wider: list[float]
     plain: list[float]
-    whole: list[float]
     draft: float
     first: float
     last: float
 
     def local(self, tokens: float, submitted: int, forwards: int) -> float:
         """Return how many times the latest steps' rate is in force in a step with so many tokens in prospect."""
-        if forwards == submitted:
-            return sqrt(tokens / self.whole[submitted])
         price = self.plain[submitted]
         if forwards:
             price += self.draft * forwards + self.first
@@ -137,9 +134,7 @@ class Goodput(CostAware):
         if found is None or found.version != costs.version:
             rate, verify = costs.rate, costs.verify
             wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
-            draft, first = rate * costs.draft, rate * costs.first
-            whole = [plain[0], *(plain[k] + (draft * k + first) for k in range(1, len(plain)))]
-            found = Rule(costs.version, {}, wider, plain, whole, draft, first, costs.price.item(0))
+            found = Rule(costs.version, {}, wider, plain, rate * costs.draft, rate * costs.first, costs.price.item(0))
             self._rules[level] = found
         return found
 

@@ -99,21 +99,20 @@ class LevelCosts:
         k, c, rest = outcome.drafted, float(outcome.context_length), total - draft - verify
         if verify > 0.0:
             pace = self._now / self._lately
-            if pace != 1.0:
-                verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
+            verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
             expected = self._expected[k] + self._per_token * c
             verify = self._clip(verify, expected)
             if not self._vague or self.steps > REFIT_ALWAYS:
                 self._note_pace(pace * verify / expected)
-        # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
-        g, block, sums = self._gain, self._block, self._block_sums
-        self._gain = g / self._keep
-        if verify > 0.0:
+            block, g = self._block, self._gain
             block[k] += g
             block[WIDTHS + k] += g * verify
             block[2 * WIDTHS + k] += g * c
             block[3 * WIDTHS + k] += g * c * c
             block[4 * WIDTHS + k] += g * c * verify
+        # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
+        g, sums = self._gain, self._block_sums
+        self._gain = g / self._keep
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
             # A stall here would be held against the draft for hundreds of steps. A drafted token takes no longer than
@@ -260,7 +259,8 @@ class LevelCosts:
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
-        misc = check_array(state, "misc", (3 if older else 6,)).tolist() + [1.0, 1.0, 0.0] * older
+        misc = check_array(state, "misc", (3 if older else 6,)).tolist()
+        misc += [1.0, 1.0, 0.0] if older else []
         total = _whole(state)
         c = float(check_array(state, "catch_up", ())) if "catch_up" in state else 0.0
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()

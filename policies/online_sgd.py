@@ -70,8 +70,8 @@ class OnlineSgd(CostAware):
 
     def _read(self, context: Context) -> np.ndarray:
         """Inputs without the arm, and behind them the acceptance, shape (10,)."""
-        found, level = np.empty(_INPUTS + 1), context.level
-        found[:INPUTS], found[INPUTS:_INPUTS] = self._reader.read(context), self.costs.describe(level)
+        level = context.level
+        found = self._reader.read(context, (*self.costs.describe(level), 0.0))
         found[_INPUTS], found[4] = found.item(4), level_code(level)
         return found
 

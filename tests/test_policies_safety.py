@@ -121,19 +121,33 @@ def test_a_policy_stuck_at_zero_is_shown_drafting_and_comes_back() -> None:
     assert np.mean(late) > 2
 
 
+STOPPING = ("llamacpp:0.6", "llamacpp:0.3", "svip")
+
+
+def tokens_of_the_fixed_gamma(spec: str, seed: int, noise: float) -> tuple[float, float]:
+    """Tokens per step of gamma 4 as the guard of a policy that stops by itself estimates them, and as they are."""
+    tapes = make_tapes(seed, 60)
+    want = play(Fixed(gamma=4), tapes, "nf4")
+    guard = told(SafetyGuard(make_policy(spec), epsilon=0.5), "nf4")
+    play(guard, tapes, "nf4", noise)
+    ledger = guard.ledger("nf4")
+    return ledger.tokens / ledger.fixed_steps, want.tokens / len(want.gammas)
+
+
 def test_the_fixed_gammas_tokens_are_not_flattered_by_a_stopping_policy() -> None:
     """A policy that stops where acceptance is low leaves only easy tokens tested; the estimate sees through that."""
-    for spec in ("llamacpp:0.6", "llamacpp:0.3", "svip"):
-        ratios = []
-        for seed in (54, 55, 56, 57):
-            tapes = make_tapes(seed, 60)
-            want = play(Fixed(gamma=4), tapes, "nf4")
-            guard = told(SafetyGuard(make_policy(spec), epsilon=0.5), "nf4")
-            play(guard, tapes, "nf4")
-            ledger = guard.ledger("nf4")
-            ratios.append(ledger.tokens / ledger.fixed_steps * len(want.gammas) / want.tokens)
+    for spec in STOPPING:
+        estimate, want = tokens_of_the_fixed_gamma(spec, 54, noise=0.0)
+        assert estimate == pytest.approx(want, rel=0.15)
+
+
+def test_the_fixed_gammas_tokens_are_right_on_average_where_times_vary() -> None:
+    """Varying times shift the probes, of which there are some 30: one stream's estimate is partly luck."""
+    for spec in STOPPING:
+        found = [tokens_of_the_fixed_gamma(spec, seed, noise=0.05) for seed in (54, 55, 56, 57)]
+        ratios = [estimate / want for estimate, want in found]
         assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
-        assert ratios == pytest.approx([1.0] * len(ratios), abs=0.25)  # each rests on some 30 probes
+        assert ratios == pytest.approx([1.0] * len(ratios), abs=0.25)
 
 
 def test_probes_of_a_stopping_policy_draft_on_and_ask_its_opinion() -> None:
