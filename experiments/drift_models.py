@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,7 @@ class Stage:
                 "device": str(pair.device),
                 "arithmetic": pair.level.arithmetic(pair.device),
                 "models": pair.revision,
-                "calibration": {
-                    "draft_seconds": cost.draft_seconds,
-                    "verify_seconds": list(cost.verify_seconds),
-                    "overhead_seconds": cost.overhead_seconds,
-                },
+                "calibration": asdict(cost),
             }
             self.pairs[level] = pair
         return self.pairs[level]

@@ -256,7 +256,8 @@ def summary(traces: list[Trace], cost: CostTable) -> Iterator[str]:
         table, best = cost.level(level), best_fixed(group, cost)[level]
         oracle = clairvoyant(group, cost)[level].goodput
         verify = "/".join(f"{1e3 * table.verify_seconds[w - 1]:.0f}" for w in (1, 5, 9, 17))
-        yield f"  measured: draft {1e3 * table.draft_seconds:.1f} ms a token, verify of 1/5/9/17 tokens {verify} ms"
+        once, each = 1e3 * table.first_draft_seconds, 1e3 * table.draft_seconds
+        yield f"  measured: draft {once:.1f} ms and {each:.1f} a token, verify of 1/5/9/17 tokens {verify} ms"
         yield (
             f"  modelled tokens/s: gamma 0 {best.all[0]:.2f}, best fixed gamma in hindsight ({best.gamma}) "
             f"{best.goodput:.2f}, clairvoyant {oracle:.2f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -109,11 +109,7 @@ class Worker:
             "arithmetic": pair.level.arithmetic(pair.device),
             "models": models,
             "load_seconds": round(loaded, 2),
-            "calibration": {
-                "draft_seconds": self.cost.draft_seconds,
-                "verify_seconds": list(self.cost.verify_seconds),
-                "overhead_seconds": self.cost.overhead_seconds,
-            },
+            "calibration": asdict(self.cost),
         }
 
     def decode(self, unit: Unit, prompt: int) -> Decoded:

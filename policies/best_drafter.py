@@ -85,10 +85,9 @@ class BestDrafter(Policy):
     def _tell(self, drafter: str, level: str, prior: CostPrior) -> None:
         tell = getattr(self.inner[drafter], "set_costs", None)
         if tell is not None:
-            tell(
-                level,
-                replace(prior, draft_seconds=LOOKUP_SECONDS, catch_up_seconds=0.0) if drafter == "ngram" else prior,
-            )
+            if drafter == "ngram":
+                prior = replace(prior, draft_seconds=LOOKUP_SECONDS, catch_up_seconds=0.0, first_draft_seconds=0.0)
+            tell(level, prior)
 
     def begin(self, context: Context) -> None:
         for drafter in context.drafters if len(context.drafters) > 1 else ("",):

@@ -21,7 +21,7 @@ class CostPrior:
     Attributes
     ----------
     draft_seconds : float
-        t_d, seconds to draft one token.
+        t_d, seconds to draft one more token.
     verify_seconds : tuple of float
         T_v(w) for w = 1, 2, ...; a shorter table goes on at its last rate of growth (flat for one entry) up
         to width 17.
@@ -36,6 +36,8 @@ class CostPrior:
     catch_up_seconds : float
         Seconds per context token that the draft has to read before its first draft of a step, beyond the latest one:
         the prompt, and what was produced in steps that drafted nothing.
+    first_draft_seconds : float
+        What the first drafted token of a step takes on top of t_d: the target's forward has emptied the caches.
     """
 
     draft_seconds: float
@@ -45,6 +47,7 @@ class CostPrior:
     context_length: float = 0.0
     weight: float = 20.0
     catch_up_seconds: float = 0.0
+    first_draft_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         others = [v for name, v in asdict(self).items() if name != "verify_seconds"]

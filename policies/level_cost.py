@@ -29,6 +29,8 @@ CAUGHT, READ = 8, 10.0
 #: Weights of the latest step in two means of how many times its estimate a verification takes: the machine's pace now,
 #: and lately.
 NOW, LATELY = 0.12, 0.014
+#: How many steps that drafted a prior's ``first`` is worth.
+FIRST = 5.0
 #: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
 FAR = 4.0
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
@@ -222,9 +224,9 @@ class LevelCosts:
         m, k, kk, d, kd, rests, rest, _, _, read, reading = self._total[OF_DRAFT:].tolist()
         self._measured, prior = (m, rests), self.prior
         w = max(prior.weight, 0.01)
-        # d = first + t_d k; the prior says first = 0, and t_d relative to the target's speed.
+        # d = first + t_d k; the prior says both relative to the target's speed.
         kk, kd = kk + w, kd + w * prior.draft_seconds * scale
-        m += 5.0
+        m, d = m + FIRST, d + FIRST * prior.first_draft_seconds * scale
         det = m * kk - k * k
         self.first = max((d * kk - k * kd) / det, 0.0)
         self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
@@ -254,6 +256,7 @@ class LevelCosts:
             "misc": np.array([self.steps, self.deviation, float(self._vague), self._now, self._lately, self._paced]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
             "catch_up": np.array(prior.catch_up_seconds),
+            "first": np.array(prior.first_draft_seconds),
         }
 
     def load(self, state: State) -> None:
@@ -262,7 +265,8 @@ class LevelCosts:
         misc = check_array(state, "misc", (3 if older else 6,)).tolist()
         misc += [1.0, 1.0, 0.0] if older else []
         total = _whole(state)
-        c = float(check_array(state, "catch_up", ())) if "catch_up" in state else 0.0
+        # Older states lack the one or both.
+        more = [float(check_array(state, name, ())) if name in state else 0.0 for name in ("catch_up", "first")]
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
         vague = bool(misc[2])
         if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
@@ -271,7 +275,7 @@ class LevelCosts:
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]
         self._total, self._delta, self._count = total, np.zeros(ALL), 0
-        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), p[1], p[2], p[3], p[4], c))
+        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), *p[1:5], *more))
 
     def take_delta(self) -> State:
         """Sums gathered since the last call."""

@@ -2,11 +2,11 @@
 
 A step that drafts tokens by ``j`` forwards of the draft and submits ``k`` of them costs
 
-    T = t_d * j + c * behind + T_v(k + 1) + slope * (context - usual context) + t_0
+    T = first + t_d * j + c * behind + T_v(k + 1) + slope * (context - usual context) + t_0
 
 the linear model of speculative decoding's speed-up analyses (Leviathan et al. 2023, section 3.3), with a table where
-the verify time is not linear in its width, and c for each token of the context that the draft has yet to read (where
-j > 0). Times are seconds, lengths tokens.
+the verify time is not linear in its width. Where j > 0, ``first`` is what the first forward takes on top, and c is what
+each token of the context takes that the draft has yet to read. Times are seconds, lengths tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LevelCost(CostPrior):
         super().__post_init__()
         object.__setattr__(self, "verify_seconds", tuple(self.table().tolist()))
 
-    def seconds(self, drafted: int, context: float | None = None) -> float:
+    def seconds(self, drafted: int, context: float | None = None, forwards: float | None = None) -> float:
         """Return the modelled seconds of a step that verifies all it drafts, the draft's catching up left out.
 
         Parameters
@@ -51,11 +51,13 @@ class LevelCost(CostPrior):
             Tokens drafted.
         context : float, optional
             Tokens of context; ``context_length`` by default.
+        forwards : float, optional
+            How many of the tokens took a forward of the draft; all by default.
         """
-        verify = self.verify_seconds[drafted]
+        verify, paid = self.verify_seconds[drafted], drafted if forwards is None else forwards
         if context is not None:
             verify += self.context_seconds * (context - self.context_length)
-        return self.draft_seconds * drafted + verify + self.overhead_seconds
+        return self.draft_seconds * paid + self.first_draft_seconds * min(paid, 1) + verify + self.overhead_seconds
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     """Fit one level's cost to measured steps, by medians throughout, so that stalls of a busy machine do not count.
 
     T_v has one median per width; widths that were not seen are interpolated, or continued at the average rate of
-    growth. The context slope is the median slope over pairs of steps of one width (Theil and Sen). First steps tell
-    what the draft takes to read a prompt, and nothing else.
+    growth. The draft's time is a line through the medians per number of forwards. The context slope is the median slope
+    over pairs of steps of one width (Theil and Sen). First steps tell what the draft takes to read a prompt, and
+    nothing else.
 
     Raises
     ------
@@ -161,11 +164,10 @@ def fit_level(records: Iterable[StepRecord]) -> LevelCost:
     table = np.interp(np.arange(1, WIDTHS + 1), seen, medians)
     growth = (medians[-1] - medians[0]) / max(1, seen[-1] - seen[0])
     table[seen[-1] :] = medians[-1] + growth * np.arange(1, WIDTHS - seen[-1] + 1)
-    paid = forwards > 0
-    t_d = float(np.median(draft[paid] / forwards[paid])) if paid.any() else 0.0
+    once, t_d = _draft_line(forwards[forwards > 0], draft[forwards > 0])
     overhead = max(0.0, float(np.median(total - draft - verify)))
-    catch_up = _catch_up(first, t_d)
-    return LevelCost(t_d, tuple(float(v) for v in table), overhead, slope, centre, catch_up_seconds=catch_up)
+    verify_seconds, catch_up = tuple(float(v) for v in table), _catch_up(first, once, t_d)
+    return LevelCost(t_d, verify_seconds, overhead, slope, centre, catch_up_seconds=catch_up, first_draft_seconds=once)
 
 
 def fit_cost(
@@ -178,21 +180,39 @@ def fit_cost(
     return CostTable(name, {level: fit_level(steps) for level, steps in records.items()}, source, details or {})
 
 
-def _catch_up(first: np.ndarray, t_d: float) -> float:
+def _draft_line(forwards: np.ndarray, draft: np.ndarray) -> tuple[float, float]:
+    """Return what the first forward of the draft takes on top, and each of them: zeros where there was none.
+
+    Least squares on the medians by number of forwards, whose variance is taken to grow with that number.
+    """
+    if not len(forwards):
+        return 0.0, 0.0
+    j, counts = np.unique(forwards, return_counts=True)
+    medians, weights = np.array([np.median(draft[forwards == n]) for n in j]), counts / j
+    centre, middle = np.average(j, weights=weights), np.average(medians, weights=weights)
+    spread = weights @ (j - centre) ** 2
+    t_d = float(weights @ ((j - centre) * (medians - middle)) / spread) if spread else 0.0
+    once = float(middle - t_d * centre)
+    if not spread or once < 0.0:  # neither may be below zero
+        return 0.0, float(weights @ (j * medians) / (weights @ j**2))
+    return (once, t_d) if t_d > 0.0 else (float(middle), 0.0)
+
+
+def _catch_up(first: np.ndarray, once: float, t_d: float) -> float:
     """Median seconds per token of a prompt that the draft read in a first step; 0 where none did.
 
     Parameters
     ----------
     first : ndarray, shape (3, n)
         Forwards, context and draft seconds of first steps.
-    t_d : float
-        Seconds per drafted token.
+    once, t_d : float
+        Seconds of a step's first forward on top, and per forward.
     """
     forwards, context, draft = first
     read = (forwards > 0) & (context > 1)
     if not read.any():
         return 0.0
-    each = (draft - t_d * forwards)[read] / (context[read] - 1)
+    each = (draft - once - t_d * forwards)[read] / (context[read] - 1)
     return max(0.0, float(np.median(each)))
 
 

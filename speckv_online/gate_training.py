@@ -171,7 +171,7 @@ def fixed_goodput(
             elif n < k:  # the first wrong one, and those after it
                 forwards += (forward[t + n] if t + n < len(trace) else beyond) + (k - n - 1) * beyond
             produced = min(n + 1, len(trace) - t)
-            seconds += cost.seconds(k, context=len(trace.prompt) + t) + cost.draft_seconds * (forwards - k)
+            seconds += cost.seconds(k, len(trace.prompt) + t, forwards)
             tokens += produced
             t += produced
     return tokens / seconds

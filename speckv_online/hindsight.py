@@ -80,8 +80,8 @@ def _steps(trace: Trace, t: int, cost: LevelCost) -> tuple[np.ndarray, np.ndarra
     k = np.arange(min(int(trace.accepted[t]), MAX_GAMMA, trace.budget - t - 1) + 1)
     tokens = np.minimum(k + 1, len(trace) - t)
     context = len(trace.prompt) + t
-    seconds = np.array([cost.seconds(int(j), context=context) for j in k])
-    return tokens, seconds + cost.draft_seconds * (trace.forwards[t, k] - k)
+    paid = trace.forwards[t, k].tolist()
+    return tokens, np.array([cost.seconds(j, context, forwards) for j, forwards in enumerate(paid)])
 
 
 def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:

@@ -160,6 +160,6 @@ def modelled(groups: Mapping[tuple[str, str], Sequence[UnitResult]], manifest: M
         if (cost := costs.get(level)) is not None:
             steps = [s for r in results for s in r.steps]
             tokens = sum(s.produced for s in steps)
-            seconds = sum(cost.seconds(s.drafted, context=s.context_length) for s in steps)
+            seconds = sum(cost.seconds(s.drafted, s.context_length, s.forwards) for s in steps)
             found.append(Modelled(level, policy, tokens / sum(s.seconds for s in steps), tokens / seconds))
     return found

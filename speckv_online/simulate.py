@@ -130,7 +130,7 @@ class Simulator:
         decide, proceed, submit, learn = policy.decide, policy.proceed, policy.submit, policy.learn
         end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
-        catch_up = cost.catch_up_seconds
+        catch_up, first = cost.catch_up_seconds, cost.first_draft_seconds
         output, proposals, accepted, available, table, lookups, forwards, read = trace.rows
         reads, longest = trace.reads, self.max_gamma
         history = History(level, trace.task, len(trace.prompt))
@@ -166,7 +166,7 @@ class Simulator:
             whole = t + n == end  # the draft held the end-of-sequence token
             produced = n if whole else n + 1
             paid, reached = forwards[t][proposed], read[t][proposed]
-            draft_seconds = t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
+            draft_seconds = first + t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
             verify_seconds = t_v[k] + slope * (context.context_length - usual)
             seconds = draft_seconds + verify_seconds + t_0
             tested = n if whole or n == k else n + 1
@@ -218,7 +218,8 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
     j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
     tested = np.where(at + n == length, n, np.minimum(n + 1, k))
     paid, read = trace.forwards[at, j], trace.read[at, j]
-    seconds = cost.draft_seconds * paid + cost.overhead_seconds + np.array(cost.verify_seconds)[k]
+    seconds = cost.draft_seconds * paid + cost.first_draft_seconds * (paid > 0)
+    seconds += cost.overhead_seconds + np.array(cost.verify_seconds)[k]
     seconds += cost.context_seconds * (len(trace.prompt) + at - cost.context_length)
     if cost.catch_up_seconds and trace.reads:
         seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), paid, read, n, produced))

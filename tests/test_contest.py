@@ -20,7 +20,7 @@ from speckv_online.threshold_rules import stops, tuned
 from speckv_online.traces import Trace
 from tests.trace_env import random_trace, random_traces, save
 
-LEVEL = LevelCost(0.01, (0.05, 0.056), 0.001, 1e-4, 30, catch_up_seconds=1e-3)
+LEVEL = LevelCost(0.01, (0.05, 0.056), 0.001, 1e-4, 30, catch_up_seconds=1e-3, first_draft_seconds=0.002)
 COST = CostTable("test", {"nf4": LEVEL, "int8": LEVEL})
 
 

@@ -179,7 +179,7 @@ def test_a_copy_for_another_drafter_does_not_see_them() -> None:
 
 def test_forwards_and_catching_up_are_charged_by_hand() -> None:
     """Model, lookup, lookup, model: the second forward reads four tokens; what was free is read later."""
-    cost = LevelCost(0.01, (0.1,) * 17, catch_up_seconds=0.001)
+    cost = LevelCost(0.01, (0.1,) * 17, catch_up_seconds=0.001, first_draft_seconds=0.005)
     trace = made([4, 0, 0, 0, 0, 1, 0])
     trace = replace(trace, lookups=np.zeros(trace.drafts.shape, np.float32))
     trace.lookups[0, 1:3] = 0.9
@@ -187,12 +187,12 @@ def test_forwards_and_catching_up_are_charged_by_hand() -> None:
     assert trace.forwards[0, :5].tolist() == [0, 1, 1, 1, 2]
     assert trace.read[0, :5].tolist() == [0, 0, 0, 0, 3]
     prompt = len(trace.prompt)
-    for j, draft in ((4, 0.02 + 0.001 * (prompt + 3 - 2)), (3, 0.01 + 0.001 * (prompt - 1)), (0, 0.0)):
+    for j, draft in ((4, 0.025 + 0.001 * (prompt + 3 - 2)), (3, 0.015 + 0.001 * (prompt - 1)), (0, 0.0)):
         plan = np.full(len(trace), 0)
         plan[0] = j
         assert replay_plan(trace, plan, plan, cost).seconds[0] == pytest.approx(draft + 0.1)
     # Three drafted, all right, of which the model has read none: the step at 4 reads those and the newest token.
     plan = np.array([3, 0, 0, 0, 1, 1, 1])
     seconds = replay_plan(trace, plan, plan, cost).seconds
-    assert seconds[1] == pytest.approx(0.1 + 0.01 + 0.001 * 3)
+    assert seconds[1] == pytest.approx(0.1 + 0.015 + 0.001 * 3)
     assert seconds[2] == pytest.approx(0.1)  # a lookup's token alone

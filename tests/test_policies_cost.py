@@ -91,10 +91,11 @@ def test_states_of_versions_without_a_pace_are_read() -> None:
 
 
 def test_a_calibration_holds_before_there_is_data() -> None:
-    prior = CostPrior(0.009, (0.055, 0.104, 0.116), overhead_seconds=0.002)
+    prior = CostPrior(0.009, (0.055, 0.104, 0.116), overhead_seconds=0.002, first_draft_seconds=0.003)
     costs = LevelCosts(prior)
-    assert costs.seconds[:3] == pytest.approx([0.057, 0.115, 0.136])
-    assert costs.seconds[16] == pytest.approx(0.116 + 14 * 0.012 + 16 * 0.009 + 0.002)
+    assert (costs.first, costs.draft) == pytest.approx((0.003, 0.009))
+    assert costs.seconds[:3] == pytest.approx([0.057, 0.118, 0.139])
+    assert costs.seconds[16] == pytest.approx(0.116 + 14 * 0.012 + 0.003 + 16 * 0.009 + 0.002)
     assert costs.rate == pytest.approx(1 / 0.057)
     assert costs.price[0] == pytest.approx(1.0)
 
@@ -134,6 +135,20 @@ def test_rate_is_tokens_over_seconds() -> None:
     assert costs.rate == pytest.approx(3 / 0.141, rel=0.02)
 
 
+@pytest.mark.parametrize("told", [0.0, 0.005, 0.01])
+def test_what_the_first_token_takes_is_learned_whatever_was_told(told: float) -> None:
+    costs, again = LevelCosts(CostPrior(0.01, (0.1,), first_draft_seconds=told)), LevelCosts()
+    again.load(costs.state())
+    assert again.first == pytest.approx(told, abs=1e-12)
+    for i in range(600):
+        k = (1, 4, 8)[i % 3]
+        for c in (costs, again):
+            c.observe(outcome(k, 0.1, 0.005 + 0.01 * k))
+    for c in (costs, again):
+        c.refit()
+        assert (c.first, c.draft) == pytest.approx((0.005, 0.01), rel=0.1)
+
+
 def test_catching_up_does_not_count_as_drafting() -> None:
     costs = LevelCosts(CostPrior(0.01, (0.1,)))
     for i in range(300):
@@ -170,7 +185,7 @@ def test_what_was_saved_before_catching_up_was_learned_still_loads() -> None:
     for _ in range(40):
         costs.observe(outcome(2, 0.1, 0.02))
     state = costs.state()
-    del state["catch_up"]
+    del state["catch_up"], state["first"]
     state["sums"] = state["sums"][:-2]
     again = LevelCosts()
     again.load(state)

@@ -28,7 +28,8 @@ from speckv_online.traces import Trace, agreement
 from tests.conftest import perturbed, tiny_llama
 
 PROMPTS = ([5, 17, 101, 44, 44, 17, 101, 9], [33])
-COST = CostTable("test", {"fp32": LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, catch_up_seconds=1e-3)})
+LEVEL = LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, catch_up_seconds=1e-3, first_draft_seconds=0.004)
+COST = CostTable("test", {"fp32": LEVEL})
 
 
 class Picky(Policy):
@@ -137,8 +138,8 @@ def test_seconds_are_the_cost_table_s() -> None:
     replay = Simulator(Fixed(gamma=2), COST).replay(trace)
     assert replay.produced.tolist() == [2, 3, 1]
     assert replay.drafted.tolist() == [2, 2, 0]
-    first = 2 * 0.01 + 9 * 1e-3 + 0.07 + (10 - 50) * 1e-4 + 0.002  # the prompt is caught up with first
-    second = 2 * 0.01 + 0.07 + (12 - 50) * 1e-4 + 0.002
+    first = 0.004 + 2 * 0.01 + 9 * 1e-3 + 0.07 + (10 - 50) * 1e-4 + 0.002  # the prompt is caught up with first
+    second = 0.004 + 2 * 0.01 + 0.07 + (12 - 50) * 1e-4 + 0.002
     third = 0.05 + (15 - 50) * 1e-4 + 0.002
     np.testing.assert_allclose(replay.seconds, [first, second, third])
     assert replay.goodput == pytest.approx(6 / (first + second + third))
@@ -197,7 +198,7 @@ def brute_force(trace: Trace, cost: LevelCost) -> float:
 def test_the_least_time_of_all_sequences(catch_up: float) -> None:
     """What the draft has to read is planned for: at the dearest rate some texts are best decoded without it."""
     rng = np.random.default_rng(0)
-    cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12, catch_up_seconds=catch_up)
+    cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12, catch_up_seconds=catch_up, first_draft_seconds=0.001)
     plain = 0
     for _ in range(8):
         trace = made(np.minimum(rng.integers(0, 4, 5), np.arange(5, 0, -1)).tolist())
@@ -210,7 +211,7 @@ def test_the_least_time_of_all_sequences(catch_up: float) -> None:
 
 def test_hindsight_bounds() -> None:
     rng = np.random.default_rng(0)
-    cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12)
+    cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12, first_draft_seconds=0.003)
     table = CostTable("test", {"fp32": cost})
     left = np.arange(40, 0, -1).clip(max=16)
     traces = [made(np.minimum(rng.geometric(0.4, 40) - 1, left).tolist()) for _ in range(8)]
@@ -245,13 +246,34 @@ def test_a_cost_table_is_recovered_from_noisy_steps() -> None:
         k, context = int(rng.choice([0, 1, 2, 4, 8])), int(rng.integers(20, 400))
         noise = 1 + 0.02 * rng.standard_normal(2) + (rng.random(2) < 0.1) * 5  # one step in ten stalls
         verify = 0.05 + 0.004 * k + 5e-5 * (context - 200)
-        records.append(step(k, context, 0.009 * k * noise[0], verify * noise[1]))
+        records.append(step(k, context, (0.009 * k + 0.006 * (k > 0)) * noise[0], verify * noise[1]))
     cost = fit_level(records)
     assert cost.draft_seconds == pytest.approx(0.009, rel=0.02)
+    assert cost.first_draft_seconds == pytest.approx(0.006, rel=0.05)
     assert cost.overhead_seconds == pytest.approx(0.003, rel=0.02)
     assert cost.context_seconds == pytest.approx(5e-5, rel=0.1)
     want = [0.05 + 0.004 * k + 5e-5 * (cost.context_length - 200) for k in range(17)]
     np.testing.assert_allclose(cost.verify_seconds, want, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("draft", "first", "each"),
+    [
+        ({}, 0.0, 0.0),
+        ({4: 0.04}, 0.0, 0.01),  # one number of forwards alone tells nothing of the first
+        ({1: 0.010, 3: 0.024}, 0.003, 0.007),
+        ({1: 0.010, 2: 0.010, 4: 0.010}, 0.010, 0.0),
+        (
+            {1: 0.010, 2: 0.006},
+            0.013 / 1.5,
+            0.0,
+        ),  # a draft never gets cheaper for being longer: the mean, weighted 1 and 1/2
+        ({1: 0.010, 2: 0.030}, 0.0, 0.04 / 3),  # nor does its first token cost less than the others
+    ],
+)
+def test_the_drafts_line_by_hand(draft: dict[int, float], first: float, each: float) -> None:
+    cost = fit_level([step(0, 10, 0.0, 0.1)] + [step(k, 10, seconds, 0.1) for k, seconds in draft.items()])
+    assert (cost.first_draft_seconds, cost.draft_seconds) == pytest.approx((first, each), abs=1e-12)
 
 
 def test_cost_files(tmp_path: Path) -> None:
@@ -259,9 +281,15 @@ def test_cost_files(tmp_path: Path) -> None:
     assert load_cost(path) == COST
     assert load_cost("rtx3090-release") is RTX3090_RELEASE
     assert RTX3090_RELEASE.level("int8").seconds(4) == pytest.approx(4 * 0.0105 + 0.090)
+    assert LEVEL.seconds(0) == pytest.approx(0.052)
+    assert LEVEL.seconds(1, context=70) == pytest.approx(0.076 + 20 * 1e-4)
+    assert LEVEL.seconds(1, forwards=0) == pytest.approx(0.062)
     with pytest.raises(UserError, match="one of rtx3090-release"):
         load_cost("rtx4090")
     document = json.loads(path.read_text())
+    del document["levels"]["fp32"]["first_draft_seconds"]  # as files were before that was told apart
+    path.write_text(json.dumps(document))
+    assert load_cost(path).level("fp32") == replace(LEVEL, first_draft_seconds=0.0)
     wrong = [{"draft_seconds": -1, "verify_seconds": [1]}, {"draft_seconds": 1, "verify_seconds": [10**400]}]
     for change in ({"version": 2}, *({"levels": {"fp16": level}} for level in wrong), {"levels": [1]}):
         path.write_text(json.dumps(document | change))
@@ -273,9 +301,11 @@ def test_cost_files(tmp_path: Path) -> None:
 
 def test_first_steps_tell_what_reading_a_prompt_takes() -> None:
     """Steps that drafted nothing read nothing; one text in ten met a stall."""
-    later = [step(2, 50, 0.02, 0.1) for _ in range(20)]
+    later = [step(k, 50, 0.005 + 0.01 * k, 0.1) for _ in range(20) for k in (1, 2)]
     first = [
-        replace(step(k, context, 0.01 * k + (2e-4 * (context - 1) if k else 0.0) + 3.0 * (i % 10 == 9), 5.0), step=0)
+        replace(
+            step(k, context, 0.01 * k + (0.005 + 2e-4 * (context - 1)) * (k > 0) + 3.0 * (i % 10 == 9), 5.0), step=0
+        )
         for i, (k, context) in enumerate((k, context) for context in range(20, 60) for k in (0, 1, 2))
     ]
     cost = fit_level([*first, *later])
