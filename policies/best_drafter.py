@@ -54,7 +54,7 @@ class BestDrafter(Policy):
         self._priors: dict[str, CostPrior] = {}
         # By (level, drafter): steps, tokens, seconds, and the sums of their squares and of their product.
         self._sums: dict[tuple[str, str], np.ndarray] = {}
-        self._delta: dict[tuple[str, str], np.ndarray] = {}
+        self._delta: dict[tuple[str, str], np.ndarray] = {}  # and, behind those, the number of steps
         self._name, self._left, self._fresh = "", 0, False
         self._keep = 0.5 ** (1.0 / HALF_LIFE)
         self._copy("")
@@ -70,7 +70,7 @@ class BestDrafter(Policy):
             found = make_policy(self.spec, seed=seed, worker=_COPIES * worker + len(self.inner))
             inner = found.policy if isinstance(found, Wrapper) else found
             if isinstance(inner, BestDrafter) or len(self.inner) >= _COPIES:
-                raise PolicyError("best-drafter cannot hold itself, nor more than eight drafters")
+                raise PolicyError("best-drafter cannot hold itself, nor more than seven drafters")
             self.inner[drafter] = found
             for level, prior in self._priors.items():
                 self._tell(drafter, level, prior)
@@ -137,9 +137,9 @@ class BestDrafter(Policy):
             return
         tokens, seconds = float(outcome.produced), outcome.seconds
         row = np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds, seconds * seconds])
-        for sums in (self._sums, self._delta):
-            key = (outcome.level, decision.drafter)
-            sums[key] = sums.get(key, 0.0) * self._keep + row
+        key = (outcome.level, decision.drafter)
+        self._sums[key] = self._sums.get(key, 0.0) * self._keep + row
+        self._delta[key] = self._delta.get(key, np.zeros(7)) * np.append(np.full(6, self._keep), 1.0) + [*row, 1.0]
 
     def pmf(self, context: Context) -> np.ndarray | None:
         return self._copy("").pmf(context) if len(context.drafters) < 2 else None
@@ -150,8 +150,9 @@ class BestDrafter(Policy):
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._sums = self._unpack(state)
-        for drafter, part in _by_drafter(state).items():
+        parts = _by_drafter(state)
+        self._sums, self._delta = self._unpack(state, 6), {}
+        for drafter, part in parts.items():
             self._copy(drafter).load_state_dict(part)
 
     def take_delta(self) -> State:
@@ -162,9 +163,10 @@ class BestDrafter(Policy):
         }
 
     def merge(self, delta: State) -> None:
-        for key, row in self._unpack(delta).items():
-            self._sums[key] = self._sums.get(key, 0.0) * self._keep ** row[0] + row
-        for drafter, part in _by_drafter(delta).items():
+        parts = _by_drafter(delta)
+        for key, row in self._unpack(delta, 7).items():
+            self._sums[key] = self._sums.get(key, 0.0) * self._keep ** row[6] + row[:6]
+        for drafter, part in parts.items():
             self._copy(drafter).merge(part)
 
     @staticmethod
@@ -172,13 +174,13 @@ class BestDrafter(Policy):
         return {f"rates/{level}/{drafter}": row.copy() for (level, drafter), row in sums.items()}
 
     @staticmethod
-    def _unpack(state: State) -> dict[tuple[str, str], np.ndarray]:
+    def _unpack(state: State, numbers: int) -> dict[tuple[str, str], np.ndarray]:
         found = {}
         for key in state:
             kind, _, rest = key.partition("/")
             if kind == "rates":
                 level, _, drafter = rest.rpartition("/")
-                found[level, drafter] = check_array(state, key, (6,)).copy()
+                found[level, drafter] = check_array(state, key, (numbers,)).copy()
         return found
 
     def info(self) -> dict[str, Any]:
@@ -192,7 +194,9 @@ def _by_drafter(state: State) -> dict[str, State]:
     """Group ``<drafter>/<array>`` keys by drafter; the rates' keys are left out."""
     found: dict[str, State] = {}
     for key, value in state.items():
-        drafter, _, name = key.partition("/")
+        drafter, slash, name = key.partition("/")
+        if not slash:
+            raise PolicyError(f"'{key}' is not of best-drafter: it was saved or handed out by another policy")
         if drafter != "rates":
             found.setdefault(drafter, {})[name] = value
     return found

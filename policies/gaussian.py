@@ -7,6 +7,8 @@ r by ``discount`` per step before the step is added: A <- rho A + phi phi^T + (1
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 
 from policies.base import PolicyError, State
@@ -215,6 +217,17 @@ def widen(precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
     along = directions @ precision  # (R, D)
     wider: np.ndarray = precision - along.T @ np.linalg.solve(np.eye(len(along)) + along @ directions.T, along)
     return 0.5 * (wider + wider.T)
+
+
+def fingerprint(*arrays: np.ndarray) -> np.ndarray:
+    """Return a number, shape (), that tells what sums are relative to: those of another start do not fit."""
+    return np.array(float(zlib.crc32(b"".join(np.ascontiguousarray(a, dtype=float).tobytes() for a in arrays))))
+
+
+def check_start(state: State, key: str, own: np.ndarray) -> None:
+    """Raise :class:`PolicyError` for sums of another start; those of versions that did not say are let through."""
+    if key in state and check_array(state, key, ()) != own:
+        raise PolicyError(f"'{key}' says other arms or weights than these: a policy made with the same ones fits")
 
 
 def check_array(state: State, key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,14 @@ import numpy as np
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
 
 log = logging.getLogger(__name__)
+
+
+def whole(gamma: object) -> int:
+    """Return a gamma as an int; -1 for what is no whole number, a boolean included."""
+    try:
+        return -1 if isinstance(gamma, bool | np.bool_) else operator.index(gamma)  # type: ignore[arg-type]
+    except TypeError:
+        return -1
 
 
 class Wrapper(Policy):
@@ -83,8 +92,9 @@ class FaultGuard(Wrapper):
     fallback_gamma : int
         Gamma of a step whose decision failed.
     stall_seconds : float
-        A decision that takes longer is a fault: the policy sits out the next 1, 2, 4, ... up to 1,024 steps. (It cannot
-        be interrupted, so the slow step itself is lost.)
+        A decision that takes longer is a fault, and so are longer calls in a step taken together, where the caller says
+        how long they took: the policy sits out the next 1, 2, 4, ... up to 1,024 steps. (It cannot be interrupted, so
+        the slow step itself is lost.)
 
     Attributes
     ----------
@@ -119,16 +129,12 @@ class FaultGuard(Wrapper):
             self._fault("decide raised", error)
             return self._fallback(context)
         if perf_counter() - started > self.stall_seconds:
-            self._fault("stalled", f"deciding took longer than {self.stall_seconds} s")
-            self._sit_out, self._penalty = self._penalty, min(2 * self._penalty, 1024)
+            self._stall(f"deciding took longer than {self.stall_seconds} s")
         return decision if fine else self._fallback(context)
 
     def _repair(self, decision: Decision, context: Context) -> bool:
         """Clip a usable gamma in place and return True; count a fault and return False for any other."""
-        try:
-            gamma = -1 if isinstance(decision.gamma, bool | np.bool_) else operator.index(decision.gamma)
-        except TypeError:
-            gamma = -1
+        gamma = whole(decision.gamma)
         if not 0 <= gamma <= MAX_GAMMA:
             self._fault("impossible gamma", f"decided on gamma {decision.gamma!r}")
             return False
@@ -167,6 +173,12 @@ class FaultGuard(Wrapper):
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if decision.id < 0:
             return
+        # A stalled decision was counted when it was made.
+        if outcome.policy_seconds > self.stall_seconds and not self._sit_out:
+            self._stall(f"a step's calls took longer than {self.stall_seconds} s")
+        if not isfinite(np.add.reduce(outcome.signals, axis=None)):
+            self._fault("signals that are no numbers", "a step's signals are no numbers: it teaches nothing")
+            return
         try:
             self.policy.learn(decision, outcome)
         except Exception as error:
@@ -177,6 +189,10 @@ class FaultGuard(Wrapper):
             self.policy.begin(context)
         except Exception as error:
             self._fault("begin raised", error)
+
+    def _stall(self, reason: str) -> None:
+        self._fault("stalled", reason)
+        self._sit_out, self._penalty = self._penalty, min(2 * self._penalty, 1024)
 
     def _fault(self, kind: str, reason: object) -> None:
         if not self.faults:

@@ -19,7 +19,7 @@ import numpy as np
 
 from policies.base import PolicyError, State, reason
 from policies.draft_quality import DOUBT, DraftQuality
-from policies.gaussian import GaussianHead, check_array
+from policies.gaussian import GaussianHead, check_array, check_start, fingerprint
 from policies.step_features import AFTER, BEFORE, Step
 from policies.token_history import SHAPE, TokenHistory
 
@@ -73,6 +73,7 @@ class Hazard:
         )
         self._slopes = np.stack([prior[len(a) : -1] for prior, a in zip(priors, precisions, strict=True)])
         self._curves = np.array([prior[-1] for prior in priors])
+        self._start = fingerprint(*priors)
         self.quality = DraftQuality(discount**QUALITY)
         self.history = TokenHistory(table, discount)
         self._clear()
@@ -192,10 +193,12 @@ class Hazard:
     def state(self) -> State:
         """All that was learnt, as arrays."""
         self._linearise()
-        return _prefixed([head.state() for head in self.heads]) | self.quality.state() | self.history.state()
+        own = {"hazard.start": self._start}
+        return own | _prefixed([head.state() for head in self.heads]) | self.quality.state() | self.history.state()
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
+        check_start(state, "hazard.start", self._start)
         self._clear()
         for name, head in zip(HEADS, self.heads, strict=True):
             head.load(_part(state, name))
@@ -206,14 +209,12 @@ class Hazard:
     def take_delta(self) -> State:
         """Sums since the last call."""
         self._linearise()
-        return (
-            _prefixed([head.take_delta() for head in self.heads])
-            | self.quality.take_delta()
-            | self.history.take_delta()
-        )
+        own = {"hazard.start": self._start} | _prefixed([head.take_delta() for head in self.heads])
+        return own | self.quality.take_delta() | self.history.take_delta()
 
     def merge(self, delta: State) -> None:
         """Add sums that another copy handed out."""
+        check_start(delta, "hazard.start", self._start)
         self._linearise()
         for name, head in zip(HEADS, self.heads, strict=True):
             head.merge(_part(delta, name))

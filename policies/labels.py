@@ -53,7 +53,7 @@ class ArmLabels:
         if outcome.rejected:
             return self.first, self._count[outcome.drafted if self.mode == "played" else MAX_GAMMA], y
         stop = self._count[n]
-        if self.mode == "imputed" and n == outcome.drafted and stop < len(y):
+        if self.mode == "imputed" and n == outcome.drafted and outcome.produced > n and stop < len(y):
             p = min(max(acceptance, 0.05), 0.95)
             y = y.copy()
             more = self._gammas[stop:]

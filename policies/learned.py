@@ -37,6 +37,8 @@ class CostAware(Policy):
     guarded: ClassVar[bool] = False
     #: False where what was learnt does not add up over workers: then nothing is handed out, costs neither.
     shares: ClassVar[bool] = True
+    #: What every delta of the policy holds besides sums of costs; empty where there is nothing else to hand out.
+    delta_key: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -99,6 +101,9 @@ class CostAware(Policy):
         return self.costs.take_delta() if self.shares else {}
 
     def merge(self, delta: State) -> None:
+        own = [key for key in delta if not key.startswith("cost.")]
+        if delta and (self.delta_key not in own if self.delta_key else own):
+            raise PolicyError(f"this is no delta of {type(self).__name__}: merge deltas of the same policy only")
         if self.shares:
             self.costs.merge(delta)
 

@@ -19,14 +19,16 @@ def level_bits(level: str) -> float:
     ----------
     level : str
         A name of :data:`BITS`, a quantization such as ``gptq-4bit`` or ``hqq:nbits=3``, either with the size of a batch
-        behind an ``@``. Of other names the number behind ``bits=``, ``int``, ``fp`` or the like counts, then any; a
-        quantization that says no number is taken for 4 bits, and any other name for 16.
+        behind an ``@``. Of other names the number behind ``bits=`` counts, else one in the name of the method, else
+        that of a type among the options (``weights=int2``); a quantization that says none is taken for 4 bits, and any
+        other name for 16.
     """
     name = level.partition("@")[0]
     if name in BITS:
         return BITS[name]
     method, _, arguments = name.partition(":")
-    for text, pattern in ((arguments, r"(?:bits=|int|float|fp|nf)(\d+)"), (method, r"(\d+)"), (arguments, r"(\d+)")):
+    types = r"=\W*u?(?:int|float|fp|nf)(\d+)"
+    for text, pattern in ((arguments, r"bits?=(\d+)"), (method, r"(\d+)"), (arguments, types)):
         found = [int(b) for b in re.findall(pattern, text) if 1 <= int(b) <= 64]
         if found:
             return float(found[0])

@@ -54,7 +54,7 @@ class Leviathan(CostAware):
         tokens = expected_tokens(self.alpha(context.level), self.gammas)
         if self.timed:
             tokens = tokens / self.costs.level(context.level).arm_seconds
-        return Decision(self.new_id(), min(self.arms[int(tokens.argmax())], context.max_gamma))
+        return Decision(self.new_id(), min(self.arms[int(tokens[: self.legal(context)].argmax())], context.max_gamma))
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from policies.base import Context, Decision, Outcome, PolicyError, State
-from policies.gaussian import check_array
+from policies.gaussian import check_array, check_start, fingerprint
 from policies.labels import ArmLabels
 from policies.learned import CostAware
 from policies.level_features import N_LEVEL
@@ -48,6 +48,7 @@ class _Linear(CostAware):
     learns = True
     guarded: ClassVar[bool] = True
     positional: ClassVar[str] = "alpha"
+    delta_key: ClassVar[str] = "linear.sums"
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class _Linear(CostAware):
         self.net = None if known is None else Mlp16(known, self.arms)
         self.labels = ArmLabels(self.arms)
         k = len(self.arms)
+        # Sums are by arm, and of what MLP16's prediction leaves over.
+        self._start = fingerprint(self.gammas, *(() if known is None else (known.W1, known.b1, known.W2, known.b2)))
         self._none, self._prior = np.zeros(k), ridge * np.eye(DIM)
         self._fading: dict[int, np.ndarray] = {}  # by number of steps, the root of what each of them weighs
         # Columns: A, then one right-hand side per arm. Misc: steps, then squared residuals per arm.
@@ -159,11 +162,13 @@ class _Linear(CostAware):
 
     def state_dict(self) -> State:
         self._fold()
-        return super().state_dict() | {"linear.sums": self._total.copy(), "linear.misc": self._misc.copy()}
+        own = {"linear.sums": self._total.copy(), "linear.misc": self._misc.copy(), "linear.start": self._start}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: State) -> None:
         total = check_array(state, "linear.sums", self._total.shape)
         misc = check_array(state, "linear.misc", self._misc.shape)
+        check_start(state, "linear.start", self._start)
         self._waiting.clear()
         self._total, self._misc = total.copy(), misc.copy()
         self._delta = np.zeros_like(total), np.zeros_like(misc), 0
@@ -175,10 +180,11 @@ class _Linear(CostAware):
         total, misc, count = self._delta
         self._delta = np.zeros_like(total), np.zeros_like(misc), 0
         own = {"linear.sums": total, "linear.misc": misc, "linear.count": np.array(float(count))}
-        return own | super().take_delta()
+        return own | {"linear.start": self._start} | super().take_delta()
 
     def merge(self, delta: State) -> None:
         if "linear.sums" in delta:
+            check_start(delta, "linear.start", self._start)
             self._fold()
             total = check_array(delta, "linear.sums", self._total.shape)
             misc = check_array(delta, "linear.misc", self._misc.shape)

@@ -236,7 +236,7 @@ class Mlp16Policy(CostAware):
         value = self.net.tokens(context.level, self.net.read(context))
         if self.timed:
             np.subtract(value, self.costs.level(context.level).arm_price, value)
-        gamma = self.arms[int(value.argmax())]
+        gamma = self.arms[int(value[: self.legal(context)].argmax())]
         return Decision(self.new_id(), min(gamma, context.max_gamma))
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from policies.base import Context, Decision, Outcome, PolicyError, State
-from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array, widen
+from policies.gaussian import PRIOR_NOISE, GaussianHead, check_array, check_start, fingerprint, widen
 from policies.labels import ArmLabels, Mode
 from policies.learned import CostAware
 from policies.level_features import N_LEVEL
@@ -62,6 +62,7 @@ class Online(CostAware):
     summary = "MLP16's features with a Bayesian head that learns from every step (Thompson sampling or UCB)"
     learns = True
     guarded: ClassVar[bool] = True
+    delta_key: ClassVar[str] = "head.sums"
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class Online(CostAware):
             precision = widen(precision, (OTHER / len(shift) / prior_noise) ** 0.5 * shift)
         mean = np.append(found.head, np.zeros(extra))
         self.head = GaussianHead(mean, precision, discount, noise, prior_noise)
+        self._start = fingerprint(found.W1, found.b1, mean)
         self._waiting: list[tuple[str, np.ndarray, int, int, np.ndarray]] = []
         self._most = np.tile(self.gammas, (ENSEMBLE if self.explore == "thompson" else 1, 1))
         self._prices: dict[str, tuple[int, np.ndarray]] = {}
@@ -192,13 +194,15 @@ class Online(CostAware):
 
     def state_dict(self) -> State:
         self._fold()
-        return {"online.format": np.array(STATE_FORMAT)} | self.head.state() | super().state_dict()
+        own = {"online.format": np.array(STATE_FORMAT), "online.start": self._start}
+        return own | self.head.state() | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
         if int(check_array(state, "online.format", ())) != STATE_FORMAT:
             raise PolicyError(
                 f"the state is not of format {STATE_FORMAT} of policy online: it was saved by another version"
             )
+        check_start(state, "online.start", self._start)
         self._waiting.clear()
         self.head.load(state)
         super().load_state_dict(state)
@@ -207,9 +211,10 @@ class Online(CostAware):
 
     def take_delta(self) -> State:
         self._fold()
-        return self.head.take_delta() | super().take_delta()
+        return {"online.start": self._start} | self.head.take_delta() | super().take_delta()
 
     def merge(self, delta: State) -> None:
+        check_start(delta, "online.start", self._start)
         self._fold()
         self.head.merge(delta)
         super().merge(delta)

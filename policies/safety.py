@@ -33,7 +33,7 @@ import numpy as np
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
 from policies.cost import CostModel
 from policies.gaussian import check_array
-from policies.guard import Wrapper
+from policies.guard import Wrapper, whole
 from policies.learned import CostAware
 from policies.level_cost import LevelCosts
 from policies.nap import NUMBERS, STRETCH, Nap
@@ -57,8 +57,10 @@ class _Ledger:
     """One level's budget, what the fixed gamma would have done, and the probing schedule."""
 
     def __init__(self, gamma: int, budget: float) -> None:
-        self.gamma, self.steps = gamma, 0
-        self.budget = budget
+        self.full = self.gamma = gamma
+        # Most tokens that a step was allowed to draft; a fixed gamma beyond them comes down to them.
+        self.most = 0
+        self.steps, self.budget = 0, budget
         self.interventions = 0
         # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
         # Worth two steps at acceptance one half before there is data.
@@ -76,8 +78,13 @@ class _Ledger:
         self.tokens, self.fixed_steps, self.short = 2.0 * self.local, 2.0, 0.0
         # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
         # met a rejection there), and how many of the first r were accepted in all.
-        self.seen = [2.0] * self.gamma
-        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, self.gamma + 1)]
+        self.seen = [2.0] * self.full
+        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, self.full + 1)]
+
+    def allow(self, limit: int) -> None:
+        """Note how many tokens a step may draft, more than ever before."""
+        self.most = limit
+        self.gamma = limit if 0 < limit < self.full else self.full
 
     def disproved(self, allowance: float) -> bool:
         """Whether the fixed gamma has fallen far short of its estimate, which is forgotten then."""
@@ -97,7 +104,7 @@ class _Ledger:
         self.budget = row[1]
         self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
         self.local, self.tokens, self.fixed_steps, self.forwards, self.short = row[7:OWN]
-        self.seen, self.more = row[OWN : OWN + self.gamma], row[OWN + self.gamma :]
+        self.seen, self.more = row[OWN : OWN + self.full], row[OWN + self.full :]
 
     def count(self, outcome: Outcome, stop: int) -> None:
         """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
@@ -150,7 +157,7 @@ class SafetyGuard(Wrapper):
     policy : Policy
         The policy to guard; its own cost model is used where it has one.
     gamma : int
-        The fixed gamma of the comparison.
+        The fixed gamma of the comparison; where no step may draft as many, the most that one may.
     epsilon : float
         Share of the baseline's goodput that may be given up.
     burn_in : float
@@ -201,14 +208,18 @@ class SafetyGuard(Wrapper):
             return Decision(self.policy.new_id(), 0, policy_version=self.policy.version, features=Asleep())
         decision = self.policy.decide(context)
         ledger.steps += 1
-        gamma, limit = decision.gamma, context.max_gamma
-        if type(gamma) is not int or not 0 <= gamma <= MAX_GAMMA:
+        limit = context.max_gamma
+        if type(decision.gamma) is not int and (gamma := whole(decision.gamma)) >= 0:
+            decision.gamma = gamma
+        if type(decision.gamma) is not int or not 0 <= decision.gamma <= MAX_GAMMA:
             return decision  # for the fault guard around this one
+        if limit > ledger.most:
+            ledger.allow(limit)
         which = 0 if ledger.steps >= ledger.due[0] else 1 if ledger.steps >= ledger.due[1] else -1
-        if which >= 0 and limit >= self.gamma:
+        if which >= 0 and limit >= ledger.gamma:
             ledger.probes[which] += 1
             ledger.due[which] = max(ledger.spacing[which] * ledger.probes[which] ** 2, ledger.steps + 1)
-            return self._take(decision, self.gamma if which else 0)
+            return self._take(decision, ledger.gamma if which else 0)
         if ledger.budget < 0.0:
             ledger.interventions += 1
             return self._take(decision, min(ledger.baseline, limit))
@@ -253,15 +264,18 @@ class SafetyGuard(Wrapper):
         ledger.count(outcome, stop)
         if k == 0:
             self._postpone(ledger, 0)
-        elif k >= self.gamma:
+        elif k >= ledger.gamma:
             self._postpone(ledger, 1)
-        costs = self.model.level(outcome.level)
-        seconds = costs.seconds.item(k) + costs.draft * (outcome.forwards - k)
+        costs, forwards = self.model.level(outcome.level), outcome.forwards
+        seconds = costs.seconds.item(k) + costs.draft * (forwards - k)
         nap, reading = ledger.nap, 0.0
-        if k:
-            ledger.forwards += SHARE * ((outcome.forwards / k if outcome.forwards < k else 1.0) - ledger.forwards)
-            seconds -= 0.0 if outcome.forwards else costs.first
+        if forwards:  # also where all that was drafted was withheld
             reading = costs.catch_up * outcome.caught_up
+            seconds += 0.0 if k else costs.first
+        elif k:
+            seconds -= costs.first
+        if k:
+            ledger.forwards += SHARE * ((forwards / k if forwards < k else 1.0) - ledger.forwards)
         if outcome.policy_seconds:
             nap.spent(outcome.policy_seconds)
         nap.tokens += outcome.produced
@@ -273,7 +287,7 @@ class SafetyGuard(Wrapper):
         ledger.budget = -most if budget < -most else budget if budget < 4.0 * most else 4.0 * most
         if ledger.disproved(self.burn_in):
             ledger.budget = self.burn_in
-            if stop >= 0 and k == self.gamma and isinstance(self.policy, CostAware):
+            if stop >= 0 and k == ledger.gamma and isinstance(self.policy, CostAware):
                 self.policy.forget()
             self._review(ledger, costs)
         if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:
@@ -291,9 +305,9 @@ class SafetyGuard(Wrapper):
     def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
         """Find the better baseline anew."""
         plain = 1.0 / float(costs.seconds[0])
-        free = (1.0 - ledger.forwards) * self.gamma * costs.draft
-        fixed = ledger.tokens / ledger.fixed_steps / (float(costs.seconds[self.gamma]) - free)
-        ledger.baseline = self.gamma if fixed > plain else 0
+        free = (1.0 - ledger.forwards) * ledger.gamma * costs.draft
+        fixed = ledger.tokens / ledger.fixed_steps / (float(costs.seconds[ledger.gamma]) - free)
+        ledger.baseline = ledger.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
         best = max(plain, fixed, costs.rate)
         behind = [min(max((1.0 - rate / best) / CLOSE, 1.0), FAR) for rate in (plain, fixed)]

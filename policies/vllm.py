@@ -51,7 +51,7 @@ class VllmAdaptive(CostAware):
         decision = Decision(self.new_id(), min(self.gamma, context.max_gamma), stops=self.refits >= UNPRUNED)
         if decision.stops:
             costs = self.costs.level(context.level)
-            decision.features = costs.verify + costs.overhead, costs.draft
+            decision.features = costs.verify + costs.overhead + costs.first, costs.draft
         return decision
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:

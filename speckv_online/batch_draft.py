@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
-from speckv_online.drafters import Drafter, ModelDrafter
+from policies.base import NGRAM
+from speckv_online.drafters import Drafter, ModelDrafter, write_looked
 from speckv_online.ngram import NgramIndex
 from speckv_online.quick_batch import batch_of
 from speckv_online.sampling import Sampler
@@ -120,14 +119,14 @@ class ModelRows:
             feed[row] = context[have:] + self.drafted[row][max(have - len(context), 0) :]
         logits = self.model.feed(feed, last=True)[rows, 0, : self.drafter.rows].float()
         tokens = []
-        for i, (index, first, second, nats, confidence) in enumerate(self.drafter.look(logits)):
+        for i, (index, *found) in enumerate(self.drafter.look(logits)):
             row, head_ids, sampler = rows[i], self.drafter.head_ids, self.samplers[rows[i]]
             token = index if head_ids is None else head_ids[index]
             proposal = None
             if sampler is not None:
                 prefix = [*self.contexts[row], *self.drafted[row]]
                 token, proposal = sampler.propose(self.drafter.whole(logits[i]), prefix)
-            signals[i][[ENTROPY, CONFIDENCE, MARGIN]] = nats / math.log(2), confidence, first - second
+            write_looked(found, signals[i])
             signals[i][NGRAM] = self.ngrams[row].signal(self.drafted[row], token)
             self.drafted[row].append(token)
             self.drawn[row].append(proposal)

@@ -7,6 +7,7 @@ Here are the interface, the drafter with a draft model, and the one without, whi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from speckv_online.sampling import Sampler
 
 #: What :meth:`Drafter.draft` returns where it has nothing to propose: the step drafts no further.
 NO_PROPOSAL = -1
+#: Entropy in bits of a draft that knows nothing.
+CLUELESS = 10.0
 
 
 class Drafter(Protocol):
@@ -140,10 +143,8 @@ class ModelDrafter:
     def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
         """Take note of what :meth:`ahead` drafted, now that it is on the host, and return the tokens."""
         tokens = [int(row[0]) for row in rows]  # whole numbers below 2**24 are exact in fp32
-        for i, (_, first, second, nats, confidence) in enumerate(rows):
-            signals[i, ENTROPY] = nats / math.log(2)
-            signals[i, CONFIDENCE] = confidence
-            signals[i, MARGIN] = first - second
+        for i, (_, *found) in enumerate(rows):
+            write_looked(found, signals[i])
             signals[i, NGRAM] = self.ngrams.signal(tokens[:i], tokens[i])
         self.drafted += tokens
         self.proposals += [None] * len(tokens)
@@ -183,10 +184,8 @@ class ModelDrafter:
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
         logits = self.logits()
-        ((row, first, second, nats, confidence),) = self.look(logits[None])
-        signals[ENTROPY] = nats / math.log(2)
-        signals[CONFIDENCE] = confidence
-        signals[MARGIN] = first - second
+        ((row, *found),) = self.look(logits[None])
+        write_looked(found, signals)
         return row if self.head_ids is None else self.head_ids[row], logits
 
     def look(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
@@ -281,6 +280,24 @@ def look(logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
     # One transfer for everything that the host needs; a row index is exact in fp32.
     wanted = torch.stack((rows[:, 0].float(), top[:, 0], top[:, 1], torch.special.entr(p).sum(-1), p.amax(-1)), dim=1)
     return [(int(row), *rest) for row, *rest in wanted.tolist()]
+
+
+def write_looked(found: Sequence[float], signals: np.ndarray) -> None:
+    """Write a model's (N_SIGNALS,) signals, but for the n-gram's.
+
+    Parameters
+    ----------
+    found : sequence of float
+        As from :func:`look`: the two largest logits, the entropy in nats and the confidence. Where they are no numbers,
+        as of a model whose logits overflow, the signals are those of one that knows nothing.
+    signals : ndarray
+        To write to.
+    """
+    first, second, nats, confidence = found
+    known = math.isfinite(first - second + nats + confidence)
+    signals[ENTROPY] = nats / math.log(2) if known else CLUELESS
+    signals[CONFIDENCE] = confidence if known else 0.0
+    signals[MARGIN] = first - second if known else 0.0
 
 
 def write_signals(found: Proposal, signals: np.ndarray) -> None:

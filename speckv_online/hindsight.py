@@ -50,8 +50,8 @@ def best_fixed(
 def clairvoyant(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     """Replay, per level, an oracle that knows the accepted length of every draft beforehand.
 
-    It drafts the k that maximises ``tokens - rate * seconds`` of the step, where ``rate`` is its own goodput over the
-    level's traces: the fixed point of Dinkelbach's iteration for a ratio.
+    It drafts the k accepted tokens that maximise ``tokens - rate * seconds`` of the step, where ``rate`` is its own
+    goodput over the level's traces: the fixed point of Dinkelbach's iteration for a ratio.
     """
     found = {}
     for level, group in by_level(traces).items():
@@ -75,10 +75,10 @@ def fastest(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     }
 
 
-def _steps(trace: Trace, t: int, cost: LevelCost) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and seconds of drafting k = 0, 1, ... accepted tokens at position t; to draft more would be a waste."""
-    k = np.arange(min(int(trace.accepted[t]), MAX_GAMMA, trace.budget - t - 1) + 1)
-    tokens = np.minimum(k + 1, len(trace) - t)
+def _steps(trace: Trace, t: int, cost: LevelCost, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and seconds of drafting k = 0, 1, ... ``most`` tokens at position t, as far as the budget goes."""
+    k = np.arange(min(most, MAX_GAMMA, trace.budget - t - 1) + 1)
+    tokens = np.minimum(np.minimum(k, int(trace.accepted[t])) + 1, len(trace) - t)
     context = len(trace.prompt) + t
     paid = trace.forwards[t, k].tolist()
     return tokens, np.array([cost.seconds(j, context, forwards) for j, forwards in enumerate(paid)])
@@ -87,7 +87,7 @@ def _steps(trace: Trace, t: int, cost: LevelCost) -> tuple[np.ndarray, np.ndarra
 def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:
     choice, t = {}, 0
     while t < len(trace):
-        tokens, seconds = _steps(trace, t, cost)
+        tokens, seconds = _steps(trace, t, cost, int(trace.accepted[t]))
         choice[t] = int(np.argmax(tokens - rate * seconds))
         t += int(tokens[choice[t]])
     return _replay(trace, choice, cost)
@@ -103,14 +103,16 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     without, best_without = np.zeros(length + 1), np.zeros(length, dtype=int)
     using, best_using, last = np.full(length + 1, np.inf), np.zeros(length, dtype=int), np.zeros(length, dtype=bool)
     for t in range(length - 1, -1, -1):
-        tokens, seconds = _steps(trace, t, cost)
+        # Rejected tokens, too: a wider verification may be the cheaper one.
+        tokens, seconds = _steps(trace, t, cost, int(trace.available[t]))
         k, after = np.arange(len(tokens)), t + tokens
+        n = np.minimum(k, int(trace.accepted[t]))
         paid, read = trace.forwards[t, k], trace.read[t, k]
         asked = paid > 0
         total = np.where(asked, np.inf, seconds + without[after])
         best_without[t] = int(np.argmin(total))
         without[t] = total[best_without[t]]
-        unread = np.where(asked, k + 1 - np.minimum(read, k), tokens)
+        unread = np.where(asked, n + 1 - np.minimum(read, n), tokens)
         later = using[after] + c * unread
         ends = asked & (without[after] <= later)
         total = seconds + np.where(asked, c * (read - paid), 0.0) + np.where(ends, without[after], later)
@@ -121,12 +123,12 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     while t < length:
         choice[t] = int((best_using if more else best_without)[t])
         more = more and not last[t]
-        t = min(t + choice[t] + 1, length)
+        t = min(t + min(choice[t], int(trace.accepted[t])) + 1, length)
     return _replay(trace, choice, cost)
 
 
 def _replay(trace: Trace, choice: dict[int, int], cost: LevelCost) -> Replay:
-    """Steps that draft ``choice[t]`` tokens at position t, all of them accepted."""
+    """Steps that draft ``choice[t]`` tokens at position t."""
     plan = np.zeros(len(trace), dtype=int)
     plan[list(choice)] = list(choice.values())
     return replay_plan(trace, plan, plan, cost)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 
 from policies.base import CONFIDENCE, ENTROPY, Context, Outcome
@@ -36,7 +38,9 @@ class History:
         c.idle += 1
         if outcome.drafted:
             c.idle = 0
-            c.mean_entropy, c.max_entropy, c.mean_confidence, c.min_confidence = summarise(s)
+            found = summarise(s)
+            if isfinite(sum(found)):  # what is no number would stay until the next draft, and spoil each decision
+                c.mean_entropy, c.max_entropy, c.mean_confidence, c.min_confidence = found
 
 
 def summarise(signals: np.ndarray) -> tuple[float, float, float, float]:

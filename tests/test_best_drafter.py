@@ -63,6 +63,30 @@ def test_statistics_round_trip_and_add_up() -> None:
     assert len({d.id for p in (one, other) for d, _ in play(p, "fp16", "ngram", 40)}) == 80
 
 
+def test_merged_rates_are_those_of_one_process() -> None:
+    """Many steps at another speed, merged at once, weigh as much as if they had been taken here."""
+    scratch = BestDrafter(policy="fixed/2", seed=1)
+    first, then = play(scratch, "fp16", "model", 300), play(scratch, "fp16", "ngram", 1500)
+    here, there, whole = (BestDrafter(policy="fixed/2") for _ in range(3))
+    for policy, steps in ((here, first), (there, then), (whole, first + then)):
+        for decision, outcome in steps:
+            policy.learn(decision, outcome)
+    here.merge(there.take_delta())
+    for name in NAMES:
+        key = f"rates/fp16/{name}"
+        assert here.state_dict()[key] == pytest.approx(whole.state_dict()[key], rel=1e-9)
+
+
+def test_what_is_loaded_is_not_handed_out() -> None:
+    policy = BestDrafter(policy="fixed/2", seed=1)
+    play(policy, "fp16", "model", 100)
+    policy.load_state_dict(policy.state_dict())
+    assert not policy.take_delta()
+    for call in (policy.merge, policy.load_state_dict):
+        with pytest.raises(PolicyError, match="not of best-drafter"):
+            call({"head.sums": np.zeros(3)})
+
+
 def test_with_one_drafter_it_is_the_inner_policy(tiny_pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(
         tiny_pair.drafter(), policy=make_policy("best-drafter:fixed/3"), target=tiny_pair.target

@@ -347,3 +347,26 @@ def test_check_greedy_finds_a_wrong_token(tiny_pair: TinyPair) -> None:
     assert check.ties[0][0] == 4
     assert check.ties[0][1] > 0
     assert not check.within(1e-6)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_draft_whose_logits_are_no_numbers(tiny_pair: TinyPair, broken: float, quick: bool) -> None:
+    """It is as good as one that knows nothing: the target's own tokens, and records that hold numbers."""
+    draft = perturbed(tiny_pair.draft, 0.0)
+    with torch.no_grad():
+        draft.model.norm.weight.fill_(broken)
+    drafter = ModelDrafter(draft, tiny_pair.target.config.vocab_size)
+    if not quick:
+        drafter.quick = None
+    policy = Scripted([3, 0, 5])
+    decoder = SpeculativeDecoder(drafter, policy=policy, target=tiny_pair.target)
+    for prompt in ([5, 17, 101, 44], [33, 7]):
+        expected = plain(tiny_pair.target, prompt, 20)
+        assert decoder.generate(prompt, 20).tokens == expected
+        assert [out.tokens for out in decoder.decode_batch([prompt, [9] * 5], 20)][0] == expected
+    assert not decoder.policy.faults
+    signals = np.concatenate([o.signals for o in policy.outcomes])
+    assert len(signals) > 9
+    assert np.isfinite(signals).all()
+    assert (signals[:, 1] == 0.0).all()

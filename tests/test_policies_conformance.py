@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy
+from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy, PolicyError
 from policies.fixed import Fixed
 from policies.guard import FaultGuard
 from policies.registry import BUILTIN, make_policy
@@ -108,6 +108,41 @@ def test_save_and_load(spec: str) -> None:
         p.load_state_dict(state)
     a, b = (play(p, list(tapes())[2:]) for p in (policy, again))
     assert a.gammas == b.gammas
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SAVED if build(spec).take_delta()])
+def test_sums_of_others_are_refused(spec: str) -> None:
+    """What another policy handed out, or the same one that started from other arms or weights, adds up to nothing."""
+    policy, name = build(spec), spec.partition(":")[0]
+    before = {key: np.array(value) for key, value in policy.state_dict().items()}
+    alike = {"lints": "linucb", "specdecpp": "goodput"}.get(name, name)  # sums of the same form, and of use
+    others = [other for other in ("online", "linucb", "goodput", "mlp16", "best-drafter") if other not in (name, alike)]
+    others += {"linucb": ["linucb:arms=0/2"], "lints": ["lints:arms=0/2"]}.get(name, [])
+    for other in others:
+        teacher = build(other)
+        play(teacher, list(tapes())[:1])
+        with pytest.raises(PolicyError):
+            policy.merge(teacher.take_delta())
+        same(policy.state_dict(), before)
+    policy.merge({})
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_a_broken_draft_leaves_no_trace(spec: str) -> None:
+    """Signals that are no numbers, now and then: what is learnt stays finite, can be saved, merged and used."""
+    policy, rng = FaultGuard(build(spec)), np.random.default_rng(8)
+    broken = []
+    for tape in tapes():
+        signals = tape.signals.copy()
+        signals[rng.random(len(signals)) < 0.05] = np.nan
+        broken.append(Tape(tape.match, signals))
+    play(policy, broken)
+    assert set(policy.faults) <= {"signals that are no numbers"}
+    state, delta = policy.state_dict(), policy.take_delta()
+    assert all(np.isfinite(np.asarray(value, dtype=float)).all() for value in (*state.values(), *delta.values()))
+    other = build(spec)
+    other.merge(delta)
+    other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("spec", SAVED)

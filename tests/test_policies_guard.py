@@ -131,6 +131,26 @@ def test_a_stalling_policy_sits_out_longer_and_longer() -> None:
     assert (len(calls), guard.faults) == (4, {"stalled": 4})
 
 
+def test_calls_that_are_slow_after_the_decision_count_too() -> None:
+    """A caller that looks at the clock says what all calls of a step took; replays say nothing."""
+    guard = FaultGuard(Odd(2), stall_seconds=0.5)
+    for seconds, faults in ((0.0, 0), (0.4, 0), (0.6, 1)):
+        guard.learn(guard.decide(Context()), Outcome(2, 2, 2, 3, policy_seconds=seconds))
+        assert guard.faults["stalled"] == faults
+    assert guard.decide(Context()).id < 0
+    assert guard.decide(Context()).id > 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_signals_that_are_no_numbers_teach_nothing(bad: float) -> None:
+    policy = Odd()
+    guard = FaultGuard(policy)
+    signals = np.full((4, 4), 0.5)
+    signals[2, 1] = bad
+    guard.learn(guard.decide(Context()), Outcome(4, 2, 3, 3, signals=signals))
+    assert (policy.learnt, guard.faults) == (0, {"signals that are no numbers": 1})
+
+
 def test_everything_else_reaches_the_policy() -> None:
     policy = Online(weights=trained(), seed=4)
     guard = FaultGuard(policy)

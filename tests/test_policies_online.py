@@ -142,6 +142,7 @@ def test_labels_by_hand(k: int, n: int, mode: Mode, want: dict[int, float]) -> N
 
 
 def test_imputed_labels_add_a_run_at_the_sequence_s_acceptance() -> None:
+    assert ArmLabels(ARMS)(Outcome(4, 4, 4, 4), 0.5)[1] == ArmLabels(ARMS)(Outcome(6, 4, 4, 4), 0.5)[1] == 4
     start, stop, y = ArmLabels(ARMS)(Outcome(4, 4, 4, 5), 0.5)
     assert (start, stop) == (1, 8)
     assert y[4] == pytest.approx((4 + 0.5 + 0.25) / 6)

@@ -109,6 +109,60 @@ def test_probes_fall_but_never_end() -> None:
         assert (np.diff(np.diff(at)[1:]) >= 0).mean() > 0.8
 
 
+@pytest.mark.parametrize("most", [1, 3, 4])
+def test_probes_go_on_where_no_step_may_draft_as_many_as_the_fixed_gamma(most: int) -> None:
+    """The fixed gamma comes down to what a step may draft, and is probed, judged and played as that."""
+    guard = told(SafetyGuard(Stubborn(0)), "int8")
+    tokens, gammas = 0, []
+    for i in range(400):
+        decision = guard.decide(Context(level="int8", step=i, position=i, max_gamma=most))
+        k = decision.gamma
+        assert k <= most
+        gammas.append(k)
+        tokens += k + 1
+        seconds = 0.251 + 0.014 * k
+        signals = np.zeros((k, 4))
+        guard.learn(decision, Outcome(k, k, k, k + 1, seconds, 0.01 * k, 0.25 + 0.004 * k, "int8", 100, 0, signals))
+    ledger = guard.ledger("int8")
+    assert ledger.gamma == most
+    assert ledger.tokens / ledger.fixed_steps == pytest.approx(most + 1, rel=0.1)
+    # All are right, so that drafting pays: past the burn-in the guard plays it most of the time.
+    assert np.mean(np.array(gammas[100:]) == most) > 0.75
+    assert ledger.probes[1] > 2
+
+
+def test_near_the_end_of_a_text_nothing_is_judged_anew() -> None:
+    guard = told(SafetyGuard(Stubborn(0)), "nf4")
+    for most in (16, 2, 1, 0):
+        guard.decide(Context(level="nf4", max_gamma=most))
+        assert guard.ledger("nf4").gamma == 4
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8])
+def test_gammas_of_any_whole_type_are_guarded(kind: type) -> None:
+    class Typed(Stubborn):
+        def decide(self, context: Context) -> Decision:
+            return Decision(self.new_id(), kind(min(self.gamma, context.max_gamma)))
+
+    guard = FaultGuard(told(SafetyGuard(Typed(16)), "fp16"))
+    play(guard, make_tapes(57, 6), "fp16")
+    assert guard.ledger("fp16").interventions > 50
+    assert not guard.faults
+
+
+def test_drafts_that_were_withheld_are_paid_for() -> None:
+    """Four forwards and the reading of 50 tokens, whether or not any token was submitted."""
+    prior = CostPrior(0.001, (0.05, 0.05), catch_up_seconds=0.001, first_draft_seconds=0.04)
+    spent = []
+    for k in (0, 1):
+        guard = SafetyGuard(Stubborn(4))
+        guard.model.set_prior("fp16", prior)
+        decision = guard.decide(Context())
+        guard.learn(decision, Outcome(k, 0, k, 1, caught_up=50, forwards=4))
+        spent.append(guard.ledger("fp16").nap.seconds)
+    assert spent == pytest.approx([0.05 + 0.04 + 0.004 + 0.05] * 2)
+
+
 def test_a_policy_stuck_at_zero_is_shown_drafting_and_comes_back() -> None:
     """Warm-started from weights that promise nothing, `online` alone never drafts; guarded, it learns better."""
     w = trained()

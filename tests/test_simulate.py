@@ -209,6 +209,19 @@ def test_the_least_time_of_all_sequences(catch_up: float) -> None:
     assert plain > 0 or catch_up < 0.001
 
 
+def test_wrong_tokens_may_be_worth_drafting() -> None:
+    """Where a wider verification is the cheaper one, or where drafting is a cheaper way to read than reading."""
+    rng, wasteful = np.random.default_rng(1), 0
+    for cost in (LevelCost(0.001, (0.05, 0.09, 0.08, 0.02)), LevelCost(0.002, (0.05, 0.051), catch_up_seconds=0.008)):
+        for _ in range(6):
+            trace = made(np.minimum(rng.integers(0, 3, 5), np.arange(5, 0, -1)).tolist())
+            found = fastest([trace], CostTable("test", {"fp32": cost}))["fp32"]
+            assert found.seconds.sum() == pytest.approx(brute_force(trace, cost))
+            assert found.tokens == len(trace)
+            wasteful += bool((found.drafted > found.accepted).any())
+    assert wasteful > 0
+
+
 def test_hindsight_bounds() -> None:
     rng = np.random.default_rng(0)
     cost = LevelCost(0.02, (0.05, 0.07), 0.002, 1e-4, 12, first_draft_seconds=0.003)
