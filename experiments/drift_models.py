@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from experiments.learner import checkpoint_name
 from policies.base import Policy
+from policies.guard import FaultGuard
 from policies.registry import make_policy
 from speckv_online.calibrate import WARM_UP, calibrate
 from speckv_online.decoding import Generation, SpeculativeDecoder
@@ -79,8 +80,7 @@ class Stage:
             pair = load_pair(c.pair, level=level, device=c.device, target=c.target, draft=c.draft)
             cost = calibrate(pair.target, pair.drafter, level, chat_prompt(pair.tokenizer, WARM_UP))
             for policy in self.policies.values():
-                if hasattr(policy, "set_costs"):
-                    policy.set_costs(level, cost)
+                FaultGuard(policy).set_costs(level, cost)
             self.facts[level] = {
                 "level": level,
                 "threads": torch.get_num_threads(),

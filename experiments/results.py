@@ -22,6 +22,7 @@ from experiments.compare import bundled
 from experiments.config import launch, option
 from experiments.documents import check_place
 from policies.base import Policy
+from policies.guard import FaultGuard
 from policies.registry import make_policy
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
@@ -250,8 +251,7 @@ class Bench:
             policy = self.policies[name] = make_policy(spec, seed=self.config.seed)
             if self.checkpoint(name).exists():
                 policy.load_state_dict(load_arrays(self.checkpoint(name)))
-            if hasattr(policy, "set_costs"):
-                policy.set_costs(self.level, self.cost)
+            FaultGuard(policy).set_costs(self.level, self.cost)
         decoder = SpeculativeDecoder(drafter, policy=policy, target=pair.target, level=self.level)
 
         def decode(ids: list[int]) -> tuple[list[int], float, list[Any]]:

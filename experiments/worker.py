@@ -173,8 +173,8 @@ class Worker:
         seat.version, seat.state = merged.version, patched(seat.state, merged.state)
         if seat.state:
             seat.policy.load_state_dict(seat.state)
-        if hasattr(seat.policy, "set_costs"):  # the calibration is this worker's own and not part of what is shared
-            seat.policy.set_costs(self.level, self.cost)
+        # The calibration is this worker's own and not part of what is shared.
+        seat.decoder.policy.set_costs(self.level, self.cost)
 
     def _share(self, seat: Seat, unit: Unit) -> None:
         """Send what the policy learnt since the last exchange, and take the merged statistics over."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.cost_prior import CostPrior
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,16 @@ class FaultGuard(Wrapper):
             self.policy.learn(decision, outcome)
         except Exception as error:
             self._fault("learn raised", error)
+
+    def set_costs(self, level: str, prior: CostPrior) -> None:
+        """Tell the policy what is known of a level's times, if it wants to know."""
+        tell = getattr(self.policy, "set_costs", None)
+        if tell is None:
+            return
+        try:
+            tell(level, prior)
+        except Exception as error:
+            self._fault("set_costs raised", error)
 
     def begin(self, context: Context) -> None:
         try:

@@ -26,7 +26,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from policies.base import Policy, PolicyError
+from policies.base import Policy, PolicyError, reason
 from policies.safety import SafetyGuard
 
 GROUP = "speckv_online.policies"
@@ -94,14 +94,20 @@ def make_policy(spec: str, **defaults: Any) -> Policy:
         return SafetyGuard(policy, safety["safety_gamma"], safety["safety_epsilon"], naps=safety["naps"])
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise PolicyError(f"{name}: cannot be built from {options}: {error}") from error
+    except Exception as error:  # anybody's constructor
+        raise PolicyError(f"{name}: cannot be built from {options}: {type(error).__name__}: {reason(error)}") from error
 
 
 def available() -> list[tuple[str, str]]:
-    """Return (name, one-line summary) of every registered policy, sorted by name."""
+    """Return (name, one-line summary) of every registered policy, sorted by name; of one that will not load, why."""
     rows = [(name, _load(target).summary) for name, target in BUILTIN.items()]
-    rows += [(name, _load(point.value).summary) for name, point in _plugins().items() if name not in BUILTIN]
+    for name, point in _plugins().items():
+        if name not in BUILTIN:
+            try:
+                rows.append((name, _load(point.value).summary))
+            except PolicyError as error:
+                package = f" (of the package {point.dist.name})" if point.dist is not None else ""
+                rows.append((name, f"does not load{package}: {error}"))
     return sorted(rows)
 
 
@@ -141,12 +147,16 @@ def _resolve(spec: str) -> tuple[str, type[Policy], str]:
 def _load(target: str) -> type[Policy]:
     """Import ``module:Class``."""
     module, _, attribute = target.partition(":")
+    if not attribute:
+        raise PolicyError(f"cannot import policy {target}: it names no class, as in MODULE:CLASS")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise PolicyError(f"cannot import policy {target}: no module named '{error.name}'") from error
     except (AttributeError, ImportError, SyntaxError) as error:
         raise PolicyError(f"cannot import policy {target}: {error}") from error
+    except (Exception, SystemExit) as error:  # anybody's module
+        raise PolicyError(f"cannot import policy {target}: it raised {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"{target} is not a subclass of policies.base.Policy")
     return found
@@ -163,7 +173,10 @@ def _options(cls: type[Policy]) -> dict[str, tuple[Any, Any]]:
         if "__init__" not in vars(base):
             continue
         init = vars(base)["__init__"]
-        hints = get_type_hints(init)
+        try:
+            hints = get_type_hints(init)
+        except Exception as error:
+            raise PolicyError(f"cannot read the options of {base.__name__}: {reason(error)}") from error
         parameters = list(inspect.signature(init).parameters.values())[1:]
         for p in parameters:
             if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):

@@ -6,6 +6,7 @@ before real decoding, it is told the costs of a calibration first. A prompt's se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from policies.base import Policy
+from policies.guard import FaultGuard
 from policies.registry import make_policy
 from speckv_online.cost import CostTable
 from speckv_online.errors import UserError
@@ -86,17 +88,17 @@ def score(name: str, kind: str, orders: Sequence[Sequence[Replay]], **more: Any)
 
 
 def prepared(spec: str, cost: CostTable, levels: Iterable[str], seed: int, **defaults: Any) -> Policy:
-    """Make a policy and tell it the costs of the levels, as a worker does that has calibrated."""
-    policy = make_policy(spec, seed=seed, **defaults)
+    """Make a guarded policy and tell it the costs of the levels, as a worker does that has calibrated."""
+    policy = FaultGuard(make_policy(spec, seed=seed, **defaults), stall_seconds=math.inf)
     tell_costs(policy, cost, levels)
     return policy
 
 
 def tell_costs(policy: Policy, cost: CostTable, levels: Iterable[str]) -> None:
-    """Hand a cost table to a policy that weighs seconds."""
-    if hasattr(policy, "set_costs"):
-        for level in levels:
-            policy.set_costs(level, cost.level(level))
+    """Hand a cost table to a policy that weighs seconds; one that raises goes without."""
+    guard = policy if isinstance(policy, FaultGuard) else FaultGuard(policy)
+    for level in levels:
+        guard.set_costs(level, cost.level(level))
 
 
 def play(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from policies.base import Context, Decision, Outcome, Policy, PolicyError
+from policies.cost import CostPrior
 from policies.fixed import Fixed
 from policies.guard import FaultGuard
 from policies.online import Online
@@ -151,6 +152,21 @@ def test_signals_that_are_no_numbers_teach_nothing(bad: float) -> None:
     assert (policy.learnt, guard.faults) == (0, {"signals that are no numbers": 1})
 
 
+def test_a_policy_that_does_not_take_costs_goes_without() -> None:
+    class Picky(Odd):
+        def set_costs(self, level: str, prior: CostPrior) -> None:
+            raise RuntimeError("not these")
+
+    guard = FaultGuard(Picky(2))
+    guard.set_costs("nf4", CostPrior(0.01, (0.1,)))
+    assert guard.faults == {"set_costs raised": 1}
+    assert guard.decide(Context()).gamma == 2
+    FaultGuard(Fixed()).set_costs("nf4", CostPrior(0.01, (0.1,)))  # it does not ask
+    online = Online(weights=trained())
+    FaultGuard(online).set_costs("nf4", CostPrior(0.01, (0.1,)))
+    assert online.costs.level("nf4").verify[0] == pytest.approx(0.1)
+
+
 def test_everything_else_reaches_the_policy() -> None:
     policy = Online(weights=trained(), seed=4)
     guard = FaultGuard(policy)
@@ -166,7 +182,6 @@ def test_everything_else_reaches_the_policy() -> None:
     assert other.state_dict()["head.sums"] == pytest.approx(policy.state_dict()["head.sums"])
     with pytest.raises(AttributeError):
         _ = guard.no_such_thing
-    assert not hasattr(FaultGuard(Fixed()), "set_costs")
 
 
 def test_copies_work() -> None:

@@ -82,6 +82,10 @@ def test_bad_specs_are_refused_in_one_line(spec: str, message: str) -> None:
         ("misspells_an_import:Mine", "cannot import name 'Polisy' from 'policies.base'"),
         ("half_written:Mine", "half_written.py, line 1"),
         ("uses_numpy:Myne", "module 'uses_numpy' has no attribute 'Myne'"),
+        ("raises:Mine", "cannot import policy raises:Mine: it raised RuntimeError: no luck"),
+        ("leaves:Mine", "cannot import policy leaves:Mine: it raised SystemExit: 3"),
+        ("will_not_build:Mine", "cannot be built from {}: KeyError: 'there'"),
+        ("mistypes:Mine", "cannot read the options of Mine: name 'flote' is not defined"),
         ("nobody_wrote_it:Mine", "unknown policy 'nobody_wrote_it'"),
         ("folder/uses_numpy.py:Mine", "name its module, uses_numpy:Mine"),
     ],
@@ -90,11 +94,16 @@ def test_what_is_wrong_with_a_policy_of_ones_own_is_said(
     spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
+    own = "from policies.fixed import Fixed\nclass Mine(Fixed):\n    def __init__(self):"
     files = {
         "uses_nothing_there": "import nothing_there",
         "misspells_an_import": "from policies.base import Polisy",
         "half_written": "class Mine(",
         "uses_numpy": "import numpy",
+        "raises": "raise RuntimeError('no luck')",
+        "leaves": "import sys; sys.exit(3)",
+        "will_not_build": f"{own}\n        {{}}['there']",
+        "mistypes": f"from __future__ import annotations\n{own.replace('self', 'self, x: flote = 1')}\n        pass",
     }
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text + "\n")
@@ -118,6 +127,20 @@ def test_entry_points_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.GROUP else [])
     assert isinstance(make_policy("halves:factor=1"), Halves)
     assert ("halves", Halves.summary) in available()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [("nowhere_at_all.x:Y", "no module named 'nowhere_at_all'"), ("bp", "names no class")]
+)
+def test_an_entry_point_that_does_not_load_hides_no_other(
+    value: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [EntryPoint("broken", value, registry.GROUP), EntryPoint("halves", f"{__name__}:Halves", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    rows = dict(available())
+    assert rows["halves"] == Halves.summary
+    assert rows["broken"].startswith("does not load: cannot import policy ")
+    assert why in rows["broken"]
 
 
 def test_every_registered_policy_has_one_line() -> None:
