@@ -96,7 +96,7 @@ def compare(config: CompareConfig) -> int:
 
 def select_prompts(config: CompareConfig) -> list[Prompt]:
     """Return the prompts of a config: a number of the bundled held-out ones, or those of a file."""
-    if config.prompts.isdigit():
+    if config.prompts.isdecimal():
         return choose(bundled(), int(config.prompts), config.seed)
     prompts = read_prompts(config.prompts)
     return choose(prompts, config.limit, config.seed) if config.limit else prompts

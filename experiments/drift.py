@@ -43,7 +43,7 @@ class Phase:
         tasks, *rest = text.split("@")
         draft = rest[1] if len(rest) == 2 else "own"
         kind, _, count = draft.partition(":")
-        known = draft in ("own", "ngram") or (kind == "layers" and count.isdigit() and int(count) > 0)
+        known = draft in ("own", "ngram") or (kind == "layers" and count.isdecimal() and int(count) > 0)
         if len(rest) not in (1, 2) or not tasks or not known:
             raise UserError(f"--phases {text}: write TASK+TASK@LEVEL or TASK+TASK@LEVEL@own, @ngram or @layers:N")
         return cls(text, tuple(tasks.split("+")), rest[0], draft)

@@ -63,7 +63,7 @@ class ProfileConfig:
         parse_drafter(self.drafter).check_models(self.target, self.draft)
         if not self.levels:
             raise UserError("--levels is empty: name at least one")
-        if not self.gammas or not all(g.isdigit() and int(g) <= 16 for g in self.gammas):
+        if not self.gammas or not all(g.isdecimal() and int(g) <= 16 for g in self.gammas):
             raise UserError(f"--gammas must be whole numbers from 0 to 16, got {','.join(self.gammas)}")
         if self.reuse and not Path(self.reuse).is_dir():
             raise UserError(f"--reuse {self.reuse}: there is no such directory")
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def select_prompts(config: ProfileConfig) -> list[Prompt]:
     """Return the prompts of a config, those of its split only where the file names splits."""
-    counted = config.prompts.isdigit()
+    counted = config.prompts.isdecimal()
     if counted:
         splits = ("train", "test") if config.split == "all" else (config.split,)
         prompts = [p for split in splits for p in bundled(split)]
@@ -103,6 +103,8 @@ def profile(config: ProfileConfig) -> int:
     for level in config.levels:
         get_level(level)
     check_writable(out)
+    check_request(config, out)
+    before = timed_bytes(out)
     if config.ray:
         from experiments.profile_ray import collect_levels
 
@@ -110,8 +112,37 @@ def profile(config: ProfileConfig) -> int:
     else:
         for level in config.levels:
             collect_level(config, level, prompts, out)
-    write_tables(config, out)
+    write_tables(config, out, timed_bytes(out) != before)
     return 0
+
+
+def request(config: ProfileConfig) -> dict[str, Any]:
+    """Return what all traces of a directory have in common, as their heads say it."""
+    found: dict[str, Any] = {name: getattr(config, name) for name in ("draft_level", "drafter", "max_new_tokens")}
+    for role in ("target", "draft"):
+        model = getattr(config, role)
+        # Of a folder its name: traces are shared, and where it lies is nobody's business.
+        found[role] = Path(model).resolve().name if model and Path(model).is_dir() else model
+    return found | {"pair": config.pair if config.target is None and config.draft is None else ""}
+
+
+def check_request(config: ProfileConfig, out: Path) -> None:
+    """Refuse a directory with traces of other models, drafters or budgets, whether or not any are missing."""
+    from speckv_online.traces import Trace
+
+    wanted = request(config)
+    for folder in sorted({path.parent for path in out.glob("*/*.npz")}):
+        theirs = Trace.load(min(folder.glob("*.npz"))).meta
+        theirs = {"max_new_tokens": theirs.get("max_new_tokens")} | theirs.get("request", {})
+        for name, value in theirs.items():
+            if value != wanted.get(name):
+                said = f"{name} {value!r}, not {wanted.get(name)!r}"
+                raise UserError(f"{folder} holds traces collected with {said}: give another --out")
+
+
+def timed_bytes(out: Path) -> dict[str, int]:
+    """Return the sizes of the files of timed steps: they only ever grow."""
+    return {path.name: path.stat().st_size for path in out.glob("steps-*.jsonl")}
 
 
 def trace_path(out: Path, level: str, prompt_id: str) -> Path:
@@ -156,6 +187,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         "target_fingerprint": fingerprint(pair.target),
         "draft_fingerprint": drafter_fingerprint(pair.drafter),
         "max_new_tokens": config.max_new_tokens,
+        "request": request(config),
         "arithmetic": pair.level.arithmetic(pair.device),
         "software": software(),
     }
@@ -205,20 +237,23 @@ def find_output(
 
 
 def check_same(folder: Path, meta: dict[str, Any]) -> None:
-    """Refuse to mix traces of other models or budgets into a directory."""
+    """Refuse to mix traces of other models or budgets into a directory; another level's have another target."""
     from speckv_online.traces import Trace
 
-    for path in sorted(folder.glob("*.npz"))[:1]:
-        theirs = Trace.load(path).meta
-        for key in ("target_fingerprint", "draft_fingerprint", "max_new_tokens"):
+    for other in sorted({path.parent for path in folder.parent.glob("*/*.npz")}):
+        theirs = Trace.load(min(other.glob("*.npz"))).meta
+        for key in ("draft_fingerprint", "max_new_tokens", *(["target_fingerprint"] if other == folder else [])):
             if theirs.get(key) != meta[key]:
-                raise UserError(f"{folder} holds traces with another {key} ({theirs.get(key)}): give another --out")
+                raise UserError(f"{other} holds traces with another {key} ({theirs.get(key)}): give another --out")
 
 
-def write_tables(config: ProfileConfig, out: Path) -> None:
-    """Write ``cost.json`` and ``steps.csv``, and print a summary."""
+def write_tables(config: ProfileConfig, out: Path, measured: bool) -> None:
+    """Write ``cost.json`` and ``steps.csv``, and print a summary.
+
+    The cost table says where its steps were timed: of a run that timed none, that is what it said before.
+    """
     from speckv_online import manifest
-    from speckv_online.cost import fit_cost
+    from speckv_online.cost import fit_cost, load_cost
     from speckv_online.rundir import read_units
     from speckv_online.step_table import trace_rows, write_rows
     from speckv_online.traces import load_traces
@@ -229,11 +264,21 @@ def write_tables(config: ProfileConfig, out: Path) -> None:
         timed.setdefault(unit.unit.level, []).extend(unit.steps)
     facts = {"hardware": manifest.hardware(), "software": manifest.software(), "git": manifest.git_state()}
     facts["schedule"] = {"threads": config.threads or manifest.cores()}
-    # Without a drafted token there is nothing to say of the cost of drafting: leave the level out.
-    timed = {level: steps for level, steps in timed.items() if any(s.drafted for s in steps)}
-    cost = fit_cost(timed, "measured", manifest.describe(facts), facts)
+    for level, steps in list(timed.items()):
+        # First steps read the prompt and are no data; without a drafted token, nor one without, all times would be one.
+        if len({s.drafted for s in steps if s.step > 0 and s.verify_seconds > 0}) < 2:
+            del timed[level]
+            say(f"{level}: too few timed steps for costs: collect more prompts or tokens, with gamma 0 and others")
+    file = out / "cost.json"
+    source, details = manifest.describe(facts), facts
+    if not measured and file.exists():
+        earlier = load_cost(file)
+        source, details = earlier.source, dict(earlier.details)
+    cost = fit_cost(timed, "measured", source, details)
     if timed:
-        cost.save(out / "cost.json")
+        cost.save(file)
+    elif file.exists():
+        say(f"{file} is of steps that are no longer there")
     rows = trace_rows(traces, config.seed)
     write_rows(out / "steps.csv", rows)
     for line in summary(traces, cost):

@@ -95,7 +95,7 @@ def _check_answers(address: str) -> None:
     import ray
 
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         return
     hosts = [host.strip("[]")]
     if hosts[0] in ("127.0.0.1", "localhost"):  # which Ray takes for the machine's own address

@@ -114,25 +114,28 @@ def run_cells(config: ReplaysConfig, out: Path) -> list[Cell]:
     from tqdm import tqdm
 
     from experiments.folds import Fold, fit_folds
+    from experiments.stream_cells import named_costs
     from speckv_online.contest import Contest
-    from speckv_online.cost import load_cost
     from speckv_online.hindsight import by_level
     from speckv_online.traces import load_traces
 
     splits = () if config.split == "all" else (config.split,)
     pairs = dict(text.split("=", 1) for text in config.traces)
     loaded = {name: load_traces(path, levels=config.levels, splits=splits) for name, path in pairs.items()}
-    tables = [load_cost(spec) for spec in config.costs]
+    cells = [
+        Cell(pair, name, level, Contest(group, table))
+        for pair, traces in loaded.items()
+        for name, table in named_costs(config.costs)
+        for level, group in by_level(traces).items()
+    ]
     folds = [Fold(None)]
     if config.folds:
         # What ships is fitted to one pair and used for all: so are the folds' weights, to the pair named first.
-        folds = fit_folds(next(iter(loaded.values())), config.folds, config.seed, out / "folds")
-    cells = [
-        Cell(pair, table.name, level, Contest(group, table))
-        for pair, traces in loaded.items()
-        for table in tables
-        for level, group in by_level(traces).items()
-    ]
+        first, *others = loaded.values()
+        folds = fit_folds(first, config.folds, config.seed, out / "folds")
+        # No fold was fitted to prompts that this pair does not have.
+        more = {t.prompt_id for traces in others for t in traces} - {t.prompt_id for t in first}
+        folds[0] = Fold(frozenset(more.union(folds[0].prompts or ())), folds[0].defaults)
     seeds = range(config.seed, config.seed + config.orders)
     bar = tqdm(total=len(cells) * len(config.policies), unit="policy", disable=not sys.stderr.isatty(), file=sys.stderr)
     for cell in cells:

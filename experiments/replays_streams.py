@@ -63,7 +63,7 @@ class StreamsConfig:
             raise UserError(f"--costs, --policies and --parts must name at least one; parts are {', '.join(PARTS)}")
         if self.split not in ("train", "test", "all"):
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
-        if not all(text.isdigit() and int(text) > 0 for text in (*self.workers, *self.every)):
+        if not all(text.isdecimal() and int(text) > 0 for text in (*self.workers, *self.every)):
             raise UserError("--workers and --every must be whole numbers above zero")
         counts = ("orders", "streams", "rounds", "steps", "walkers", "processes")
         if min(getattr(self, name) for name in counts) < 1 or self.period < 400:

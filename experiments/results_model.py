@@ -30,7 +30,7 @@ def gamma_of(policy: str) -> int | None:
     name, _, gamma = policy.partition(":")
     if policy == PLAIN:
         return 0
-    return int(gamma) if name == "fixed" and gamma.isdigit() else None
+    return int(gamma) if name == "fixed" and gamma.isdecimal() else None
 
 
 def modelled_calls(units: Sequence[UnitResult]) -> dict[str, dict[str, float]]:

@@ -56,7 +56,7 @@ class ScaleConfig:
         if not self.parts or not set(self.parts) <= set(PARTS) or not self.policies:
             raise UserError(f"--parts and --policies must name at least one; parts are {', '.join(PARTS)}")
         for name, least in (("real", 1), ("workers", 1), ("delays", 0)):
-            if not all(text.isdigit() and int(text) >= least for text in getattr(self, name)) or not getattr(
+            if not all(text.isdecimal() and int(text) >= least for text in getattr(self, name)) or not getattr(
                 self, name
             ):
                 raise UserError(f"--{name} must be whole numbers of at least {least}")

@@ -55,8 +55,10 @@ class SignalsConfig:
     def __post_init__(self) -> None:
         if not self.traces:
             raise UserError("give --traces DIRECTORY, from python -m experiments.profile")
-        if self.folds < 2 or self.seeds < 1:
-            raise UserError("--folds must be at least 2 and --seeds at least 1")
+        if not self.costs:
+            raise UserError("--costs must name at least one")
+        if self.folds < 2 or self.seeds < 1 or self.seed < 0:
+            raise UserError("--folds must be at least 2, --seeds at least 1 and --seed at least 0")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
     from speckv_online.rundir import save_arrays
     from speckv_online.training_acceptance import auc, log_odds, tokens_from_traces
 
+    groups = by_level(traces)
+    contests = {(table.name, level): Contest(group, table) for table in tables for level, group in groups.items()}
     tokens = tokens_from_traces(traces, config.seed)
     folds = split(traces, config.folds, config.seed)
     columns: tuple[set[int], set[int]] = (set(ALWAYS[0]), set(ALWAYS[1]))
@@ -130,15 +134,13 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
                 save_arrays(Path(folder) / f"{i}.npz", arrays)
                 scores[:, inside] = log_odds(arrays, tokens[inside])
             found = {}
-            for table in tables:
-                for level, group in by_level(traces).items():
-                    parts = []
-                    for i, prompts in enumerate(folds):
-                        mine = [t for t in group if t.prompt_id in prompts]
-                        spec = f"goodput:safety=off,acceptance={Path(folder) / f'{i}.npz'}"
-                        parts.append((mine, play(spec, mine, table, range(config.seeds))))
-                    best = Contest(group, table).best
-                    found[table.name, level] = joined(group, parts).goodput / best.goodput
+            for cell, contest in contests.items():
+                parts = []
+                for i, prompts in enumerate(folds):
+                    mine = [t for t in contest.traces if t.prompt_id in prompts]
+                    spec = f"goodput:safety=off,acceptance={Path(folder) / f'{i}.npz'}"
+                    parts.append((mine, play(spec, mine, contest.cost, range(config.seeds))))
+                found[cell] = joined(contest.traces, parts).goodput / contest.best.goodput
             rows.append(Row(name, auc(scores[0], tokens.y) or 0.5, auc(scores[1], tokens.y) or 0.5, found))
             if bar.disable:
                 say(f"{len(rows)} of {len(GROUPS)}: {name}, mean {rows[-1].mean:.3f}")
@@ -172,16 +174,19 @@ def show(rows: Sequence[Row], traces: Sequence[Trace], tables: Sequence[CostTabl
 
 def signals(config: SignalsConfig) -> int:
     """Measure and report."""
-    from speckv_online.cost import load_cost
+    from experiments.stream_cells import named_costs
     from speckv_online.files import write_atomically
+    from speckv_online.rundir import check_writable
     from speckv_online.traces import load_traces
 
+    if config.out:
+        check_writable(Path(config.out).expanduser().parent)
     traces = load_traces(config.traces)
-    tables = [load_cost(spec) for spec in config.costs]
+    tables = [table for _, table in named_costs(config.costs)]
     text = show(measure(traces, tables, config), traces, tables, config)
     print(text)
     if config.out:
-        path = Path(config.out)
+        path = Path(config.out).expanduser()
         write_atomically(path, lambda f: f.write(text))
         print(f"wrote {path}")
     return 0

@@ -58,7 +58,7 @@ class TrainConfig:
             raise UserError(f"--features must be causal or step-mean, got {self.features!r}")
         if self.split not in ("train", "test", "all"):
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
-        if not all(g.isdigit() and 1 <= int(g) <= 16 for g in self.gammas) or not self.gammas:
+        if not all(g.isdecimal() and 1 <= int(g) <= 16 for g in self.gammas) or not self.gammas:
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
         if self.seeds < 1 or self.epochs < 1 or not 1 <= self.holdout <= 90:
             raise UserError("--seeds and --epochs must be at least 1, --holdout from 1 to 90")

@@ -102,6 +102,8 @@ def transfer(config: TransferConfig) -> int:
     check_place(config.doc, "transfer")
     out = Path(config.out).expanduser()
     check_writable(out)
+    images = Path(config.images).expanduser() if config.images else out
+    check_writable(images)
     pairs = {name: load_traces(path) for name, path in (text.split("=", 1) for text in config.traces)}
     cost = load_cost(config.cost)
     found = list(run(config, pairs, cost, out))
@@ -122,7 +124,6 @@ def transfer(config: TransferConfig) -> int:
     )
     text = "\n".join([about, "", *markdown_table(table)]) + "\n"
     write_atomically(out / "transfer.md", lambda f: f.write(text))
-    images = Path(config.images).expanduser() if config.images else out
     write_atomically(images / "transfer.png", lambda f: plot(found, f), binary=True)
     if config.doc:
         insert(Path(config.doc), f"{text}\n![Goodput after what was left out](img/transfer.png)\n", "transfer")
@@ -134,25 +135,31 @@ def run(config: TransferConfig, pairs: dict[str, list[Trace]], cost: CostTable, 
     """Yield what every policy does on everything that was left out."""
     from experiments.folds import fit_weights, split
 
-    all_of = [(pair, trace) for pair, traces in pairs.items() for trace in traces if trace.level in cost.levels]
-    if not all_of:
-        raise UserError(f"the cost table {cost.name!r} has no level of the traces: it has {', '.join(cost.levels)}")
+    all_of = [(pair, trace) for pair, traces in pairs.items() for trace in traces]
+    for level in dict.fromkeys(trace.level for _, trace in all_of):
+        cost.level(level)
     fitted = split([trace for _, trace in all_of], 2, config.seed)[0]
+    plan: list[tuple[str, str, list[Trace], list[Trace]]] = []
     for axis in config.axes:
         kinds = list(dict.fromkeys(_kind(axis, pair, trace) for pair, trace in all_of))
         for kind in kinds if len(kinds) > 1 else ():
             here = [t for pair, t in all_of if _kind(axis, pair, t) == kind and t.prompt_id not in fitted]
             source = [t for pair, t in all_of if _kind(axis, pair, t) != kind and t.prompt_id in fitted]
-            print(f"{axis} {kind}: fitting to {len(source)} traces", file=sys.stderr, flush=True)
-            levels, tasks = sorted({t.level for t in source}), sorted({t.task for t in source})
-            about = {
-                "left_out": {axis: kind},
-                "fitted_to": {"levels": levels, "tasks": tasks, "prompts": sorted(fitted)},
-            }
-            weights = fit_weights(source, config.seed, out / f"{axis}-{kind}", about)
-            for spec in config.policies:
-                print(f"{axis} {kind}: {spec}", file=sys.stderr, flush=True)
-                yield adapt(config, axis, kind, spec, here, cost, weights)
+            if not here or not source:
+                lacking = "to fit to besides it" if here else "of it to play"
+                raise UserError(
+                    f"{axis} {kind}: the {len(fitted)} prompts that are fitted to leave no traces {lacking}: "
+                    f"collect more prompts, or leave {axis} out of --axes"
+                )
+            plan.append((axis, kind, here, source))
+    for axis, kind, here, source in plan:
+        print(f"{axis} {kind}: fitting to {len(source)} traces", file=sys.stderr, flush=True)
+        levels, tasks = sorted({t.level for t in source}), sorted({t.task for t in source})
+        about = {"left_out": {axis: kind}, "fitted_to": {"levels": levels, "tasks": tasks, "prompts": sorted(fitted)}}
+        weights = fit_weights(source, config.seed, out / f"{axis}-{kind}", about)
+        for spec in config.policies:
+            print(f"{axis} {kind}: {spec}", file=sys.stderr, flush=True)
+            yield adapt(config, axis, kind, spec, here, cost, weights)
 
 
 def adapt(

@@ -10,8 +10,8 @@ from policies.base import MAX_GAMMA, PolicyError
 
 #: Numbers of tokens that a verification may have: 1 to 17.
 WIDTHS = MAX_GAMMA + 1
-#: Far above any time: a whole number may be finite and still be too large for a float.
-MOST = 1e300
+#: Seconds that no part of a step takes, and that every verification does.
+MOST, LEAST = 1e9, 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,17 @@ class CostPrior:
     first_draft_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        others = [v for name, v in asdict(self).items() if name != "verify_seconds"]
-        times = (*others, *self.verify_seconds)
-        positive = (*self.verify_seconds, self.weight)
-        if not self.verify_seconds or not all(0 <= t < MOST for t in times) or min(positive) <= 0:
-            wanted = "finite numbers, none below zero, and verify times and a weight above zero"
-            raise PolicyError(f"cost prior needs {wanted}: {self}")
+        numbers = asdict(self)
+        verify = numbers.pop("verify_seconds")
+        if not isinstance(verify, list | tuple) or not verify:
+            raise PolicyError(f"a cost prior's verify_seconds must be a list of numbers, got {verify!r}")
+        for name, value, least in (
+            *((name, value, LEAST if name == "weight" else 0.0) for name, value in numbers.items()),
+            *(("verify_seconds", value, LEAST) for value in verify),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not least <= value < MOST:
+                allowed = f"at least {least:g} and below {MOST:g}"
+                raise PolicyError(f"a cost prior's {name} must be a number, {allowed}, got {value!r:.40}")
 
     def table(self) -> np.ndarray:
         """T_v for widths 1 to 17, shape (17,)."""

@@ -164,6 +164,11 @@ class Contest:
         One per prompt, all of one level.
     cost : CostTable
         Where the seconds come from.
+
+    Raises
+    ------
+    UserError
+        If there are several levels or drafts, a prompt twice, or no costs of the level.
     """
 
     def __init__(self, traces: Sequence[Trace], cost: CostTable) -> None:
@@ -172,6 +177,11 @@ class Contest:
         if len(levels) != 1:
             raise UserError(f"a contest needs traces of one level, got {sorted(levels) or 'none'}")
         self.level = levels.pop()
+        cost.level(self.level)
+        drafts = {str(t.meta.get("draft_fingerprint", "")) for t in self.traces}
+        if len(drafts) > 1 or len({t.prompt_id for t in self.traces}) < len(self.traces):
+            what = f"of {len(drafts)} drafts" if len(drafts) > 1 else "of a prompt more than once"
+            raise UserError(f"there are traces {what} at {self.level}: name the folder of one pair's only")
 
     def fixed(self, gamma: int) -> Score:
         """A fixed gamma."""

@@ -19,13 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from policies.base import reason
+from policies.base import PolicyError, reason
 from policies.cost_prior import WIDTHS, CostPrior
 from speckv_online.errors import UserError
 from speckv_online.files import write_atomically
 from speckv_online.records import StepRecord
 
 FORMAT, VERSION = "speckv-cost", 1
+#: Share of its time in the table that a verification takes at least, however short the context: a slope that was fitted
+#: to long ones says nothing of those.
+LEAST = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class LevelCost(CostPrior):
         """
         verify, paid = self.verify_seconds[drafted], drafted if forwards is None else forwards
         if context is not None:
-            verify += self.context_seconds * (context - self.context_length)
+            verify = max(verify + self.context_seconds * (context - self.context_length), LEAST * verify)
         return self.draft_seconds * paid + self.first_draft_seconds * min(paid, 1) + verify + self.overhead_seconds
 
 
@@ -85,8 +88,10 @@ class CostTable:
         try:
             return self.levels[name]
         except KeyError:
-            known = ", ".join(self.levels)
-            raise UserError(f"cost table {self.name!r} has no level {name!r}; it has {known}") from None
+            known = ", ".join(self.levels) or "none at all"
+            raise UserError(
+                f"cost table {self.name!r} has no level {name!r}; it has {known}: give --levels, or another table"
+            ) from None
 
     def save(self, path: str | Path) -> Path:
         """Write the table as JSON."""
@@ -123,9 +128,14 @@ def load_cost(spec: str | Path) -> CostTable:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"expected {FORMAT} version {VERSION}")
-        levels = {name: LevelCost(**numbers) for name, numbers in document["levels"].items()}
+        levels = {}
+        for name, numbers in document["levels"].items():
+            try:
+                levels[name] = LevelCost(**numbers)
+            except (PolicyError, TypeError) as error:
+                raise ValueError(f"at {name}, {error}") from None
         return CostTable(document["name"], levels, document.get("source", ""), document.get("details", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a cost table: {reason(error)}; write one with python -m experiments.profile"
         ) from error

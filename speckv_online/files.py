@@ -23,6 +23,7 @@ UNREADABLE = (
     TypeError,
     AttributeError,
     EOFError,
+    RecursionError,
     zlib.error,
     zipfile.BadZipFile,
 )

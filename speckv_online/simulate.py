@@ -16,7 +16,7 @@ import numpy as np
 from policies.base import MAX_GAMMA, Outcome, Policy
 from policies.fixed import Fixed
 from policies.guard import FaultGuard
-from speckv_online.cost import CostTable, LevelCost
+from speckv_online.cost import LEAST, CostTable, LevelCost
 from speckv_online.errors import UserError
 from speckv_online.signals import History
 from speckv_online.traces import Trace
@@ -168,6 +168,8 @@ class Simulator:
             paid, reached = forwards[t][proposed], read[t][proposed]
             draft_seconds = first + t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
             verify_seconds = t_v[k] + slope * (context.context_length - usual)
+            if verify_seconds < LEAST * t_v[k]:
+                verify_seconds = LEAST * t_v[k]
             seconds = draft_seconds + verify_seconds + t_0
             tested = n if whole or n == k else n + 1
             outcome = Outcome(
@@ -218,9 +220,11 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
     j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
     tested = np.where(at + n == length, n, np.minimum(n + 1, k))
     paid, read = trace.forwards[at, j], trace.read[at, j]
-    seconds = cost.draft_seconds * paid + cost.first_draft_seconds * (paid > 0)
-    seconds += cost.overhead_seconds + np.array(cost.verify_seconds)[k]
-    seconds += cost.context_seconds * (len(trace.prompt) + at - cost.context_length)
+    verify = np.array(cost.verify_seconds)[k]
+    seconds = cost.draft_seconds * paid + cost.first_draft_seconds * (paid > 0) + cost.overhead_seconds
+    seconds += np.maximum(
+        verify + cost.context_seconds * (len(trace.prompt) + at - cost.context_length), LEAST * verify
+    )
     if cost.catch_up_seconds and trace.reads:
         seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), paid, read, n, produced))
     return Replay(at, gamma[at], k, n, tested, produced, j, seconds)

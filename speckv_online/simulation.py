@@ -58,14 +58,11 @@ def run(arguments: Any) -> None:
     cost = load_cost(_cost_file(arguments.traces) if arguments.cost == MEASURED else arguments.cost)
     if arguments.out:
         check_writable(Path(arguments.out))
-    contests: list[tuple[Contest, list[Score]]] = []
-    for level, group in by_level(traces).items():
-        contest = Contest(group, cost)
-        scores = []
+    contests: list[tuple[Contest, list[Score]]] = [(Contest(group, cost), []) for group in by_level(traces).values()]
+    for contest, scores in contests:
         for spec in arguments.policies:
-            say(f"{level}: {spec}, {arguments.seeds} x {len(group)} traces")
-            scores.append(play(spec, group, cost, range(arguments.seeds)))
-        contests.append((contest, scores))
+            say(f"{contest.level}: {spec}, {arguments.seeds} x {len(contest.traces)} traces")
+            scores.append(play(spec, contest.traces, cost, range(arguments.seeds)))
     rows = [row for contest, scores in contests for row in _rows(contest, scores)]
     facts = {"seconds": "modelled", "cost": {"name": cost.name, "source": cost.source}, "seeds": arguments.seeds}
     document = json.dumps(facts | {"traces": len(traces), "rows": rows})

@@ -171,7 +171,7 @@ def _stage(folder: Path, settings: dict[str, Any], more: Sequence[str]) -> None:
         source = found.submodule_search_locations[0]
         shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     prompts = str(settings.get("prompts", ""))
-    if prompts and not prompts.isdigit() and prompts.lower() not in PACKAGED:
+    if prompts and not prompts.isdecimal() and prompts.lower() not in PACKAGED:
         # As experiments.compare would read it: from where the user is.
         _copy(Path(prompts), folder / "prompts.jsonl")
         settings = settings | {"prompts": "prompts.jsonl"}

@@ -133,6 +133,10 @@ class Trace:
 
     def check(self) -> None:
         """Raise ValueError where shapes or values contradict each other."""
+        kinds = dict.fromkeys(("level", "task", "prompt_id", "split"), str) | {"budget": int, "meta": dict}
+        for name, kind in kinds.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which is no {kind.__name__}")
         length, gamma = self.drafts.shape if self.drafts.ndim == 2 else (-1, -1)
         shapes = {"prompt": (len(self.prompt),), "tokens": (length,), "drafts": (length, gamma)}
         shapes |= {"accepted": (length,), "signals": (length, gamma, N_SIGNALS)}
@@ -180,7 +184,10 @@ class Trace:
         except FileNotFoundError:
             raise UserError(f"no trace file {path}: collect one with python -m experiments.profile") from None
         except UNREADABLE as error:
-            raise UserError(f"{path} is not a usable trace: {reason(error)}; collect it again") from error
+            raise UserError(
+                f"{path} is not a usable trace: {reason(error)}; delete it, and collect it again with "
+                "python -m experiments.profile and the settings of the others"
+            ) from error
         return trace
 
 
@@ -199,7 +206,9 @@ def load_traces(source: str | Path, *, levels: Collection[str] = (), splits: Col
     kept = [t for t in traces if (not levels or t.level in levels) and (not splits or t.split in splits)]
     if not kept:
         wanted = " ".join([*levels, *splits]) or "any kind"
-        raise UserError(f"no traces of {wanted} in {source}: collect some with python -m experiments.profile")
+        there = sorted({f"{t.level} of the split {t.split or 'none'}" for t in traces})
+        found = f"it has {', '.join(there)}" if there else "collect some with python -m experiments.profile"
+        raise UserError(f"no traces of {wanted} in {source}: {found}")
     return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,19 @@ def test_a_policy_is_told_the_costs(traces: list[Trace]) -> None:
     assert {t.level for t in traces} == {"nf4"}
     policy = prepared("leviathan", COST, ["nf4"], 0)
     assert policy.costs.level("nf4").draft == pytest.approx(0.01)
+
+
+def test_what_is_no_contest_is_refused_at_once(traces: list[Trace]) -> None:
+    nf4 = [t for t in traces if t.level == "nf4"]
+    with pytest.raises(UserError, match="no level 'nf4'; it has int8: give --levels"):
+        Contest(nf4, CostTable("test", {"int8": LEVEL}))
+    with pytest.raises(UserError, match="has no level 'nf4'; it has none at all"):
+        Contest(nf4, CostTable("test", {}))
+    with pytest.raises(UserError, match="traces of a prompt more than once at nf4"):
+        Contest([*nf4, nf4[0]], COST)
+    other = replace(nf4[0], meta={"draft_fingerprint": "another"})
+    with pytest.raises(UserError, match="traces of 2 drafts at nf4"):
+        Contest([*nf4[1:], other], COST)
 
 
 def test_scores_of_disjoint_prompts_join(traces: list[Trace]) -> None:

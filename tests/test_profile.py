@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,8 +112,47 @@ def test_other_models_are_not_mixed_in(
     other = arguments(tiny_pair, prompts, out)
     other[other.index("--draft") + 1] = str(tiny_pair.target_dir)
     assert main(other) == 2
+    assert "fp32 holds traces collected with draft 'draft', not 'target': give another --out" in capsys.readouterr().err
+    # Another model of the same name is told by its weights.
+    copied = shutil.copytree(tiny_pair.target_dir, tmp_path / "copied" / "draft")
+    other[other.index("--draft") + 1] = str(copied)
+    assert main(other) == 2
     assert "another draft_fingerprint" in capsys.readouterr().err
     assert len(load_traces(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max-new-tokens", "10"], "max_new_tokens 20, not 10"),
+        (["--drafter", "hybrid"], "drafter 'model', not 'hybrid'"),
+        (["--levels", "bf16", "--drafter", "hybrid"], "drafter 'model', not 'hybrid'"),
+    ],
+)
+def test_other_settings_are_refused_also_where_nothing_is_missing(
+    tiny_pair: TinyPair, prompts: Path, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(tiny_pair, prompts, out)) == 0
+    assert main(arguments(tiny_pair, prompts, out, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert {t.level for t in load_traces(out)} == {"fp32"}
+
+
+def test_costs_say_where_they_were_measured(
+    tiny_pair: TinyPair, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that times nothing changes nothing but what it fits; too few steps give no costs at all."""
+    out = tmp_path / "out"
+    assert main(arguments(tiny_pair, prompts, out)) == 0
+    before = load_cost(out / "cost.json")
+    assert main(arguments(tiny_pair, prompts, out, "--threads", "2")) == 0
+    assert load_cost(out / "cost.json") == before
+    assert before.details["schedule"] == {"threads": 1}
+    few = arguments(tiny_pair, prompts, tmp_path / "few", "--max-new-tokens", "2", "--gammas", "16")
+    assert main(few) == 0
+    assert "fp32: too few timed steps for costs" in capsys.readouterr().err
+    assert not (tmp_path / "few" / "cost.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +161,8 @@ def test_other_models_are_not_mixed_in(
         (["--levels", "fp17"], "fp17"),
         (["--split", "dev"], "train, test or all"),
         (["--gammas", "1,17"], "from 0 to 16"),
+        (["--gammas", "²"], "from 0 to 16"),
+        (["--prompts", "²"], "²"),
         (["--max-new-tokens", "0"], "at least 1"),
         (["--reuse", "nowhere"], "no such directory"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from experiments.transfer import main as transfer
 from policies.base import State
 from policies.registry import make_policy
 from speckv_online.cost import RTX3090_RELEASE as COST
+from speckv_online.cost import CostTable, LevelCost
 from speckv_online.errors import UserError
 from tests.trace_env import random_traces, save
 
@@ -126,6 +128,22 @@ def test_transfer_leaves_each_level_out_in_turn(tmp_path: Path, capsys: pytest.C
     assert "steps, warm start" in capsys.readouterr().out
     assert transfer([*flags, "--axes", "pair", "--out", str(out)]) == 2
     assert "nothing can be left out" in capsys.readouterr().err
+
+
+def test_transfer_refuses_at_once_what_it_could_not_finish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = random_traces(6, ("nf4", "int8"))
+    lonely = [replace(t, task="alone" if t.prompt_id == traces[0].prompt_id else "others") for t in traces]
+    folder, out = save(lonely, tmp_path / "traces"), tmp_path / "out"
+    half = CostTable("half", {"nf4": LevelCost(0.01, (0.1,))}).save(tmp_path / "half.json")
+    for more, said in (
+        (["--axes", "level,task"], "task alone: the 3 prompts that are fitted to leave no traces"),
+        (["--axes", "level", "--cost", str(half)], "no level 'int8'; it has nf4"),
+        (["--axes", "level", "--images", "/proc/nowhere"], "/proc/nowhere"),
+    ):
+        assert transfer(["--traces", f"made={folder}", "--orders", "1", "--out", str(out), *more]) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert "fitting" not in told
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ import pytest
 from experiments import signals
 from policies.hazard import Hazard
 from policies.step_features import AFTER, BEFORE
+from speckv_online.cost import CostTable, LevelCost
 from speckv_online.training_acceptance import tokens_from_traces
 from tests.made_traces import made_trace
 
@@ -39,5 +40,13 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = [line for line in out.read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(signals.GROUPS)
     assert all(0.0 < float(cell) < 3.0 for line in table[2:] for cell in line.split("|")[2:-1])
-    assert signals.main(["--folds", "2"]) == 2
-    assert "give --traces" in capsys.readouterr().err
+    cost = CostTable("rtx3090-release", {"nf4": LevelCost(0.01, (0.1,))}).save(tmp_path / "cost.json")
+    for flags, said in (
+        ([], "give --traces"),
+        (["--traces", str(tmp_path), "--costs", ","], "--costs must name at least one"),
+        (["--traces", str(tmp_path), "--seed", "-1"], "--seed at least 0"),
+        (["--traces", str(tmp_path), "--costs", f"rtx3090-release,{cost}"], "two cost tables have the same name"),
+        (["--traces", str(tmp_path), "--out", "/proc/nowhere/signals.md"], "/proc/nowhere"),
+    ):
+        assert signals.main([*flags, "--folds", "2"]) == 2
+        assert said in capsys.readouterr().err

@@ -28,6 +28,7 @@ from speckv_online.traces import Trace, agreement
 from tests.conftest import perturbed, tiny_llama
 
 PROMPTS = ([5, 17, 101, 44, 44, 17, 101, 9], [33])
+NAN = float("nan")
 LEVEL = LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, catch_up_seconds=1e-3, first_draft_seconds=0.004)
 COST = CostTable("test", {"fp32": LEVEL})
 
@@ -188,6 +189,13 @@ def test_replay_needs_a_level_and_long_enough_drafts() -> None:
         Simulator(Fixed(), COST).replay(short)
 
 
+class Asked(Fixed):
+    """A fixed gamma that is asked at every step."""
+
+    def decide(self, context: Context) -> Decision:
+        return super().decide(context)
+
+
 def brute_force(trace: Trace, cost: LevelCost) -> float:
     """Least seconds over all sequences of gammas of a short trace."""
     plans = (np.array(gammas) for gammas in itertools.product(range(4), repeat=len(trace)))
@@ -269,6 +277,20 @@ def test_a_cost_table_is_recovered_from_noisy_steps() -> None:
     np.testing.assert_allclose(cost.verify_seconds, want, rtol=0.05)
 
 
+def test_a_step_takes_time_however_short_the_context() -> None:
+    """A slope that was fitted to long contexts would have short ones take less than none."""
+    cost = LevelCost(0.01, (0.05, 0.06), 0.002, 1e-3, 500)
+    table = CostTable("test", {"fp32": cost})
+    trace = made([1, 0, 2, 0, 0, 0])
+    for gamma in (0, 2):
+        replay = Simulator(Asked(gamma=gamma), table).replay(trace)
+        least = 0.002 + 0.1 * np.array(cost.verify_seconds)[replay.drafted] + 0.01 * replay.drafted
+        np.testing.assert_allclose(replay.seconds, least)
+        np.testing.assert_allclose(replay_fixed(trace, gamma, cost).seconds, least)
+    assert cost.seconds(1, context=10) == pytest.approx(0.002 + 0.01 + 0.006)
+    assert clairvoyant([trace], table)["fp32"].goodput <= fastest([trace], table)["fp32"].goodput * (1 + 1e-12)
+
+
 @pytest.mark.parametrize(
     ("draft", "first", "each"),
     [
@@ -303,9 +325,25 @@ def test_cost_files(tmp_path: Path) -> None:
     del document["levels"]["fp32"]["first_draft_seconds"]  # as files were before that was told apart
     path.write_text(json.dumps(document))
     assert load_cost(path).level("fp32") == replace(LEVEL, first_draft_seconds=0.0)
-    wrong = [{"draft_seconds": -1, "verify_seconds": [1]}, {"draft_seconds": 1, "verify_seconds": [10**400]}]
-    for change in ({"version": 2}, *({"levels": {"fp16": level}} for level in wrong), {"levels": [1]}):
-        path.write_text(json.dumps(document | change))
+    wrong = {
+        "draft_seconds must be a number, at least 0 and below 1e+09, got -1": {"draft_seconds": -1},
+        "verify_seconds must be a number, at least 1e-12 and below 1e+09, got 1000": {"verify_seconds": [10**400]},
+        "verify_seconds must be a number, at least 1e-12 and below 1e+09, got 1e-320": {"verify_seconds": [1e-320]},
+        "verify_seconds must be a list of numbers, got 1": {"verify_seconds": 1},
+        "first_draft_seconds must be a number, at least 0 and below 1e+09, got nan": {
+            "first_draft_seconds": float("nan")
+        },
+        "first_draft_seconds must be a number, at least 0 and below 1e+09, got '0.1'": {"first_draft_seconds": "0.1"},
+        "overhead_seconds must be a number, at least 0 and below 1e+09, got True": {"overhead_seconds": True},
+    }
+    for said, change in wrong.items():
+        level = {"draft_seconds": 1.0, "verify_seconds": [1.0]} | change
+        path.write_text(json.dumps(document | {"levels": {"nf4": level}}))
+        with pytest.raises(UserError, match="not a cost table: at nf4, a cost prior's ") as caught:
+            load_cost(path)
+        assert said in str(caught.value)
+    for text in (json.dumps(document | {"version": 2}), json.dumps(document | {"levels": [1]}), "[" * 100_000):
+        path.write_text(text)
         with pytest.raises(UserError, match="not a cost table"):
             load_cost(path)
     with pytest.raises(UserError, match="no timed steps"):

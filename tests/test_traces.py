@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +158,30 @@ def test_readers_name_the_file_and_the_reason(saved: tuple[Trace, Path], damage:
     with pytest.raises(UserError, match=reason) as error:
         Trace.load(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"level": ["a"]}, "level is"),
+        ({"task": 1}, "task is 1"),
+        ({"meta": None}, "meta is None"),
+        ({"budget": 16.5}, "budget is 16.5"),
+    ],
+)
+def test_heads_of_other_types_are_refused(saved: tuple[Trace, Path], head: dict[str, Any], said: str) -> None:
+    trace, path = saved
+    broken = replace(trace, **head)
+    broken.save(path.with_name("broken.npz"))
+    with pytest.raises(UserError, match="delete it, and collect it again") as caught:
+        Trace.load(path.with_name("broken.npz"))
+    assert said in str(caught.value)
+
+
+def test_what_there_is_instead_is_said(saved: tuple[Trace, Path]) -> None:
+    trace, path = saved
+    with pytest.raises(UserError, match=f"no traces of int3 nowhere in .*: it has {trace.level} of the split"):
+        load_traces(path, levels=["int3"], splits=["nowhere"])
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class BatchConfig:
     json: bool = option(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
-        if not self.sizes or not all(n.isdigit() and 1 <= int(n) <= MAX_BATCH for n in self.sizes):
+        if not self.sizes or not all(n.isdecimal() and 1 <= int(n) <= MAX_BATCH for n in self.sizes):
             raise UserError(f"--sizes must be from 1 to {MAX_BATCH}, got {','.join(self.sizes)}")
 
 

@@ -45,7 +45,7 @@ class BenchConfig:
     json: bool = option(False, "print JSON instead of tables")
 
     def __post_init__(self) -> None:
-        if not self.gammas or not all(g.isdigit() and 1 <= int(g) <= 16 for g in self.gammas):
+        if not self.gammas or not all(g.isdecimal() and 1 <= int(g) <= 16 for g in self.gammas):
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
         if self.prompts < 1 or self.max_new_tokens < 1:
             raise UserError("--prompts and --max-new-tokens must be at least 1")

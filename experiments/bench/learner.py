@@ -52,7 +52,7 @@ class BenchConfig:
     json: bool = option(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
-        if not self.policies or not all(text.isdigit() and int(text) > 0 for text in self.outcomes or ("",)):
+        if not self.policies or not all(text.isdecimal() and int(text) > 0 for text in self.outcomes or ("",)):
             raise UserError("--policies must name at least one, --outcomes whole numbers above zero")
         if self.workers < 1 or not self.seconds > 0:
             raise UserError("--workers must be at least 1, --seconds above zero")
