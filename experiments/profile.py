@@ -60,6 +60,8 @@ class ProfileConfig:
         for name, least in (("max_new_tokens", 1), ("threads", 0), ("limit", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.threads > 1024:
+            raise UserError(f"--threads must be at most 1024, got {self.threads}")
         parse_drafter(self.drafter).check_models(self.target, self.draft)
         if not self.levels:
             raise UserError("--levels is empty: name at least one")

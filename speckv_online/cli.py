@@ -102,8 +102,8 @@ def generate(arguments: argparse.Namespace) -> None:
     """Run ``speckv generate``."""
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    if arguments.threads < 0:
-        raise UserError(f"--threads must be at least 1, or 0 for torch's choice, got {arguments.threads}")
+    if not 0 <= arguments.threads <= 1024:
+        raise UserError(f"--threads must be from 1 to 1024, or 0 for torch's choice, got {arguments.threads}")
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text to --prompt")

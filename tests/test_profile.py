@@ -162,6 +162,7 @@ def test_costs_say_where_they_were_measured(
         (["--split", "dev"], "train, test or all"),
         (["--gammas", "1,17"], "from 0 to 16"),
         (["--gammas", "²"], "from 0 to 16"),
+        (["--threads", "100000"], "at most 1024"),
         (["--prompts", "²"], "²"),
         (["--max-new-tokens", "0"], "at least 1"),
         (["--reuse", "nowhere"], "no such directory"),
