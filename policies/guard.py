@@ -177,11 +177,11 @@ class FaultGuard(Wrapper):
         # A stalled decision was counted when it was made.
         if outcome.policy_seconds > self.stall_seconds and not self._sit_out:
             self._stall(f"a step's calls took longer than {self.stall_seconds} s")
-        if not isfinite(np.add.reduce(outcome.signals, axis=None)):
-            self._fault("signals that are no numbers", "a step's signals are no numbers: it teaches nothing")
-            return
         try:
-            self.policy.learn(decision, outcome)
+            if isfinite(np.add.reduce(outcome.signals, axis=None)):
+                self.policy.learn(decision, outcome)
+            else:
+                self._fault("signals that are no numbers", "such a step teaches nothing")
         except Exception as error:
             self._fault("learn raised", error)
 
