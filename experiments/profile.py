@@ -130,16 +130,21 @@ def request(config: ProfileConfig) -> dict[str, Any]:
 
 def check_request(config: ProfileConfig, out: Path) -> None:
     """Refuse a directory with traces of other models, drafters or budgets, whether or not any are missing."""
-    from speckv_online.traces import Trace
-
     wanted = request(config)
-    for folder in sorted({path.parent for path in out.glob("*/*.npz")}):
-        theirs = Trace.load(min(folder.glob("*.npz"))).meta
-        theirs = {"max_new_tokens": theirs.get("max_new_tokens")} | theirs.get("request", {})
+    for folder, meta in collected(out):
+        theirs = {"max_new_tokens": meta.get("max_new_tokens")} | meta.get("request", {})
         for name, value in theirs.items():
             if value != wanted.get(name):
                 said = f"{name} {value!r}, not {wanted.get(name)!r}"
                 raise UserError(f"{folder} holds traces collected with {said}: give another --out")
+
+
+def collected(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield each level's folder with what one of its traces says of where it comes from."""
+    from speckv_online.traces import Trace
+
+    for folder in sorted({path.parent for path in out.glob("*/*.npz")}):
+        yield folder, Trace.load(min(folder.glob("*.npz"))).meta
 
 
 def timed_bytes(out: Path) -> dict[str, int]:
@@ -239,12 +244,9 @@ def find_output(
 
 
 def check_same(folder: Path, meta: dict[str, Any]) -> None:
-    """Refuse to mix traces of other models or budgets into a directory; another level's have another target."""
-    from speckv_online.traces import Trace
-
-    for other in sorted({path.parent for path in folder.parent.glob("*/*.npz")}):
-        theirs = Trace.load(min(other.glob("*.npz"))).meta
-        for key in ("draft_fingerprint", "max_new_tokens", *(["target_fingerprint"] if other == folder else [])):
+    """Refuse to mix traces of models with other weights into a directory; another level's have another target."""
+    for other, theirs in collected(folder.parent):
+        for key in ("draft_fingerprint", "target_fingerprint") if other == folder else ("draft_fingerprint",):
             if theirs.get(key) != meta[key]:
                 raise UserError(f"{other} holds traces with another {key} ({theirs.get(key)}): give another --out")
 
