@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,8 +277,9 @@ def write_tables(config: ProfileConfig, out: Path, measured: bool) -> None:
     file = out / "cost.json"
     source, details = manifest.describe(facts), facts
     if not measured and file.exists():
-        earlier = load_cost(file)
-        source, details = earlier.source, dict(earlier.details)
+        with suppress(UserError):  # what is no table says nothing
+            earlier = load_cost(file)
+            source, details = earlier.source, dict(earlier.details)
     cost = fit_cost(timed, "measured", source, details)
     if timed:
         cost.save(file)

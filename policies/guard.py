@@ -111,6 +111,7 @@ class FaultGuard(Wrapper):
         self.faults: Counter[str] = Counter()
         self._own_id = 0
         self._sit_out, self._penalty = 0, 1
+        self._slow = 0  # id of the latest decision that stalled
 
     def decide(self, context: Context) -> Decision:
         if self._sit_out:
@@ -130,6 +131,7 @@ class FaultGuard(Wrapper):
             self._fault("decide raised", error)
             return self._fallback(context)
         if perf_counter() - started > self.stall_seconds:
+            self._slow = decision.id
             self._stall(f"deciding took longer than {self.stall_seconds} s")
         return decision if fine else self._fallback(context)
 
@@ -175,7 +177,7 @@ class FaultGuard(Wrapper):
         if decision.id < 0:
             return
         # A stalled decision was counted when it was made.
-        if outcome.policy_seconds > self.stall_seconds and not self._sit_out:
+        if outcome.policy_seconds > self.stall_seconds and decision.id != self._slow:
             self._stall(f"a step's calls took longer than {self.stall_seconds} s")
         try:
             if isfinite(np.add.reduce(outcome.signals, axis=None)):

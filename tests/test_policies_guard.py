@@ -142,6 +142,15 @@ def test_calls_that_are_slow_after_the_decision_count_too() -> None:
     assert guard.decide(Context()).id > 0
 
 
+def test_a_slow_decision_counts_once_in_a_batch_too() -> None:
+    """Another row sits out in its place before its outcome is known."""
+    guard = FaultGuard(Odd(lambda: time.sleep(0.02) or 2), stall_seconds=0.005)
+    slow = guard.decide(Context())
+    assert guard.decide(Context()).id < 0
+    guard.learn(slow, Outcome(2, 2, 2, 3, policy_seconds=0.02))
+    assert guard.faults["stalled"] == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_signals_that_are_no_numbers_teach_nothing(bad: float) -> None:
     policy = Odd()

@@ -149,6 +149,9 @@ def test_costs_say_where_they_were_measured(
     assert main(arguments(tiny_pair, prompts, out, "--threads", "2")) == 0
     assert load_cost(out / "cost.json") == before
     assert before.details["schedule"] == {"threads": 1}
+    (out / "cost.json").write_text("{")  # damaged: made anew
+    assert main(arguments(tiny_pair, prompts, out)) == 0
+    assert load_cost(out / "cost.json").levels == before.levels
     few = arguments(tiny_pair, prompts, tmp_path / "few", "--max-new-tokens", "2", "--gammas", "16")
     assert main(few) == 0
     assert "fp32: too few timed steps for costs" in capsys.readouterr().err
