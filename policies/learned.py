@@ -37,7 +37,7 @@ class CostAware(Policy):
     guarded: ClassVar[bool] = False
     #: False where what was learnt does not add up over workers: then nothing is handed out, costs neither.
     shares: ClassVar[bool] = True
-    #: What every delta of the policy holds besides sums of costs; empty where there is nothing else to hand out.
+    #: What every delta of the policy holds besides sums of costs; others' deltas are told by its absence.
     delta_key: ClassVar[str] = ""
 
     def __init__(
@@ -102,7 +102,8 @@ class CostAware(Policy):
 
     def merge(self, delta: State) -> None:
         own = [key for key in delta if not key.startswith("cost.")]
-        if delta and (self.delta_key not in own if self.delta_key else own):
+        alone = type(self).take_delta is CostAware.take_delta  # there is nothing but costs to hand out
+        if delta and (self.delta_key not in own if self.delta_key else own and alone):
             raise PolicyError(f"this is no delta of {type(self).__name__}: merge deltas of the same policy only")
         if self.shares:
             self.costs.merge(delta)

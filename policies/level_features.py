@@ -27,7 +27,7 @@ def level_bits(level: str) -> float:
     if name in BITS:
         return BITS[name]
     method, _, arguments = name.partition(":")
-    types = r"=\W*u?(?:int|float|fp|nf)(\d+)"
+    types = r"(?:^|=)\W*[uq]?(?:int|float|fp|nf)(\d+)"
     for text, pattern in ((arguments, r"bits?=(\d+)"), (method, r"(\d+)"), (arguments, types)):
         found = [int(b) for b in re.findall(pattern, text) if 1 <= int(b) <= 64]
         if found:

@@ -201,9 +201,9 @@ def _draft_line(forwards: np.ndarray, draft: np.ndarray) -> tuple[float, float]:
     medians, weights = np.array([np.median(draft[forwards == n]) for n in j]), counts / j
     centre, middle = np.average(j, weights=weights), np.average(medians, weights=weights)
     spread = weights @ (j - centre) ** 2
-    t_d = float(weights @ ((j - centre) * (medians - middle)) / spread) if spread else 0.0
+    t_d = float(weights @ ((j - centre) * (medians - middle)) / spread) if len(j) > 1 else 0.0
     once = float(middle - t_d * centre)
-    if not spread or once < 0.0:  # neither may be below zero
+    if len(j) < 2 or once < 0.0:  # neither may be below zero
         return 0.0, float(weights @ (j * medians) / (weights @ j**2))
     return (once, t_d) if t_d > 0.0 else (float(middle), 0.0)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.base import Outcome, PolicyError
+from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.cost import CostModel, CostPrior
 from policies.cost_prior import VAGUE
+from policies.learned import CostAware
 from policies.level_cost import LevelCosts
 
 
@@ -240,3 +241,14 @@ def test_level_names_with_dots_survive() -> None:
 def test_bad_priors_are_refused(bad: tuple[float, tuple[float, ...]]) -> None:
     with pytest.raises(PolicyError, match="cost prior"):
         CostPrior(*bad)
+
+
+def test_policies_of_ones_own_may_add_sums_to_the_costs() -> None:
+    class Mine(CostAware):
+        def decide(self, context: Context) -> Decision:
+            return Decision(self.new_id(), 2)
+
+        def take_delta(self) -> State:
+            return {"mine": np.array(1.0)} | super().take_delta()
+
+    Mine().merge(Mine().take_delta())

@@ -36,6 +36,8 @@ def test_all_levels_have_bits(name: str) -> None:
         ("torchao:quant_type=int4_weight_only", 4),
         ("aqlm:nbits_per_codebook=16", 4),
         ("awq:w_bit=3", 3),
+        ("quanto:weights=qint8", 8),
+        ("torchao:int8_weight_only", 8),
         ("mystery", 16),
         ("", 16),
     ],

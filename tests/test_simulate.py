@@ -311,6 +311,13 @@ def test_the_drafts_line_by_hand(draft: dict[int, float], first: float, each: fl
     assert (cost.first_draft_seconds, cost.draft_seconds) == pytest.approx((first, each), abs=1e-12)
 
 
+@pytest.mark.parametrize("k", range(1, 17))
+def test_drafts_of_one_length_share_their_time_evenly(k: int) -> None:
+    for count in (1, 34, 68, 599):
+        cost = fit_level([step(k, 10, 0.01 * k, 0.1)] * count)
+        assert (cost.first_draft_seconds, cost.draft_seconds) == pytest.approx((0.0, 0.01), abs=1e-12)
+
+
 def test_cost_files(tmp_path: Path) -> None:
     path = COST.save(tmp_path / "cost.json")
     assert load_cost(path) == COST
