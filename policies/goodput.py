@@ -108,7 +108,6 @@ class Goodput(CostAware):
     summary = "stops token by token where predicted acceptance no longer pays for the measured seconds; learns both"
     learns = True
     guarded: ClassVar[bool] = True
-    delta_key: ClassVar[str] = "before.head.sums"
 
     def __init__(
         self,

@@ -214,6 +214,8 @@ class Hazard:
 
     def merge(self, delta: State) -> None:
         """Add sums that another copy handed out."""
+        if delta and "before.head.sums" not in delta:
+            raise PolicyError("the delta holds no sums of acceptance: merge deltas of the same policy only")
         check_start(delta, "hazard.start", self._start)
         self._linearise()
         for name, head in zip(HEADS, self.heads, strict=True):
