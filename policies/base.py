@@ -163,6 +163,9 @@ class Outcome:
     forwards : int
         Tokens that took a forward of the draft model, also those that the policy dropped again: what the draft seconds
         paid for. By default all of ``drafted``.
+    exhausted : bool
+        True if the drafter had nothing more to propose after these tokens, so that a longer draft would have been the
+        same: lookups end like that, models never do.
     policy_seconds : float
         What the policy itself took of ``seconds``: to decide, and to learn from the step before. Zero where nobody
         looked at a clock, as in replays.
@@ -182,6 +185,7 @@ class Outcome:
     drafter: str = ""
     forwards: int = -1
     policy_seconds: float = 0.0
+    exhausted: bool = False
 
     def __post_init__(self) -> None:
         if self.forwards < 0:

@@ -15,6 +15,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 class ArmLabels:
     """Acceptance rates accepted / gamma of arms, from a step that drafted k and accepted n.
 
+    Where the drafter had nothing more to propose, larger arms would have accepted n too, as after a rejection.
+
     ``played`` labels the arms up to k: min(n, g) / g. ``one_sided`` adds the larger ones after a rejection: n / g. As
     they are left out when nothing was rejected, their rates look lower than they are, and the more so the shorter the
     drafts. ``imputed`` puts that right: with all k accepted, a larger arm's label is what is known plus what a run of
@@ -50,7 +52,7 @@ class ArmLabels:
         """
         n = outcome.accepted
         y: np.ndarray = self._known[n]
-        if outcome.rejected:
+        if outcome.rejected or (outcome.exhausted and outcome.produced > n):
             return self.first, self._count[outcome.drafted if self.mode == "played" else MAX_GAMMA], y
         stop = self._count[n]
         if self.mode == "imputed" and n == outcome.drafted and outcome.produced > n and stop < len(y):

@@ -44,8 +44,8 @@ KEEP = 0.98
 #: The j-th probe of a baseline comes at step PROBE * j^2; later by the square of how many times CLOSE of the best rate
 #: it is behind, up to FAR times, as so many fewer probes tell the two rates apart.
 PROBE, CLOSE, FAR = 16, 0.1, 4.0
-#: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the share of its tokens that
-#: take a forward.
+#: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the shares of its tokens
+#: that take a forward, and that the drafter has at all.
 LOCAL, SHARE = 0.2, 0.02
 #: Share of its estimated tokens that the fixed gamma should make.
 FAIR = 0.75
@@ -66,8 +66,8 @@ class _Ledger:
         # Worth two steps at acceptance one half before there is data.
         self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
         self.forget()
-        # Share of drafted tokens that took a forward of the draft model.
-        self.forwards = 1.0
+        # Share of drafted tokens that took a forward of the draft model; of the fixed gamma's that the drafter has.
+        self.forwards = self.offered = 1.0
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
         self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
         self.nap = Nap()
@@ -96,7 +96,8 @@ class _Ledger:
     def row(self) -> list[float]:
         """Everything that is saved."""
         counts = [float(x) for x in (self.steps, self.budget, self.interventions, *self.probes, *self.due)]
-        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, self.short, *self.seen, *self.more]
+        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, self.short, *self.seen, *self.more,
+                self.offered]  # fmt: skip
 
     def fill(self, row: list[float]) -> None:
         """Restore :meth:`row`."""
@@ -104,19 +105,20 @@ class _Ledger:
         self.budget = row[1]
         self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
         self.local, self.tokens, self.fixed_steps, self.forwards, self.short = row[7:OWN]
-        self.seen, self.more = row[OWN : OWN + self.full], row[OWN + self.full :]
+        self.seen, self.more = row[OWN : OWN + self.full], row[OWN + self.full : OWN + 2 * self.full]
+        self.offered = row[-1] if len(row) > OWN + 2 * self.full else 1.0  # older states lack it
 
     def count(self, outcome: Outcome, stop: int) -> None:
         """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
         n, k, gamma = outcome.accepted, outcome.drafted, self.gamma
         known = float(n if n < gamma else gamma)
-        if outcome.tested == n and k < gamma:  # all of a shorter draft was accepted
+        if outcome.tested == n and k < gamma and not outcome.exhausted:  # all of a shorter draft was accepted
             r = gamma - n - 1
             known += self.more[r] / self.seen[r]
         if 0 <= stop <= n and stop < outcome.tested:
             extra = n - stop
             for r in range(1, len(self.seen) + 1):
-                if r <= extra or outcome.tested > n:
+                if r <= extra or outcome.tested > n or outcome.exhausted:
                     self.seen[r - 1] += 1.0
                     self.more[r - 1] += min(extra, r)
         # Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
@@ -264,8 +266,10 @@ class SafetyGuard(Wrapper):
         ledger.count(outcome, stop)
         if k == 0:
             self._postpone(ledger, 0)
-        elif k >= ledger.gamma:
+        short = outcome.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
+        if short or k >= ledger.gamma:
             self._postpone(ledger, 1)
+        ledger.offered += SHARE * ((k / ledger.gamma if short else 1.0) - ledger.offered)
         costs, forwards = self.model.level(outcome.level), outcome.forwards
         seconds = costs.seconds.item(k) + costs.draft * (forwards - k)
         nap, reading = ledger.nap, 0.0
@@ -306,7 +310,8 @@ class SafetyGuard(Wrapper):
         """Find the better baseline anew."""
         plain = 1.0 / float(costs.seconds[0])
         free = (1.0 - ledger.forwards) * ledger.gamma * costs.draft
-        fixed = ledger.tokens / ledger.fixed_steps / (float(costs.seconds[ledger.gamma]) - free)
+        more = float(costs.seconds[ledger.gamma]) - free - 1.0 / plain
+        fixed = ledger.tokens / ledger.fixed_steps / (1.0 / plain + ledger.offered * more)
         ledger.baseline = ledger.gamma if fixed > plain else 0
         ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
         best = max(plain, fixed, costs.rate)
@@ -331,7 +336,7 @@ class SafetyGuard(Wrapper):
         # A level without a ledger in the state (merged statistics have none) keeps the one it has.
         for key in (k for k in own if k.startswith("safety.")):
             row = np.asarray(state[key], dtype=float)
-            if row.shape != (OWN + 2 * self.gamma,) or not np.isfinite(row).all():
+            if row.shape not in ((OWN + 2 * self.gamma,), (OWN + 2 * self.gamma + 1,)) or not np.isfinite(row).all():
                 raise PolicyError(
                     f"the state's '{key}' is not a ledger of safety gamma {self.gamma}: use the one it had"
                 )

@@ -18,6 +18,7 @@ from policies.base import N_SIGNALS, Decision, Outcome, Policy
 from speckv_online.batch_draft import RowDrafter, row_drafter
 from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import NO_PROPOSAL
+from speckv_online.drafting import is_exhausted
 from speckv_online.errors import UserError
 from speckv_online.quick_batch import QuickBatch, batch_of
 from speckv_online.quick_target import quick_of
@@ -205,6 +206,7 @@ def _step(
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=row.draft_seconds,
             verify_seconds=verify_seconds, level=context.level, context_length=context.context_length,
             signals=row.signals[:k].copy(), drafter=row.used, forwards=row.lookups[:-1].count(0.0),
+            exhausted=is_exhausted(row.used, k, row.lookups),
         )  # fmt: skip
         outcome.caught_up = max(row.lag - 1, 0) if outcome.forwards else 0
         outcomes.append(outcome)

@@ -19,7 +19,7 @@ from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
 from speckv_online.adopt import as_drafter, as_policy, check_model, eos_of, level_of, text_config
 from speckv_online.clock import StepClock
 from speckv_online.drafters import Drafter, ModelDrafter
-from speckv_online.drafting import draft, draft_ahead, judge_ahead
+from speckv_online.drafting import draft, draft_ahead, is_exhausted, judge_ahead
 from speckv_online.errors import UserError
 from speckv_online.kvcache import KVCache
 from speckv_online.quick_target import read_on
@@ -295,6 +295,7 @@ class SpeculativeDecoder:
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=draft_seconds - asked,
             verify_seconds=verify_seconds, level=self.level, context_length=context.context_length,
             caught_up=max(lag - 1, 0) if forwards else 0, signals=signals[:k].copy(), drafter=used, forwards=forwards,
+            exhausted=is_exhausted(used, k, lookups),
         )  # fmt: skip
         t2 = perf_counter()
         outcome.seconds = t2 - t0 + self._learning

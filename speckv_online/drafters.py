@@ -224,6 +224,10 @@ class ModelDrafter:
         self.ngrams.extend(tokens)
 
 
+#: Name of the drafter that only looks up, and so may have nothing to propose.
+LOOKUP = "ngram"
+
+
 class NgramDrafter:
     """Drafts what followed the longest suffix of the context when it occurred before: no model, any target.
 
@@ -231,7 +235,7 @@ class NgramDrafter:
     entropy (bits), its confidence, the log-odds of that as margin, and the length of the match.
     """
 
-    names: tuple[str, ...] = ("ngram",)
+    names: tuple[str, ...] = (LOOKUP,)
     max_length = 1 << 30
     #: Nothing is read late: there is no cache to fill.
     lag = 1

@@ -7,9 +7,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from policies.base import Decision, Policy
+from policies.base import MAX_GAMMA, Decision, Policy
 from speckv_online.clock import StepClock
-from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter
+from speckv_online.drafters import LOOKUP, NO_PROPOSAL, Drafter, ModelDrafter
 from speckv_online.sequences import matching
 
 
@@ -78,3 +78,18 @@ def draft(
         del drafts[policy.submit(decision, len(drafts), signals) :]
         asked += perf_counter() - t
     return asked
+
+
+def is_exhausted(used: str, drafted: int, lookups: list[float]) -> bool:
+    """Whether a drafter has nothing to propose after a step's drafts.
+
+    Parameters
+    ----------
+    used : str
+        Name of the drafter.
+    drafted : int
+        Tokens that were sent to the target.
+    lookups : list of float
+        How sure the drafter was of each token that it drafted, and of the next one.
+    """
+    return used == LOOKUP and lookups[-1] == 0.0 and drafted == len(lookups) - 1 < MAX_GAMMA

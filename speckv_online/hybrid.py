@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from policies.base import NGRAM
-from speckv_online.drafters import NO_PROPOSAL, ModelDrafter, write_signals
+from speckv_online.drafters import LOOKUP, NO_PROPOSAL, ModelDrafter, write_signals
 from speckv_online.gate import Gate, gate_features
 from speckv_online.ngram import Proposal
 from speckv_online.quick_draft import QuickDraft
@@ -39,7 +39,7 @@ class HybridDrafter(ModelDrafter):
         How sure the lookup has to be for the model not to be asked, by default as the gate has it; 1 asks it always.
     """
 
-    names: tuple[str, ...] = ("hybrid", "model", "ngram")
+    names: tuple[str, ...] = ("hybrid", "model", LOOKUP)
 
     def __init__(
         self,
@@ -75,9 +75,9 @@ class HybridDrafter(ModelDrafter):
         if self.kind == "model":
             return super().draft(signals)
         found = self.ngrams.propose()
-        if found is None and self.kind == "ngram":
+        if found is None and self.kind == LOOKUP:
             return NO_PROPOSAL
-        if found is not None and (self.kind == "ngram" or self.skips(found)):
+        if found is not None and (self.kind == LOOKUP or self.skips(found)):
             write_signals(found, signals)
             self.proposals.append(None)
             return self._append(found.token)
@@ -127,7 +127,7 @@ class HybridDrafter(ModelDrafter):
         if self.kind == "model":
             return 0.0
         found = self.ngrams.propose()
-        return self.gate.sure(found) if found is not None and self.kind == "ngram" else self.skips(found)
+        return self.gate.sure(found) if found is not None and self.kind == LOOKUP else self.skips(found)
 
     def _append(self, token: int) -> int:
         self.drafted.append(token)

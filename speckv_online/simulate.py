@@ -132,7 +132,7 @@ class Simulator:
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
         catch_up, first = cost.catch_up_seconds, cost.first_draft_seconds
         output, proposals, accepted, available, table, lookups, forwards, read = trace.rows
-        reads, longest = trace.reads, self.max_gamma
+        reads, longest, size = trace.reads, self.max_gamma, trace.gamma
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
         context.tokens = tokens = trace.prompt.tolist()
@@ -174,7 +174,7 @@ class Simulator:
             tested = n if whole or n == k else n + 1
             outcome = Outcome(
                 k, n, tested, produced, seconds, draft_seconds, verify_seconds, level, context.context_length,
-                lag - 1 if paid else 0, drafts[:k], "", paid,
+                lag - 1 if paid else 0, drafts[:k], "", paid, 0.0, k == there < size,
             )  # fmt: skip
             learn(decision, outcome)
             yield t, decision.gamma, k, n, tested, produced, proposed, seconds

@@ -47,10 +47,11 @@ class _Starts(Schedule):
     def decide(self, context: Context) -> Decision:
         trace, t = self.trace, context.position
         accepted = int(trace.accepted[t])
-        # What the budget would have cut off is no label, and nothing follows an accepted end.
-        tested = min(accepted + 1, trace.gamma, trace.budget - t - 1, len(trace) - t)
+        # What the budget would have cut off is no label, and nothing follows an accepted end or what a lookup knows.
+        tested = min(accepted + 1, int(trace.available[t]), trace.budget - t - 1, len(trace) - t)
         step = Step(context, self.hazard)
         context.drafts = trace.drafts[t].tolist()
+        context.lookups = () if trace.lookups is None else trace.lookups[t].tolist()
         step.extend(tested, trace.signals[t])
         self.tokens.add(step, tested, accepted, trace.prompt_id, (draft_of(trace), trace.level))
         decision = super().decide(context)
@@ -78,12 +79,14 @@ class _Rows:
         self.group: list[tuple[str, str]] = []
 
     def add(self, step: Step, tested: int, accepted: int, prompt: str, group: tuple[str, str]) -> None:
-        self.before += step.before[:tested]
-        self.after += step.after[:tested]
-        self.y += [j < accepted for j in range(tested)]
-        self.prompt += [prompt] * tested
-        self.group += [group] * tested
-        self.buckets += [buckets(tail) for tail in step.tails[:tested]]
+        # A lookup's proposals have no rows: how sure the drafter is of them is all that a policy goes by.
+        own = [j for j in range(tested) if step.before[j]]
+        self.before += [step.before[j] for j in own]
+        self.after += [step.after[j] for j in own]
+        self.y += [j < accepted for j in own]
+        self.prompt += [prompt] * len(own)
+        self.group += [group] * len(own)
+        self.buckets += [buckets(step.tails[j]) for j in own]
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
     rows = [schedule.tokens for schedule in schedules]
     before, after, y, prompt, index, group = (np.array([v for r in rows for v in getattr(r, name)]) for name in COLUMNS)
     if not len(y):
-        raise UserError("the traces hold no tested token to train on: profile with more new tokens")
+        raise UserError("the traces hold no tested token of a draft model to train on: profile with more new tokens")
     # In one replay each position is tested about once. The table is of the first pair.
     weight = positions[str(group[0, 0])] / int((group[:, 0] == group[0, 0]).sum())
     return Tokens(before, after, y.astype(float), prompt, index, group, min(1.0, weight))

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from experiments.gate import main
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, N_SIGNALS, Context, Decision, Policy
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, N_SIGNALS, Context, Decision, Outcome, Policy
+from speckv_online.batch import decode_batch
+from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.draft_table import draft_table
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.drafters import Drafter, ModelDrafter, NgramDrafter
@@ -22,6 +24,7 @@ from speckv_online.hybrid import HybridDrafter
 from speckv_online.simulate import Replay, Simulator, replay_fixed
 from speckv_online.trace_collection import collect_trace
 from speckv_online.traces import Trace, agreement
+from speckv_online.training_acceptance import tokens_from_traces, train_acceptance
 from tests.conftest import TinyPair, perturbed
 from tests.test_drafters import REPEATING, gate_that
 from tests.test_simulate import COST, POLICIES, compare
@@ -95,6 +98,54 @@ def test_a_policy_is_told_in_a_replay_what_the_decoder_tells(
     drafter, traces = traced
     monkeypatch.setitem(POLICIES, "follows", lambda: FollowsLookups(seed=0))
     compare(tiny_pair.target, drafter, traces[:2], "follows", ())
+
+
+class Notes(Policy):
+    """Keeps what it is told of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int, bool]] = []
+
+    def decide(self, context: Context) -> Decision:
+        return Decision(self.new_id(), context.step % 7, stops=context.step % 2 > 0)
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+        return drafted < 4
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.told.append((outcome.drafted, outcome.forwards, outcome.exhausted))
+
+
+def test_the_end_of_what_a_lookup_knows_is_told(traced: tuple[Drafter, list[Trace]], tiny_pair: TinyPair) -> None:
+    drafter, traces = traced
+    prompts = [trace.prompt.tolist() for trace in traces[:2]]
+    replayed, decoded, batched = Notes(), Notes(), Notes()
+    Simulator(replayed, COST).run(traces[:2])
+    for prompt in prompts:
+        SpeculativeDecoder(drafter, policy=decoded, target=tiny_pair.target).generate(prompt, 20, eos_ids=())
+    decode_batch(SpeculativeDecoder(drafter, policy=batched, target=tiny_pair.target), prompts, 20, eos_ids=())
+    assert decoded.told == replayed.told
+    assert sorted(batched.told) == sorted(replayed.told)
+    lookup = drafter.names[0] == "ngram"
+    assert {said for _, _, said in decoded.told} == ({True, False} if lookup else {False})
+    assert (0, 0, lookup) in decoded.told
+
+
+def test_acceptance_weights_are_fitted_to_the_model_s_tokens_only(traced: tuple[Drafter, list[Trace]]) -> None:
+    """Of a lookup's, how sure the drafter is is all that a policy goes by."""
+    drafter, traces = traced
+    if drafter.names[0] == "ngram":
+        with pytest.raises(UserError, match="no tested token of a draft model"):
+            tokens_from_traces(traces)
+        return
+    tokens = tokens_from_traces(traces)
+    assert tokens.before.shape == (len(tokens), 16)
+    assert len(tokens.y) == len(tokens.buckets) == len(tokens.group)
+    free = [replace(trace, lookups=np.zeros_like(trace.lookups)) for trace in traces]
+    fewer = any(trace.lookups is not None and trace.lookups.any() for trace in traces)
+    assert (len(tokens) < len(tokens_from_traces(free))) == fewer
+    assert np.isfinite(train_acceptance(tokens)["before"]).all()
 
 
 @pytest.mark.parametrize("name", ["fixed:4", "random", "stopping"])

@@ -156,6 +156,12 @@ def test_an_accepted_end_of_sequence_says_nothing_of_longer_drafts() -> None:
         assert (ARMS[start:stop], y[start:stop].tolist()) == ((1, 2, 4), [1, 1, 1])
 
 
+def test_a_drafter_with_nothing_more_to_propose_labels_every_arm() -> None:
+    for k in (0, 2):
+        start, stop, y = ArmLabels(ARMS)(Outcome(k, k, k, k + 1, exhausted=True), 0.9)
+        assert y[start:stop] == pytest.approx([min(k, gamma) / gamma for gamma in ARMS[1:]])
+
+
 def test_learning_is_idempotent_and_order_free() -> None:
     teacher, a, b = make(), make(seed=1), make(seed=2)
     steps = learnt(teacher, 50)

@@ -48,6 +48,25 @@ def told(policy: SafetyGuard, level: str) -> SafetyGuard:
     return policy
 
 
+def test_a_lookup_s_empty_hands_are_not_held_against_a_policy() -> None:
+    """Where verifying costs the same at any width and drafts are free, as long a draft as possible is best: the fixed
+    gamma of the comparison would have had no more to draft than what there was."""
+    rng, guard = np.random.default_rng(5), SafetyGuard(Stubborn(16))
+    guard.model.set_prior("fp16", CostPrior(0.0, (0.02, 0.02), 0.0))
+    tokens = seconds = 0.0
+    for _ in range(1500):
+        decision = guard.decide(Context())
+        there, run = int(rng.choice([0, 0, 16])), int(rng.geometric(0.3)) - 1
+        k = min(decision.gamma, there)
+        n = min(run, k)
+        spent = Outcome(k, n, min(n + 1, k), n + 1, 0.02, 0.0, 0.02, forwards=0, exhausted=k == there < 16)
+        guard.learn(decision, spent)
+        tokens, seconds = tokens + n + 1, seconds + 0.02
+    assert guard.ledger("fp16").interventions == 0
+    assert guard.ledger("fp16").offered == pytest.approx(1 / 3, abs=0.2)
+    assert tokens / seconds > 80
+
+
 @pytest.mark.parametrize(
     ("level", "gamma"), [("fp16", 16), ("fp16", 2), ("int8", 0), ("int8", 16), ("nf4", 16), ("nf4", 0)]
 )
