@@ -58,12 +58,26 @@ results-modelled: setup
 	@echo "== every policy on the traces"
 	@test -f $(RUNS)/replays/replays.json || $(BIN)/python -m experiments.replays $(ON_TRACES) --orders 3 \
 		--out $(RUNS)/replays
+	@echo "== exact traces of the other drafters: the lookup, and the hybrid with a gate for each pair; policies on them"
+	@test -f $(RUNS)/gate-high.npz || $(BIN)/python -m experiments.gate --traces $(RUNS)/high-train --out $(RUNS)/gate-high.npz
+	@for drafter in ngram hybrid; do $(BIN)/python -m experiments.profile --drafter $$drafter --split test --prompts 80 \
+		--reuse $(RUNS)/test --out $(RUNS)/$$drafter-test || exit $$?; done
+	@model=$$($(BIN)/python -c "from speckv_online.models import prepare; print(prepare('smollm2'))") && \
+	$(BIN)/python -m experiments.profile --target "$$model" --draft "$$model" --draft-level nf4 --split test --prompts 80 \
+		--drafter "hybrid:gate=$(abspath $(RUNS))/gate-high.npz" --reuse $(RUNS)/test --out $(RUNS)/hybrid-high-test
+	@test -f $(RUNS)/drafters/drafters.md || $(BIN)/python -m experiments.replays_drafters --out $(RUNS)/drafters \
+		--traces $(subst $(space),$(comma),$(DRAFTERS)) --costs $(RUNS)/test/cost.json,rtx3090-release --doc docs/results.md
 	@echo "== learning over time on the traces"
 	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --processes 2 --images docs/img \
 		--settled default=$(RUNS)/train,high=$(RUNS)/high-train --out $(RUNS)/streams
 
 ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high-test --costs $(RUNS)/test/cost.json,rtx3090-release \
 	--doc docs/results.md
+
+comma := ,
+space := $() $()
+DRAFTERS := default/model=$(RUNS)/test default/ngram=$(RUNS)/ngram-test default/hybrid=$(RUNS)/hybrid-test \
+	high/model=$(RUNS)/high-test high/ngram=$(RUNS)/ngram-test high/hybrid=$(RUNS)/hybrid-high-test
 
 setup: $(READY)
 

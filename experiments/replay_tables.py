@@ -111,7 +111,7 @@ def as_json(cells: Sequence[Cell], learned: Sequence[str], facts: dict[str, Any]
 
 def as_document(cells: Sequence[Cell], learned: Sequence[str], facts: dict[str, Any]) -> str:
     """Return the Markdown of all tables."""
-    parts = [_about(cells, facts)]
+    parts = [about(cells, facts)]
     if faults := {spec: n for spec in cells[0].scores if (n := sum(c.scores[spec].faults for c in cells))}:
         told = ", ".join(f"`{spec}` {n} times" for spec, n in faults.items())
         parts.append(f"**Policies that raised and fell back to a fixed γ**, so that their rows are not theirs: {told}.")
@@ -123,7 +123,8 @@ def as_document(cells: Sequence[Cell], learned: Sequence[str], facts: dict[str, 
     return "\n\n".join(parts) + "\n"
 
 
-def _about(cells: Sequence[Cell], facts: dict[str, Any]) -> str:
+def about(cells: Sequence[Cell], facts: dict[str, Any]) -> str:
+    """Return a paragraph on what the tables are made of."""
     settings, git = facts["settings"], facts["git"]
     counts = ", ".join(f"{pair} {len({t.prompt_id for t in traces})}" for pair, traces in _traces(cells).items())
     fitted = f"weights fitted anew in {settings['folds']} folds over the prompts"
