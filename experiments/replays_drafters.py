@@ -132,11 +132,7 @@ def _bars(cells: Sequence[Cell]) -> Iterator[str]:
 
     first, own = next(iter(cells[0].scores)), _of(cells)
     yield f"### What had to hold, for `{first}` with each drafter\n"
-    yield (
-        "| | wanted | "
-        + " | ".join(f"{drafter}, {len(group)} cell{'s' * (len(group) > 1)}" for drafter, group in own.items())
-        + " |"
-    )
+    yield "| | wanted | " + " | ".join(f"{drafter} (cells: {len(group)})" for drafter, group in own.items()) + " |"
     yield "|---|---:|" + "---:|" * len(own)
     for row in zip(*(bars(group, first) for group in own.values()), strict=True):
         found = [f"{bar.found:.3f} {'pass' if bar.holds else '**fail**'}" for bar in row]

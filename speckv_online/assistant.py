@@ -70,7 +70,7 @@ class PolicyAssistant:
         that the policy governs; the class, and every other model, stays as it is.
         """
         owner: Any = model  # modules are typed as holding tensors and modules only
-        usual = owner._get_candidate_generator
+        usual, outer = owner._get_candidate_generator, vars(owner).get("_get_candidate_generator")
 
         def get_candidate_generator(**arguments: Any) -> Any:
             found = usual(**arguments)
@@ -85,6 +85,8 @@ class PolicyAssistant:
             yield self
         finally:
             del owner._get_candidate_generator
+            if outer is not None:
+                owner._get_candidate_generator = outer
 
     def begin(self) -> Generation:
         """Start the records of a prompt."""

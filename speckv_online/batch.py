@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from policies.base import N_SIGNALS, Decision, Outcome, Policy
-from speckv_online.batch_draft import RowDrafter, row_drafter
+from policies.level_cost import CAUGHT
+from speckv_online.batch_draft import ModelRows, RowDrafter, row_drafter
 from speckv_online.batch_model import BatchModel
 from speckv_online.drafters import NO_PROPOSAL
 from speckv_online.drafting import is_exhausted
@@ -125,7 +126,8 @@ def decode_batch(
     if max(len(row.sequence.tokens) + row.budget for row in rows) > decoder.rope.at:
         raise UserError(f"past {decoder.rope.at} tokens this model decodes one prompt at a time")
     answers = [row.out for row in rows]
-    _run(decoder, rows, on_tokens)
+    if rows := [row for row in rows if row.budget > 0]:
+        _run(decoder, rows, on_tokens)
     for answer in answers:
         decoder.totals.add(answer)
     decoder.last = answers
@@ -210,6 +212,8 @@ def _step(
         )  # fmt: skip
         outcome.caught_up = max(row.lag - 1, 0) if outcome.forwards else 0
         outcomes.append(outcome)
+    # Forwards in which a row had much to read take the others long too, which says nothing of what theirs take.
+    reading = isinstance(drafter, ModelRows) and max(outcome.caught_up for outcome in outcomes) >= CAUGHT
     own = [row.policy_seconds + row.draft_seconds + verify_seconds for row in rows]
     rest = max(perf_counter() - started - sum(own), 0.0) / len(rows)
     for row, outcome, seconds in zip(rows, outcomes, own, strict=True):
@@ -218,7 +222,8 @@ def _step(
         t = perf_counter()
         # A step whose draft read the prompt first says nothing of what a step takes.
         first = row.history.context.step == 0 and outcome.caught_up > 1
-        policy.learn(row.decision, untimed(outcome) if first else outcome)
+        untypical = first or (reading and outcome.caught_up < CAUGHT)
+        policy.learn(row.decision, untimed(outcome) if untypical else outcome)
         row.learning = perf_counter() - t
         record = record_of(
             row.history.context, row.decision, outcome, row.policy_seconds + row.learning, seconds + rest + row.learning
@@ -247,11 +252,9 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
             if min(row.decision.gamma, context.max_gamma) > 0:
                 wanted.append(i)
     while wanted and drafter is not None:
-        t = perf_counter()
-        tokens = drafter.draft(wanted, [rows[i].signals[len(rows[i].drafts)] for i in wanted])
-        spent = (perf_counter() - t) / len(wanted)
+        found = drafter.draft(wanted, [rows[i].signals[len(rows[i].drafts)] for i in wanted])
         going = []
-        for i, token in zip(wanted, tokens, strict=True):
+        for i, (token, spent) in zip(wanted, found, strict=True):
             row = rows[i]
             row.draft_seconds += spent
             if token == NO_PROPOSAL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +25,11 @@ class RowDrafter(Protocol):
     def lag(self, row: int) -> int:
         """Context tokens of a row that are not read yet."""
 
-    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
-        """Propose one more token, or ``NO_PROPOSAL``, for each of these rows, and write its signals."""
+    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[tuple[int, float]]:
+        """Propose one more token, or ``NO_PROPOSAL``, for each of these rows, and write its signals.
+
+        Returns each row's token, and the seconds that it took: its own, or its share of a forward for all.
+        """
 
     def sure(self, row: int) -> float:
         """Return how likely the row's coming proposal is right where it takes no forward of a model, else 0."""
@@ -57,7 +61,7 @@ class Copies:
     ) -> None:
         self.drafters = [copy.copy(drafter) for _ in prompts]
         for own, prompt, sampler in zip(self.drafters, prompts, samplers, strict=True):
-            own.begin(prompt, capacity, sampler)
+            own.begin(list(prompt), capacity, sampler)
 
     def use(self, row: int, name: str) -> str:
         """See :class:`RowDrafter`."""
@@ -67,9 +71,14 @@ class Copies:
         """See :class:`RowDrafter`."""
         return self.drafters[row].lag
 
-    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
+    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[tuple[int, float]]:
         """See :class:`RowDrafter`."""
-        return [self.drafters[row].draft(own) for row, own in zip(rows, signals, strict=True)]
+        found = []
+        for row, own in zip(rows, signals, strict=True):
+            t = perf_counter()
+            token = self.drafters[row].draft(own)
+            found.append((token, perf_counter() - t))
+        return found
 
     def sure(self, row: int) -> float:
         """See :class:`RowDrafter`."""
@@ -111,8 +120,9 @@ class ModelRows:
         """See :class:`RowDrafter`."""
         return len(self.contexts[row]) - self.model.cached[row]
 
-    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[int]:
+    def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[tuple[int, float]]:
         """See :class:`RowDrafter`."""
+        t = perf_counter()
         feed: list[list[int]] = [[] for _ in self.contexts]
         for row in rows:
             context, have = self.contexts[row], self.model.cached[row]
@@ -131,7 +141,8 @@ class ModelRows:
             self.drafted[row].append(token)
             self.drawn[row].append(proposal)
             tokens.append(token)
-        return tokens
+        share = (perf_counter() - t) / len(rows)
+        return [(token, share) for token in tokens]
 
     def sure(self, row: int) -> float:
         """Every token takes a forward."""

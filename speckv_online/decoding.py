@@ -107,6 +107,7 @@ class SpeculativeDecoder:
         self.level = level_of(target) if level is None else level
         self.layers = int(text_config(target).num_hidden_layers)
         self.max_length = int(getattr(text_config(target), "max_position_embeddings", 1 << 30))
+        self.embedded = len(target.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.rope = RopeSwitch.of(target)
         self.eos_ids = eos_of(target)
         self._clock = StepClock(target.device)
@@ -179,9 +180,9 @@ class SpeculativeDecoder:
         capacity = len(prompt) + budget + self.max_gamma + 1
         cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
-            self.drafter.begin(prompt, capacity, sampler)
+            self.drafter.begin(list(prompt), capacity, sampler)
         eos = self.eos_ids if eos_ids is None else frozenset(eos_ids)
-        sequence = TokenSequence(prompt, eos, sampler, should_stop)
+        sequence = TokenSequence(list(prompt), eos, sampler, should_stop)
         history, out = History(self.level, task, len(prompt)), Generation()
         history.context.drafters = self.drafter.names if self.drafter is not None else ()
         history.context.tokens = sequence.tokens
@@ -208,13 +209,18 @@ class SpeculativeDecoder:
         return out
 
     def check_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
-        """Return the prompt as a list; raises :class:`UserError` if it is empty or too long."""
+        """Return the prompt as a list; raises :class:`UserError` if it is empty, too long, or of unknown tokens."""
         self.target  # noqa: B018 - refuses to go on without one
         prompt = [int(t) for t in prompt_ids]
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
         if len(prompt) > self.max_length:
             raise UserError(f"the prompt has {len(prompt)} tokens, the target holds only {self.max_length}: shorten it")
+        if not 0 <= min(prompt) <= max(prompt) < self.embedded:
+            raise UserError(
+                f"the prompt has token ids from {min(prompt)} to {max(prompt)}, the target knows 0 to "
+                f"{self.embedded - 1}: use its own tokenizer"
+            )
         return prompt
 
     def room(self, prompt: Sequence[int]) -> int:

@@ -61,7 +61,7 @@ class Gate:
         self.sure_weights: list[float] = arrays["sure"].tolist()
         if not 0.0 <= skip <= 1.0:
             raise ValueError(f"skip must be a probability, got {skip}")
-        self.information, self.skip, self.card = arrays["information"], float(skip), card or {}
+        self.information, self.skip, self.card = arrays["information"], float(skip), dict(card or {})
         # A small ridge keeps directions that the training data never showed from moving without bound.
         self._covariance = np.linalg.inv(PRIOR_RECORDS * self.information + 0.1 * np.eye(n))
 

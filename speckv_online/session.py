@@ -43,7 +43,8 @@ class Streamer:
         self.file.flush()
 
     def _show(self, text: str) -> None:
-        if text.startswith(self.shown):
+        # Bytes that turn out to be no character are replaced as a whole, those shown already too: go on behind them.
+        if len(text) > len(self.shown):
             self.file.write(text[len(self.shown) :])
             self.file.flush()
             self.shown = text

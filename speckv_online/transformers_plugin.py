@@ -136,7 +136,7 @@ def run(
     raw, processed = generation_config.output_logits, generation_config.output_scores
     return GenerateDecoderOnlyOutput(
         sequences=sequences,  # type: ignore[arg-type]
-        scores=tuple(rows[0].scores(answers[0].tokens)) if processed else None,  # type: ignore[arg-type]
+        scores=tuple(s.clone() for s in rows[0].scores(answers[0].tokens)) if processed else None,  # type: ignore[arg-type]
         logits=tuple(r.clone() for r in rows[0].logits) if raw else None,  # type: ignore[arg-type]
         past_key_values=None if cache is None else _dynamic(cache),
     )

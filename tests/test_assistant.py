@@ -97,3 +97,10 @@ def test_the_model_is_left_as_it_was(tiny_pair: TinyPair) -> None:
     assert found[0, 5:].tolist() == plain(tiny_pair.target, prompt, 8)
     assert assistant.totals.prompts == 1
     assert assistant.totals.tokens == len(assistant.last.tokens) == 8
+    inner = PolicyAssistant("fixed:2")
+    with assistant.attached_to(tiny_pair.target):
+        with inner.attached_to(tiny_pair.target):
+            pass
+        tiny_pair.target.generate(ids, assistant_model=tiny_pair.draft, do_sample=False, max_new_tokens=6)
+    assert (len(assistant.last.tokens), inner.last.tokens) == (6, [])
+    assert "_get_candidate_generator" not in vars(tiny_pair.target)

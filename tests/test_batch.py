@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -205,3 +206,61 @@ def test_benchmark_of_batches(tiny_pair: TinyPair, capsys: pytest.CaptureFixture
     [row] = json.loads(capsys.readouterr().out)
     assert (row["size"], row["policy"], row["tokens"]) == (2, "fixed:2", 8)
     assert min(row["one_cache"], row["caches"], row["transformers"]) > 0
+
+
+class Halting(NgramDrafter):
+    """Takes its time for one text."""
+
+    def draft(self, signals: np.ndarray) -> int:
+        if self.ngrams.propose() and self.slow:
+            sleep(0.01)
+        return super().draft(signals)
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        super().begin(tokens, capacity, sampler)
+        self.slow = tokens[0] == 7
+        self.kept = tokens
+
+    def extend(self, tokens: list[int]) -> None:
+        super().extend(tokens)
+        self.kept += tokens  # a drafter may do what it likes with the list it was given
+
+
+def test_a_row_that_drafts_by_itself_pays_for_itself(tiny_pair: TinyPair) -> None:
+    policy = Ragged()
+    decoder = SpeculativeDecoder(Halting(), policy=policy, target=tiny_pair.target)
+    prompts = [[7, 8] * 6, [9, 10] * 6]
+    found = decoder.decode_batch(prompts, 16, eos_ids=())
+    assert [g.tokens for g in found] == [plain(tiny_pair.target, p, 16) for p in prompts]
+    slow, quick = ([s.draft_seconds for s in g.steps if s.drafted] for g in found)
+    assert min(slow) > np.median(quick)
+    assert decoder.generate(prompts[0], 16, eos_ids=()).tokens == plain(tiny_pair.target, prompts[0], 16)
+
+
+def test_a_long_prompt_s_reading_is_nobody_else_s_usual_step() -> None:
+    target, policy = tiny_llama(positions=512), Times()
+    decoder = SpeculativeDecoder(tiny_llama(positions=512), policy=policy, target=target)
+    decoder.decode_batch([[5, 6], prompt_of(200)], 12, eos_ids=())
+    short, long, *rest = policy.seen
+    assert (short, long[:2]) == ((2, 1, False), (200, 199))
+    assert all(timed for _, _, timed in rest)
+
+
+class Times(Ragged):
+    """Two tokens at a time, and which steps had a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def decide(self, context: Context) -> Decision:
+        return Decision(self.new_id(), 2)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.seen.append((outcome.context_length, outcome.caught_up, outcome.seconds > 0))
+
+
+def test_nothing_is_asked_for(tiny_pair: TinyPair) -> None:
+    decoder = SpeculativeDecoder(tiny_pair.draft, policy="fixed:2", target=tiny_pair.target)
+    assert [g.tokens for g in decoder.decode_batch([[5, 6, 7], [8]], 0)] == [[], []]
+    assert decoder.generate([5, 6, 7], 0).tokens == []

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from policies.mlp16 import HIDDEN, SHAPES
 from speckv_online.cli import main
@@ -106,6 +108,20 @@ def test_streaming_holds_back_half_a_character() -> None:
     assert all("añ→b".startswith(s) for s in shown)
     assert shown[0] == "a"
     assert shown[1] == "a"
+
+
+def test_streaming_goes_on_after_bytes_that_are_no_character() -> None:
+    """As of Llama 2: a run of bytes that turns out to be invalid is replaced as a whole, what was shown of it too."""
+    model = models.BPE(vocab={"x": 0, "<0xC3>": 1, "<0xA9>": 2, "y": 3}, merges=[], byte_fallback=True)
+    inner = Tokenizer(model)
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer, out = PreTrainedTokenizerFast(tokenizer_object=inner), io.StringIO()
+    streamer = Streamer(tokenizer, out)
+    for token in [0, 1, 2, 1, 0, 3, 3]:
+        streamer([token])
+    streamer.end()
+    assert out.getvalue().startswith("xé")
+    assert out.getvalue().endswith("xyy\n")
 
 
 def test_policies_and_models_are_listed(speckv: Run) -> None:

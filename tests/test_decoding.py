@@ -370,3 +370,21 @@ def test_a_draft_whose_logits_are_no_numbers(tiny_pair: TinyPair, broken: float,
     assert len(signals) > 9
     assert np.isfinite(signals).all()
     assert (signals[:, 1] == 0.0).all()
+
+
+def test_a_prompt_of_one_token_is_read_by_a_usual_step(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    charged: list[int] = []
+    monkeypatch.setattr(Generation, "charge_prompt", lambda self: charged.append(len(self.tokens)))
+    decoder = SpeculativeDecoder(tiny_pair.draft, policy="fixed:2", target=tiny_pair.target)
+    decoder.generate([5], 9, eos_ids=())
+    assert charged == []
+    decoder.generate([5, 6], 9, eos_ids=())
+    assert charged == [9]
+
+
+@pytest.mark.parametrize("token", [999, -1])
+def test_unknown_tokens_are_refused(tiny_pair: TinyPair, token: int) -> None:
+    decoder = SpeculativeDecoder(tiny_pair.draft, policy="fixed:2", target=tiny_pair.target)
+    for call in (lambda: decoder.generate([5, token], 3), lambda: decoder.decode_batch([[5], [token]], 3)):
+        with pytest.raises(UserError, match="use its own tokenizer"):
+            call()

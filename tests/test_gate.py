@@ -235,6 +235,7 @@ def test_the_gate_file_round_trips_and_damage_is_named(model_traces: list[Trace]
         arrays | {"weights": np.ones(3)},
         arrays | {"sure": np.array([object()] * 5)},
         arrays | {"head": np.array("{}")},
+        arrays | {"head": np.array(str(arrays["head"]).replace('"card": {', '"card": [1], "of": {'))},
     ):
         np.savez(path, **broken)
         with pytest.raises(UserError, match=r"gate\.npz is no usable gate"):

@@ -165,6 +165,7 @@ def test_criteria_see_the_scores(tiny_pair: TinyPair) -> None:
     assert torch.equal(found.sequences, expected.sequences)
     assert 12 < found.sequences.shape[1] < 52
     assert len(found.scores) == len(expected.scores)
+    found.scores[0].add_(1.0)  # as those of transformers, they may be changed
 
 
 def test_streamer(tiny_pair: TinyPair) -> None:
