@@ -38,14 +38,15 @@ class _ArmBandit(CostAware):
         """Y, from 1 to L + 1; where time counts less the price of the step, plus that of an empty one."""
         if not self.timed:
             return float(outcome.produced)
-        price = self.costs.level(outcome.level).price
-        return min(max(outcome.produced - price.item(outcome.drafted) + price.item(0), 0.0), self.longest + 1.0)
+        costs = self.costs.level(outcome.level)
+        price = costs.rate * (costs.spent(outcome.drafted, outcome.forwards) - costs.seconds.item(0))
+        return min(max(outcome.produced - price, 0.0), self.longest + 1.0)
 
     def _arm(self, decision: Decision, outcome: Outcome) -> int | None:
         if not self.first_time(decision.id):
             return None
         self.costs.observe(outcome)
-        return self._index.get(decision.gamma) if decision.gamma == outcome.drafted else None
+        return self._index.get(decision.gamma) if outcome.exhausted or decision.gamma == outcome.drafted else None
 
     def state_dict(self) -> State:
         return super().state_dict() | {"arms": self.gammas.copy(), "sums": self.sums.copy()}

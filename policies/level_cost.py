@@ -31,13 +31,15 @@ CAUGHT, READ = 8, 10.0
 NOW, LATELY = 0.12, 0.014
 #: How many steps that drafted a prior's ``first`` is worth.
 FIRST = 5.0
+#: How many drafted tokens that took a forward each an arm's price starts from.
+ASKED = 2.0
 #: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
 FAR = 4.0
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
 RATE = 4
 _K = np.arange(WIDTHS)
 #: Sums that are not by width, all sums, and where in those the draft's and the reading's begin.
-SUMS, OF_DRAFT = 11, 5 * WIDTHS
+SUMS, OF_DRAFT = 13, 5 * WIDTHS
 ALL, OF_READING = OF_DRAFT + SUMS, OF_DRAFT + 9
 
 
@@ -60,8 +62,10 @@ class LevelCosts:
         lambda, tokens per second: discounted tokens over discounted seconds.
     price : ndarray, shape (17,)
         ``rate * seconds``: what drafting k tokens costs, in tokens.
+    asked : float
+        Share of drafted tokens that took a forward of the draft model; lookups take none.
     arm_seconds, arm_price : ndarray, shape (K,)
-        ``seconds`` and ``price`` of each arm.
+        ``seconds`` and ``price`` of each arm, of whose tokens that share takes a forward.
     """
 
     def __init__(self, prior: CostPrior = VAGUE, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
@@ -73,7 +77,7 @@ class LevelCosts:
         self._now, self._lately, self._paced = 1.0, 1.0, 0
         # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
         # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
-        # t_0, tokens, seconds. Of catching up: tokens, seconds.
+        # t_0, tokens, seconds. Of catching up: tokens, seconds. Drafted tokens: those that took a forward, all.
         self._total, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
         self._clear_block()
         self.set_prior(prior)
@@ -115,6 +119,9 @@ class LevelCosts:
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
         g, sums = self._gain, self._block_sums
         self._gain = g / self._keep
+        if k:
+            sums[11] += g * (drafted if drafted < k else k)
+            sums[12] += g * k
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
             # A stall here would be held against the draft for hundreds of steps. A drafted token takes no longer than
@@ -221,7 +228,7 @@ class LevelCosts:
         self._solve_rate()
 
     def _refit_draft(self, scale: float) -> None:
-        m, k, kk, d, kd, rests, rest, _, _, read, reading = self._total[OF_DRAFT:].tolist()
+        m, k, kk, d, kd, rests, rest, _, _, read, reading, asked, offered = self._total[OF_DRAFT:].tolist()
         self._measured, prior = (m, rests), self.prior
         w = max(prior.weight, 0.01)
         # d = first + t_d k; the prior says both relative to the target's speed.
@@ -234,6 +241,7 @@ class LevelCosts:
         self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
         w *= READ
         self.catch_up = (reading + w * scale * prior.catch_up_seconds) / (read + w)
+        self.asked = (asked + ASKED) / (offered + ASKED)
 
     def _solve_rate(self) -> None:
         self.seconds = self.draft * _K + self.verify
@@ -244,7 +252,16 @@ class LevelCosts:
         w = 2.0
         self.rate = (tokens + w) / (seconds + w * float(self.seconds[0]))
         self.price = self.rate * self.seconds
-        self.arm_price, self.arm_seconds = self.price[self._arms], self.seconds[self._arms]
+        self.arm_seconds, arms = self.seconds[self._arms], self._arms
+        if self.asked < 1.0:
+            free = 1.0 - self.asked
+            self.arm_seconds -= free * self.draft * arms + free**arms * self.first * (arms > 0)
+        self.arm_price = self.rate * self.arm_seconds
+
+    def spent(self, drafted: int, forwards: int) -> float:
+        """Return the seconds of a step that submitted so many tokens and made so many forwards of the draft."""
+        first = 0.0 if (drafted > 0) == (forwards > 0) else self.first if forwards else -self.first
+        return self.seconds.item(drafted) + self.draft * (forwards - drafted) + first
 
     def state(self) -> State:
         """Sums and the prior, as arrays."""
@@ -308,10 +325,10 @@ def _parts(total: np.ndarray) -> State:
 
 
 def _whole(state: State) -> np.ndarray:
-    """All sums of a state or delta; those of versions that knew nothing of catching up are shorter."""
-    older = np.shape(state.get("sums", ())) == (SUMS - 2,)
-    sums = check_array(state, "sums", (SUMS - 2 if older else SUMS,))
-    return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(2 if older else 0)))
+    """All sums of a state or delta; those of versions that knew nothing of catching up, or of lookups, are shorter."""
+    lacks = next((n for n in (2, 4) if np.shape(state.get("sums", ())) == (SUMS - n,)), 0)
+    sums = check_array(state, "sums", (SUMS - lacks,))
+    return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(lacks)))
 
 
 def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:

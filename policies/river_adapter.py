@@ -90,11 +90,12 @@ class River(CostAware):
             return
         self.costs.observe(outcome)
         arm = self._index.get(decision.gamma)
-        if arm is None or decision.gamma != outcome.drafted:
+        if arm is None or (decision.gamma != outcome.drafted and not outcome.exhausted):
             return
         reward = float(outcome.produced)
         if self.timed:
-            reward -= self.costs.level(outcome.level).price.item(outcome.drafted)
+            costs = self.costs.level(outcome.level)
+            reward -= costs.rate * costs.spent(outcome.drafted, outcome.forwards)
         span = self.arms[-1] + 1.0
         reward = min(max((reward + 0.5 * span) / (1.5 * span), 0.0), 1.0)
         if self.name == "linucb":

@@ -271,13 +271,8 @@ class SafetyGuard(Wrapper):
             self._postpone(ledger, 1)
         ledger.offered += SHARE * ((k / ledger.gamma if short else 1.0) - ledger.offered)
         costs, forwards = self.model.level(outcome.level), outcome.forwards
-        seconds = costs.seconds.item(k) + costs.draft * (forwards - k)
-        nap, reading = ledger.nap, 0.0
-        if forwards:  # also where all that was drafted was withheld
-            reading = costs.catch_up * outcome.caught_up
-            seconds += 0.0 if k else costs.first
-        elif k:
-            seconds -= costs.first
+        seconds, nap = costs.spent(k, forwards), ledger.nap
+        reading = costs.catch_up * outcome.caught_up if forwards else 0.0
         if k:
             ledger.forwards += SHARE * ((forwards / k if forwards < k else 1.0) - ledger.forwards)
         if outcome.policy_seconds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.base import Context, Decision, Outcome, PolicyError, State
+from policies.base import ARMS, Context, Decision, Outcome, PolicyError, State
 from policies.cost import CostModel, CostPrior
 from policies.cost_prior import VAGUE
 from policies.learned import CostAware
@@ -181,13 +181,35 @@ def test_catching_up_is_learned_from_steps_that_do(known: float) -> None:
     assert again.catch_up == pytest.approx(costs.catch_up, rel=1e-9)
 
 
-def test_what_was_saved_before_catching_up_was_learned_still_loads() -> None:
+def test_arms_are_priced_by_the_share_of_tokens_that_take_a_forward() -> None:
+    prior = CostPrior(0.01, (0.1, 0.11), 0.002, first_draft_seconds=0.004)
+    costs, other = LevelCosts(prior), LevelCosts(prior)
+    np.testing.assert_array_equal(costs.arm_seconds, costs.seconds[list(ARMS)])
+    for _ in range(400):
+        costs.observe(Outcome(4, 4, 4, 5, 0.156, 0.014, 0.14, forwards=1))
+    costs.refit()
+    assert costs.asked == pytest.approx(0.25, abs=0.01)
+    assert costs.draft + costs.first == pytest.approx(0.014, rel=0.02)
+    arms, free = np.array(ARMS), 1 - costs.asked
+    wanted = costs.seconds[arms] - free * arms * costs.draft - free**arms * (arms > 0) * costs.first
+    np.testing.assert_allclose(costs.arm_seconds, wanted)
+    np.testing.assert_allclose(costs.arm_price, costs.rate * wanted)
+    plain = costs.verify + costs.overhead
+    for k, forwards in ((4, 1), (4, 0), (0, 2), (0, 0), (3, 3)):
+        drafting = forwards * costs.draft + costs.first * (forwards > 0)
+        assert costs.spent(k, forwards) == pytest.approx(float(plain[k]) + drafting)
+    other.merge(costs.take_delta())
+    assert other.asked == pytest.approx(costs.asked, rel=1e-9)
+
+
+@pytest.mark.parametrize("lacks", [2, 4])
+def test_what_was_saved_before_catching_up_or_lookups_were_learned_still_loads(lacks: int) -> None:
     costs = LevelCosts(CostPrior(0.01, (0.1,)))
     for _ in range(40):
         costs.observe(outcome(2, 0.1, 0.02))
     state = costs.state()
     del state["catch_up"], state["first"]
-    state["sums"] = state["sums"][:-2]
+    state["sums"] = state["sums"][:-lacks]
     again = LevelCosts()
     again.load(state)
     assert again.catch_up == 0.0
