@@ -60,13 +60,13 @@ results-modelled: setup
 		--out $(RUNS)/replays
 	@echo "== exact traces of the other drafters: the lookup, and the hybrid with a gate for each pair; policies on them"
 	@test -f $(RUNS)/gate-high.npz || $(BIN)/python -m experiments.gate --traces $(RUNS)/high-train --out $(RUNS)/gate-high.npz
-	@for drafter in ngram hybrid; do $(BIN)/python -m experiments.profile --drafter $$drafter --split test --prompts 80 \
-		--reuse $(RUNS)/test --out $(RUNS)/$$drafter-test || exit $$?; done
+	@$(BIN)/python -m experiments.profile --drafter ngram --split test --prompts 80 --reuse $(RUNS)/test --out $(RUNS)/ngram-test
+	@$(BIN)/python -m experiments.profile --drafter hybrid --split test --prompts 80 --reuse $(RUNS)/test --out $(RUNS)/hybrid-test
 	@model=$$($(BIN)/python -c "from speckv_online.models import prepare; print(prepare('smollm2'))") && \
 	$(BIN)/python -m experiments.profile --target "$$model" --draft "$$model" --draft-level nf4 --split test --prompts 80 \
 		--drafter "hybrid:gate=$(abspath $(RUNS))/gate-high.npz" --reuse $(RUNS)/test --out $(RUNS)/hybrid-high-test
-	@test -f $(RUNS)/drafters/drafters.md || $(BIN)/python -m experiments.replays_drafters --out $(RUNS)/drafters \
-		--traces $(subst $(space),$(comma),$(DRAFTERS)) --costs $(RUNS)/test/cost.json,rtx3090-release --doc docs/results.md
+	@test -f $(RUNS)/drafters/drafters.md || $(BIN)/python -m experiments.replays_drafters $(ON_DRAFTERS) \
+		--out $(RUNS)/drafters
 	@echo "== learning over time on the traces"
 	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --processes 2 --images docs/img \
 		--settled default=$(RUNS)/train,high=$(RUNS)/high-train --out $(RUNS)/streams
@@ -74,10 +74,9 @@ results-modelled: setup
 ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high-test --costs $(RUNS)/test/cost.json,rtx3090-release \
 	--doc docs/results.md
 
-comma := ,
-space := $() $()
-DRAFTERS := default/model=$(RUNS)/test default/ngram=$(RUNS)/ngram-test default/hybrid=$(RUNS)/hybrid-test \
-	high/model=$(RUNS)/high-test high/ngram=$(RUNS)/ngram-test high/hybrid=$(RUNS)/hybrid-high-test
+OF_DEFAULT := default/model=$(RUNS)/test,default/ngram=$(RUNS)/ngram-test,default/hybrid=$(RUNS)/hybrid-test
+OF_HIGH := high/model=$(RUNS)/high-test,high/ngram=$(RUNS)/ngram-test,high/hybrid=$(RUNS)/hybrid-high-test
+ON_DRAFTERS := --traces $(OF_DEFAULT),$(OF_HIGH) --costs $(RUNS)/test/cost.json,rtx3090-release --doc docs/results.md
 
 setup: $(READY)
 
