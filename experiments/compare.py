@@ -21,12 +21,12 @@ from typing import Any
 
 from experiments.config import CompareConfig, Resources, launch
 from experiments.display import Display
-from experiments.ledger import Ledger, earlier_workers
+from experiments.ledger import Ledger
 from speckv_online import manifest
 from speckv_online.errors import UserError
 from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
-from speckv_online.rundir import RunDir
+from speckv_online.rundir import RunDir, check_writable
 
 #: What a reader of figures has to know about a named pair.
 PAIR_NOTES = {"smollm2": "The target smollm2 was stored in 4 bits before any compression level was applied to it."}
@@ -48,9 +48,9 @@ def compare(config: CompareConfig) -> int:
     """
     prompts = select_prompts(config)
     path = run_path(config)
-    digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
+    digest = prompts_digest(prompts)
     check_names(config)
-    run = RunDir.open(path, asdict(config) | {"prompts_sha256": digest}, volatile=CompareConfig.VOLATILE)
+    check_writable(path)
 
     # Imported late: torch and transformers take seconds, and mistakes should show at once.
     from experiments.ray_runner import RayRun, connect
@@ -59,7 +59,9 @@ def compare(config: CompareConfig) -> int:
     from experiments.work import Job
     from speckv_online.models import prepare
 
-    with exclusive(path), Display(config, len(prompts)) as display:
+    with exclusive(path), contextlib.ExitStack() as stack:
+        run = RunDir.open(path, asdict(config) | {"prompts_sha256": digest}, volatile=CompareConfig.VOLATILE)
+        display = stack.enter_context(Display(config, len(prompts)))
         for left in path.glob(".*.part"):  # a killed run was writing it
             left.unlink()
         if config.target is None:
@@ -78,16 +80,17 @@ def compare(config: CompareConfig) -> int:
                 seeds=[config.seed + i for i in range(config.orders)],
                 schedule=schedule.describe() | {"actors": "none" if config.local else "ray"},
                 notes=[note for pair, note in PAIR_NOTES.items() if pair == config.pair and not config.target],
-                workers=earlier_workers(path),
-                failed={},
             )
             ledger = Ledger(run, facts, display)
             ledger.save()
             job = Job(config, prompts, path, schedule)
             try:
                 for event in run_local(job) if config.local else RayRun(job).events():
-                    display.show(event)
-                    ledger.note(event)
+                    failed = ledger.other_weights(event)
+                    display.show(failed or event)
+                    ledger.note(failed or event)
+                    if failed:
+                        break  # all levels load the same folders
             except BaseException:
                 display.say(f"stopped; go on from here with --resume {path}")
                 raise
@@ -109,6 +112,11 @@ def bundled(split: str = "test") -> list[Prompt]:
         with as_file(files("experiments") / "prompts" / f"{task}.jsonl") as path:
             found += [p for p in read_prompts(path) if p.split == split]
     return found
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Return the SHA-256 of prompts, in hexadecimal."""
+    return hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
 
 
 def run_path(config: CompareConfig) -> Path:

@@ -140,7 +140,8 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
     if folder:
         if file or "out" in given:
             raise UserError("--resume takes the settings and the directory of a run: leave --config and --out away")
-        file, given["out"] = Path(folder) / "config.yaml", str(folder)
+        folder = Path(folder).expanduser()
+        file, given["out"] = folder / "config.yaml", str(folder)
     values = {str(k).replace("-", "_"): v for k, v in read_settings(file).items()} if file else {}
     check(cls, values, str(file))
     for text in sets:
@@ -155,7 +156,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
             raise UserError(f"--set {text}: {'.'.join(path)} holds no settings of its own")
         try:
             inner[last] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError) as e:  # the latter for a day that no calendar has
             raise UserError(f"--set {text}: not a valid value") from e
     return cls(**(check(cls, values, "--set" if sets else str(file)) | given))
 

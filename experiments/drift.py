@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.compare import TASKS, bundled
+from experiments.compare import TASKS, bundled, prompts_digest
 from experiments.config import launch, option
 from experiments.documents import check_place
-from experiments.ledger import earlier_workers
+from experiments.ledger import earlier_manifest, where_measured
 from speckv_online import manifest
 from speckv_online.errors import UserError
 from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
-from speckv_online.rundir import RunDir, StepWriter, Unit
+from speckv_online.rundir import RunDir, StepWriter, Unit, check_writable
 
 #: One stage of the stream: tasks, level, draft.
 PHASES = ("code+math@fp16", "chat@fp16", "chat@nf4", "chat+code@nf4@layers:4", "code+math@nf4", "code+math@fp16@ngram")
@@ -71,6 +71,8 @@ class DriftConfig:
 
     VOLATILE = ("out", "threads", "threshold", "doc", "plot")
     RESUMES = True
+    #: What a run's ``config.yaml`` holds besides, if its prompts come from a file.
+    EXTRA = ("prompts_sha256",)
 
     def __post_init__(self) -> None:
         if not self.phases or not self.policies or len(set(self.policies)) < len(self.policies):
@@ -107,20 +109,28 @@ def drift(config: DriftConfig) -> int:
         make_policy(spec)
     check_place(config.doc, "drift")
     path = Path(config.out or f"runs/drift__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
-    run = RunDir.open(path, asdict(config), volatile=DriftConfig.VOLATILE)
+    extra = {"prompts_sha256": prompts_digest([prompt for _, _, prompt in units])} if config.prompts else {}
+    check_writable(path)
     with exclusive(path):
+        run = RunDir.open(path, asdict(config) | extra, volatile=DriftConfig.VOLATILE)
         writer = StepWriter(path / "steps-drift.jsonl")
         files = {k: Path(v).name for k in ("target", "draft", "prompts") if (v := getattr(config, k))}
         ids = list(dict.fromkeys(unit.prompt for unit, _, _ in units))
+        # A count is understood as one for each level.
+        count = {"count": len(ids)} if len({phase.level for phase in config.stream()}) == 1 else {}
+        earlier = earlier_manifest(path)
         facts = manifest.collect(
             command="python -m experiments.drift",
             config=asdict(config) | {"out": "", "doc": "", "plot": ""} | files,
             seeds=[config.seed],
-            prompts={"count": config.per_phase * len(config.phases), "ids": ids},
-            workers=earlier_workers(path),
+            prompts=count | {"ids": ids},
+            workers=earlier.get("workers", {}),
         )  # fmt: skip
+        left = any(unit.key not in writer.done for unit, _, _ in units)
+        if not left:
+            facts |= where_measured(earlier)
         run.write_manifest(facts)
-        if any(unit.key not in writer.done for unit, _, _ in units):
+        if left:
             decode(config, units, path, writer, facts["workers"])
         writer.close()
         run.write_manifest(facts | {"status": "finished", "finished": manifest.now()})

@@ -25,6 +25,7 @@ from speckv_online.report import markdown_table, text_table
 from speckv_online.report_series import GROUPS
 from speckv_online.rundir import UnitResult, read_manifest, read_units
 from speckv_online.stats import Estimate, bootstrap_goodput, paired_ratio
+from speckv_online.tables import finite
 
 #: Fewest steps that Page-Hinkley and ADWIN look at before their first alarm.
 GRACE = 30
@@ -162,7 +163,8 @@ def write_drift(path: Path, phases: Sequence[Phase], threshold: float) -> str:
         "page_hinkley_threshold": threshold,
         "policies": [asdict(track) for track in found],
     }
-    write_atomically(path / "drift.json", lambda f: f.write(json.dumps(document, indent=1, default=_plain) + "\n"))
+    as_json = json.dumps(finite(document), indent=1, default=_plain) + "\n"
+    write_atomically(path / "drift.json", lambda f: f.write(as_json))
     write_atomically(path / "drift.png", lambda f: plot(found, f), binary=True)
     table: list[tuple[str, ...]] = [
         ("phase", "policy", "tokens/s (measured) [95 %]", "mean γ", "steps", "steps to ADWIN", "to Page-Hinkley")

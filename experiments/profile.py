@@ -24,6 +24,7 @@ from speckv_online.commands import say
 from speckv_online.drafter_spec import HELP as DRAFTERS
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose, read_prompts
 
 if TYPE_CHECKING:
@@ -106,16 +107,17 @@ def profile(config: ProfileConfig) -> int:
     for level in config.levels:
         get_level(level)
     check_writable(out)
-    check_request(config, out)
-    before = timed_bytes(out)
-    if config.ray:
-        from experiments.profile_ray import collect_levels
+    with exclusive(out):
+        check_request(request(config), out)
+        before = timed_units(out)
+        if config.ray:
+            from experiments.profile_ray import collect_levels
 
-        collect_levels(config, prompts, out)
-    else:
-        for level in config.levels:
-            collect_level(config, level, prompts, out)
-    write_tables(config, out, timed_bytes(out) != before)
+            collect_levels(config, prompts, out)
+        else:
+            for level in config.levels:
+                collect_level(config, level, prompts, out)
+        write_tables(config, out, timed_units(out) != before)
     return 0
 
 
@@ -129,13 +131,12 @@ def request(config: ProfileConfig) -> dict[str, Any]:
     return found | {"pair": config.pair if config.target is None and config.draft is None else ""}
 
 
-def check_request(config: ProfileConfig, out: Path) -> None:
+def check_request(wanted: dict[str, Any], out: Path) -> None:
     """Refuse a directory with traces of other models, drafters or budgets, whether or not any are missing."""
-    wanted = request(config)
     for folder, meta in collected(out):
         theirs = {"max_new_tokens": meta.get("max_new_tokens")} | meta.get("request", {})
         for name, value in theirs.items():
-            if value != wanted.get(name):
+            if value != wanted.get(name, value):
                 said = f"{name} {value!r}, not {wanted.get(name)!r}"
                 raise UserError(f"{folder} holds traces collected with {said}: give another --out")
 
@@ -148,9 +149,11 @@ def collected(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield folder, Trace.load(min(folder.glob("*.npz"))).meta
 
 
-def timed_bytes(out: Path) -> dict[str, int]:
-    """Return the sizes of the files of timed steps: they only ever grow."""
-    return {path.name: path.stat().st_size for path in out.glob("steps-*.jsonl")}
+def timed_units(out: Path) -> int:
+    """Return how many prompts were decoded on the clock: they only ever grow."""
+    from speckv_online.rundir import read_units
+
+    return len(read_units(out)) if any(out.glob("steps-*.jsonl")) else 0
 
 
 def trace_path(out: Path, level: str, prompt_id: str) -> Path:
@@ -248,7 +251,7 @@ def check_same(folder: Path, meta: dict[str, Any]) -> None:
     """Refuse to mix traces of models with other weights into a directory; another level's have another target."""
     for other, theirs in collected(folder.parent):
         for key in ("draft_fingerprint", "target_fingerprint") if other == folder else ("draft_fingerprint",):
-            if theirs.get(key) != meta[key]:
+            if key in meta and theirs.get(key) != meta[key]:
                 raise UserError(f"{other} holds traces with another {key} ({theirs.get(key)}): give another --out")
 
 

@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> int:
     traces = load_traces(config.traces, levels=config.levels, splits=splits)
     check_writable(out)
     common["data"] = describe(traces)
-    more = [trace for folder in config.more for trace in load_traces(folder)]
+    more = [trace for folder in config.more for trace in load_traces(folder, levels=config.levels, splits=splits)]
 
     def labelled(chosen: Sequence[Trace]) -> Data:
         return data_from_traces(chosen, config.features, [int(g) for g in config.gammas], config.seed)

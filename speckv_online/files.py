@@ -108,7 +108,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as e:
         raise UserError(f"cannot read the config {path}: {e.strerror or e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:  # the latter for other encodings, and days that no calendar has
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of settings to values")

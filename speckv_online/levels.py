@@ -121,7 +121,7 @@ def _by_spec(method: str, text: str) -> Callable[[torch.dtype], Any]:
             raise UserError(f"{method}:{text}: {piece!r} is no key=value")
         try:
             arguments[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError) as e:
             raise UserError(f"{method}:{text}: {value!r} is no value of YAML") from e
     if method.startswith("bitsandbytes"):
         arguments.setdefault("load_in_8bit" if method.endswith("8bit") else "load_in_4bit", True)

@@ -59,7 +59,7 @@ class Tally:
 
 
 class Progress:
-    """Follows the records of a run directory.
+    """Follows the records of a run directory; units without step records are left out.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class Progress:
                 start = 0  # cut back when the run was resumed; units that are known do not count again
             for result, offset in read_from(file, start):
                 self._offsets[file] = offset
-                if result is not None and result.unit.key not in self._seen:
+                if result is not None and result.steps and result.unit.key not in self._seen:
                     self._seen.add(result.unit.key)
                     self.tallies.setdefault((result.unit.level, result.unit.policy), Tally()).add(result)
                     fresh.append(result)

@@ -42,11 +42,12 @@ def write_reports(paths: Sequence[str | Path], out: str | Path) -> list[Report]:
     if len({report.name for report in reports}) < len(reports):
         parts = [Path(path).resolve().parts for path in paths]
         reports = [replace(r, name="/".join(p[-2:])) for r, p in zip(reports, parts, strict=True)]
-    _write(Path(out) / "report.html", runs_to_html(reports))
+    out = Path(out).expanduser()
+    _write(out / "report.html", runs_to_html(reports))
     text = ["# Comparison of runs", "", *markdown_table(side_by_side(reports)), ""]
     for report in reports:
         text += [f"# {report.name}", "", *to_markdown(report).splitlines()[2:], ""]
-    _write(Path(out) / "report.md", "\n".join(text))
+    _write(out / "report.md", "\n".join(text))
     return reports
 
 

@@ -99,7 +99,8 @@ class Report:
 
 def build_report(path: str | Path) -> Report:
     """Read a run directory and compute its report; raises :class:`UserError` if there is no finished unit."""
-    manifest, units = read_manifest(path), read_units(path)
+    manifest, every = read_manifest(path), read_units(path)
+    units = [result for result in every if result.steps]
     if not units:
         raise UserError(f"{path} holds no finished prompt yet: continue the run first")
     found: Groups = {}
@@ -117,7 +118,7 @@ def build_report(path: str | Path) -> Report:
         return _ratio(groups.get((level, a)), groups.get((level, b)))
 
     return Report(
-        rows, verdict(rows, ratio), _notes(rows, manifest), manifest,
+        rows, verdict(rows, ratio), _notes(rows, manifest) + _left_out(every), manifest,
         name=Path(path).resolve().name,
         advice=advice(rows, ratio),
         regret=regrets(groups),
@@ -209,6 +210,11 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     if manifest.get("status") not in ("finished", "incomplete"):
         notes.append("The run is not finished.")
     return notes
+
+
+def _left_out(units: Sequence[UnitResult]) -> list[str]:
+    names = sorted({f"{r.unit.level} {r.unit.policy}" for r in units if not r.steps})
+    return [f"Without step records, and so in no figure here: {', '.join(names)}."] if names else []
 
 
 def _order(found: set[str], wanted: Sequence[str]) -> list[str]:

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"the run directory is {remote} on the cluster's head node")
             return code
         packer = f"{shlex.quote(arguments.python)} -m speckv_online.submit {_quoted(remote)}"
-        _fetch(client, packer, runtime, remote, Path(arguments.out or f"runs/{name}"))
+        _fetch(client, packer, runtime, remote, Path(arguments.out or f"runs/{name}").expanduser())
     return code
 
 
@@ -149,12 +149,12 @@ def _short(error: BaseException) -> str:
 
 
 def _settings(config: Path, sets: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the config with the prompts of ``--set`` in it, maybe a file to upload, and the other ``--set``."""
+    """Return the config with what of ``--set`` is used here, prompts (maybe a file to upload) and out, and the rest."""
     settings, others = read_settings(config), []
     for text in sets:
         name, _, value = (part.strip() for part in text.partition("="))
-        if name == "prompts":
-            settings["prompts"] = value
+        if name in ("prompts", "out"):
+            settings[name] = value
         else:
             others.append(text)
     return settings, others

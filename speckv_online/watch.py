@@ -50,8 +50,8 @@ def watch(
     UserError
         If there is no run, or TensorBoard is asked for and not installed.
     """
-    if interval <= 0:
-        raise UserError(f"--interval must be above zero, got {interval}")
+    if not 0 < interval <= 86400:
+        raise UserError(f"--interval must be above zero and at most a day (86400), got {interval}")
     progress = Progress(path)
     with ExitStack() as stack:
         writer = stack.enter_context(closing(Events(tensorboard))) if tensorboard else None

@@ -11,7 +11,9 @@ import yaml
 
 from experiments.compare import main
 from experiments.config import CompareConfig
+from experiments.display import Display
 from experiments.learner import Key, Learner, checkpoint_name, read_checkpoint
+from experiments.ledger import Ledger
 from experiments.ray_runner import connect
 from experiments.runner import run_local
 from experiments.schedule import Node, plan
@@ -19,7 +21,7 @@ from experiments.work import Event, Job, Work, blocks
 from experiments.worker import Worker
 from speckv_online.errors import UserError
 from speckv_online.prompts import Prompt
-from speckv_online.rundir import StepWriter, read_manifest, read_units
+from speckv_online.rundir import RunDir, StepWriter, read_manifest, read_units
 from tests.compare_env import (
     COUNTER,
     FAULTY,
@@ -281,3 +283,37 @@ def test_a_ray_job_needs_an_absolute_output(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert main(flags(config, "--out", "runs/x")) == 2
     assert "absolute path" in capsys.readouterr().err
+
+
+def test_a_manifest_says_where_its_figures_were_measured(
+    config: CompareConfig, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    config = replace(config, levels=("fp32",), policies=("autoregressive",))
+    assert main(flags(config, "--prompts", prompts_file, "--out", out)) == 0
+    here, file = read_manifest(out), out / "run.json"
+    elsewhere = {"started": "long ago", "hardware": {"processor": "another"}, "git": {"commit": "0ld"}}
+    there = here | elsewhere | {"schedule": here["schedule"] | {"threads_per_worker": 7}}
+    file.write_text(json.dumps(there))
+    assert main(["--resume", str(out)]) == 0  # nothing is left to decode
+    changing = {"finished"}
+    assert {k: v for k, v in read_manifest(out).items() if k not in changing} == {
+        k: v for k, v in there.items() if k not in changing
+    }
+    steps = out / "steps-fp32.jsonl"
+    steps.write_bytes(steps.read_bytes()[:-10])
+    capsys.readouterr()
+    assert main(["--resume", str(out)]) == 0
+    now = read_manifest(out)
+    assert (now["hardware"], now["git"], now["schedule"]) == (here["hardware"], here["git"], here["schedule"])
+    assert "between which this changed: hardware, git, schedule" in capsys.readouterr().out
+
+
+def test_a_level_keeps_the_facts_of_all_its_workers(config: CompareConfig, tmp_path: Path) -> None:
+    """Whichever is ready first."""
+    ledger = Ledger(RunDir.open(tmp_path / "run", {}), {}, Display(config, 1))
+    for worker in (1, 0):
+        ledger.note(Event("fp16", "ready", worker, facts={"device": f"gpu {worker}"}))
+    ledger.note(Event("fp16", "finished", 1, facts={"finished": "now", "faults": {}}))
+    entry = read_manifest(tmp_path / "run")["workers"]["fp16"]
+    assert (entry["device"], entry["finished"], entry["others"]) == ("gpu 1", "now", {"0": {"device": "gpu 0"}})

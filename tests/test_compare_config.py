@@ -52,6 +52,7 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path: Path) -> None:
         ("levels: [1]", "levels must be a list of names"),
         ("- a", "not a mapping"),
         ("a: [", "not valid YAML"),
+        ("out: 2026-13-45", "not valid YAML"),
         ("resources: 3", "resources must hold settings by name"),
         ("resources: {nf4: 3}", "resources must hold settings by name"),
         ("resources: {nf4: {gpu: 1}}", "unknown setting 'gpu'; known are workers, threads, gpus"),
@@ -87,6 +88,7 @@ def test_set_reaches_nested_settings_and_flags_win(tmp_path: Path) -> None:
         ("seed.x=1", "seed must be of type int"),
         ("seed=a", "--set: seed must be of type int"),
         ("resources.nf4.gpus=[", "not a valid value"),
+        ("out=2026-13-45", "not a valid value"),
         ("resources.nf4.gpus=-1", "must not be negative"),
         ("resources.int3.gpus=1", "int3 is none of the levels"),
     ):
@@ -94,7 +96,7 @@ def test_set_reaches_nested_settings_and_flags_win(tmp_path: Path) -> None:
             parse(CompareConfig, ["--set", text], "x", "")
 
 
-def test_resume_takes_a_runs_settings(tmp_path: Path) -> None:
+def test_resume_takes_a_runs_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CompareConfig(levels=("nf4",), resources={"nf4": Resources(threads=2)}, out="elsewhere")
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump(json.loads(json.dumps(asdict(config) | {"prompts_sha256": "a"})))
@@ -102,6 +104,9 @@ def test_resume_takes_a_runs_settings(tmp_path: Path) -> None:
     assert parse(CompareConfig, ["--resume", str(tmp_path)], "x", "") == replace(config, out=str(tmp_path))
     changed = parse(CompareConfig, ["--resume", str(tmp_path), "--workers", "3"], "x", "")
     assert changed == replace(config, out=str(tmp_path), workers=3)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    at_home = parse(CompareConfig, ["--resume", f"~/{tmp_path.name}"], "x", "")
+    assert at_home == replace(config, out=str(tmp_path))
     with pytest.raises(UserError, match="leave --config and --out away"):
         parse(CompareConfig, ["--resume", str(tmp_path), "--out", "x"], "x", "")
     with pytest.raises(UserError, match="cannot read the config"):

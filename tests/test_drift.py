@@ -12,9 +12,10 @@ import torch
 
 from experiments.drift import Phase, main
 from experiments.drift_models import first_layers
-from experiments.drift_report import find_alarms
+from experiments.drift_report import find_alarms, write_drift
 from speckv_online.errors import UserError
-from speckv_online.rundir import read_manifest, read_units
+from speckv_online.files import exclusive
+from speckv_online.rundir import StepWriter, Unit, read_manifest, read_units
 from tests.conftest import TinyPair, tiny_llama
 from tests.test_rundir import STEP
 
@@ -63,6 +64,7 @@ def test_a_stream_is_decoded_resumed_and_drawn(
     assert "| 1 code@fp32@layers:1 | online |" in page
     assert (run / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert set(read_manifest(run)["workers"]) == {"fp32", "fp16"}
+    assert "count" not in read_manifest(run)["prompts"]  # `speckv watch` would take it for that of each level
     table = capsys.readouterr().out
 
     # A kill in the last unit: what is left of it is cut off, and only it is decoded again.
@@ -129,3 +131,32 @@ def test_alarms_come_after_a_change_and_not_without_one() -> None:
     assert all(1000 < a.step <= 1200 for a in {a.detector: a for a in reversed(alarms)}.values())
     idle = [[replace(STEP, drafted=0, accepted=0, tested=0)] * 500]
     assert find_alarms(idle, [0], 10.0) == []
+
+
+def test_a_finished_stream_stays_where_it_was_measured(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    assert main([*flags, "--phases", "chat@fp32", "--policies", "autoregressive"]) == 0
+    there = read_manifest(run) | {"hardware": {"processor": "another"}, "git": {"commit": "0ld"}}
+    assert there["prompts"]["count"] == 2
+    (run / "run.json").write_text(json.dumps(there))
+    assert main(["--resume", str(run)]) == 0
+    assert read_manifest(run) | {"finished": ""} == there | {"finished": ""}
+    settings = (run / "config.yaml").read_bytes()
+    with exclusive(run):
+        assert main(["--resume", str(run), "--threshold", "3"]) == 2
+    assert (run / "config.yaml").read_bytes() == settings
+    prompts.write_text(prompts.read_text().replace('"chat ', '"another '))
+    capsys.readouterr()
+    assert main(["--resume", str(run)]) == 2
+    assert "holds a run with other settings (prompts_sha256)" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path: Path) -> None:
+    writer = StepWriter(tmp_path / "steps-drift.jsonl")
+    writer.write(Unit("fp32", "fixed:2", "0.0:x", "chat", 0), [STEP])
+    writer.close()
+    write_drift(tmp_path, [Phase.read("chat@fp32")], 10.0)
+    found = json.loads((tmp_path / "drift.json").read_text(), parse_constant=pytest.fail)
+    assert found["policies"][0]["whole"]["low"] is None  # one prompt has no interval

@@ -156,5 +156,37 @@ def test_two_processes_do_not_write_one_run(config: CompareConfig, tmp_path: Pat
     with exclusive(out):
         assert main(flags(config, "--out", out)) == 2
     assert "another process is writing" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == [".lock"]
     with exclusive(out), pytest.raises(UserError, match="another process"), exclusive(out):
         pass
+
+
+def test_a_run_does_not_go_on_with_other_weights(
+    config: CompareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_pair: TinyPair
+) -> None:
+    out, target = tmp_path / "run", tmp_path / "target"
+    shutil.copytree(tiny_pair.target_dir, target)
+    config = replace(config, target=str(target), levels=("fp32", "fp16"), policies=("autoregressive",))
+    assert main(flags(config, "--out", out)) == 0
+    models = read_manifest(out)["workers"]
+    file = out / "steps-fp16.jsonl"
+    file.write_bytes(file.read_bytes()[:-10])
+    left = len(read_units(out))
+    shutil.copy(tiny_pair.draft_dir / "model.safetensors", target)
+    capsys.readouterr()
+    assert main(["--resume", str(out)]) == 1
+    assert "fp16 failed: the target has other weights than at fp32 before" in capsys.readouterr().err
+    assert len(read_units(out)) == left
+    manifest = read_manifest(out)
+    assert (manifest["status"], manifest["workers"]) == ("incomplete", models)
+
+
+def test_a_damaged_file_of_records_ends_a_run(config: CompareConfig, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    config = replace(config, levels=("fp32", "fp16"), policies=("autoregressive",))
+    assert main(flags(config, "--out", out)) == 0
+    file = out / "steps-fp32.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"{", b"", 2))
+    assert main(["--resume", str(out)]) == 2
+    assert read_manifest(out)["status"] == "incomplete"
+    assert list(read_manifest(out)["failed"]) == ["fp32"]

@@ -60,6 +60,7 @@ def test_any_quantization_by_a_spec_string(tiny_pair: TinyPair) -> None:
         ("bitsandbytes_4bit:double", "'double' is no key=value"),
         ("bitsandbytes_4bit:bnb_4bit_quant_type=7", "must be a string"),
         ("bitsandbytes_4bit:bnb_4bit_quant_type=[", "no value of YAML"),
+        ("bitsandbytes_4bit:bnb_4bit_quant_type=2026-13-45", "no value of YAML"),
     ],
 )
 def test_bad_quantization_specs_are_refused(tiny_pair: TinyPair, level: str, message: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from experiments.profile import ProfileConfig, main, select_prompts, trace_path
 from speckv_online.cost import load_cost
 from speckv_online.errors import UserError
+from speckv_online.files import exclusive
 from speckv_online.rundir import read_units
 from speckv_online.step_table import read_rows
 from speckv_online.traces import Trace, load_traces
@@ -149,6 +150,13 @@ def test_costs_say_where_they_were_measured(
     assert main(arguments(tiny_pair, prompts, out, "--threads", "2")) == 0
     assert load_cost(out / "cost.json") == before
     assert before.details["schedule"] == {"threads": 1}
+    other = tmp_path / "other"
+    assert main(arguments(tiny_pair, prompts, other, "--levels", "bf16")) == 0
+    reused = arguments(tiny_pair, prompts, out, "--levels", "fp32,bf16", "--reuse", str(other), "--threads", "2")
+    capsys.readouterr()
+    assert main(reused) == 0
+    assert capsys.readouterr().err.count("output reused") == 2
+    assert load_cost(out / "cost.json") == before
     (out / "cost.json").write_text("{")  # damaged: made anew
     assert main(arguments(tiny_pair, prompts, out)) == 0
     assert load_cost(out / "cost.json").levels == before.levels
@@ -180,6 +188,14 @@ def test_mistakes_are_one_line_and_exit_code_2(
     error = capsys.readouterr().err.splitlines()
     assert reason in error[-1]
     assert not list(tmp_path.glob("out/**/*.npz"))
+
+
+def test_two_processes_do_not_write_one_directory(
+    tiny_pair: TinyPair, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with exclusive(tmp_path):
+        assert main(arguments(tiny_pair, prompts, tmp_path)) == 2
+    assert "another process is writing" in capsys.readouterr().err
 
 
 def test_splits_are_kept_apart(prompts: Path) -> None:

@@ -8,15 +8,33 @@ import numpy as np
 import pytest
 
 from experiments.distill.data import ANSWER, FORCED, USER
-from experiments.profile_conversations import main
+from experiments.profile_conversations import check_conversation, main
+from speckv_online.errors import UserError
 from speckv_online.models import chat_prompt, load_tokenizer, prepare
 from speckv_online.smollm2 import smollm2_ready
 from speckv_online.traces import load_traces
+from tests.made_traces import made_trace
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--conversations", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "--conversations wants a folder of shards" in capsys.readouterr().err
+
+
+def test_other_settings_and_conversations_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "shard-00000.npz").touch()
+    trace, file = made_trace(0), tmp_path / "out" / "conversations" / "00000.npz"
+    trace.meta["request"] = {"pair": "smollm2", "drafter": "model"}
+    trace.save(file)
+    assert main(["--conversations", "~", "--out", "~/out", "--drafter", "hybrid"]) == 2
+    assert "holds traces collected with drafter 'model', not 'hybrid'" in capsys.readouterr().err
+    check_conversation(file, trace.prompt, trace.tokens)
+    for prompt, tokens in ((trace.prompt[1:], trace.tokens), (trace.prompt, trace.tokens + 1)):
+        with pytest.raises(UserError, match="another conversation"):
+            check_conversation(file, prompt, tokens)
 
 
 @pytest.mark.slow

@@ -122,6 +122,21 @@ def test_runs_of_one_name_side_by_side(tmp_path: Path, capsys: pytest.CaptureFix
     assert "http" not in page
 
 
+def test_units_without_steps_are_left_out(tmp_path: Path) -> None:
+    run = made_run(tmp_path, {BASELINE: 0.1})
+    StepWriter(run / "steps-peers.jsonl").write(Unit("nf4", "transformers", "p0", "chat", 0), [], {"call_seconds": 1.0})
+    report = write_report(run)
+    assert [row.policy for row in report.rows] == [BASELINE]
+    assert "Without step records, and so in no figure here: nf4 transformers." in report.notes
+
+
+def test_out_may_be_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_reports([made_run(tmp_path / "run", {BASELINE: 0.1})], "~/both")
+    assert (tmp_path / "both" / "report.html").exists()
+
+
 def test_out_is_for_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_run(tmp_path / "run", {BASELINE: 0.1})
     assert main(["report", str(run), "--out", str(tmp_path / "x")]) == 2

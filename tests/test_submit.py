@@ -95,6 +95,11 @@ def test_prompts_given_with_set_travel_too(
         submit._stage(folder, {"prompts": "absent"}, [])
 
 
+def test_an_out_given_with_set_is_where_the_run_goes(config: Path) -> None:
+    settings, others = submit._settings(config, ["out = /data/run1", "seed=3"])
+    assert (settings["out"], others) == ("/data/run1", ["seed=3"])
+
+
 def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_text('{"task": "chat", "prompt": "hello"}\n')

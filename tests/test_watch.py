@@ -87,11 +87,22 @@ def test_once_as_a_table_and_as_json(run: RunDir, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["rows"][0]["policy"] == "fixed:4"
 
 
+def test_units_without_steps_are_left_out(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = StepWriter(run.path / "steps-nf4.jsonl")
+    writer.write(unit("p1", "transformers"), [], {"call_seconds": 1.0})
+    writer.write(unit(), steps(3))
+    run.write_manifest({"status": "finished"})
+    assert main(["watch", str(run.path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("nf4 fixed:4 on p1")
+
+
 def test_mistakes_are_told(tmp_path: Path, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         Progress(tmp_path)
-    assert main(["watch", str(run.path), "--interval", "0"]) == 2
-    assert "--interval must be above zero" in capsys.readouterr().err
+    for interval in ("0", "nan", "1e20"):
+        assert main(["watch", str(run.path), "--once", "--interval", interval]) == 2
+        assert "--interval must be above zero and at most a day" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
