@@ -14,7 +14,7 @@ import gc
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,13 @@ from policies.guard import FaultGuard
 from policies.registry import make_policy
 from speckv_online.drafter_spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.files import exclusive
 from speckv_online.prompts import Prompt, choose
 
 if TYPE_CHECKING:
     from experiments.peers import Schedule, Stock
     from speckv_online.models import LoadedPair
+    from speckv_online.rundir import RunDir
 
 #: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
 #: the cost model, see :mod:`experiments.results_model`: several others draft as many.
@@ -68,9 +70,16 @@ class ResultsConfig:
     VOLATILE = (*PLACES, "prompts", "some", "round", "leading", "others", "levels")
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "some", "round", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("levels", "leading", "others"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name} names something twice: {', '.join(values)}")
+        if not self.levels:
+            raise UserError("--levels is empty: name at least one")
+        least = {"prompts": 1, "some": 1, "round": 1, "max_new_tokens": 1, "seed": 0, "threads": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(self, name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +88,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def results(config: ResultsConfig) -> int:
-    """Decode what is missing, then write the tables."""
-    from experiments.peers import SCHEDULES
+    """Decode what is missing, then write the tables. Everything that can be refused is refused before that."""
     from experiments.results_headline import MARKER as HEADLINE
-    from experiments.results_headline import publish_headline
-    from experiments.results_tables import MARKER, publish
-    from speckv_online import manifest
-    from speckv_online.rundir import RunDir, read_manifest
+    from experiments.results_tables import MARKER
+    from speckv_online.rundir import RunDir, check_writable
 
+    check_names(config)
+    given = asdict(config)
+    places: dict[str, Any] = {name: str(Path(given[name]).expanduser()) for name in PLACES if given[name]}
+    config = replace(config, **places)
+    check_place(config.doc, MARKER)
+    check_place(config.readme, HEADLINE)
+    check_writable(Path(config.out))
+    with exclusive(config.out):
+        run = RunDir.open(config.out, given, volatile=ResultsConfig.VOLATILE)
+        print(decode(config, run))
+    return 0
+
+
+def check_names(config: ResultsConfig) -> None:
+    """Refuse unknown pairs, levels and contenders, and contenders that nothing could be compared with."""
+    from experiments.peers import SCHEDULES
+    from speckv_online.levels import get_level
+    from speckv_online.models import list_pairs
+
+    names = [pair["name"] for pair in list_pairs()]
+    if config.pair not in names:
+        raise UserError(f"unknown model pair {config.pair!r}: choose {', '.join(names)}")
+    for level in config.levels:
+        get_level(level)
     for name in (*config.leading, *config.others):
         spec, _, drafter = name.partition("+")
         if is_peer(spec):
@@ -98,25 +128,35 @@ def results(config: ResultsConfig) -> int:
     for family in ((PEER,), ("fixed", "autoregressive")):
         if not any(name.startswith(family) and "+" not in name for name in (*config.leading, *config.others)):
             raise UserError(f"--leading and --others name no {' or '.join(family)}: the tables compare with one")
-    check_place(config.doc, MARKER)
-    check_place(config.readme, HEADLINE)
-    run = RunDir.open(config.out, asdict(config), volatile=ResultsConfig.VOLATILE)
+
+
+def decode(config: ResultsConfig, run: RunDir) -> str:
+    """Decode round by round, and write manifest and tables after each; return the tables."""
+    from experiments.results_headline import publish_headline
+    from experiments.results_tables import publish
+    from speckv_online import manifest
+    from speckv_online.rundir import read_manifest
+
     prompts = list(enumerate(choose(bundled("test"), config.prompts, config.seed)))
-    known = read_manifest(run.path)["levels"] if (run.path / "run.json").exists() else ()
+    # Where nothing is decoded now, the figures are of the machine and code that the manifest names already.
+    origin = read_manifest(run.path) if (run.path / "run.json").exists() else {}
+    known = origin.get("levels", ())
     benches = [Bench(config, level, run.path, known) for level in config.levels]
+    others = [facts for facts in known if facts["level"] not in config.levels]
     settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
     text = ""
     for start in range(0, len(prompts), config.round):
         group = prompts[start : start + config.round]
-        decoded = [bench.run(group) for bench in benches]
-        if any(decoded) or start + config.round >= len(prompts):
-            facts = {"levels": [bench.facts for bench in benches], "settings": settings}
-            run.write_manifest(manifest.collect(**facts))
-            text = publish(run.path, config.doc, config.plot, config.leading)
+        decoded = sum(bench.run(group) for bench in benches)
+        if decoded or not origin:
+            origin = manifest.collect()
+        if decoded or start + config.round >= len(prompts):
+            facts = {"levels": [bench.facts for bench in benches] + others, "settings": settings}
+            run.write_manifest(origin | facts)
+            text = publish(run.path, config.doc, config.plot, config.leading, config.levels)
             if config.readme:
-                publish_headline(run.path, config.readme, config.leading)
-    print(text)
-    return 0
+                publish_headline(run.path, config.readme, config.leading, config.levels)
+    return text
 
 
 def is_peer(name: str) -> bool:

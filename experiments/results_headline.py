@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def headline(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         if own != prompts:
             label += f" ({min(map(len, own))} of them)"
         if name == PRODUCT:
-            cells = [f"**{text.partition(' ')[0]}**{text[len(text.partition(' ')[0]) :]}" for text in cells]
+            cells = [re.sub(r"^\S+", r"**\g<0>**", text) for text in cells]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -79,14 +80,18 @@ def decoded(level: Level, name: str, prompts: Sequence[str]) -> list[str]:
 
 
 def cell(level: Level, name: str, prompts: Sequence[str], compare: bool) -> str:
-    """A contender's tokens per second on these prompts, on request with its ratio to transformers' constant-4."""
+    """A contender's tokens per second on these prompts, on request with its ratio to transformers' constant-4.
+
+    Empty where there are no prompts, without the ratio where constant-4 decoded none of them.
+    """
+    if not prompts:
+        return ""
     text = f"{level.goodput(name, prompts):.1f}"
-    if compare:
-        e = level.ratio(name, THEIR_FOUR, prompts)
-        text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]" if len(prompts) > 1 else f" [{e.value:.2f}]"
+    if compare and (e := level.ratio(name, THEIR_FOUR, prompts)):
+        text += f" [{e.value:.2f}: {e.low:.2f}–{e.high:.2f}]" if e.prompts > 1 else f" [{e.value:.2f}]"
     return text
 
 
-def publish_headline(path: Path, readme: str, leading: Sequence[str] = ()) -> None:
+def publish_headline(path: Path, readme: str, leading: Sequence[str] = (), levels: Sequence[str] = ()) -> None:
     """Put a run's short table between the markers of a document."""
-    insert(Path(readme), headline(levels_of(path, leading), read_manifest(path)), MARKER)
+    insert(Path(readme), headline(levels_of(path, leading, levels), read_manifest(path)), MARKER)

@@ -44,16 +44,20 @@ class Level:
     def goodput(self, name: str, prompts: Sequence[str] | None = None) -> float:
         """Tokens per second of whole calls, over all of the contender's prompts or some."""
         calls = self.calls[name]
-        return goodput(*zip(*(calls[p] for p in prompts or calls), strict=True))
+        return goodput(*np.reshape([calls[p] for p in (calls if prompts is None else prompts)], (-1, 2)).T)
 
-    def ratio(self, name: str, base: str, prompts: Sequence[str] | None = None, *, stalled: bool = False) -> Estimate:
-        """Goodput over that of another contender, on the prompts that both decoded, or some.
+    def ratio(
+        self, name: str, base: str, prompts: Sequence[str] | None = None, *, stalled: bool = False
+    ) -> Estimate | None:
+        """Goodput over that of another contender, on the prompts that both decoded, or some; None where there are none.
 
         With ``stalled``, calls in which the machine stood still are in it too.
         """
         found = self.all_calls if stalled else self.calls
         a, b = found[name], found[base]
-        both = [p for p in prompts or a if p in b]
+        both = [p for p in (a if prompts is None else prompts) if p in b]
+        if not both:
+            return None
         columns = [np.array(x) for calls in (a, b) for x in zip(*(calls[p] for p in both), strict=True)]
         return paired_ratio(*columns)
 
@@ -67,7 +71,7 @@ class Level:
         names.sort(key=lambda n: -len(self.calls[n]))  # those with fewer prompts have to beat the others on theirs
         best = names[0]
         for name in names[1:]:
-            if self.ratio(name, best).value > 1:
+            if (found := self.ratio(name, best)) is not None and found.value > 1:
                 best = name
         return best
 
@@ -89,11 +93,15 @@ def calls_of(units: Sequence[UnitResult]) -> dict[str, dict[str, tuple[int, floa
     return found
 
 
-def levels_of(path: Path, leading: Sequence[str] = ()) -> list[Level]:
-    """Read a run directory; prompts that a leading contender has not decoded at every level yet are left out."""
+def levels_of(path: Path, leading: Sequence[str] = (), levels: Sequence[str] = ()) -> list[Level]:
+    """Read a run directory, all levels or some.
+
+    Prompts that a leading contender has not decoded at every one of them yet are left out.
+    """
     groups: dict[str, list[UnitResult]] = {}
     for unit in read_units(path):
-        groups.setdefault(unit.unit.level, []).append(unit)
+        if not levels or unit.unit.level in levels:
+            groups.setdefault(unit.unit.level, []).append(unit)
     for name in leading:
         of = [{u.unit.prompt for u in units if u.unit.policy == name} for units in groups.values()]
         done = set.intersection(*of) if of else set()
@@ -103,12 +111,12 @@ def levels_of(path: Path, leading: Sequence[str] = ()) -> list[Level]:
     return [Level(name, units) for name, units in groups.items()]
 
 
-def publish(path: Path, doc: str, plot: str, leading: Sequence[str] = ()) -> str:
+def publish(path: Path, doc: str, plot: str, leading: Sequence[str] = (), levels: Sequence[str] = ()) -> str:
     """Write ``results.md`` and the plot, and put the text into a document; return the text."""
-    levels = levels_of(path, leading)
-    text = document(levels, read_manifest(path))
+    found = levels_of(path, leading, levels)
+    text = document(found, read_manifest(path))
     write_atomically(path / "results.md", lambda f: f.write(text))
-    png = figure(draw, levels, size=(7.5, 6.0))
+    png = figure(draw, found, size=(7.5, 6.0))
     write_atomically(Path(plot) if plot else path / "results.png", lambda f: f.write(png), binary=True)
     if doc:
         insert(Path(doc), text, MARKER)
@@ -131,12 +139,14 @@ def document(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         lines += ["", "Left out, for whichever contender it was:", ""]
         lines += [level.left_out for level in levels if level.left_out]
         said = [
-            f"`{n}` over {PLAIN} {level.name} {level.ratio(n, PLAIN, stalled=True).value:.3f}"
+            f"`{n}` over {PLAIN} {level.name} {ratio.value:.3f}"
             for level in levels
             for n in ("goodput", "online", PRODUCT)
-            if level.left_out and {n, PLAIN} <= level.all_calls.keys()
+            if level.left_out
+            and {n, PLAIN} <= level.all_calls.keys()
+            and (ratio := level.ratio(n, PLAIN, stalled=True))
         ]
-        lines += ["", f"With them: {', '.join(said)}."]
+        lines += ["", f"With them: {', '.join(said)}."] if said else []
     for level in levels:
         lines += ["", *table(level)]
     return "\n".join(lines) + "\n"
@@ -167,39 +177,47 @@ def table(level: Level) -> list[str]:
         if uneven:
             cells.append(f"{level.goodput(name, shared):.2f}" if shared else "")
         for base in (PLAIN, best, FOUR, THEIR_FOUR):
-            cells.append(level.ratio(name, base).text(3) if base in level.calls else "")
-        agreement = level.modelled_over_measured(name)
-        cells.append(agreement.text(3) if agreement else "")
+            cells.append(show(level.ratio(name, base) if base in level.calls else None))
+        cells.append(show(level.modelled_over_measured(name)))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def show(ratio: Estimate | None) -> str:
+    """A ratio as a table's cell."""
+    return ratio.text(3) if ratio else ""
 
 
 def bars(levels: Sequence[Level]) -> list[str]:
     """What was claimed beforehand, and what came out."""
     lines = ["| claim | wanted | found | |", "|---|---:|---:|---|"]
 
-    def add(text: str, wanted: float, values: Sequence[float]) -> None:
+    def add(text: str, wanted: float, ratios: Sequence[Estimate | None]) -> None:
+        values = [ratio.value for ratio in ratios if ratio]
+        if len(values) < len(ratios):  # no prompt is left that both decoded
+            lines.append(f"| {text} | {wanted} | | |")
+            return
         found = float(np.exp(np.mean(np.log(values))))
         lines.append(f"| {text} | {wanted} | {found:.3f} | {'pass' if found >= wanted else '**fail**'} |")
 
     have = set.intersection(*(set(level.calls) for level in levels))
     for policy in [p for p in ("goodput", "online") if p in have]:
         for level in levels if PLAIN in have else ():
-            add(f"`{policy}` over autoregressive, {level.name}", 0.97, [level.ratio(policy, PLAIN).value])
-            over = level.ratio(policy, level.best("fixed")).value
+            add(f"`{policy}` over autoregressive, {level.name}", 0.97, [level.ratio(policy, PLAIN)])
+            over = level.ratio(policy, level.best("fixed"))
             add(f"`{policy}` over the best fixed γ in hindsight, {level.name}", 0.97, [over])
         for base, wanted in ((FOUR, 1.15), (PAPER, 1.3)):
             if base in have:
-                values = [level.ratio(policy, base).value for level in levels]
-                add(f"`{policy}` over `{base}`, geometric mean", wanted, values)
+                found = [level.ratio(policy, base) for level in levels]
+                add(f"`{policy}` over `{base}`, geometric mean", wanted, found)
     if PRODUCT in have and THEIR_FOUR in have:
-        values = [level.ratio(PRODUCT, THEIR_FOUR).value for level in levels]
-        add("the product over transformers' constant-4, geometric mean", 1.4, values)
-        values = [level.ratio(PRODUCT, level.best("transformers")).value for level in levels]
-        add("the product over transformers' best, plain decoding included, geometric mean", 1.3, values)
+        found = [level.ratio(PRODUCT, THEIR_FOUR) for level in levels]
+        add("the product over transformers' constant-4, geometric mean", 1.4, found)
+        found = [level.ratio(PRODUCT, level.best("transformers")) for level in levels]
+        add("the product over transformers' best, plain decoding included, geometric mean", 1.3, found)
     if PRODUCT in have and PLAIN in have:
         for level in levels:
-            add(f"the product over autoregressive decoding, {level.name}", 1.0, [level.ratio(PRODUCT, PLAIN).value])
+            add(f"the product over autoregressive decoding, {level.name}", 1.0, [level.ratio(PRODUCT, PLAIN)])
     return lines + agreements(levels)
 
 
@@ -220,7 +238,8 @@ def agreements(levels: Sequence[Level]) -> list[str]:
 def draw(axes: Any, levels: Sequence[Level]) -> None:
     """Goodput over plain decoding in our decoder, with intervals: a row for each contender, a colour for each level."""
     names = [n for n in levels[0].calls if all(n in level.calls and PLAIN in level.calls for level in levels)]
-    ratios = {n: [level.ratio(n, PLAIN) for level in levels] for n in names}
+    ratios = {n: [e for level in levels if (e := level.ratio(n, PLAIN))] for n in names}
+    names = [n for n in names if len(ratios[n]) == len(levels)]
     names.sort(key=lambda n: np.mean([np.log(e.value) for e in ratios[n]]))
     for i, level in enumerate(levels):
         place = np.arange(len(names)) + (len(levels) - 1 - 2 * i) / (2 * len(levels)) * 0.6

@@ -160,14 +160,19 @@ class Worker:
         if (spec, seed) not in self.seats:
             policy = make_policy(spec, seed=seed, worker=self.index)
             decoder = SpeculativeDecoder(self.pair.drafter, policy=policy, target=self.pair.target, level=self.level)
-            own = Key(spec, seed, f"{self.level}.{self.index}")
-            shared = Key(spec, seed, {"none": own.scope, "per-level": self.level, "global": ""}[self.config.sharing])
+            shared, own = self._keys(spec, seed)
             known = self.sync("", -1, {shared: {}, own: {}}, False, {})
             # A policy that cannot share left its state under this worker's own name.
-            key = own if known[own].version else shared
+            key = shared if known[shared].version else own
             self.seats[spec, seed] = Seat(policy, decoder, key)
             self._take_over(self.seats[spec, seed], known[key])
         return self.seats[spec, seed]
+
+    def _keys(self, spec: str, seed: int) -> tuple[Key, Key]:
+        """Where a policy's statistics go if it shares any, and where its state goes if not."""
+        own = f"{self.level}.{self.index}"
+        shared = {"none": own, "per-level": self.level, "global": ""}[self.config.sharing]
+        return Key(spec, seed, shared), Key(spec, seed, own)
 
     def _take_over(self, seat: Seat, merged: Merged) -> None:
         seat.version, seat.state = merged.version, patched(seat.state, merged.state)
@@ -177,15 +182,16 @@ class Worker:
         seat.decoder.policy.set_costs(self.level, self.cost)
 
     def _share(self, seat: Seat, unit: Unit) -> None:
-        """Send what the policy learnt since the last exchange, and take the merged statistics over."""
+        """Send what the policy learnt since the last exchange, if anything, and take the merged statistics over."""
         step = seat.steps + (self.config.sync_every * seat.sent)
         seat.steps = 0
+        shared, own = self._keys(seat.key.spec, seat.key.seed)
         delta, whole = seat.policy.take_delta(), False
-        if not delta:
-            # It does not learn, or not in a form that adds up: then it stays this worker's own.
+        if delta and seat.key != shared:
+            seat.key, seat.version, seat.state = shared, 0, {}
+        elif not delta and seat.key == own:
+            # It has shared nothing yet, so perhaps it has nothing that adds up: its state stays this worker's own.
             delta, whole = seat.policy.state_dict(), True
-            if seat.key.scope != (own := f"{self.level}.{self.index}"):
-                seat.key, seat.version, seat.state = seat.key._replace(scope=own), 0, {}
         if delta:
             known = {seat.key: seat.version}
             merged = self.sync(f"{self.level} {unit.prompt}", seat.sent, {seat.key: delta}, whole, known)[seat.key]

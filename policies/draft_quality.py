@@ -99,12 +99,14 @@ class DraftQuality:
         return {f"quality.{level}": sums.copy() for level, sums in self._sums.items()} | runs
 
     def load(self, state: State) -> None:
-        """Restore :meth:`state`."""
+        """Restore :meth:`state`. What was surprising here is kept for levels of which the state does not tell, as that
+        of merged sums, which watched no steps themselves."""
         sums = _read(state)
         runs = {key: check_array(state, key, (2,)).tolist() for key in state if key.startswith("surprise.")}
+        kept = self._runs
         self.forget()
         self._sums = sums
-        self._runs = {key.removeprefix("surprise."): (run[0], run[1]) for key, run in runs.items()}
+        self._runs = kept | {key.removeprefix("surprise."): (run[0], run[1]) for key, run in runs.items()}
 
     def take_delta(self) -> State:
         """The sums since the last call."""

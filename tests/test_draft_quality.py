@@ -127,3 +127,12 @@ def test_agreement_has_weights_of_its_own() -> None:
     assert not any(rows[-4.0][8:12])
     assert not any(rows[0.0][8:])
     assert BEFORE == AFTER == 16
+
+
+def test_taking_merged_sums_over_does_not_calm_down() -> None:
+    one, learner = DraftQuality(0.99), DraftQuality(0.99)
+    found = []
+    for _ in range(12):
+        found.append(one.surprised("a", -1.0, 0.2))
+        one.load(learner.state())
+    assert any(found)

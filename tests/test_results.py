@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from experiments.peers import Schedule, Stock
 from experiments.results import main
 from experiments.results_headline import headline
 from experiments.results_model import modelled_calls
-from experiments.results_tables import Level, bars, document, levels_of, table
+from experiments.results_stalls import without_stalls
+from experiments.results_tables import Level, bars, document, draw, levels_of, table
 from speckv_online.errors import UserError
 from speckv_online.records import StepRecord
+from speckv_online.report_plots import figure
 from speckv_online.rundir import StepWriter, Unit, UnitResult, read_manifest, read_units
 from speckv_online.smollm2 import smollm2_ready
 from tests.conftest import tiny_llama
@@ -142,6 +145,8 @@ def test_a_run_that_was_stopped_shows_the_same_prompts_at_all_levels(tmp_path: P
     levels = levels_of(tmp_path, ("autoregressive", "goodput"))
     assert [level.shared for level in levels] == [["a"], ["a"]]
     assert len(levels_of(tmp_path)[0].calls["goodput"]) == 3
+    (alone,) = levels_of(tmp_path, ("autoregressive", "goodput"), ("fp16",))
+    assert alone.shared == ["a", "b", "c"]
     with pytest.raises(UserError, match="no prompt yet"):
         levels_of(tmp_path, ("online",))
 
@@ -166,6 +171,44 @@ def test_calls_in_which_the_machine_stood_still_are_left_out_for_all_alike() -> 
     assert "`goodput` on b (" in level.left_out
     text = document([level], {"settings": {}})
     assert "With them: `goodput` over autoregressive fp16 1.000." in text
+
+
+def test_short_answers_of_transformers_are_no_stalls() -> None:
+    """A call takes a while for its prompt, however few tokens follow."""
+    lengths = (64, 64, 64, 2, 64, 40, 1, 64)
+    units = [call("transformers", f"p{i}", n, 0.4 + 0.05 * n) for i, n in enumerate(lengths)]
+    assert without_stalls(units) == (units, [])
+    units[3].facts["call_seconds"] += 2.0
+    units[4].facts["call_seconds"] += 9.0
+    kept, left_out = without_stalls(units)
+    assert [u for u, _ in left_out] == units[3:5]
+    assert [times for _, times in left_out] == pytest.approx([2.5 / 0.5, 12.6 / 3.6])
+    assert len(kept) == 6
+
+
+def test_contenders_without_a_common_prompt_have_empty_cells() -> None:
+    units = [
+        call(name, p, 10, 1.0) for name in ("autoregressive", "goodput", "fixed:4", "goodput+hybrid") for p in "ab"
+    ]
+    units += [call(name, "a", 10, 1.0) for name in ("transformers:constant-4", "transformers")]
+    for u in units:
+        if u.unit.policy.startswith("goodput") and u.unit.prompt == "a":
+            u.steps[4] = replace(u.steps[4], seconds=5.0)
+    level = Level("fp16", units)
+    assert level.ratio("goodput", "transformers") is None
+    assert level.ratio("autoregressive", "fixed:4", []) is None
+    assert math.isnan(level.goodput("autoregressive", []))
+    text = document([level], {"settings": {}})
+    assert "| the product over transformers' constant-4, geometric mean | 1.4 | | |" in text
+    assert "| `goodput` | 1 | 10.00 |  | 1.000 | 1.000 | 1.000 |  |  |" in text
+    assert "| ours, `goodput` (1 of them) | 10.0 |" in headline([level], {})
+    assert figure(draw, [level])
+    # Prompts of the short table that a contender has none of are no request for all of its prompts.
+    few = [call("fixed:1", p, 10, 1.0) for p in "bcde"] + [call("goodput", p, 10, 1.0) for p in "bcde"]
+    few += [call(name, "a", 10, 1.0) for name in ("fixed:4", "transformers:constant-4")]
+    text = headline([Level("fp16", few)], {})
+    assert "| ours, γ = 4 (0 of them) |  |" in text
+    assert "| ours, `goodput` | 10.0 |" in text
 
 
 def test_schedules_of_transformers_do_not_share_what_they_reach() -> None:
