@@ -144,12 +144,12 @@ def decode(config: ResultsConfig, run: RunDir) -> str:
     benches = [Bench(config, level, run.path, known) for level in config.levels]
     others = [facts for facts in known if facts["level"] not in config.levels]
     settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
-    text = ""
+    text, here = "", manifest.collect()  # before the documents change, which are of the same repository
     for start in range(0, len(prompts), config.round):
         group = prompts[start : start + config.round]
         decoded = sum(bench.run(group) for bench in benches)
         if decoded or not origin:
-            origin = manifest.collect()
+            origin = here
         if decoded or start + config.round >= len(prompts):
             facts = {"levels": [bench.facts for bench in benches] + others, "settings": settings}
             run.write_manifest(origin | facts)
