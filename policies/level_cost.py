@@ -39,7 +39,7 @@ FAR = 4.0
 RATE = 4
 _K = np.arange(WIDTHS)
 #: Sums that are not by width, all sums, and where in those the draft's and the reading's begin.
-SUMS, OF_DRAFT = 13, 5 * WIDTHS
+SUMS, OF_DRAFT = 12, 5 * WIDTHS
 ALL, OF_READING = OF_DRAFT + SUMS, OF_DRAFT + 9
 
 
@@ -77,7 +77,7 @@ class LevelCosts:
         self._now, self._lately, self._paced = 1.0, 1.0, 0
         # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
         # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
-        # t_0, tokens, seconds. Of catching up: tokens, seconds. Drafted tokens: those that took a forward, all.
+        # t_0, tokens, seconds. Of catching up: tokens, seconds. Drafted tokens that took no forward.
         self._total, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
         self._clear_block()
         self.set_prior(prior)
@@ -119,9 +119,8 @@ class LevelCosts:
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
         g, sums = self._gain, self._block_sums
         self._gain = g / self._keep
-        if k:
-            sums[11] += g * (drafted if drafted < k else k)
-            sums[12] += g * k
+        if drafted < k:
+            sums[11] += g * (k - drafted)
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
         if drafted and draft > 0.0 and outcome.caught_up <= 1:
             # A stall here would be held against the draft for hundreds of steps. A drafted token takes no longer than
@@ -228,7 +227,7 @@ class LevelCosts:
         self._solve_rate()
 
     def _refit_draft(self, scale: float) -> None:
-        m, k, kk, d, kd, rests, rest, _, _, read, reading, asked, offered = self._total[OF_DRAFT:].tolist()
+        m, k, kk, d, kd, rests, rest, _, _, read, reading, free = self._total[OF_DRAFT:].tolist()
         self._measured, prior = (m, rests), self.prior
         w = max(prior.weight, 0.01)
         # d = first + t_d k; the prior says both relative to the target's speed.
@@ -241,7 +240,7 @@ class LevelCosts:
         self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
         w *= READ
         self.catch_up = (reading + w * scale * prior.catch_up_seconds) / (read + w)
-        self.asked = (asked + ASKED) / (offered + ASKED)
+        self.asked = 1.0 - free / (float(self._total[:WIDTHS] @ _K) + ASKED) if free else 1.0
 
     def _solve_rate(self) -> None:
         self.seconds = self.draft * _K + self.verify
@@ -326,7 +325,7 @@ def _parts(total: np.ndarray) -> State:
 
 def _whole(state: State) -> np.ndarray:
     """All sums of a state or delta; those of versions that knew nothing of catching up, or of lookups, are shorter."""
-    lacks = next((n for n in (2, 4) if np.shape(state.get("sums", ())) == (SUMS - n,)), 0)
+    lacks = next((n for n in (1, 3) if np.shape(state.get("sums", ())) == (SUMS - n,)), 0)
     sums = check_array(state, "sums", (SUMS - lacks,))
     return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(lacks)))
 

@@ -269,7 +269,8 @@ class SafetyGuard(Wrapper):
         short = outcome.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
         if short or k >= ledger.gamma:
             self._postpone(ledger, 1)
-        ledger.offered += SHARE * ((k / ledger.gamma if short else 1.0) - ledger.offered)
+        if short or ledger.offered < 1.0:
+            ledger.offered += SHARE * ((k / ledger.gamma if short else 1.0) - ledger.offered)
         costs, forwards = self.model.level(outcome.level), outcome.forwards
         seconds, nap = costs.spent(k, forwards), ledger.nap
         reading = costs.catch_up * outcome.caught_up if forwards else 0.0
