@@ -29,6 +29,11 @@ class Bar:
         """True if it does."""
         return self.found >= self.wanted
 
+    @property
+    def verdict(self) -> str:
+        """What was found, and whether it holds, as a table's cell."""
+        return f"{self.found:.3f} {'pass' if self.holds else '**fail**'}"
+
 
 def mean(values: Sequence[float]) -> float:
     """Geometric mean."""
@@ -153,8 +158,7 @@ def _bars(cells: Sequence[Cell], names: Sequence[str]) -> Iterator[str]:
     yield "|---|---:|" + "---:|" * len(names) + "---|"
     columns = [bars(cells, name) for name in names]
     for row in zip(*columns, strict=True):
-        found = [f"{bar.found:.3f} {'pass' if bar.holds else '**fail**'}" for bar in row]
-        yield f"| {row[0].what} | {row[0].wanted:g} | " + " | ".join(found) + f" | {row[0].where} |"
+        yield f"| {row[0].what} | {row[0].wanted:g} | " + " | ".join(b.verdict for b in row) + f" | {row[0].where} |"
 
 
 def _overall(cells: Sequence[Cell]) -> Iterator[str]:

@@ -7,10 +7,10 @@ one of any drafter of the pair, both picked in hindsight. All seconds are modell
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +65,9 @@ def drafters(config: DraftersConfig) -> int:
     check_place(config.doc, MARKER)
     out = Path(config.out).expanduser()
     check_writable(out)
-    settings = {k: v for k, v in asdict(config).items() if k != "doc"}
-    cells = run_cells(ReplaysConfig(**settings), out)
-    text = as_document(cells, {"git": manifest.git_state(), "settings": settings | {"folds": 0}})
+    replays = ReplaysConfig(**{k: v for k, v in asdict(config).items() if k != "doc"})
+    cells = run_cells(replays, out)
+    text = as_document(cells, {"git": manifest.git_state(), "settings": asdict(replays)})
     write_atomically(out / "drafters.md", lambda f: f.write(text))
     if config.doc:
         insert(Path(config.doc), text, MARKER)
@@ -90,19 +90,17 @@ def places(cells: Sequence[Cell]) -> list[list[Cell]]:
         If drafters of one pair were traced on other prompts.
     """
 
-    def place(cell: Cell) -> tuple[str, str, str]:
-        return names(cell)[0], cell.cost, cell.level
-
-    order = {key: i for i, key in enumerate(dict.fromkeys(map(place, cells)))}
-    found = [list(group) for _, group in groupby(sorted(cells, key=lambda c: order[place(c)]), key=place)]
-    for group in found:
+    found: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((names(cell)[0], cell.cost, cell.level), []).append(cell)
+    for group in found.values():
         prompts = [[(t.prompt_id, len(t)) for t in cell.contest.traces] for cell in group]
         if any(own != prompts[0] for own in prompts):
             raise UserError(
                 f"{group[0].pair} and others of its pair hold other outputs at {group[0].level}: collect one and "
                 "draft the rest with --reuse"
             )
-    return found
+    return list(found.values())
 
 
 def best_of_any(group: Sequence[Cell]) -> Score:
@@ -135,10 +133,8 @@ def _bars(cells: Sequence[Cell]) -> Iterator[str]:
     yield "| | wanted | " + " | ".join(f"{drafter} (cells: {len(group)})" for drafter, group in own.items()) + " |"
     yield "|---|---:|" + "---:|" * len(own)
     for row in zip(*(bars(group, first) for group in own.values()), strict=True):
-        found = [f"{bar.found:.3f} {'pass' if bar.holds else '**fail**'}" for bar in row]
-        worst = [f"{text} ({bar.where.partition('/')[0]}, {bar.where.partition(', ')[2]})" if bar.where else text
-                 for text, bar in zip(found, row, strict=True)]  # fmt: skip
-        yield f"| {row[0].what} | {row[0].wanted:g} | " + " | ".join(worst) + " |"
+        found = [bar.verdict + (f" ({re.sub('/[^,]*', '', bar.where)})" if bar.where else "") for bar in row]
+        yield f"| {row[0].what} | {row[0].wanted:g} | " + " | ".join(found) + " |"
 
 
 def _means(cells: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> Iterator[str]:
