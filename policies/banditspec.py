@@ -32,6 +32,8 @@ class _ArmBandit(CostAware):
     ) -> None:
         super().__init__(arms=arms, objective=objective, **options)
         self.longest = self.arms[-1]
+        if not self.longest:
+            raise PolicyError("arms must hold a gamma above 0: there is nothing to choose from")
         self._index = {gamma: i for i, gamma in enumerate(self.arms)}
 
     def reward(self, outcome: Outcome) -> float:

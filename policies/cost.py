@@ -57,9 +57,11 @@ class CostModel:
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
-        self.levels.clear()
+        known, self.levels = self.levels, {}
         self._described.clear()
         for name, part in split_levels(state).items():
+            if name in known:  # it has seen the machine's pace
+                self.levels[name] = known[name]
             self.level(name).load(part)
 
     def take_delta(self) -> State:

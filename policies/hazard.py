@@ -251,7 +251,7 @@ def load_prior(
     try:
         with np.load(file, allow_pickle=False) as arrays:
             state = {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise PolicyError(f"cannot read acceptance weights from {file}: {reason(error)}") from error
     means = tuple(check_array(state, name, (2 * d + 1,)).astype(float) for name, d in HEADS.items())
     precisions = []

@@ -35,6 +35,11 @@ FIRST = 5.0
 ASKED = 2.0
 #: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
 FAR = 4.0
+#: What a part of a step may take, as a share of another's, even where it took next to nothing so far: three times
+#: nothing would stay nothing for ever.
+LITTLE = 0.01
+#: Share of its time at the usual context length that a verification takes at least, however short the context.
+LEAST = 0.1
 #: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
 RATE = 4
 _K = np.arange(WIDTHS)
@@ -75,6 +80,8 @@ class LevelCosts:
         self.deviation = 0.3
         self._gain = 1.0
         self._now, self._lately, self._paced = 1.0, 1.0, 0
+        # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
+        self._own: tuple[float, float, float, int] | None = None
         # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
         # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
         # t_0, tokens, seconds. Of catching up: tokens, seconds. Drafted tokens that took no forward.
@@ -99,6 +106,8 @@ class LevelCosts:
             self._catch_up(outcome.caught_up, draft - self.first - self.draft * drafted)
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
+        if self._own is not None:
+            (self.deviation, self._now, self._lately, self._paced), self._own = self._own, None
         self.steps += 1
         if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
@@ -107,6 +116,8 @@ class LevelCosts:
             pace = self._now / self._lately
             verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
             expected = self._expected[k] + self._per_token * c
+            if expected < self._least[k]:
+                expected = self._least[k]
             verify = self._clip(verify, expected)
             if not self._vague or self.steps > REFIT_ALWAYS:
                 self._note_pace(pace * verify / expected)
@@ -136,7 +147,8 @@ class LevelCosts:
             sums[4] += g * drafted * draft
         # Conditions instead of min() here: a call costs more than all that it compares.
         rest = rest if rest > 0.0 else 0.0
-        most = 3.0 * self.overhead if self._measured[1] > 3.0 else verify
+        most, little = 3.0 * self.overhead if self._measured[1] > 3.0 else verify, LITTLE * verify
+        most = most if most > little else little
         sums[5] += g
         sums[6] += g * (rest if rest < most else most)
         usual = verify + draft + rest
@@ -149,7 +161,8 @@ class LevelCosts:
 
     def _catch_up(self, tokens: int, seconds: float) -> None:
         """Take in what the draft took to read so many tokens; reading one takes at most as long as drafting one."""
-        each = min(3.0 * self.catch_up, self.draft) if self._total[OF_READING] > 0.0 else self.draft
+        most = max(3.0 * self.catch_up, LITTLE * self.draft) if self._total[OF_READING] > 0.0 else self.draft
+        each = min(most, self.draft)
         self._block_sums[9] += self._gain * tokens
         self._block_sums[10] += self._gain * min(max(seconds, 0.0), each * tokens)
 
@@ -220,9 +233,12 @@ class LevelCosts:
         a, s = max(a, 1e-3), max(s, 0.0)
         line = a * p + b * q
         own = (v - n * line - s * (c - n * centre)) / (n + OWN)
-        self._verify = np.maximum(line + own, 0.1 * a * p[0]) - s * centre
-        self._expected, self._per_token = self._verify.tolist(), s
-        self.verify = self._verify + s * (c_ / n_ if n_ > 0.0 else centre)
+        usual = np.maximum(line + own, 0.1 * a * p[0])
+        # A slope that was learned in long contexts says nothing of short ones: left alone, it goes below zero there.
+        least = LEAST * usual
+        verify = usual - s * centre
+        self._expected, self._least, self._per_token = verify.tolist(), least.tolist(), s
+        self.verify = np.maximum(verify + s * (c_ / n_ if n_ > 0.0 else centre), least)
         self._refit_draft(a)
         self._solve_rate()
 
@@ -276,7 +292,8 @@ class LevelCosts:
         }
 
     def load(self, state: State) -> None:
-        """Restore :meth:`state`."""
+        """Restore :meth:`state`. Where that has seen no pace, as merged sums have not, the next step goes on with the
+        one that was seen here."""
         older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
         misc = check_array(state, "misc", (3 if older else 6,)).tolist()
         misc += [1.0, 1.0, 0.0] if older else []
@@ -287,6 +304,10 @@ class LevelCosts:
         vague = bool(misc[2])
         if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
             raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:]}")
+        if misc[5]:
+            self._own = None
+        elif self._paced:
+            self._own = self.deviation, self._now, self._lately, self._paced
         self._now, self._lately, self._paced = misc[3], misc[4], int(misc[5])
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]

@@ -65,9 +65,9 @@ class _Linear(CostAware):
         if levels not in ("described", "code"):
             raise PolicyError(f"levels must be described or code, got '{levels}'")
         self.described = levels == "described"
-        if not 0 <= alpha < float("inf") or not 0 < ridge < float("inf") or not 0 < discount <= 1 or refresh < 1:
+        if not 0 <= alpha < float("inf") or not 1e-6 <= ridge < float("inf") or not 0 < discount <= 1 or refresh < 1:
             got = f"{alpha}, {ridge}, {discount}, {refresh}"
-            raise PolicyError(f"need alpha >= 0, ridge > 0, 0 < discount <= 1 and refresh >= 1, got {got}")
+            raise PolicyError(f"need alpha >= 0, ridge >= 1e-6, 0 < discount <= 1 and refresh >= 1, got {got}")
         self.alpha, self.discount, self.every = alpha, discount, refresh
         known = load_start(weights)
         self.net = None if known is None else Mlp16(known, self.arms)
@@ -123,9 +123,10 @@ class _Linear(CostAware):
     def _solve(self) -> None:
         self._fold()
         A, B = self._total[:, :DIM], self._total[:, DIM:]
-        inverse = np.linalg.inv(A + self._prior)
-        self.W = inverse @ B  # (DIM, K)
-        self._root = np.linalg.cholesky(inverse)
+        precision = A + self._prior
+        self.W = np.linalg.inv(precision) @ B  # (DIM, K)
+        # Of the precision, as rounding leaves an inverse by a small ridge without any.
+        self._root = np.linalg.inv(np.linalg.cholesky(precision)).T
         fitted = np.maximum(self._misc[1:] - (self.W * B).sum(axis=0), 0.0)
         # One accepted token of spread per arm, worth ten steps, until there is data.
         self.spread = np.sqrt((fitted + 10.0) / (self._misc[0] + 10.0)) * (self.gammas > 0)
@@ -136,8 +137,8 @@ class _Linear(CostAware):
         x = features[:DIM]
         mean = np.dot(x, self.W)
         mean += features[DIM:]
-        np.maximum(mean, self._none, mean)
-        np.minimum(mean, self.gammas, mean)
+        np.maximum(mean, self._none, out=mean)
+        np.minimum(mean, self.gammas, out=mean)
         if self.timed:
             mean -= self.costs.level(level).arm_price
         root = np.dot(x, self._root)

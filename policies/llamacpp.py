@@ -34,7 +34,10 @@ class LlamaCpp(Policy):
         self.p_min, self.draft_min, self.draft_max = p_min, draft_min, draft_max
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), min(self.draft_max, context.max_gamma), stops=True)
+        gamma = min(self.draft_max, context.max_gamma)
+        if gamma < self.draft_min:  # too short whatever is drafted, as near a budget's end
+            gamma = 0
+        return Decision(self.new_id(), gamma, stops=True)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
         return signals.item(drafted - 1, CONFIDENCE) >= self.p_min

@@ -87,7 +87,7 @@ def load_weights(path: str | Path) -> Weights:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: np.asarray(file[key]) for key in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise PolicyError(f"cannot read weights from {path}: {reason(error)}") from error
     return check_weights(arrays, str(path))
 

@@ -85,7 +85,7 @@ class OnlineSgd(CostAware):
         x[:, 5] = self.gammas
         hidden = np.dot(x, self._W1)
         hidden += self._b1
-        np.maximum(hidden, self._zeros, hidden)
+        np.maximum(hidden, self._zeros, out=hidden)
         rates = np.dot(hidden, self._W2)
         rates += self._b2
         found = x, hidden, rates
@@ -94,7 +94,7 @@ class OnlineSgd(CostAware):
 
     def _greedy(self, level: str, features: np.ndarray, legal: int) -> int:
         value = self._forward(features)[2] * self.gammas
-        np.minimum(np.maximum(value, self._zeros[:, 0], value), self.gammas, value)
+        np.minimum(np.maximum(value, self._zeros[:, 0], out=value), self.gammas, out=value)
         if self.timed:
             value -= self.costs.level(level).arm_price
         return int(value[:legal].argmax())

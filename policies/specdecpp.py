@@ -53,7 +53,7 @@ class SpecDecPlusPlus(Policy):
 
     def decide(self, context: Context) -> Decision:
         features = Step(context, self.hazard)
-        return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True, features=features)
+        return Decision(self.new_id(), min(self.cap, context.max_gamma), True, 1.0, self.version, features)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
         step: Step = decision.features

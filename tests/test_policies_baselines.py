@@ -12,7 +12,9 @@ from policies.banditspec import Exp3Spec, UcbSpec
 from policies.base import Context, Decision, Outcome, Policy, PolicyError
 from policies.cost import CostPrior
 from policies.hf import Confidence, Heuristic, best_threshold
+from policies.level_features import N_LEVEL
 from policies.leviathan import Leviathan, expected_tokens
+from policies.linear import DIM, SIGNALS, LinUcb
 from policies.llamacpp import LlamaCpp
 from policies.registry import make_policy
 from policies.sglang import SgLang
@@ -180,6 +182,12 @@ def test_llamacpp() -> None:
     assert stops_after(LlamaCpp(draft_max=2), signals) == (2, 2)
 
 
+def test_llamacpp_drafts_nothing_where_no_draft_can_be_long_enough() -> None:
+    """llama.cpp's server: "the max possible draft is too small", which is near the end of every budget."""
+    policy = LlamaCpp(draft_min=4)
+    assert [policy.decide(Context(max_gamma=limit)).gamma for limit in (16, 4, 3, 1, 0)] == [16, 4, 0, 0, 0]
+
+
 def test_sglang_by_hand() -> None:
     """Starts at 3 with e = 2. All accepted: e nears 3 from below and passes 2.5 at step 4, so it rises at step 15 (the
     first review after ten steps of warm-up), to 5 as e > 4.5 fails; rejections then take it down."""
@@ -284,13 +292,37 @@ def test_specdecpp_stops_at_its_threshold() -> None:
     assert stops_after(SpecDecPlusPlus(threshold=0.0, least=0), signals) == (1, 1)
 
 
+def test_specdecpp_says_which_weights_decided() -> None:
+    policy = make_policy("specdecpp:acceptance=none")
+    assert policy.decide(Context()).policy_version == 0
+    for _ in range(16):
+        policy.learn(policy.decide(Context()), result(4, 2))
+    assert policy.decide(Context()).policy_version == policy.version == 1
+
+
+@pytest.mark.parametrize("level", [(0.28, 0.1, 0.2), (1.0, 0.15, 0.4), (0.5, 0.3, 1.1)])
+def test_linucb_goes_on_with_next_to_no_ridge(level: tuple[float, ...]) -> None:
+    """What describes the level never varies at one: along it the ridge is all that there is beside the constant."""
+    policy, rng = LinUcb(ridge=1e-6, discount=1.0, weights="none"), np.random.default_rng(0)
+    x = np.column_stack([np.ones(4000), rng.random((4000, SIGNALS - 1)), np.full((4000, N_LEVEL), level)])
+    for times in (2, 20, 200):
+        delta = policy.take_delta()
+        delta["linear.sums"][:, :DIM] = times * x.T @ x
+        delta["linear.misc"][0] = delta["linear.count"][...] = 4000.0 * times
+        policy.merge(delta)
+    mean, deviation = policy._lines(np.append(x[0], np.zeros(len(policy.arms))), "nf4")
+    assert np.isfinite(mean).all()
+    assert (deviation < 0.1).all()
+
+
 @pytest.mark.parametrize(
     "spec",
     [
         "hf-heuristic:0", "hf-confidence:1.5", "svip:-1", "adaedl:2", "leviathan:0", "llamacpp:2", "sglang:4",
         "llamacpp:draft_min=5,draft_max=3", "sglang:tiers=3/1", "ucbspec:delta=0", "exp3spec:arms=0/99", "vllm:0",
         "specdecpp:-1", "river:policy=bayes", "river:epsilon=0", "linucb:alpha=-1", "lints:ridge=0",
-        "online-sgd:rate=2", "goodput:cap=99", "goodput:acceptance=nowhere.npz",
+        "online-sgd:rate=2", "exp3spec:arms=0", "ucbspec:arms=0", "linucb:ridge=1e-9", "goodput:cap=99",
+        "goodput:acceptance=nowhere.npz",
     ],
 )  # fmt: skip
 def test_bad_options_are_refused_in_one_line(spec: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import cache
 
 import numpy as np
@@ -90,6 +91,16 @@ def test_one_seed_one_run(spec: str) -> None:
     a, b = (play(build(spec), list(tapes()), "int8") for _ in range(2))
     assert (a.gammas, a.accepted) == (b.gammas, b.accepted)
     assert a.tokens == 300
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_warns(spec: str) -> None:
+    """A warning costs more than the sum that it is about, and what is deprecated stops working one day."""
+    policy = FaultGuard(build(spec))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        play(policy, list(tapes())[:1])
+    assert not policy.faults
 
 
 @pytest.mark.parametrize("spec", SAVED)

@@ -129,6 +129,26 @@ def test_context_growth_is_told_apart_from_width() -> None:
     assert costs.verify[0] == pytest.approx(LINE[0] + 2e-5 * 2000, rel=0.1)
 
 
+@pytest.mark.parametrize("prior", [VAGUE, CostPrior(0.001, (0.005,), context_seconds=8e-6, context_length=3000.0)])
+def test_a_slope_that_was_learned_in_long_contexts_says_nothing_of_short_ones(prior: CostPrior) -> None:
+    """Attention grows with the square of the context: the line through its long end is below zero at the short one."""
+    costs, rng = LevelCosts(prior), np.random.default_rng(0)
+
+    def text(start: int, steps: int) -> None:
+        for i in range(steps):
+            k, context = int(rng.integers(0, 5)), start + 2 * i
+            seconds = (0.005 + 0.0003 * k + 1e-9 * context**2) * np.exp(0.03 * rng.normal())
+            costs.observe(outcome(k, seconds, 0.001 * k, context=context, n=k // 2))
+        costs.refit()
+
+    text(3000, 600)
+    for _ in range(10):
+        text(50, 60)
+        assert (costs.verify > 0.002).all()  # it used to explode, to numbers below zero and at last to NaN
+        assert costs.rate > 0.0
+    assert costs.verify[0] == pytest.approx(0.005, rel=0.8)
+
+
 def test_rate_is_tokens_over_seconds() -> None:
     costs = LevelCosts(half_life=1e9)
     for i in range(600):
@@ -214,6 +234,45 @@ def test_what_was_saved_before_catching_up_or_lookups_were_learned_still_loads(l
     again.load(state)
     assert again.catch_up == 0.0
     np.testing.assert_allclose(again.seconds, costs.seconds, rtol=1e-9)
+
+
+@pytest.mark.parametrize("prior", [VAGUE, CostPrior(0.01, (0.05,))])
+def test_what_seemed_to_take_nothing_at_first_is_learned_yet(prior: CostPrior) -> None:
+    """The draft is five times as fast as was thought: what the first text's reading takes is lost in that."""
+    costs = LevelCosts(prior)
+    for _ in range(60):
+        costs.observe(Outcome(4, 1, 2, 2, draft_seconds=4 * 0.002 + 90 * 0.0002, caught_up=90))
+        for k in (0, 1, 2, 4):
+            costs.observe(outcome(k, 0.012, 0.002 * k))
+    costs.refit()
+    assert costs.catch_up == pytest.approx(0.0002, rel=0.25)
+
+
+def test_replays_without_overhead_teach_nothing_of_a_machine_that_has_some() -> None:
+    costs = LevelCosts(CostPrior(0.01, (0.05,)))
+    for rest in (0.0, 0.002):
+        for i in range(1000):
+            costs.observe(outcome(i % 3, 0.05, 0.01 * (i % 3), rest))
+    costs.refit()
+    assert costs.overhead > 0.001  # old steps count a fifth
+
+
+@pytest.mark.parametrize("every", [10, 50])
+def test_taking_merged_costs_over_keeps_the_pace(every: int) -> None:
+    """Drafts in slow minutes, as above, of a worker that exchanges what it learns with a learner that sees no step."""
+    worker, learner, rng = CostModel(), CostModel(), np.random.default_rng(0)
+    for i in range(600):
+        slow = 1.5 if i // 50 % 3 == 0 else 1.0
+        k = int(rng.random() < (0.8 if slow > 1.0 else 0.1))
+        noise = slow * np.exp(0.05 * rng.normal(size=2))
+        worker.observe(outcome(k, (0.010 + 0.001 * k) * noise[0], 0.001 * k * noise[1], 0.001 * slow))
+        if i % every == every - 1:
+            learner.merge(worker.take_delta())
+            worker.load(learner.state())
+    costs = worker.level("nf4")
+    assert costs.seconds[1] / costs.seconds[0] < 1.4  # 1.51 and 1.53 where each exchange begins anew
+    worker.observe(outcome(0, 0.010, 0.0))
+    assert costs.deviation < 0.2
 
 
 def test_nonsense_times_are_ignored() -> None:

@@ -126,6 +126,17 @@ def test_missing_and_cut_files(arrays: dict[str, np.ndarray], tmp_path: Path) ->
         load_weights(tmp_path / "cut.npz")
 
 
+@pytest.mark.parametrize(("at", "value"), [(8, 1), (10, 99)])
+def test_damaged_directories(at: int, value: int, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """A bit that says encrypted, or a method of compression that nobody knows."""
+    np.savez(tmp_path / "w.npz", **arrays)
+    data = bytearray((tmp_path / "w.npz").read_bytes())
+    data[data.index(b"PK\x01\x02") + at] |= value
+    (tmp_path / "w.npz").write_bytes(data)
+    with pytest.raises(PolicyError, match="cannot read weights"):
+        load_weights(tmp_path / "w.npz")
+
+
 @pytest.mark.parametrize(
     ("level", "code"),
     [("fp16", 0), ("int8", 1), ("nf4", 2), ("fp32", 0), ("bf16", 0), ("fp4", 2), ("gptq-3bit", 2), ("mystery", 0)],
