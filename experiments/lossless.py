@@ -22,6 +22,8 @@ from experiments.config import launch, option
 from policies.registry import make_policy
 from speckv_online.commands import say
 from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.errors import UserError
+from speckv_online.levels import get_level
 from speckv_online.lossless import check_greedy
 from speckv_online.models import LoadedPair, chat_prompt, load_pair
 from speckv_online.prompts import Prompt, choose
@@ -50,6 +52,18 @@ class LosslessConfig:
     device: str = option("auto", "auto, cpu or cuda")
     json: bool = option(False, "print JSON instead of text")
 
+    def __post_init__(self) -> None:
+        if not self.levels or not self.policies:
+            raise UserError("--levels and --policies must name at least one each")
+        if min(self.prompts, self.max_new_tokens) < 1 or self.seed < 0 or not 0 <= self.threads <= 1024:
+            raise UserError(
+                "--prompts and --max-new-tokens must be at least 1, --seed not negative, --threads from 0 to 1024"
+            )
+        for level in self.levels:
+            get_level(level)
+        for spec in self.policies:  # before an hour of decoding: a typo should show at once
+            make_policy(spec)
+
 
 def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair: LoadedPair) -> list[dict[str, Any]]:
     """Check every policy at one level; return a row per policy."""
@@ -59,11 +73,15 @@ def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair:
         policy = make_policy(spec, seed=config.seed)
         decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=level)
         ties: list[float] = []
-        tokens = differing = 0
+        tokens = differing = short = 0
         for prompt in prompts:
             ids = chat_prompt(pair.tokenizer, prompt.text)
             out = decoder.generate(ids, config.max_new_tokens, task=prompt.task)
             tokens += len(out.tokens)
+            # An answer ends with its budget, an end of sequence or the model's context, and nowhere else.
+            ended = bool(out.tokens) and out.tokens[-1] in decoder.eos_ids
+            room = min(config.max_new_tokens, decoder.max_length - len(ids))
+            short += not ended and len(out.tokens) < room
             # Equal to an answer that was found plain already: no need to run the model again.
             if reference.get(prompt.id) != out.tokens:
                 check = check_greedy(pair.target, ids, out.tokens, decoder.eos_ids)
@@ -76,7 +94,8 @@ def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair:
             {
                 "level": level, "policy": spec, "prompts": len(prompts), "tokens": tokens, "differing": differing,
                 "ties": len(ties), "largest_gap": largest, "epsilon": EPSILON.get(level, 0.0),
-                "faults": sum(decoder.policy.faults.values()), "ok": not ties or largest < EPSILON.get(level, 0.0),
+                "faults": sum(decoder.policy.faults.values()), "short": short,
+                "ok": not short and (not ties or largest < EPSILON.get(level, 0.0)),
             }
         )  # fmt: skip
     return rows

@@ -65,6 +65,8 @@ class ProfileConfig:
         if self.threads > 1024:
             raise UserError(f"--threads must be at most 1024, got {self.threads}")
         parse_drafter(self.drafter).check_models(self.target, self.draft)
+        if self.draft_level and self.draft is None:
+            raise UserError("--draft-level is that of --draft: give --target and --draft too, or leave it out")
         if not self.levels:
             raise UserError("--levels is empty: name at least one")
         if not self.gammas or not all(g.isdecimal() and int(g) <= 16 for g in self.gammas):
@@ -179,9 +181,11 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
     from speckv_online.manifest import cores, software
     from speckv_online.models import chat_prompt, load_pair
     from speckv_online.rundir import StepWriter, Unit
+    from speckv_online.session import quiet_libraries
     from speckv_online.step_table import Schedule
     from speckv_online.trace_collection import collect_trace, redraft
 
+    quiet_libraries()
     torch.set_num_threads(config.threads or cores())
     pair = load_pair(
         config.pair,
@@ -203,6 +207,10 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         "software": software(),
     }
     check_same(out / level, meta)
+    room = getattr(pair.target.config.get_text_config(decoder=True), "max_position_embeddings", sys.maxsize)
+    for prompt in missing:  # before anything is decoded
+        if (length := len(chat_prompt(pair.tokenizer, prompt.text))) > room:
+            raise UserError(f"prompt {prompt.id} has {length} tokens, the target holds only {room}: shorten it")
     writer = StepWriter(out / f"steps-{level}.jsonl")
     gammas = [int(g) for g in config.gammas]
     warm = False

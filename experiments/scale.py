@@ -8,7 +8,9 @@ batch and a state of each policy, times a merge here, and says where one learner
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -61,8 +63,8 @@ class ScaleConfig:
             ):
                 raise UserError(f"--{name} must be whole numbers of at least {least}")
         counts = ("every", "steps", "max_new_tokens", "walkers", "fleet", "processes")
-        if min(getattr(self, name) for name in counts) < 1 or not self.rate > 0:
-            raise UserError(f"{', '.join(counts)} must be at least 1, --rate above zero")
+        if min(getattr(self, name) for name in counts) < 1 or not 0 < self.rate < math.inf or self.seed < 0:
+            raise UserError(f"{', '.join(counts)} must be at least 1, --rate above zero, --seed not negative")
         if "simulated" in self.parts and not self.traces:
             raise UserError("the part simulated needs --traces DIRECTORY, from python -m experiments.profile")
 
@@ -85,6 +87,8 @@ def scale(config: ScaleConfig) -> int:
     check_place(config.doc, *(f"scale-{part}" for part in config.parts))
     out = Path(config.out).expanduser().resolve()
     check_writable(out)
+    if "simulated" in config.parts and config.images:
+        check_writable(Path(config.images).expanduser())
     file = out / "scale.json"
     document: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for part, do in (("real", _real), ("simulated", _simulated), ("arithmetic", _arithmetic)):
@@ -139,14 +143,19 @@ def _real(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
 def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
     from experiments.cells import run
     from speckv_online.cost import load_cost
+    from speckv_online.traces import load_traces
 
+    # Files of the same names may hold other traces and costs by the time that the run is started again.
+    held = hashlib.sha256(repr(load_cost(config.cost)).encode())
+    for trace in load_traces(config.traces, levels=[config.level]):
+        held.update(b"".join(array.tobytes() for array in (trace.prompt, trace.tokens, trace.drafts, trace.signals)))
     todo = [(spec, delay, count) for spec in config.policies for delay in config.delays for count in config.workers]
-    names = ("level", "traces", "cost", "every", "steps", "seed", "walkers")
+    names = ("level", "every", "steps", "seed", "walkers")
     found = run(
         todo,
         partial(_simulate, config),
         out / "simulated.jsonl",
-        settings=json.dumps([getattr(config, name) for name in names]),
+        settings=json.dumps([held.hexdigest(), *(getattr(config, name) for name in names)]),
         weight=lambda cell: int(cell[2]),
         processes=config.processes,
     )

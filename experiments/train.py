@@ -60,8 +60,10 @@ class TrainConfig:
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
         if not all(g.isdecimal() and 1 <= int(g) <= 16 for g in self.gammas) or not self.gammas:
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
-        if self.seeds < 1 or self.epochs < 1 or not 1 <= self.holdout <= 90:
-            raise UserError("--seeds and --epochs must be at least 1, --holdout from 1 to 90")
+        if self.seeds < 1 or self.epochs < 1 or not 1 <= self.holdout <= 90 or self.seed < 0:
+            raise UserError("--seeds and --epochs must be at least 1, --holdout from 1 to 90 and --seed not negative")
+        if self.more and self.records:
+            raise UserError("--more adds traces to --traces: leave it out with --records")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +99,8 @@ def train(config: TrainConfig) -> int:
     if config.records:
         rows = [r for r in read_rows(config.records) if not splits or r.split in splits]
         rows = [r for r in rows if not config.levels or r.compression in config.levels]
+        if not rows:
+            raise UserError(f"{config.records} has no steps of the chosen --levels and --split {config.split}")
         data = data_from_rows(rows, config.features)
         check_writable(out)
         source = {"kind": "step records", "file": Path(config.records).name}

@@ -100,7 +100,10 @@ def play_all(config: UnseenConfig, cost: CostTable) -> list[dict[str, Any]]:
     from speckv_online.hindsight import by_level
     from speckv_online.traces import load_traces
 
-    sources, tests = (by_level(load_traces(path)) for path in (config.train, config.test))
+    known, met = load_traces(config.train), load_traces(config.test)
+    if shared := {t.prompt_id for t in known} & {t.prompt_id for t in met}:
+        raise UserError(f"{len(shared)} prompts are in --train and in --test, e.g. {min(shared)}: score on others")
+    sources, tests = by_level(known), by_level(met)
     if not all(set(sources) - {level} for level in tests):
         raise UserError("leaving a level out takes traces of another one to learn from: give more with --train")
     seeds = range(config.seed, config.seed + config.orders)

@@ -104,9 +104,14 @@ def generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if not 0 <= arguments.threads <= 1024:
         raise UserError(f"--threads must be from 1 to 1024, or 0 for torch's choice, got {arguments.threads}")
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    try:
+        text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    except UnicodeDecodeError as e:
+        raise UserError("the prompt is not UTF-8 text: save it as UTF-8") from e
     if not text.strip():
         raise UserError("the prompt is empty: give some text to --prompt")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of bytes that are no UTF-8
+        raise UserError("the prompt is not UTF-8 text: save it as UTF-8")
 
     import torch
 

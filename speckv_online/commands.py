@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,11 @@ def run_command(prog: str, command: Callable[[], Any]) -> int:
     A :class:`UserError`, a policy error or an error of the operating system (a missing file, a full disk) is printed as
     one line on standard error and gives exit code 2. Anything else is a bug of ours and keeps its traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (>&-): what is shown goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and not str(sys.stdout.encoding).lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters shows ? for them
     try:
         code = command()
         sys.stdout.flush()
@@ -69,6 +75,8 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return _one_line(f"{error.strerror or error}{where}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home"):  # pathlib, of ~NAME
+        return "a path starts with ~ and a user that is not known here: write the folder out"
     return None
 
 

@@ -67,6 +67,12 @@ def evaluate(
     require_sklearn()
     source, folder = Path(source), Path(out or f"runs/evaluate-{protocol}").expanduser()
     result: dict[str, Any] = {"protocol": protocol, "out": str(folder)}
+    if experiment and source.is_dir():
+        raise UserError("--experiment goes with a CSV of step records, traces have none: leave it out")
+    if cost and not source.is_dir():
+        raise UserError("--cost goes with a directory of traces, records have their own seconds: leave it out")
+    # Before an hour of work; the directory itself is made once there is something to put into it.
+    check_writable(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     if protocol == "paper":
         if source.is_dir():
             raise UserError(f"{source} is a directory: the paper protocol needs the release's CSV of step records")

@@ -18,6 +18,7 @@ from speckv_online.errors import UserError
 #: What reading a damaged or foreign ``.npz`` file with a JSON head may raise.
 UNREADABLE = (
     OSError,
+    RuntimeError,
     ValueError,
     KeyError,
     TypeError,
@@ -50,6 +51,8 @@ def write_atomically(path: str | Path, write: Callable[[IO[Any]], Any], *, binar
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file() and not path.is_dir():  # a rename would put a file in its place
+            raise UserError(f"cannot write {path}: it is a device or a pipe; choose another place")
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(fd, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
             write(file)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.commands import say
@@ -55,8 +54,12 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as e:
         raise UserError(f"unknown device {device!r}: use auto, cpu or cuda") from e
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"the device {device!r} is not supported: use auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device was found: use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {device}: the devices are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return chosen
 
 
@@ -76,8 +79,8 @@ def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
         raise UserError(f"there is no model folder {source}: check --target and --draft")
     try:
         return kind.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        reason = " ".join(str(e).split())
+    except Exception as e:  # whatever transformers makes of a damaged folder, or of what this machine lacks
+        reason = " ".join(str(e).split()) or type(e).__name__
         where = "" if _is_folder(source) else "it is no folder here, and as a model id: "
         raise UserError(f"cannot load {source!r}: {where}{reason[:300]}") from e
 

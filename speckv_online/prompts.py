@@ -76,7 +76,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     UserError
         If the file cannot be read, holds no prompt, or a line is broken; the message names file and line.
     """
-    path = packaged(str(path)) if str(path).lower() in PACKAGED else Path(path)
+    path = packaged(str(path)) if str(path).lower() in PACKAGED else Path(path).expanduser()
     try:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):

@@ -245,7 +245,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
                 return {key: archive[key] for key in archive.files}
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+    except (ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is not a readable .npz file: {str(e).splitlines()[0]}") from e
 
 

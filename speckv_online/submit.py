@@ -173,10 +173,10 @@ def _stage(folder: Path, settings: dict[str, Any], more: Sequence[str]) -> None:
     prompts = str(settings.get("prompts", ""))
     if prompts and not prompts.isdecimal() and prompts.lower() not in PACKAGED:
         # As experiments.compare would read it: from where the user is.
-        _copy(Path(prompts), folder / "prompts.jsonl")
+        _copy(Path(prompts).expanduser(), folder / "prompts.jsonl")
         settings = settings | {"prompts": "prompts.jsonl"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    for path in map(Path, more):
+    for path in (Path(name).expanduser() for name in more):
         if path.name in {*PACKAGES, "config.yaml", "prompts.jsonl"}:
             raise UserError(f"--add {path}: the name {path.name} is taken")
         _copy(path, folder / path.name)

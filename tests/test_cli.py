@@ -162,6 +162,7 @@ def mistakes(tmp_path: Path, tiny_pair: TinyPair) -> dict[str, tuple[list[object
         "threads": (["--threads", -1], "--threads"),
         "prompt": (["--prompt", " "], "the prompt is empty"),
         "long prompt": (["--prompt", "x" * 600], "shorten it"),
+        "bytes": (["--prompt", "hello\udcff"], "not UTF-8"),
     }
 
 
@@ -192,6 +193,34 @@ def test_other_commands_refuse_in_the_same_way(speckv: Run, tmp_path: Path) -> N
     assert speckv("generate")[0] == 2  # no prompt: argparse's own message
     assert speckv("dance")[0] == 2
     assert speckv("--help")[0] == 0
+
+
+def test_a_closed_output_is_no_error() -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(
+            f"{sys.executable} -m speckv_online.cli policies {closed}", shell=True, capture_output=True, timeout=120
+        )
+        assert (done.returncode, done.stderr) == (0, b""), closed
+
+
+def test_bytes_on_standard_input_are_one_line(speckv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for errors in ("strict", "surrogateescape"):  # which one is a matter of the locale
+        stdin = io.TextIOWrapper(io.BytesIO(b"hello\xff"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, out, err = speckv("generate", "--prompt", "-")
+        assert (code, out, err) == (2, "", "speckv: error: the prompt is not UTF-8 text: save it as UTF-8\n")
+
+
+def test_an_output_without_greek_letters_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert run_command("speckv", lambda: print("mean γ")) == 0
+    assert raw.getvalue() == b"mean ?\n"
+
+
+def test_a_home_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "x", "--target", "~no-such-user/x", "--draft", "x"]) == 2
+    assert "~ and a user that is not known here" in capsys.readouterr().err
 
 
 def test_errors_of_the_system_are_one_line_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,6 +231,8 @@ def test_a_level_may_lack_a_gamma_that_another_has(tmp_path: Path, capsys: pytes
         (["--protocol", "paper", "nowhere_step.csv"], "nowhere_step.csv"),
         (["--protocol", "honest", "nowhere.csv"], "nowhere.csv"),
         (["--protocol", "honest", ".", "--resamples", "1"], "--resamples"),
+        (["--protocol", "honest", ".", "--experiment", "e.csv"], "--experiment goes with a CSV"),
+        (["--protocol", "honest", "r.csv", "--cost", "cost.json"], "--cost goes with a directory of traces"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -244,6 +246,16 @@ def test_mistakes_are_one_line(
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
     assert reason in error
+    assert error.count("\n") == 1
+
+
+def test_results_that_have_no_place_are_refused_before_the_work(
+    traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["evaluate", "--protocol", "honest", str(traces), "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "choose another --out" in error
     assert error.count("\n") == 1
 
 

@@ -52,3 +52,37 @@ def test_the_real_pair_is_lossless(capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(capsys)
     assert len(found) == 24
     assert all(r["ties"] == 0 for r in found if r["level"] == "fp32")
+
+
+def test_a_lost_token_is_found(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = SpeculativeDecoder.generate
+
+    def losing(self: SpeculativeDecoder, *args: object, **kwargs: object) -> Generation:
+        out = honest(self, *args, **kwargs)  # type: ignore[arg-type]
+        del out.tokens[5:]
+        return out
+
+    monkeypatch.setattr(SpeculativeDecoder, "generate", losing)
+    pair = ["--target", str(tiny_pair.target_dir), "--draft", str(tiny_pair.draft_dir), "--device", "cpu"]
+    args = ["--levels", "fp32", "--policies", "fixed:3", "--prompts", "1", "--max-new-tokens", "8", "--json"]
+    assert lossless.main([*pair, *args]) == 1
+    assert [(r["short"], r["ok"]) for r in rows(capsys)] == [(1, False)] * 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--levels", ""], ["--policies", ""], ["--prompts", "0"], ["--max-new-tokens", "0"], ["--seed", "-1"],
+        ["--threads", "-1"], ["--threads", "99999999"], ["--levels", "fp32,int3"], ["--policies", "fixd:4"],
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_nothing_is_loaded(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lossless, "load_pair", None)
+    assert lossless.main(flags) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1

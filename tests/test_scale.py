@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import deque
@@ -92,6 +93,25 @@ def test_scale_prints_and_writes_what_was_asked_for(tmp_path: Path, capsys: pyte
     assert "tokens/s, per worker" in capsys.readouterr().out
 
 
+def test_cells_of_other_costs_or_traces_are_not_taken_for_these(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of the same names may hold something else by the time that a run is started again."""
+    folder, cost = tmp_path / "traces", tmp_path / "cost.json"
+    flags = ["--parts", "simulated", "--policies", "online", "--workers", "1", "--delays", "0", "--steps", "20"]
+    flags += ["--walkers", "1", "--traces", str(folder), "--cost", str(cost), "--out", str(tmp_path / "out")]
+    found = []
+    for seconds, traces in ((0.1, TRACES), (0.2, TRACES), (0.2, TRACES), (0.2, random_traces(4, ("int8",), 0.2))):
+        shutil.rmtree(folder, ignore_errors=True)
+        save(traces, folder)
+        CostTable("same name", {"int8": LevelCost(0.01, (seconds,))}).save(cost)
+        assert main(flags) == 0
+        rows = json.loads((tmp_path / "out" / "scale.json").read_text())["simulated"]["rows"]
+        found.append((rows[0]["tokens/s, per worker"], "1/1 online" in capsys.readouterr().err))
+    assert [played for _, played in found] == [True, True, False, True]
+    assert found[0][0] > found[1][0] == found[2][0]
+
+
 def test_a_worker_alone_gets_less_back_than_one_of_many(tmp_path: Path) -> None:
     alone, many = (weigh("goodput", observed("goodput", 20, TRACES, COST, n), tmp_path) for n in (1, 8))
     assert alone.alone == many.alone
@@ -106,6 +126,9 @@ def test_a_worker_alone_gets_less_back_than_one_of_many(tmp_path: Path) -> None:
         (["--workers", "0"], "--workers must be whole numbers of at least 1"),
         (["--parts", "simulated"], "--traces"),
         (["--parts", "arithmetic", "--policies", "fixed:4"], "shares nothing"),
+        (["--parts", "arithmetic", "--rate", "inf"], "--rate above zero"),
+        (["--parts", "arithmetic", "--seed", "-1"], "--seed not negative"),
+        (["--parts", "simulated", "--traces", "none", "--images", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
 def test_mistakes_are_told(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,8 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     Path("twice.py").write_text("x = 1\n")
     folder = tmp_path / "staged"
     folder.mkdir()
-    submit._stage(folder, {"levels": ["nf4"], "prompts": "mine.jsonl"}, ["twice.py"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    submit._stage(folder, {"levels": ["nf4"], "prompts": "~/mine.jsonl"}, ["~/twice.py"])
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.yaml", "experiments", "policies", "prompts.jsonl", "speckv_online", "twice.py",
     ]  # fmt: skip

@@ -197,6 +197,8 @@ def test_command_trains_on_records_too(traces: list[Trace], tmp_path: Path) -> N
         (["--records", "nowhere.csv"], "nowhere.csv"),
         (["--records", "a.csv", "--features", "psychic"], "psychic"),
         (["--records", "a.csv", "--gammas", "0,2"], "from 1 to 16"),
+        (["--records", "a.csv", "--more", "others"], "--more adds traces to --traces"),
+        (["--traces", "nowhere", "--seed", "-1"], "--seed not negative"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -64,3 +64,13 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_prompts_that_were_learned_from_are_not_scored_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for level in ("fp16", "nf4"):
+        (tmp_path / level).mkdir()
+        made_trace(0, level).save(tmp_path / level / "0.npz")
+    COST.save(tmp_path / "cost.json")
+    flags = ["--train", str(tmp_path), "--test", str(tmp_path), "--cost", str(tmp_path / "cost.json")]
+    assert unseen_level.main([*flags, "--out", str(tmp_path / "out")]) == 2
+    assert "1 prompts are in --train and in --test" in capsys.readouterr().err

@@ -53,6 +53,9 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if not self.sizes or not all(n.isdecimal() and 1 <= int(n) <= MAX_BATCH for n in self.sizes):
             raise UserError(f"--sizes must be from 1 to {MAX_BATCH}, got {','.join(self.sizes)}")
+        if min(self.prompts, self.max_new_tokens) < 1 or not 0 <= self.threads <= 1024 or not self.policies:
+            raise UserError("--prompts and --max-new-tokens must be at least 1, --threads from 0 to 1024, "
+                            "and --policies must name at least one")  # fmt: skip
 
 
 def transformers_batch(pair: LoadedPair, prompts: list[list[int]], new: int) -> float:

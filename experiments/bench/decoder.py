@@ -47,8 +47,9 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if not self.gammas or not all(g.isdecimal() and 1 <= int(g) <= 16 for g in self.gammas):
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
-        if self.prompts < 1 or self.max_new_tokens < 1:
-            raise UserError("--prompts and --max-new-tokens must be at least 1")
+        if self.prompts < 1 or self.max_new_tokens < 1 or not 0 <= self.threads <= 1024 or not self.levels:
+            raise UserError("--prompts and --max-new-tokens must be at least 1, --threads from 0 to 1024, "
+                            "and --levels must name at least one")  # fmt: skip
 
 
 def forward_seconds(model: Any) -> dict[int, float]:
