@@ -27,6 +27,9 @@ MAX_GAMMA = 16
 ENTROPY, CONFIDENCE, MARGIN, NGRAM = range(4)
 N_SIGNALS = 4
 
+#: Name of the drafter that only looks up: its tokens take no forward of a model, and it may have nothing to propose.
+LOOKUP = "ngram"
+
 #: MLP16's code for a compression level (design of the released weights).
 LEVEL_CODES = {"fp16": 0.0, "int8": 1.0, "nf4": 2.0}
 
@@ -76,6 +79,9 @@ class Context:
     lookups : sequence of float
         For each token drafted so far in this step, and for the next one: how sure the drafter is of it where it takes
         no forward of a model (a lookup's proposal), 0 where it does. A live view; empty where the caller does not tell.
+    offer : float
+        Where the next token takes a forward: how sure the drafter is of the lookup that it could have instead, by going
+        on as the drafter ``ngram`` (:attr:`Decision.drafter`, :meth:`Policy.proceed`); 0 where it has none.
     memory : dict
         Scratch space of the policy for this sequence; new for every prompt.
     """
@@ -99,6 +105,7 @@ class Context:
     tokens: Sequence[int] = ()
     drafts: Sequence[int] = ()
     lookups: Sequence[float] = ()
+    offer: float = 0.0
     memory: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -164,8 +171,8 @@ class Outcome:
         Tokens that took a forward of the draft model, also those that the policy dropped again: what the draft seconds
         paid for. By default all of ``drafted``.
     exhausted : bool
-        True if the drafter had nothing more to propose after these tokens, so that a longer draft would have been the
-        same: lookups end like that, models never do.
+        True if the step's drafter had nothing more to propose after these tokens, so that a longer draft would have
+        been the same: lookups end like that, models never do, nor does a drafter that the policy left within the step.
     policy_seconds : float
         What the policy itself took of ``seconds``: to decide, and to learn from the step before. Zero where nobody
         looked at a clock, as in replays.
@@ -242,8 +249,11 @@ class Policy(ABC):
     def decide(self, context: Context) -> Decision:
         """Choose what to do in a step. The context object is reused by the caller: copy what must be kept."""
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        """Return whether to draft another token, given the signals of the ``drafted`` ones (rows of ``signals``)."""
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+        """Return whether to draft another token, given the signals of the ``drafted`` ones (rows of ``signals``).
+
+        One of ``context.drafters``, by name, means to go on as that drafter until the step ends.
+        """
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:

@@ -23,6 +23,8 @@ from policies.guard import Wrapper
 HALF_LIFE = 400.0
 #: Seconds that a lookup takes per token, before it is measured.
 LOOKUP_SECONDS = 1e-5
+#: How many times a drafter's mean one step counts most.
+STALL = 10.0
 _COPIES = 8
 
 
@@ -47,6 +49,7 @@ class BestDrafter(Policy):
 
     def __init__(self, *, policy: str = "goodput", block: int = 12, seed: int = 0, worker: int = 0) -> None:
         super().__init__(seed=seed, worker=worker)
+        self.rng = np.random.default_rng([seed, worker, 1])  # the copies' own are of two numbers
         if block < 2:
             raise PolicyError(f"block must be at least 2 steps, got {block}")
         self.spec, self.block, self._options = policy.replace("/", ":", 1), block, (seed, worker)
@@ -57,6 +60,8 @@ class BestDrafter(Policy):
         self._delta: dict[tuple[str, str], np.ndarray] = {}  # and, behind those, the number of steps
         self._name, self._left, self._fresh = "", 0, False
         self._keep = 0.5 ** (1.0 / HALF_LIFE)
+        # What the counted steps of one block add up to, as older ones count less.
+        self._enough = 0.999 * (1.0 - self._keep ** (block - 1)) / (1.0 - self._keep)
         self._copy("")
 
     def _copy(self, drafter: str) -> Policy:
@@ -102,6 +107,7 @@ class BestDrafter(Policy):
         self._left -= 1
         if self._name != context.drafters[0]:
             context.lookups = ()  # they tell of the default drafter
+        context.offer = 0.0  # a step begins with the drafter that was chosen; a copy may leave it later
         decision = self._copy(self._name).decide(context)
         decision.drafter = self._name
         if self._fresh:
@@ -117,7 +123,7 @@ class BestDrafter(Policy):
         best, name = -np.inf, context.drafters[0]
         for drafter in context.drafters:
             n, tokens, seconds, tt, ts, ss = self._sums.get((context.level, drafter), np.zeros(6)).tolist()
-            if n < self.block - 1 or seconds <= 0.0:
+            if n < self._enough or seconds <= 0.0:
                 return drafter
             rate = tokens / seconds
             error = np.sqrt(max(tt - 2 * rate * ts + rate * rate * ss, 0.0)) / seconds
@@ -125,7 +131,7 @@ class BestDrafter(Policy):
                 best, name = drawn, drafter
         return name
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         return self._copy(decision.drafter).proceed(decision, drafted, signals)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
@@ -135,9 +141,12 @@ class BestDrafter(Policy):
         self._copy(decision.drafter).learn(decision, outcome)
         if not decision.drafter or not self.first_time(decision.id) or not 0.0 < outcome.seconds < 1e9:
             return
-        tokens, seconds = float(outcome.produced), outcome.seconds
-        row = np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds, seconds * seconds])
         key = (outcome.level, decision.drafter)
+        tokens, seconds = float(outcome.produced), outcome.seconds
+        if key in self._sums:  # a stall would be held against a drafter for as long as it is not played
+            steps, _, taken = self._sums[key][:3].tolist()
+            seconds = min(seconds, STALL * taken / steps)
+        row = np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds, seconds * seconds])
         self._sums[key] = self._sums.get(key, 0.0) * self._keep + row
         self._delta[key] = self._delta.get(key, np.zeros(7)) * np.append(np.full(6, self._keep), 1.0) + [*row, 1.0]
 
@@ -150,10 +159,10 @@ class BestDrafter(Policy):
         }
 
     def load_state_dict(self, state: State) -> None:
-        parts = _by_drafter(state)
-        self._sums, self._delta = self._unpack(state, 6), {}
+        parts, sums = _by_drafter(state), self._unpack(state, 6)
         for drafter, part in parts.items():
             self._copy(drafter).load_state_dict(part)
+        self._sums, self._delta = sums, {}
 
     def take_delta(self) -> State:
         delta = self._pack(self._delta)
@@ -163,11 +172,11 @@ class BestDrafter(Policy):
         }
 
     def merge(self, delta: State) -> None:
-        parts = _by_drafter(delta)
-        for key, row in self._unpack(delta, 7).items():
-            self._sums[key] = self._sums.get(key, 0.0) * self._keep ** row[6] + row[:6]
+        parts, sums = _by_drafter(delta), self._unpack(delta, 7)
         for drafter, part in parts.items():
             self._copy(drafter).merge(part)
+        for key, row in sums.items():
+            self._sums[key] = self._sums.get(key, 0.0) * self._keep ** row[6] + row[:6]
 
     @staticmethod
     def _pack(sums: dict[tuple[str, str], np.ndarray]) -> State:

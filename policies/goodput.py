@@ -11,6 +11,10 @@ token drafted here saves the seconds of one a little further on. Stretches in wh
 and tokens are cheap there; after a rejection they are dear. So lambda is the geometric mean of two rates: that of the
 latest steps, and that which this step itself has in prospect with its next token.
 
+Where the drafter has a lookup to offer in place of a forward, the policy turns to it, and to lookups alone until the
+step ends, if that is worth more. What going on with the model is worth counts 1 + 4 p (1 - p) times: a plan of m tokens
+underrates it, the more so the less certain p is, as the tokens' own signals will tell when to stop.
+
 Where a budget ends within a step's reach, tokens beyond it are worth nothing, and the last one is worth a plain step:
 left over, it would take one of its own.
 """
@@ -22,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
+from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
 from policies.gaussian import check_array
 from policies.hazard import WAITING, Hazard
 from policies.learned import CostAware
@@ -84,6 +88,17 @@ class Rule(NamedTuple):
                 return True
         return False
 
+    def worth(self, k: int, kind: int, left: int, p: float, survival: float) -> float:
+        """Return what drafting on after k tokens is worth at best, and at least 0, in tokens as dear as survival."""
+        wider, each, last = self.wider, 0.0 if kind == FREE else self.draft, left if left < MAX_GAMMA else MAX_GAMMA
+        price, chance, gain, best = (self.first if kind == FIRST else 0.0) - wider[k], survival, 0.0, 0.0
+        for j in range(k + 1, last + 1):
+            price += each
+            chance *= p
+            gain += chance * self.last if j == left else chance
+            best = max(best, gain - price - wider[j])
+        return best
+
 
 class Goodput(CostAware):
     """Token-level stopping by predicted acceptance and measured seconds.
@@ -101,6 +116,8 @@ class Goodput(CostAware):
         Steps between updates of the weights that decisions use.
     cap : int
         Most tokens to draft.
+    lookups : bool
+        Whether to go on with lookups where they are worth more than the model's tokens.
     objective, cost_half_life, adwin, seed, worker
         As in :class:`~policies.learned.CostAware`.
     """
@@ -117,13 +134,14 @@ class Goodput(CostAware):
         discount: float = 0.9995,
         refresh: int = 128,
         cap: int = MAX_GAMMA,
+        lookups: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if not 1 <= refresh < WAITING or not 0 <= cap <= MAX_GAMMA:
             wanted = f"refresh must be from 1 to {WAITING - 1} and cap from 0 to {MAX_GAMMA}"
             raise PolicyError(f"{wanted}, got {refresh} and {cap}")
-        self.every, self.cap = refresh, cap
+        self.every, self.cap, self.lookups = refresh, cap, lookups
         self.hazard = Hazard(acceptance, strength, discount)
         self._rules: dict[str, Rule] = {}
 
@@ -138,8 +156,8 @@ class Goodput(CostAware):
             self._rules[level] = found
         return found
 
-    def _pays(self, k: int, step: Step) -> bool:
-        """Whether to draft on after k tokens of a step."""
+    def _pays(self, k: int, step: Step) -> bool | str:
+        """Whether to draft on after k tokens of a step; by name, if as another drafter."""
         if not self.timed:
             return True
         rule, forwards = step.rule, step.forwards
@@ -154,18 +172,27 @@ class Goodput(CostAware):
         survival = step.survival[k]
         here = rule.local(step.expected + survival * p, k + 1, forwards)
         if step.left <= MAX_GAMMA:
-            return rule.ends(k, kind, step.left, p, survival / here)
-        return survival >= here * row[int(p * BINS) if p < 1.0 else BINS - 1]
+            pays = rule.ends(k, kind, step.left, p, survival / here)
+        else:
+            pays = survival >= here * row[int(p * BINS) if p < 1.0 else BINS - 1]
+        if kind != FREE and self.lookups and (offer := step.offer()):
+            told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
+            least = told * here * rule.worth(k, kind, step.left, p, survival / here) if pays else 0.0
+            here = rule.local(step.expected + survival * offer, k + 1, step.forwards)
+            if here * rule.worth(k, FREE, step.left, offer, survival / here) > least:
+                return LOOKUP
+        return pays
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.hazard)
         step.rule = self._rule(context.level)
         gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
-        if gamma and not self._pays(0, step):
-            gamma = 0
-        return Decision(self.new_id(), gamma, gamma > 0, 1.0, self.version, step)
+        pays = self._pays(0, step) if gamma else False
+        if not pays:
+            return Decision(self.new_id(), 0, False, 1.0, self.version, step)
+        return Decision(self.new_id(), gamma, True, 1.0, self.version, step, "" if pays is True else LOOKUP)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         step: Step = decision.features
         step.extend(drafted, signals)
         return self._pays(drafted, step)

@@ -51,7 +51,7 @@ class Wrapper(Policy):
     def decide(self, context: Context) -> Decision:
         return self.policy.decide(context)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         return self.policy.proceed(decision, drafted, signals)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
@@ -112,11 +112,13 @@ class FaultGuard(Wrapper):
         self._own_id = 0
         self._sit_out, self._penalty = 0, 1
         self._slow = 0  # id of the latest decision that stalled
+        self._drafters: tuple[str, ...] = ()
 
     def decide(self, context: Context) -> Decision:
         if self._sit_out:
             self._sit_out -= 1
             return self._fallback(context)
+        self._drafters = context.drafters
         started = perf_counter()
         try:
             decision = self.policy.decide(context)
@@ -151,13 +153,15 @@ class FaultGuard(Wrapper):
         self._own_id -= 1
         return Decision(self._own_id, min(self.fallback_gamma, context.max_gamma))
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         try:
             answer = self.policy.proceed(decision, drafted, signals)
             if answer is True or answer is False:
                 return answer
             if isinstance(answer, np.bool_):
                 return bool(answer)
+            if isinstance(answer, str) and answer in self._drafters:
+                return answer
             self._fault("impossible answer", f"proceed answered {answer!r}")
         except Exception as error:
             self._fault("proceed raised", error)

@@ -26,6 +26,7 @@ better baseline, and count for nothing here: neither do they fill the budget up,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -183,6 +184,8 @@ class SafetyGuard(Wrapper):
         self._ledgers: dict[str, _Ledger] = {}
         # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
         self._taken: dict[int, int] = {}
+        # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
+        self._turned: dict[int, int] = {}
 
     def ledger(self, level: str) -> _Ledger:
         """Return a level's ledger, made on first use."""
@@ -209,6 +212,8 @@ class SafetyGuard(Wrapper):
         if asleep:
             return Decision(self.policy.new_id(), 0, policy_version=self.policy.version, features=Asleep())
         decision = self.policy.decide(context)
+        if decision.drafter and decision.drafter not in context.drafters[:1]:
+            self._turn(decision, 0)
         ledger.steps += 1
         limit = context.max_gamma
         if type(decision.gamma) is not int and (gamma := whole(decision.gamma)) >= 0:
@@ -231,17 +236,29 @@ class SafetyGuard(Wrapper):
         """Play ``gamma`` instead; features stay, so that the policy learns from the step."""
         if len(self._taken) >= 1024:  # decisions whose outcomes never came
             self._taken.clear()
-        self._taken[decision.id] = min(decision.gamma, gamma)
+        own = self._turned.pop(decision.id, decision.gamma)
+        self._taken[decision.id], decision.drafter = min(own, gamma), ""
         # The rule is deterministic, so gamma was certain. A policy that stops by itself is asked on, for its opinion.
         decision.gamma, decision.propensity = gamma, 1.0
         return decision
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def _turn(self, decision: Decision, drafted: int) -> None:
+        """Note that the policy goes on with another drafter than the fixed gamma would."""
+        if len(self._turned) >= 1024:
+            self._turned.clear()
+        self._turned[decision.id] = drafted
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         taken = self._taken.get(decision.id)
         if taken is None:
-            return self.policy.proceed(decision, drafted, signals)
-        if drafted < taken and not self.policy.proceed(decision, drafted, signals):
-            self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
+            answer = self.policy.proceed(decision, drafted, signals)
+            if type(answer) is str:
+                self._turn(decision, drafted)
+            return answer
+        if drafted < taken:
+            answer = self.policy.proceed(decision, drafted, signals)
+            if not answer or type(answer) is str:
+                self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
@@ -261,19 +278,22 @@ class SafetyGuard(Wrapper):
             return
         if not self._shared:
             self.model.observe(outcome)
-        ledger, k = self.ledger(outcome.level), outcome.drafted
+        ledger, forwards = self.ledger(outcome.level), outcome.forwards
         stop = self._taken.pop(decision.id, -1)
-        ledger.count(outcome, stop)
-        if k == 0:
+        costs, nap = self.model.level(outcome.level), ledger.nap
+        seconds = costs.spent(outcome.drafted, forwards)
+        reading = costs.catch_up * outcome.caught_up if forwards else 0.0
+        if outcome.drafted == 0:
             self._postpone(ledger, 0)
-        short = outcome.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
+        # What another drafter than the fixed gamma's proposed tells nothing of that one's.
+        own = _before(outcome, self._turned.pop(decision.id)) if decision.id in self._turned else outcome
+        ledger.count(own, stop)
+        k = own.drafted
+        short = own.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
         if short or k >= ledger.gamma:
             self._postpone(ledger, 1)
         if short or ledger.offered < 1.0:
             ledger.offered += SHARE * ((k / ledger.gamma if short else 1.0) - ledger.offered)
-        costs, forwards = self.model.level(outcome.level), outcome.forwards
-        seconds, nap = costs.spent(k, forwards), ledger.nap
-        reading = costs.catch_up * outcome.caught_up if forwards else 0.0
         if k:
             ledger.forwards += SHARE * ((forwards / k if forwards < k else 1.0) - ledger.forwards)
         if outcome.policy_seconds:
@@ -351,3 +371,9 @@ class SafetyGuard(Wrapper):
         held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
         slept = {f"{level}.slept": ledger.nap.slept for level, ledger in self._ledgers.items() if ledger.nap.slept}
         return self.policy.info() | held | slept
+
+
+def _before(outcome: Outcome, drafted: int) -> Outcome:
+    """Return what an outcome tells of its first ``drafted`` tokens."""
+    k, n, tested = (min(x, drafted) for x in (outcome.drafted, outcome.accepted, outcome.tested))
+    return replace(outcome, drafted=k, accepted=n, tested=tested, exhausted=False)

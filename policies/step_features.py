@@ -156,6 +156,11 @@ class Step:
         j = len(self._tokens)
         return lookups[j] if j < len(lookups) and context.step == self._number else 0.0
 
+    def offer(self) -> float:
+        """How sure the drafter is of the lookup that the next token could be instead, 0 if there is none."""
+        context = self._context
+        return context.offer if context.offer and context.step == self._number else 0.0
+
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
         if len(self.before) == len(self._tokens):

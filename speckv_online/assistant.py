@@ -189,7 +189,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         wanted = len(self.drafts) < self.num_assistant_tokens  # the last one is asked of nobody
         go_on = wanted and self.policy.proceed(self.decision, len(self.drafts), self.signals)
         self.asked += perf_counter() - t
-        return go_on
+        return bool(go_on)
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: Any) -> None:
         """Teach the policy what the step was; see the base class."""

@@ -242,6 +242,7 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
         context.drafts = row.drafts
         row.draft_seconds = 0.0
         row.lookups = context.lookups = [] if drafter is None else [drafter.sure(i)]
+        context.offer = 0.0 if drafter is None else drafter.offer(i)
         t = perf_counter()
         row.decision = policy.decide(context)
         row.policy_seconds = perf_counter() - t
@@ -249,6 +250,7 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
             row.lag, row.used = drafter.lag(i), drafter.use(i, row.decision.drafter)
             if row.decision.drafter:
                 row.lookups = context.lookups = [drafter.sure(i)]
+                context.offer = drafter.offer(i)
             if min(row.decision.gamma, context.max_gamma) > 0:
                 wanted.append(i)
     while wanted and drafter is not None:
@@ -261,6 +263,7 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
                 continue
             row.drafts.append(token)
             row.lookups.append(drafter.sure(i))
+            row.history.context.offer = drafter.offer(i)
             if len(row.drafts) >= min(row.decision.gamma, row.history.context.max_gamma):
                 continue
             if row.decision.stops:
@@ -269,6 +272,9 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
                 row.policy_seconds += perf_counter() - t
                 if not go_on:
                     continue
+                if isinstance(go_on, str):
+                    drafter.use(i, go_on)
+                    row.lookups[-1], row.history.context.offer = drafter.sure(i), drafter.offer(i)
             going.append(i)
         wanted = going
     for row in rows:

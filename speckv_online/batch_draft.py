@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from policies.base import NGRAM
-from speckv_online.drafters import Drafter, ModelDrafter, write_looked
-from speckv_online.ngram import NgramIndex
+from policies.base import LOOKUP, NGRAM
+from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter, write_looked
+from speckv_online.gate import chance_of
+from speckv_online.ngram import NgramIndex, Proposal, write_signals
 from speckv_online.quick_batch import batch_of
 from speckv_online.sampling import Sampler
 
@@ -20,7 +21,7 @@ class RowDrafter(Protocol):
     """Drafts for rows of a batch; as :class:`~speckv_online.drafters.Drafter`, with a row number."""
 
     def use(self, row: int, name: str) -> str:
-        """Draft the row's coming step as the drafter of this name, by default the first; return the name."""
+        """Draft what comes of the row's step as the drafter of this name, by default the first; return the name."""
 
     def lag(self, row: int) -> int:
         """Context tokens of a row that are not read yet."""
@@ -33,6 +34,9 @@ class RowDrafter(Protocol):
 
     def sure(self, row: int) -> float:
         """Return how likely the row's coming proposal is right where it takes no forward of a model, else 0."""
+
+    def offer(self, row: int) -> float:
+        """Return how likely a lookup is right that the row could have in place of a forward."""
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """Return the distributions that the row's drafts of this step were drawn from."""
@@ -84,6 +88,10 @@ class Copies:
         """See :class:`RowDrafter`."""
         return self.drafters[row].sure()
 
+    def offer(self, row: int) -> float:
+        """See :class:`RowDrafter`."""
+        return self.drafters[row].offer()
+
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""
         return self.drafters[row].proposals
@@ -111,10 +119,13 @@ class ModelRows:
         self.drafted: list[list[int]] = [[] for _ in prompts]
         self.drawn: list[list[torch.Tensor | None]] = [[] for _ in prompts]
         self.ngrams = [NgramIndex(p) for p in prompts]
+        self.kinds = [drafter.names[0]] * len(prompts)
 
     def use(self, row: int, name: str) -> str:
-        """There is one drafter here."""
-        return self.drafter.names[0]
+        """See :class:`RowDrafter`."""
+        names = self.drafter.names
+        self.kinds[row] = name if name in names else names[0]
+        return self.kinds[row]
 
     def lag(self, row: int) -> int:
         """See :class:`RowDrafter`."""
@@ -122,6 +133,28 @@ class ModelRows:
 
     def draft(self, rows: list[int], signals: list[np.ndarray]) -> list[tuple[int, float]]:
         """See :class:`RowDrafter`."""
+        wanted = dict(zip(rows, signals, strict=True))
+        found = {row: self._look_up(row, wanted.pop(row)) for row in rows if self.kinds[row] == LOOKUP}
+        if wanted:
+            found |= zip(wanted, self._forward(list(wanted), list(wanted.values())), strict=True)
+        return [found[row] for row in rows]
+
+    def _look_up(self, row: int, signals: np.ndarray) -> tuple[int, float]:
+        """Draft a row's lookup."""
+        t = perf_counter()
+        found = self._found(row)
+        if found is None:
+            return NO_PROPOSAL, perf_counter() - t
+        write_signals(found, signals)
+        self.drafted[row].append(found.token)
+        self.drawn[row].append(None)
+        return found.token, perf_counter() - t
+
+    def _found(self, row: int) -> Proposal | None:
+        return self.ngrams[row].propose(self.drafted[row])
+
+    def _forward(self, rows: list[int], signals: list[np.ndarray]) -> list[tuple[int, float]]:
+        """Draft these rows' next tokens with the model."""
         t = perf_counter()
         feed: list[list[int]] = [[] for _ in self.contexts]
         for row in rows:
@@ -145,8 +178,16 @@ class ModelRows:
         return [(token, share) for token in tokens]
 
     def sure(self, row: int) -> float:
-        """Every token takes a forward."""
-        return 0.0
+        """See :class:`RowDrafter`."""
+        return self._chance(row) if self.kinds[row] == LOOKUP else 0.0
+
+    def offer(self, row: int) -> float:
+        """See :class:`RowDrafter`."""
+        return 0.0 if self.kinds[row] == LOOKUP or self.samplers[row] is not None else self._chance(row)
+
+    def _chance(self, row: int) -> float:
+        found = self._found(row)
+        return 0.0 if found is None else chance_of(found, self.drafter.chances)
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""
@@ -155,12 +196,12 @@ class ModelRows:
     def end(self, row: int, accepted: int, tokens: list[int]) -> None:
         """See :class:`RowDrafter`."""
         self.model.cached[row] = min(self.model.cached[row], len(self.contexts[row]) + accepted)
-        self.drafted[row], self.drawn[row] = [], []
+        self.drafted[row], self.drawn[row], self.kinds[row] = [], [], self.drafter.names[0]
         self.contexts[row] += tokens
         self.ngrams[row].extend(tokens)
 
     def keep(self, rows: list[int]) -> None:
         """See :class:`RowDrafter`."""
         self.model.keep(rows)
-        for name in ("contexts", "drafted", "drawn", "ngrams", "samplers"):
+        for name in ("contexts", "drafted", "drawn", "ngrams", "samplers", "kinds"):
             setattr(self, name, [getattr(self, name)[r] for r in rows])

@@ -257,6 +257,7 @@ class SpeculativeDecoder:
         context = history.context
         t0 = perf_counter()
         lookups = context.lookups = [] if drafter is None else [drafter.sure()]
+        context.offer = 0.0 if drafter is None else drafter.offer()
         decision = policy.decide(context)
         gamma = min(decision.gamma, context.max_gamma)
         t1 = perf_counter()
@@ -269,10 +270,11 @@ class SpeculativeDecoder:
             lag, used = drafter.lag, drafter.use(decision.drafter)
             if decision.drafter:  # not the one that was asked
                 lookups = context.lookups = [drafter.sure()]
+                context.offer = drafter.offer()
             ahead = draft_ahead(drafter, decision, gamma, sampled)
             if ahead is None:
                 # Dropping a drawn token for what it is would bias the output: no trimming in sampled decoding.
-                asked = draft(policy, drafter, decision, gamma, signals, drafts, lookups, not sampled)
+                asked = draft(policy, drafter, decision, context, gamma, signals, drafts, lookups, not sampled)
         clock.verify()
         self.rope.restart(cache, context.context_length)
         unread = sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt

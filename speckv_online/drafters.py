@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
+from policies.base import CONFIDENCE, ENTROPY, LOOKUP, MARGIN, NGRAM
+from speckv_online.gate import chance_of, shipped_chances
 from speckv_online.kvcache import KVCache
-from speckv_online.ngram import NgramIndex, Proposal
+from speckv_online.ngram import NgramIndex, Proposal, write_signals
 from speckv_online.quick_draft import QuickDraft
 from speckv_online.sampling import Sampler
 
@@ -45,7 +46,7 @@ class Drafter(Protocol):
         """Start a sequence with these context tokens, which may grow to about ``capacity``; draw with ``sampler``."""
 
     def use(self, name: str) -> str:
-        """Draft the coming step as the drafter of this name, by default the first; return the name."""
+        """Draft what comes of the step as the drafter of this name, by default the first; return the name."""
 
     def draft(self, signals: np.ndarray) -> int:
         """Propose the token after the context and this step's drafts, or :data:`NO_PROPOSAL`.
@@ -57,6 +58,9 @@ class Drafter(Protocol):
     def sure(self) -> float:
         """Return how likely the coming proposal is right where it takes no forward of a model, 0 where it does."""
 
+    def offer(self) -> float:
+        """Return how likely a lookup is right that could be had, as the drafter ``ngram``, in place of a forward."""
+
     def end(self, accepted: int) -> None:
         """Forget this step's drafts, of which the first ``accepted`` are about to be confirmed by ``extend``."""
 
@@ -66,6 +70,9 @@ class Drafter(Protocol):
 
 class ModelDrafter:
     """Drafts with a causal language model: its likeliest token, or in sampled decoding a draw from it.
+
+    In greedy decoding it offers lookups of the context's own n-grams in place of forwards: a policy may choose, in
+    every step and within one, between ``model`` and ``ngram`` (which may have nothing to propose).
 
     The model's cache may lag behind the context (after steps that drafted nothing, and before the first draft of a
     sequence): the next draft feeds all missing tokens in one forward.
@@ -80,9 +87,16 @@ class ModelDrafter:
         Where the model's head covers only some tokens: the token id of each of its rows.
     quick : QuickDraft, optional
         The model's quick form, which then reads and drafts in its place; batches take the model itself.
+
+    Attributes
+    ----------
+    chances : list of float
+        Weights of :func:`~speckv_online.gate.chance_of`: how likely a lookup is right.
+    kind : str
+        Which of ``names`` drafts until the step ends.
     """
 
-    names: tuple[str, ...] = ("model",)
+    names: tuple[str, ...] = ("model", LOOKUP)
 
     def __init__(
         self,
@@ -101,6 +115,7 @@ class ModelDrafter:
         embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         #: Largest id that the model can read, where that is less than the target may say: others are read as it.
         self.last_id = embedded - 1 if embedded < vocab_size else None
+        self.chances, self.kind = shipped_chances(), self.names[0]
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence; nothing is fed to the model before the first draft."""
@@ -110,6 +125,7 @@ class ModelDrafter:
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
+        self.kind = self.names[0]
 
     @property
     def lag(self) -> int:
@@ -117,8 +133,9 @@ class ModelDrafter:
         return len(self.context) - len(self.cache)
 
     def use(self, name: str) -> str:
-        """There is one drafter here."""
-        return self.names[0]
+        """Switch between the drafters of ``names`` until the step ends."""
+        self.kind = name if name in self.names else self.names[0]
+        return self.kind
 
     def ahead(self, count: int) -> torch.Tensor:
         """Draft ``count`` tokens in greedy decoding without telling the host: for policies that need not see them.
@@ -171,15 +188,37 @@ class ModelDrafter:
 
     def draft(self, signals: np.ndarray) -> int:
         """Draft one token; its signals are entropy (bits), confidence, margin (logits) and n-gram agreement."""
+        if self.kind == LOOKUP:
+            return self._look_up(self._found(), signals)
         token, logits = self.likeliest(signals)
         token = self.settle(token, logits)
         signals[NGRAM] = self.ngrams.signal(self.drafted, token)
         self.drafted.append(token)
         return token
 
+    def _found(self) -> Proposal | None:
+        """What the lookup proposes; it does not count what this step drafted."""
+        return self.ngrams.propose(self.drafted)
+
+    def _look_up(self, found: Proposal | None, signals: np.ndarray) -> int:
+        """Draft the lookup's token, if it has one."""
+        if found is None:
+            return NO_PROPOSAL
+        write_signals(found, signals)
+        self.proposals.append(None)
+        self.drafted.append(found.token)
+        return found.token
+
     def sure(self) -> float:
-        """Every token takes a forward."""
-        return 0.0
+        """Return how likely the coming lookup is right, 0 where the model drafts, or there is none."""
+        return self._chance(self._found()) if self.kind == LOOKUP else 0.0
+
+    def offer(self) -> float:
+        """Return how likely a lookup in the model's place would be right; 0 if there is none, or tokens are drawn."""
+        return 0.0 if self.kind == LOOKUP or self.sampler is not None else self._chance(self._found())
+
+    def _chance(self, found: Proposal | None) -> float:
+        return 0.0 if found is None else chance_of(found, self.chances)
 
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
@@ -217,15 +256,12 @@ class ModelDrafter:
         """Drop the cache entries of rejected drafts."""
         self.cache.truncate(min(len(self.cache), len(self.context) + accepted))
         self.drafted, self.proposals = [], []
+        self.kind = self.names[0]  # what the next step gets without asking
 
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context."""
         self.context += tokens
         self.ngrams.extend(tokens)
-
-
-#: Name of the drafter that only looks up, and so may have nothing to propose.
-LOOKUP = "ngram"
 
 
 class NgramDrafter:
@@ -263,6 +299,10 @@ class NgramDrafter:
         """Return the coming proposal's confidence, 0 where there is none."""
         found = self.ngrams.propose()
         return 0.0 if found is None else found.confidence
+
+    def offer(self) -> float:
+        """Return 0: no proposal takes a forward."""
+        return 0.0
 
     def end(self, accepted: int) -> None:
         """Take this step's drafts out of the index."""
@@ -302,11 +342,3 @@ def write_looked(found: Sequence[float], signals: np.ndarray) -> None:
     signals[ENTROPY] = nats / math.log(2) if known else CLUELESS
     signals[CONFIDENCE] = confidence if known else 0.0
     signals[MARGIN] = first - second if known else 0.0
-
-
-def write_signals(found: Proposal, signals: np.ndarray) -> None:
-    """Write a lookup's (N_SIGNALS,) signals."""
-    signals[ENTROPY] = found.entropy
-    signals[CONFIDENCE] = found.confidence
-    signals[MARGIN] = found.margin
-    signals[NGRAM] = found.length

@@ -7,9 +7,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from policies.base import MAX_GAMMA, Decision, Policy
+from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Policy
 from speckv_online.clock import StepClock
-from speckv_online.drafters import LOOKUP, NO_PROPOSAL, Drafter, ModelDrafter
+from speckv_online.drafters import NO_PROPOSAL, Drafter, ModelDrafter
 from speckv_online.sequences import matching
 
 
@@ -21,7 +21,7 @@ def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool)
     """
     if not gamma or decision.stops or sampled or type(drafter) is not ModelDrafter or drafter.quick is not None:
         return None
-    return drafter.ahead(gamma)
+    return None if drafter.kind == LOOKUP else drafter.ahead(gamma)
 
 
 def judge_ahead(
@@ -48,6 +48,7 @@ def draft(
     policy: Policy,
     drafter: Drafter,
     decision: Decision,
+    context: Context,
     gamma: int,
     signals: np.ndarray,
     drafts: list[int],
@@ -57,8 +58,8 @@ def draft(
     """Append up to ``gamma`` proposals to ``drafts``, their signals to ``signals``, asking the policy where it wants.
 
     ``lookups`` says how sure the drafter is of the next proposal if that is free; the ones after it are appended, so
-    that it is one longer than what was drafted. ``trim`` lets the policy drop drafts after the fact. Returns the
-    seconds spent in the policy.
+    that it is one longer than what was drafted. It and ``drafts`` are what ``context`` shows the policy. ``trim`` lets
+    the policy drop drafts after the fact. Returns the seconds spent in the policy.
     """
     asked = 0.0
     while len(drafts) < gamma:
@@ -67,12 +68,16 @@ def draft(
             break
         drafts.append(token)
         lookups.append(drafter.sure())
+        context.offer = drafter.offer()
         if decision.stops and len(drafts) < gamma:
             t = perf_counter()
             go_on = policy.proceed(decision, len(drafts), signals)
             asked += perf_counter() - t
             if not go_on:
                 break
+            if isinstance(go_on, str):
+                drafter.use(go_on)
+                lookups[-1], context.offer = drafter.sure(), drafter.offer()
     if decision.stops and drafts and trim:
         t = perf_counter()
         del drafts[policy.submit(decision, len(drafts), signals) :]
@@ -86,7 +91,7 @@ def is_exhausted(used: str, drafted: int, lookups: list[float]) -> bool:
     Parameters
     ----------
     used : str
-        Name of the drafter.
+        Name of the drafter that the step began with.
     drafted : int
         Tokens that were sent to the target.
     lookups : list of float

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from importlib.resources import as_file, files
 from math import exp, log, log2
 from pathlib import Path
@@ -67,7 +68,7 @@ class Gate:
 
     def sure(self, found: Proposal) -> float:
         """Return the probability that the lookup's proposal is right, whatever the model says."""
-        return _sigmoid(_dot(self.sure_weights, lookup_features(found)))
+        return chance_of(found, self.sure_weights)
 
     def prefers_lookup(self, features: list[float]) -> bool:
         """Return whether to take the lookup's proposal; ``features`` as :func:`gate_features` gives them."""
@@ -132,6 +133,17 @@ class Gate:
 def lookup_features(found: Proposal) -> list[float]:
     """Return the lookup's features, see :data:`LOOKUP_FEATURES`."""
     return [1.0, _log_odds(found.confidence), found.entropy, float(found.length), log2(found.hits)]
+
+
+def chance_of(found: Proposal, weights: list[float]) -> float:
+    """Return the probability that a lookup is right; ``weights`` as a gate has for :data:`LOOKUP_FEATURES`."""
+    return _sigmoid(_dot(weights, lookup_features(found)))
+
+
+@cache
+def shipped_chances() -> list[float]:
+    """Return the weights of :func:`chance_of` that ship."""
+    return Gate.load().sure_weights
 
 
 def gate_features(found: Proposal, signals: np.ndarray) -> list[float]:

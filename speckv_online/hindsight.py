@@ -75,21 +75,43 @@ def fastest(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     }
 
 
-def _steps(trace: Trace, t: int, cost: LevelCost, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and seconds of drafting k = 0, 1, ... ``most`` tokens at position t, as far as the budget goes."""
-    k = np.arange(min(most, MAX_GAMMA, trace.budget - t - 1) + 1)
-    tokens = np.minimum(np.minimum(k, int(trace.accepted[t])) + 1, len(trace) - t)
-    context = len(trace.prompt) + t
-    paid = trace.forwards[t, k].tolist()
-    return tokens, np.array([cost.seconds(j, context, forwards) for j, forwards in enumerate(paid)])
+@dataclass(frozen=True)
+class _Steps:
+    """What a step at one position may do: arrays with an entry for each way.
+
+    ``k`` tokens are drafted, ``n`` of them right; those from ``turn`` on are lookups in place of the drafter's choice.
+    """
+
+    k: np.ndarray
+    turn: np.ndarray
+    n: np.ndarray
+    tokens: np.ndarray
+    paid: np.ndarray
+    seconds: np.ndarray
+
+
+def _steps(trace: Trace, t: int, cost: LevelCost, most: int) -> _Steps:
+    """Return all drafts of up to ``most`` tokens at position t, and all right ones that end in lookups."""
+    limit, right = min(MAX_GAMMA, trace.budget - t - 1), int(trace.accepted[t])
+    ways = [(k, k, min(k, right)) for k in range(min(most, limit) + 1)]
+    if trace.tails is not None:
+        for turn in range(min(right, limit, trace.gamma - 1) + 1):
+            if trace.tails.offers[t][turn]:
+                tail = min(trace.tails.turned(t, turn).accepted, limit)
+                ways += [(k, turn, k) for k in range(turn + 1, tail + 1)]
+    k, turns, n = np.array(ways).T
+    paid, context = trace.forwards[t, turns], len(trace.prompt) + t
+    seconds = [cost.seconds(j, context, forwards) for j, forwards in zip(k.tolist(), paid.tolist(), strict=True)]
+    return _Steps(k, turns, n, np.minimum(n + 1, len(trace) - t), paid, np.array(seconds))
 
 
 def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:
     choice, t = {}, 0
     while t < len(trace):
-        tokens, seconds = _steps(trace, t, cost, int(trace.accepted[t]))
-        choice[t] = int(np.argmax(tokens - rate * seconds))
-        t += int(tokens[choice[t]])
+        steps = _steps(trace, t, cost, int(trace.accepted[t]))
+        best = int(np.argmax(steps.tokens - rate * steps.seconds))
+        choice[t] = int(steps.k[best]), int(steps.turn[best])
+        t += int(steps.tokens[best])
     return _replay(trace, choice, cost)
 
 
@@ -100,35 +122,34 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     is charged to the step that left it unread.
     """
     length, c = len(trace), cost.catch_up_seconds if trace.reads else 0.0
-    without, best_without = np.zeros(length + 1), np.zeros(length, dtype=int)
-    using, best_using, last = np.full(length + 1, np.inf), np.zeros(length, dtype=int), np.zeros(length, dtype=bool)
+    without, best_without = np.zeros(length + 1), [(0, 0, 0)] * length  # k, turn and tokens of the best way
+    using, best_using, last = np.full(length + 1, np.inf), [(0, 0, 0)] * length, np.zeros(length, dtype=bool)
     for t in range(length - 1, -1, -1):
         # Rejected tokens, too: a wider verification may be the cheaper one.
-        tokens, seconds = _steps(trace, t, cost, int(trace.available[t]))
-        k, after = np.arange(len(tokens)), t + tokens
-        n = np.minimum(k, int(trace.accepted[t]))
-        paid, read = trace.forwards[t, k], trace.read[t, k]
-        asked = paid > 0
-        total = np.where(asked, np.inf, seconds + without[after])
-        best_without[t] = int(np.argmin(total))
-        without[t] = total[best_without[t]]
-        unread = np.where(asked, n + 1 - np.minimum(read, n), tokens)
+        steps = _steps(trace, t, cost, int(trace.available[t]))
+        after, read, asked = t + steps.tokens, trace.read[t, steps.turn], steps.paid > 0
+        ways = list(zip(steps.k.tolist(), steps.turn.tolist(), steps.tokens.tolist(), strict=True))
+        total = np.where(asked, np.inf, steps.seconds + without[after])
+        best = int(np.argmin(total))
+        without[t], best_without[t] = total[best], ways[best]
+        unread = np.where(asked, steps.n + 1 - np.minimum(read, steps.n), steps.tokens)
         later = using[after] + c * unread
         ends = asked & (without[after] <= later)
-        total = seconds + np.where(asked, c * (read - paid), 0.0) + np.where(ends, without[after], later)
-        best_using[t] = int(np.argmin(total))
-        using[t], last[t] = total[best_using[t]], ends[best_using[t]]
+        total = steps.seconds + np.where(asked, c * (read - steps.paid), 0.0) + np.where(ends, without[after], later)
+        best = int(np.argmin(total))
+        using[t], best_using[t], last[t] = total[best], ways[best], ends[best]
     choice, t = {}, 0
     more = using[0] + c * len(trace.prompt) < without[0]
     while t < length:
-        choice[t] = int((best_using if more else best_without)[t])
+        k, turn, tokens = (best_using if more else best_without)[t]
+        choice[t] = k, turn
         more = more and not last[t]
-        t = min(t + min(choice[t], int(trace.accepted[t])) + 1, length)
+        t += tokens
     return _replay(trace, choice, cost)
 
 
-def _replay(trace: Trace, choice: dict[int, int], cost: LevelCost) -> Replay:
-    """Steps that draft ``choice[t]`` tokens at position t."""
-    plan = np.zeros(len(trace), dtype=int)
-    plan[list(choice)] = list(choice.values())
-    return replay_plan(trace, plan, plan, cost)
+def _replay(trace: Trace, choice: dict[int, tuple[int, int]], cost: LevelCost) -> Replay:
+    """Steps that draft so many tokens at position t, lookups from the second number on."""
+    plan, turns = np.zeros((2, len(trace)), dtype=int)
+    plan[list(choice)], turns[list(choice)] = zip(*choice.values(), strict=True)
+    return replay_plan(trace, plan, plan, cost, turns)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from policies.base import NGRAM
-from speckv_online.drafters import LOOKUP, NO_PROPOSAL, ModelDrafter, write_signals
+from policies.base import LOOKUP, NGRAM
+from speckv_online.drafters import NO_PROPOSAL, ModelDrafter
 from speckv_online.gate import Gate, gate_features
-from speckv_online.ngram import Proposal
+from speckv_online.ngram import Proposal, write_signals
 from speckv_online.quick_draft import QuickDraft
 from speckv_online.sampling import Sampler
 
@@ -21,7 +21,8 @@ class HybridDrafter(ModelDrafter):
     the model is not asked; its cache then lags, and catches up in one forward when it is needed. The signals are those
     of the proposal that was taken; the n-gram signal is the match length, negative if the lookup was overruled.
 
-    A policy may choose in every step: ``hybrid``, ``model`` or ``ngram`` (which may have nothing to propose).
+    A policy may choose in every step, and within one: ``hybrid``, ``model`` or ``ngram``, as of a
+    :class:`~speckv_online.drafters.ModelDrafter`.
 
     In sampled decoding the gate sees the model's likeliest token. It chooses before anything is drawn, so that the draw
     is from the model's distribution, or the proposal is the lookup's one token: either way the output is the target's.
@@ -56,32 +57,24 @@ class HybridDrafter(ModelDrafter):
         gate = gate or Gate.load()
         self.gate = gate.copy() if online else gate
         self.skip = self.gate.skip if skip is None else skip
-        self.online, self.kind = online, "hybrid"
+        self.online, self.chances = online, self.gate.sure_weights
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence."""
         super().begin(tokens, capacity, sampler)
         # Disagreements of this step: position in the draft, both tokens, the gate's features.
         self._open: list[tuple[int, int, int, list[float]]] = []
-        self.kind = "hybrid"
-
-    def use(self, name: str) -> str:
-        """Switch between ``hybrid``, ``model`` and ``ngram`` for the coming step."""
-        self.kind = name if name in self.names else self.names[0]
-        return self.kind
 
     def draft(self, signals: np.ndarray) -> int:
         """Propose one token; nothing if only the lookup may propose and has nothing."""
-        if self.kind == "model":
-            return super().draft(signals)
-        found = self.ngrams.propose()
-        if found is None and self.kind == LOOKUP:
-            return NO_PROPOSAL
-        if found is not None and (self.kind == LOOKUP or self.skips(found)):
-            write_signals(found, signals)
-            self.proposals.append(None)
-            return self._append(found.token)
+        found = self._found()
+        if self.kind == LOOKUP or self.skips(found):
+            return self._note(self._look_up(found, signals))
         token, logits = self.likeliest(signals)
+        if self.kind == "model":
+            token = self.settle(token, logits)
+            signals[NGRAM] = 0.0 if found is None else found.length if found.token == token else -found.length
+            return self._append(token)
         if self.online and found is not None and found.token != token:
             self._open.append((len(self.drafted), found.token, token, gate_features(found, signals)))
         chosen = self.choose(found, token, signals)
@@ -117,28 +110,36 @@ class HybridDrafter(ModelDrafter):
 
     def skips(self, found: Proposal | None) -> float:
         """Return how sure the gate is of a lookup where that is enough not to ask the model, else 0."""
-        if found is None or self.skip >= 1.0:
+        if found is None or self.skip >= 1.0 or self.kind == "model":
             return 0.0
-        p = self.gate.sure(found)
+        p = self._chance(found)
         return p if p >= self.skip else 0.0
 
     def sure(self) -> float:
         """Return how likely the coming proposal is right if it is the lookup's alone, 0 if the model is asked."""
-        if self.kind == "model":
-            return 0.0
-        found = self.ngrams.propose()
-        return self.gate.sure(found) if found is not None and self.kind == LOOKUP else self.skips(found)
+        return super().sure() if self.kind == LOOKUP else self.skips(self._found())
+
+    def offer(self) -> float:
+        """Return how likely the lookup is right where the model is to be asked all the same; 0 if it has nothing."""
+        return 0.0 if self.skips(self._found()) else super().offer()
+
+    def _found(self) -> Proposal | None:
+        """What the lookup proposes; it counts what this step drafted."""
+        return self.ngrams.propose()
 
     def _append(self, token: int) -> int:
         self.drafted.append(token)
-        self.ngrams.push(token)
+        return self._note(token)
+
+    def _note(self, token: int) -> int:
+        if token != NO_PROPOSAL:
+            self.ngrams.push(token)
         return token
 
     def end(self, accepted: int) -> None:
         """Drop what belongs to this step's drafts."""
         super().end(accepted)
         self.ngrams.undo()
-        self.kind = self.names[0]  # what the next step gets without asking
 
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context; they say which proposals were right."""

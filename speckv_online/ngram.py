@@ -12,6 +12,10 @@ from collections.abc import Iterable, Sequence
 from math import log, log2
 from typing import NamedTuple
 
+import numpy as np
+
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM
+
 #: Longest suffix that is looked up.
 MAX_N = 4
 
@@ -119,14 +123,16 @@ class NgramIndex:
                 return entry[0], len(tail) - i
         return -1, 0
 
-    def propose(self) -> Proposal | None:
-        """Return what follows the context, with its confidence and entropy; None where no suffix occurred before."""
+    def propose(self, drafted: Sequence[int] = ()) -> Proposal | None:
+        """Return what follows the context and ``drafted``, how surely, or None where no suffix occurred before."""
+        if drafted:
+            return self._propose((*self._tail, *drafted)[-MAX_N:])
         if self._found is None:
-            self._found = (self._propose(),)
+            self._found = (self._propose(self._tail),)
         return self._found[0]
 
-    def _propose(self) -> Proposal | None:
-        tail, table = self._tail, self._table
+    def _propose(self, tail: tuple[int, ...]) -> Proposal | None:
+        table = self._table
         entry, i = None, 0
         for i in range(len(tail)):
             entry = table.get(tail[i:])
@@ -161,3 +167,11 @@ def _count(entry: list, token: int) -> None:
     entry[1] += 1
     if count:
         entry[2] += (count + 1) * log2(count + 1) - count * log2(count)
+
+
+def write_signals(found: Proposal, signals: np.ndarray) -> None:
+    """Write a lookup's (N_SIGNALS,) signals."""
+    signals[ENTROPY] = found.entropy
+    signals[CONFIDENCE] = found.confidence
+    signals[MARGIN] = found.margin
+    signals[NGRAM] = found.length

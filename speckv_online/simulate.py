@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, Outcome, Policy
+from policies.base import LOOKUP, MAX_GAMMA, Outcome, Policy
 from policies.fixed import Fixed
 from policies.guard import FaultGuard
 from speckv_online.cost import LEAST, CostTable, LevelCost
@@ -132,10 +132,14 @@ class Simulator:
         t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
         catch_up, first = cost.catch_up_seconds, cost.first_draft_seconds
         output, proposals, accepted, available, table, lookups, forwards, read = trace.rows
+        tails = trace.tails
+        lookups = lookups if tails is None else tails.lookups
         reads, longest, size = trace.reads, self.max_gamma, trace.gamma
         history = History(level, trace.task, len(trace.prompt))
         context = history.context
         context.tokens = tokens = trace.prompt.tolist()
+        if tails is not None:
+            context.drafters = (trace.meta["drafter"], LOOKUP)
         policy.begin(context)
         t, lag = 0, len(trace.prompt) if reads else 1
         while t < end:
@@ -145,9 +149,15 @@ class Simulator:
             limit = context.max_gamma = longest if longest < left else left
             if lookups:
                 context.lookups = lookups[t][:1]
+            if tails is not None:
+                context.offer = tails.offers[t][0]
             decision = decide(context)
             gamma = decision.gamma if decision.gamma < limit else limit
-            drafts, ids, there = table[t], proposals[t], available[t]
+            drafts, ids, there, right = table[t], proposals[t], available[t], accepted[t]
+            known, turn = lookups[t] if lookups else (), size
+            if tails is not None and decision.drafter == LOOKUP:
+                (ids, drafts, known, right), turn = tails.turned(t, 0), 0
+                there, context.lookups, context.offer = len(ids), known[:1], 0.0
             proposed = k = most = gamma if gamma < there else there
             if decision.stops and most:
                 # Only what is drafted so far is shown, as in the decoder.
@@ -156,16 +166,25 @@ class Simulator:
                 while proposed < most:
                     shown.append(ids[proposed])
                     proposed += 1
-                    if lookups:
-                        context.lookups = lookups[t][: proposed + 1]
-                    if proposed < gamma and not proceed(decision, proposed, drafts[:proposed]):
-                        break
+                    if known:
+                        context.lookups = known[: proposed + 1]
+                        if tails is not None:
+                            context.offer = tails.offers[t][proposed] if proposed < turn else 0.0
+                    if proposed < gamma:
+                        answer = proceed(decision, proposed, drafts[:proposed])
+                        if not answer:
+                            break
+                        if answer == LOOKUP and tails is not None and turn == size:
+                            (ids, drafts, known, right), turn = tails.turned(t, proposed), proposed
+                            most = gamma if gamma < len(ids) else len(ids)
+                            context.lookups, context.offer = known[: proposed + 1], 0.0
                 k = submit(decision, proposed, drafts[:proposed])
             context.drafts = ids[:k]
-            n = accepted[t] if accepted[t] < k else k
+            n = right if right < k else k
             whole = t + n == end  # the draft held the end-of-sequence token
             produced = n if whole else n + 1
-            paid, reached = forwards[t][proposed], read[t][proposed]
+            asked = proposed if proposed < turn else turn
+            paid, reached = forwards[t][asked], read[t][asked]
             draft_seconds = first + t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
             verify_seconds = t_v[k] + slope * (context.context_length - usual)
             if verify_seconds < LEAST * t_v[k]:
@@ -174,7 +193,7 @@ class Simulator:
             tested = n if whole or n == k else n + 1
             outcome = Outcome(
                 k, n, tested, produced, seconds, draft_seconds, verify_seconds, level, context.context_length,
-                lag - 1 if paid else 0, drafts[:k], "", paid, 0.0, k == there < size,
+                lag - 1 if paid else 0, drafts[:k], decision.drafter, paid, 0.0, k == there < size,
             )  # fmt: skip
             learn(decision, outcome)
             yield t, decision.gamma, k, n, tested, produced, proposed, seconds
@@ -192,7 +211,9 @@ def replay_fixed(trace: Trace, gamma: int, cost: LevelCost, max_gamma: int = MAX
     return replay_plan(trace, plan, plan, cost)
 
 
-def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost: LevelCost) -> Replay:
+def replay_plan(
+    trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost: LevelCost, turns: np.ndarray | None = None
+) -> Replay:
     """Replay one trace under a rule that does not learn, and so is a table over positions.
 
     Parameters
@@ -204,13 +225,21 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
         budget ends, and where the drafter has nothing more to propose.
     cost : LevelCost
         Where the seconds come from.
+    turns : ndarray of int, shape (L,), optional
+        After how many tokens a step goes on with the lookup alone; from ``proposed`` up, never.
     """
     length = len(trace)
     limit = trace.budget - 1 - np.arange(length)
     gamma = np.minimum(proposed, limit)
-    limit = np.minimum(limit, trace.available)
+    available, accepted = trace.available, trace.accepted
+    if turns is not None and trace.tails is not None:
+        available, accepted = available.copy(), accepted.copy()
+        for t in np.flatnonzero(turns < proposed).tolist():
+            tail = trace.tails.turned(t, int(turns[t]))
+            available[t], accepted[t] = len(tail.drafts), tail.accepted
+    limit = np.minimum(limit, available)
     k = np.minimum(submitted, limit)
-    n = np.minimum(trace.accepted, k)
+    n = np.minimum(accepted, k)
     produced = np.minimum(n + 1, length - np.arange(length))  # an accepted end of sequence is the last token
     following, starts, t = (np.arange(length) + produced).tolist(), [], 0
     while t < length:
@@ -219,7 +248,8 @@ def replay_plan(trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost:
     at = np.array(starts)
     j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
     tested = np.where(at + n == length, n, np.minimum(n + 1, k))
-    paid, read = trace.forwards[at, j], trace.read[at, j]
+    asked = j if turns is None else np.minimum(j, turns[at])
+    paid, read = trace.forwards[at, asked], trace.read[at, asked]
     verify = np.array(cost.verify_seconds)[k]
     seconds = cost.draft_seconds * paid + cost.first_draft_seconds * (paid > 0) + cost.overhead_seconds
     seconds += np.maximum(

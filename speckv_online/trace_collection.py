@@ -13,7 +13,7 @@ from policies.base import MAX_GAMMA, Policy
 from policies.fixed import Fixed
 from speckv_online.decoding import SpeculativeDecoder
 from speckv_online.draft_table import draft_table
-from speckv_online.drafters import Drafter
+from speckv_online.drafters import Drafter, ModelDrafter
 from speckv_online.records import StepRecord
 from speckv_online.traces import Trace, agreement, prompt_hash
 
@@ -75,7 +75,7 @@ def collect_trace(
         signals=signals,
         budget=min(max_new_tokens, decoder.room(prompt)),
         finish=generation.finish,
-        meta={"prompt_sha256": prompt_hash(prompt), "drafter": drafter.names[0]} | dict(meta or {}),
+        meta=_about(drafter, prompt) | dict(meta or {}),
         lookups=lookups,
     )
     return trace, generation.steps
@@ -101,5 +101,10 @@ def redraft(
         task=task,
         prompt_id=prompt_id,
         split=split,
-        meta={"prompt_sha256": prompt_hash(trace.prompt.tolist()), "drafter": drafter.names[0]} | dict(meta or {}),
+        meta=_about(drafter, trace.prompt.tolist()) | dict(meta or {}),
     )
+
+
+def _about(drafter: Drafter, prompt: Sequence[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {"prompt_sha256": prompt_hash(prompt), "drafter": drafter.names[0]}
+    return found | ({"lookup_weights": drafter.chances} if isinstance(drafter, ModelDrafter) else {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,8 @@ import numpy as np
 from policies.base import N_SIGNALS, reason
 from speckv_online.errors import UserError
 from speckv_online.files import UNREADABLE, write_atomically
+from speckv_online.gate import LOOKUP_FEATURES
+from speckv_online.lookup_tails import LookupTails
 
 FORMAT, VERSION = "speckv-trace", 1
 #: Entry of a drafts table where the drafter has nothing to propose.
@@ -63,7 +66,8 @@ class Trace:
     finish : str
         ``"eos"`` or ``"length"``.
     meta : dict
-        Fingerprints of the models, versions and whatever else the collector wrote down.
+        Fingerprints of the models, versions and whatever else the collector wrote down. Of a drafter with a
+        model its ``lookup_weights``, without which a replay offers no lookups in place of forwards.
     lookups : ndarray of float32, shape (L, G), optional
         How sure the drafter is of each token beforehand where that takes no forward of a model, 0 where it does; left
         out where all take one.
@@ -118,6 +122,14 @@ class Trace:
         return np.pad(np.maximum.accumulate(before, axis=1), ((0, 0), (1, 0)))
 
     @cached_property
+    def tails(self) -> LookupTails | None:
+        """What the drafter would go on with if a policy left its model within a step; None where it has no choice."""
+        weights = self.meta.get("lookup_weights")
+        if weights is None:
+            return None
+        return LookupTails(self.prompt.tolist(), self.rows, weights, self.meta.get("drafter") == "hybrid")
+
+    @cached_property
     def rows(self) -> Rows:
         """The trace as a replay reads it; made once, since a trace is replayed many times."""
         return Rows(
@@ -149,6 +161,9 @@ class Trace:
             raise ValueError("the accepted lengths are not those of its drafts and tokens")
         if not np.isfinite(self.signals).all():
             raise ValueError("signals are not finite")
+        weights = self.meta.get("lookup_weights", [0.0] * len(LOOKUP_FEATURES))
+        if not isinstance(weights, list) or np.shape(weights) != (len(LOOKUP_FEATURES),) or not _finite(weights):
+            raise ValueError(f"lookup_weights is {weights!r}, which are no weights of a gate")
         if self.lookups is not None:
             if self.lookups.shape != (length, gamma):
                 raise ValueError(f"lookups has shape {self.lookups.shape}, expected {(length, gamma)}")
@@ -218,6 +233,10 @@ def agreement(drafts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     index = np.arange(length)[:, None] + np.arange(gamma)
     follow = np.append(tokens, np.full(gamma, np.iinfo(np.int32).min, dtype=tokens.dtype))[index]
     return np.logical_and.accumulate(drafts == follow, axis=1).sum(axis=1).astype(np.int16)
+
+
+def _finite(values: list[Any]) -> bool:
+    return all(type(value) is float and math.isfinite(value) for value in values)
 
 
 def prompt_hash(prompt: Sequence[int]) -> str:

@@ -45,6 +45,41 @@ def test_it_finds_the_best_drafter_of_each_level() -> None:
         assert all(d.gamma == 2 for d, _ in play(policy, level, best, 3))
 
 
+@pytest.mark.parametrize("block", [12, 900])
+def test_each_drafter_is_tried_for_one_block(block: int) -> None:
+    """Older steps count less, so that no block adds up to its length: of 900 steps the first drafter never let go."""
+    policy = BestDrafter(policy="fixed/2", block=block, seed=1)
+    drafters = [d.drafter for d, _ in play(policy, "fp16", "ngram", 3 * block)]
+    assert drafters == [name for name in NAMES for _ in range(block)]
+
+
+def test_a_stall_is_not_held_against_a_drafter_for_ever() -> None:
+    policy = BestDrafter(policy="fixed/2", seed=1)
+    play(policy, "fp16", "ngram", 600)
+    stalled = Outcome(2, 1, 2, 2, 3600.0, 0.1, 0.5, "fp16", signals=np.zeros((2, N_SIGNALS)), drafter="ngram")
+    policy.learn(Decision(10**9, 2, drafter="ngram"), stalled)
+    assert [d.drafter for d, _ in play(policy, "fp16", "ngram", 600)].count("ngram") > 300
+
+
+def test_sums_that_are_refused_leave_no_trace() -> None:
+    one, other = BestDrafter(policy="goodput", seed=1), BestDrafter(policy="online", seed=1)
+    play(other, "fp16", "ngram", 60)
+    before = one.state_dict()
+    for call, sums in ((one.merge, other.take_delta()), (one.load_state_dict, other.state_dict())):
+        with pytest.raises(PolicyError):
+            call(sums)
+        assert not [key for key in one.state_dict() if key.startswith("rates/")]
+    assert one.state_dict().keys() == before.keys()
+
+
+def test_drafters_are_drawn_by_chance_of_their_own() -> None:
+    policies = [BestDrafter(policy="lints", seed=1, worker=w) for w in range(3)]
+    for policy in policies:
+        policy.begin(Context(drafters=NAMES))
+    streams = [p.rng for p in policies] + [copy.rng for p in policies for copy in p.inner.values()]
+    assert len({rng.random() for rng in streams}) == len(streams)
+
+
 def test_statistics_round_trip_and_add_up() -> None:
     one, other, whole = (BestDrafter(policy="leviathan", seed=1, worker=w) for w in range(3))
     play(one, "fp16", "ngram", 60)

@@ -200,7 +200,7 @@ def test_a_policy_may_choose_the_drafter(tiny_pair: TinyPair) -> None:
 
 
 def test_an_unknown_drafter_is_a_fault_that_costs_nothing_else(tiny_pair: TinyPair) -> None:
-    policy = Chooser(["ngram"])
+    policy = Chooser(["hybrid"])
     decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
     assert decoder.generate(REPEATING, 12).tokens == plain(tiny_pair.target, REPEATING, 12)
     assert decoder.policy.faults["unknown drafter"] == len(policy.outcomes)
