@@ -29,6 +29,7 @@ RIVER = tuple(f"river:{name}" for name in ("ucb", "exp3", "thompson", "epsilon-g
 POLICIES = (
     *FIXED,
     *(name for name in BUILTIN if name not in ("autoregressive", "best-drafter", "fixed", "river")),
+    "goodput:lookups=off",
     "mlp16:tokens_per_step",
     "ucbspec:tokens_per_second",
     *RIVER,

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from policies.base import Policy
+from policies.base import MAX_GAMMA, Policy
 from policies.guard import FaultGuard
 from policies.registry import make_policy
 from speckv_online.cost import CostTable
 from speckv_online.errors import UserError
 from speckv_online.hindsight import best_fixed, clairvoyant, fastest
-from speckv_online.simulate import Replay, Simulator, replay_fixed
+from speckv_online.simulate import Replay, Simulator, replay_fixed, replay_plan
 from speckv_online.stats import Estimate, goodput, paired_ratio
 from speckv_online.threshold_rules import tuned
 from speckv_online.traces import Trace
@@ -201,6 +201,18 @@ class Contest:
         return replace(self.fixed(gamma), name="best fixed gamma", kind=HINDSIGHT, note=f"γ {gamma}")
 
     @cached_property
+    def best_lookup(self) -> Score | None:
+        """The best fixed gamma of lookups alone in hindsight; None where the traces' drafter offers none."""
+        if any(t.tails is None for t in self.traces):
+            return None
+        table, found = self.cost.level(self.level), []
+        for gamma in range(1, MAX_GAMMA + 1):
+            plans = [np.full((2, len(t)), [[gamma], [0]]) for t in self.traces]
+            replays = [replay_plan(t, g, g, table, none) for t, (g, none) in zip(self.traces, plans, strict=True)]
+            found.append(score("best fixed gamma of lookups", HINDSIGHT, [replays], note=f"γ {gamma}"))
+        return max(found, key=lambda s: s.goodput)
+
+    @cached_property
     def task_oracle(self) -> Score:
         """The best fixed gamma of each task in hindsight."""
         table, gammas = self.cost.level(self.level), {}
@@ -233,4 +245,5 @@ class Contest:
 
     def hindsight(self) -> list[Score]:
         """All that only hindsight knows."""
-        return [self.best, self.task_oracle, *self.thresholds, self.clairvoyant, self.fastest]
+        lookup = [] if self.best_lookup is None else [self.best_lookup]
+        return [self.best, *lookup, self.task_oracle, *self.thresholds, self.clairvoyant, self.fastest]
