@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 #: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
 #: the cost model, see :mod:`experiments.results_model`: several others draft as many.
-LEADING = ("autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online", "goodput", "goodput+hybrid")
+LEADING = (
+    "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online", "goodput:lookups=off", "goodput",
+    "goodput+hybrid",
+)  # fmt: skip
 OTHERS = (
     "transformers", "transformers:constant-4", "transformers:heuristic", "transformers:default", "fixed:8", "fixed:16",
     "mlp16:tokens_per_step", "hf-heuristic", "hf-confidence", "svip", "adaedl", "ucbspec", "vllm", "sglang",
