@@ -82,11 +82,13 @@ def test_tables_say_what_passes_and_what_fails(level: Level) -> None:
     text = headline([level], {"settings": {"max_new_tokens": 64}})
     assert "3 held-out prompts, 64 new tokens" in text
     assert "| ours, best fixed γ (*hindsight*: 1) (1 of them) | 11.1 |" in text
-    assert "with the hybrid drafter** | **20.0** [5.00: 5.00–5.00] |" in text
+    assert "| **ours, `goodput`** | **5.0** [1.25: 1.25–1.25] |" in text
+    assert "with the hybrid drafter | 20.0 [5.00: 5.00–5.00] |" in text
     level.calls["fixed:1"] = level.calls["fixed:4"]
     text = headline([level], {"settings": {"max_new_tokens": 64}})
     assert "3 held-out prompts, 64 new tokens" in text
-    assert "with the hybrid drafter** | **20.0** [5.00: 5.00–5.00] |" in text
+    assert "| **ours, `goodput`** | **5.0** [1.25: 1.25–1.25] |" in text
+    assert "with the hybrid drafter | 20.0 [5.00: 5.00–5.00] |" in text
     assert "online" not in text  # not in this run
 
 
@@ -201,7 +203,7 @@ def test_contenders_without_a_common_prompt_have_empty_cells() -> None:
     text = document([level], {"settings": {}})
     assert "| the product over transformers' constant-4, geometric mean | 1.4 | | |" in text
     assert "| `goodput` | 1 | 10.00 |  | 1.000 | 1.000 | 1.000 |  |  |" in text
-    assert "| ours, `goodput` (1 of them) | 10.0 |" in headline([level], {})
+    assert "| **ours, `goodput`** (1 of them) | **10.0** |" in headline([level], {})
     assert figure(draw, [level])
     # Prompts of the short table that a contender has none of are no request for all of its prompts.
     few = [call("fixed:1", p, 10, 1.0) for p in "bcde"] + [call("goodput", p, 10, 1.0) for p in "bcde"]
