@@ -210,7 +210,7 @@ def test_contenders_without_a_common_prompt_have_empty_cells() -> None:
     few += [call(name, "a", 10, 1.0) for name in ("fixed:4", "transformers:constant-4")]
     text = headline([Level("fp16", few)], {})
     assert "| ours, γ = 4 (0 of them) |  |" in text
-    assert "| ours, `goodput` | 10.0 |" in text
+    assert "| **ours, `goodput`** | **10.0** |" in text
 
 
 def test_schedules_of_transformers_do_not_share_what_they_reach() -> None:
