@@ -209,6 +209,7 @@ def test_near_the_end_of_a_budget_by_hand() -> None:
             gain = survival * sum(p ** (i + 1) * w for i, w in enumerate(worth))
             pays.append(gain - costs.rate * (m * t_d + first + costs.verify[k + m] - costs.verify[k]))
         assert rule.ends(k, kind, left, p, survival) == (max(pays) >= 0.0)
+        assert rule.worth(k, kind, left, p, survival) == pytest.approx(max(0.0, *pays))
         answers.add((kind, max(pays) >= 0.0))
     assert answers == {(kind, pays) for kind in (FORWARD, FIRST, FREE) for pays in (True, False)}
 
