@@ -1,9 +1,9 @@
 """Replaying exact traces: the steps that real decoding would take under any policy, with seconds from a cost model.
 
 The simulator makes the decoder's calls in the decoder's order (begin, decide, proceed after each drafted token but the
-last, submit, learn), so the steps agree with real greedy decoding one by one, lookups in place of forwards included, but
-for policies that go by what a trace does not hold: measured seconds, other drafters, and going back to the model within
-a step. Its seconds are modelled, not measured.
+last, submit, learn), so the steps agree with real greedy decoding one by one, lookups in place of forwards included,
+but for policies that go by what a trace does not hold: measured seconds, other drafters, and going back to the model
+within a step. Its seconds are modelled, not measured.
 """
 
 from __future__ import annotations
