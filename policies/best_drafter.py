@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import LOOKUP, Context, Decision, Outcome, Policy, PolicyError, State
 from policies.cost_prior import CostPrior
 from policies.gaussian import check_array
 from policies.guard import Wrapper
@@ -90,7 +90,7 @@ class BestDrafter(Policy):
     def _tell(self, drafter: str, level: str, prior: CostPrior) -> None:
         tell = getattr(self.inner[drafter], "set_costs", None)
         if tell is not None:
-            if drafter == "ngram":
+            if drafter == LOOKUP:
                 prior = replace(prior, draft_seconds=LOOKUP_SECONDS, catch_up_seconds=0.0, first_draft_seconds=0.0)
             tell(level, prior)
 

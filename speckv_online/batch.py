@@ -263,10 +263,10 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
                 continue
             row.drafts.append(token)
             row.lookups.append(drafter.sure(i))
-            row.history.context.offer = drafter.offer(i)
             if len(row.drafts) >= min(row.decision.gamma, row.history.context.max_gamma):
                 continue
             if row.decision.stops:
+                row.history.context.offer = drafter.offer(i)
                 t = perf_counter()
                 go_on = policy.proceed(row.decision, len(row.drafts), row.signals)
                 row.policy_seconds += perf_counter() - t

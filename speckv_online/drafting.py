@@ -68,8 +68,8 @@ def draft(
             break
         drafts.append(token)
         lookups.append(drafter.sure())
-        context.offer = drafter.offer()
         if decision.stops and len(drafts) < gamma:
+            context.offer = drafter.offer()
             t = perf_counter()
             go_on = policy.proceed(decision, len(drafts), signals)
             asked += perf_counter() - t

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.base import N_SIGNALS, reason
+from policies.base import LOOKUP, N_SIGNALS, reason
 from speckv_online.errors import UserError
 from speckv_online.files import UNREADABLE, write_atomically
 from speckv_online.gate import LOOKUP_FEATURES
@@ -103,7 +103,7 @@ class Trace:
     @property
     def reads(self) -> bool:
         """Whether the drafter has a cache that may lag behind the context; a mere lookup has none."""
-        return bool(self.meta.get("drafter", "model") != "ngram")
+        return bool(self.meta.get("drafter", "model") != LOOKUP)
 
     @cached_property
     def forwards(self) -> np.ndarray:
