@@ -1,7 +1,7 @@
 """The interface between a policy and whatever runs it: the decoder on real models, or the simulator on traces.
 
 A step goes: ``decide(context)``, then, if the decision asked for it, ``proceed(...)`` after each drafted token and
-``submit(...)`` after the last, then verification, and some time later (in batches, out of order, perhaps twice)
+``submit(...)`` once all are there, then verification, and some time later (in batches, out of order, perhaps twice)
 ``learn(decision, outcome)``. A policy sees only what exists at the time of each call.
 
 Units: times are seconds, entropies bits, confidences probabilities, margins logits, lengths tokens.
@@ -120,7 +120,8 @@ class Decision:
     gamma : int
         Most tokens to draft; 0 is plain decoding.
     stops : bool
-        True if :meth:`Policy.proceed` is to be asked after each drafted token but the last.
+        True if :meth:`Policy.proceed` is to be asked after each drafted token but the last, and
+        :meth:`Policy.submit` once all are there.
     propensity : float
         Probability with which this gamma was chosen, 1 for deterministic policies.
     policy_version : int
@@ -129,6 +130,8 @@ class Decision:
         What ``learn`` needs to know of the context, None for nothing; the policy's own affair.
     drafter : str
         Which of ``context.drafters`` to use in this step, empty for the default one.
+    trims : bool
+        True if :meth:`Policy.submit` is to be asked even though :meth:`Policy.proceed` is not.
     """
 
     id: int
@@ -138,6 +141,7 @@ class Decision:
     policy_version: int = 0
     features: Any = None
     drafter: str = ""
+    trims: bool = False
 
 
 @dataclass(slots=True)
@@ -252,12 +256,16 @@ class Policy(ABC):
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         """Return whether to draft another token, given the signals of the ``drafted`` ones (rows of ``signals``).
 
-        One of ``context.drafters``, by name, means to go on as that drafter until the step ends.
+        One of ``context.drafters``, by name, means to go on as that drafter until the step ends. Lookups alone take
+        next to nothing: in greedy decoding they are then drafted to the end unasked, and :meth:`submit` sees them all.
         """
         return True
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        """Return how many of the drafted tokens to send to the target; asked if it ``stops``, in greedy decoding."""
+        """Return how many of the drafted tokens to send to the target.
+
+        Asked in greedy decoding only, of a decision that ``stops`` or ``trims``.
+        """
         return drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

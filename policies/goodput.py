@@ -30,14 +30,11 @@ from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Outcome, PolicyE
 from policies.gaussian import check_array
 from policies.hazard import WAITING, Hazard
 from policies.learned import CostAware
-from policies.level_cost import LevelCosts
 from policies.step_features import Step
 
 STATE_FORMAT = 3
-BINS = 32
-_M = np.arange(1, MAX_GAMMA + 1)
-#: [m - 1, b] is 1 / (p + p^2 + ... + p^m) at the middle of bin b.
-_PER_GAIN = 1.0 / np.cumsum(((np.arange(BINS) + 0.5) / BINS) ** _M[:, None], axis=0)
+#: Tokens that are less likely than that to be accepted need not be looked at.
+SLIGHT = 1e-3
 #: What the next token may take: a forward, the step's first forward, nothing (a lookup proposes it).
 FORWARD, FIRST, FREE = 0, 1, 2
 
@@ -49,8 +46,6 @@ class Rule(NamedTuple):
     ----------
     version : int
         That of the costs it was made from.
-    least : dict of int to list of float
-        By ``3 k + kind`` of the next token, the least survival that pays for it, by bin of its chance.
     wider : list of float
         By k, what verifying k tokens takes on top of verifying none.
     plain : list of float
@@ -62,7 +57,6 @@ class Rule(NamedTuple):
     """
 
     version: int
-    least: dict[int, list[float]]
     wider: list[float]
     plain: list[float]
     draft: float
@@ -76,16 +70,43 @@ class Rule(NamedTuple):
             price += self.draft * forwards + self.first
         return sqrt(tokens / price)
 
-    def ends(self, k: int, kind: int, left: int, p: float, survival: float) -> bool:
+    def best(self, drafted: int, survival: list[float], left: int, forwards: int, tail: int) -> int:
+        """Return how many of so many drafted tokens to submit.
+
+        Those from ``tail`` on are lookups, of which as many were drafted as there are: the rate that the step has in
+        prospect is that with the best number of them.
+        """
+        plain, wider = self.plain, self.wider
+        spent = self.draft * forwards + self.first if forwards else 0.0
+        tokens, rate = 1.0, 0.0
+        for k in range(1, drafted + 1):
+            tokens += survival[k]
+            if k >= tail:
+                found = tokens / (plain[k] + spent)
+                if found > rate:
+                    rate = found
+        rate = sqrt(rate)
+        best = worth = 0.0
+        count = 0
+        for k in range(1, drafted + 1):
+            worth += survival[k] * self.last if k == left else survival[k]
+            gain = worth - rate * wider[k]
+            if gain > best:
+                best, count = gain, k
+        return count
+
+    def pays(self, k: int, kind: int, left: int, p: float, survival: float) -> bool:
         """Whether it pays to draft on after k tokens where ``left`` accepted ones end the text: whether any m does."""
-        wider, last, each = self.wider, self.last, 0.0 if kind == FREE else self.draft
+        wider, each, last = self.wider, 0.0 if kind == FREE else self.draft, left if left < MAX_GAMMA else MAX_GAMMA
         price, chance, gain = (self.first if kind == FIRST else 0.0) - wider[k], survival, 0.0
-        for j in range(k + 1, left + 1):
+        for j in range(k + 1, last + 1):
             price += each
             chance *= p
-            gain += chance * last if j == left else chance
+            gain += chance * self.last if j == left else chance
             if gain >= price + wider[j]:
                 return True
+            if chance < SLIGHT:
+                break
         return False
 
     def worth(self, k: int, kind: int, left: int, p: float, survival: float) -> float:
@@ -96,7 +117,11 @@ class Rule(NamedTuple):
             price += each
             chance *= p
             gain += chance * self.last if j == left else chance
-            best = max(best, gain - price - wider[j])
+            found = gain - price - wider[j]
+            if found > best:
+                best = found
+            elif chance < SLIGHT:
+                break
         return best
 
 
@@ -152,7 +177,7 @@ class Goodput(CostAware):
         if found is None or found.version != costs.version:
             rate, verify = costs.rate, costs.verify
             wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
-            found = Rule(costs.version, {}, wider, plain, rate * costs.draft, rate * costs.first, costs.price.item(0))
+            found = Rule(costs.version, wider, plain, rate * costs.draft, rate * costs.first, costs.price.item(0))
             self._rules[level] = found
         return found
 
@@ -160,28 +185,18 @@ class Goodput(CostAware):
         """Whether to draft on after k tokens of a step; by name, if as another drafter."""
         if not self.timed:
             return True
-        rule, forwards = step.rule, step.forwards
-        p = step.sure()
-        kind = FREE if p else FORWARD if forwards else FIRST
-        row = rule.least.get(3 * k + kind)
-        if row is None:
-            row = rule.least[3 * k + kind] = thresholds(self.costs.level(step.level), k, kind).tolist()
-        if not p:
-            p = step.chance()
-            forwards += 1
-        survival = step.survival[k]
-        here = rule.local(step.expected + survival * p, k + 1, forwards)
-        if step.left <= MAX_GAMMA:
-            pays = rule.ends(k, kind, step.left, p, survival / here)
-        else:
-            pays = survival >= here * row[int(p * BINS) if p < 1.0 else BINS - 1]
-        if kind != FREE and self.lookups and (offer := step.offer()):
-            told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
-            least = told * here * rule.worth(k, kind, step.left, p, survival / here) if pays else 0.0
-            here = rule.local(step.expected + survival * offer, k + 1, step.forwards)
-            if here * rule.worth(k, FREE, step.left, offer, survival / here) > least:
-                return LOOKUP
-        return pays
+        rule, forwards, left, survival = step.rule, step.forwards, step.left, step.survival[k]
+        if p := step.sure():
+            here = rule.local(step.expected + survival * p, k + 1, forwards)
+            return bool(rule.pays(k, FREE, left, p, survival / here))
+        p, kind = step.chance(), FORWARD if forwards else FIRST
+        here = rule.local(step.expected + survival * p, k + 1, forwards + 1)
+        if not self.lookups or not (offer := step.offer()):
+            return bool(rule.pays(k, kind, left, p, survival / here))
+        told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
+        asked = told * here * rule.worth(k, kind, left, p, survival / here)
+        here = rule.local(step.expected + survival * offer, k + 1, forwards)
+        return LOOKUP if here * rule.worth(k, FREE, left, offer, survival / here) > asked else bool(asked > 0.0)
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.hazard)
@@ -190,7 +205,10 @@ class Goodput(CostAware):
         pays = self._pays(0, step) if gamma else False
         if not pays:
             return Decision(self.new_id(), 0, False, 1.0, self.version, step)
-        return Decision(self.new_id(), gamma, True, 1.0, self.version, step, "" if pays is True else LOOKUP)
+        if pays is True:
+            return Decision(self.new_id(), gamma, True, 1.0, self.version, step)
+        # Lookups are drafted to the end, and what is not worth its verification is dropped then.
+        return Decision(self.new_id(), gamma, False, 1.0, self.version, step, LOOKUP, True)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
         step: Step = decision.features
@@ -202,21 +220,14 @@ class Goodput(CostAware):
         step.extend(drafted, signals)
         if not self.timed:
             return drafted
-        rule = step.rule
-        here = rule.local(step.expected, drafted, step.forwards)
-        best = worth = 0.0
-        count = 0
-        for k in range(1, drafted + 1):
-            worth += step.survival[k] * (rule.last if k == step.left else 1.0)
-            gain = worth - here * rule.wider[k]
-            if gain > best:
-                best, count = gain, k
-        return count
+        tail = step.asked[-1][0] + 1 if step.asked else 0
+        return int(step.rule.best(drafted, step.survival, step.left, step.forwards, tail))
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         step: Step = decision.features
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
-        step.extend(outcome.tested, outcome.signals)
+        if outcome.forwards > step.forwards:
+            step.extend(outcome.tested, outcome.signals)
         self.hazard.add(step, outcome.tested, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.
@@ -246,17 +257,3 @@ class Goodput(CostAware):
         self.hazard.merge(delta)
         super().merge(delta)
         self.version += 1
-
-
-def thresholds(costs: LevelCosts, k: int, kind: int = FORWARD) -> np.ndarray:
-    """Least survival that pays for drafting on after k tokens, shape (BINS,): min over m of lambda * cost / gain.
-
-    What the next token takes, ``kind``, is taken for all of those after it.
-    """
-    verify, m = costs.verify, _M[: MAX_GAMMA - k]
-    price = 0.0 if kind == FREE else costs.draft
-    cost = m * price + verify[k + 1 :]
-    cost += (costs.first if kind == FIRST else 0.0) - verify.item(k)
-    cost *= costs.rate
-    found: np.ndarray = np.minimum.reduce(cost[:, None] * _PER_GAIN[: len(m)])
-    return found

@@ -20,7 +20,7 @@ import numpy as np
 from policies.base import PolicyError, State, reason
 from policies.draft_quality import DOUBT, DraftQuality
 from policies.gaussian import GaussianHead, check_array, check_start, fingerprint
-from policies.step_features import AFTER, BEFORE, Step
+from policies.step_features import AFTER, BEFORE, Step, after_features, before_features
 from policies.token_history import SHAPE, TokenHistory
 
 HEADS = {"before": BEFORE, "after": AFTER}
@@ -108,16 +108,16 @@ class Hazard:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
         surplus = variance = 0.0
         before, after, labels = self._rows
-        survival, count = step.survival, len(labels)
-        for j, row in enumerate(step.after[:tested]):
-            if row:
-                before += step.before[j]
-                after += row
-                hit = 1.0 if j < accepted else 0.0
-                labels.append(hit)
-                p = survival[j + 1] / survival[j] if survival[j] else 0.0
-                surplus += hit - p
-                variance += p * (1.0 - p) + DOUBT
+        start, count = step.start, len(labels)
+        for j, _, seen, previous, own, p in step.asked:
+            if j >= tested:
+                break
+            before += before_features(start, previous, j, seen)
+            after += after_features(start, own, previous, j)
+            hit = 1.0 if j < accepted else 0.0
+            labels.append(hit)
+            surplus += hit - p
+            variance += p * (1.0 - p) + DOUBT
         self._levels.append(step.level)
         self._lengths.append(len(labels) - count)
         if self.quality.surprised(step.level, surplus, variance):

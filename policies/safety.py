@@ -26,7 +26,6 @@ better baseline, and count for nothing here: neither do they fill the budget up,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -374,6 +373,7 @@ class SafetyGuard(Wrapper):
 
 
 def _before(outcome: Outcome, drafted: int) -> Outcome:
-    """Return what an outcome tells of its first ``drafted`` tokens."""
-    k, n, tested = (min(x, drafted) for x in (outcome.drafted, outcome.accepted, outcome.tested))
-    return replace(outcome, drafted=k, accepted=n, tested=tested, exhausted=False)
+    """Return what an outcome tells the ledger of its first ``drafted`` tokens."""
+    k, n, tested = outcome.drafted, outcome.accepted, outcome.tested
+    k, n, tested = k if k < drafted else drafted, n if n < drafted else drafted, tested if tested < drafted else drafted
+    return Outcome(k, n, tested, outcome.produced, signals=outcome.signals)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context
 from policies.mlp16 import FADE
-from policies.token_history import FEATURES, TAIL, Place, Tail, place
+from policies.token_history import FEATURES, TAIL, Place, Seen, place
+from policies.token_history import features as seen_features
 
 if TYPE_CHECKING:
     from policies.hazard import Hazard
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 10 + FEATURES, 16
 
 Token = tuple[float, float, float, float, float]
+#: A token that took a forward: how many came before it, where its history is kept, what was known there, the token
+#: before it, itself, and the estimated chance that it is accepted if those before it are.
+Asked = tuple[int, Place, Seen, Token | None, Token, float]
 _OTHER, _NEITHER = (0.0,) * 4, (0.0,) * 8
 
 
@@ -55,15 +60,15 @@ def start_features(context: Context) -> list[float]:
     return [f * acceptance, whole, f * odds, 0.5 + f * (0.25 * entropy - 0.5)]
 
 
-def before_features(start: list[float], previous: Token | None, j: int, seen: tuple[float, ...]) -> list[float]:
+def before_features(start: list[float], previous: Token | None, j: int, seen: Seen) -> list[float]:
     """Features of the j-th token (from 0) before it is drafted.
 
     ``previous`` describes the one before it, ``seen`` what :class:`~policies.token_history.TokenHistory` knows.
     """
     acceptance, whole, odds, entropy = start
     if previous is None:
-        return [1.0, odds, entropy, 0.0, 0.0, 0.0, acceptance, whole, 0.0, 1.0, *seen]
-    return [1.0, *previous, acceptance, whole, j * 0.125 if j < 8 else 1.0, 0.0, *seen]
+        return [1.0, odds, entropy, 0.0, 0.0, 0.0, acceptance, whole, 0.0, 1.0, *seen_features(seen)]
+    return [1.0, *previous, acceptance, whole, j * 0.125 if j < 8 else 1.0, 0.0, *seen_features(seen)]
 
 
 def after_features(start: list[float], own: Token, previous: Token | None, j: int) -> list[float]:
@@ -89,17 +94,15 @@ class Step:
 
     Attributes
     ----------
-    before, after : list of list of float
-        Features of the tokens so far, before and after they were drafted; empty for a lookup's, whose chance
-        the drafter tells.
+    asked : list
+        The tokens so far that took a forward of the draft model, see :data:`Asked`. Of the others, a lookup's, the
+        drafter tells the chance.
+    start : list of float
+        What is known of the step before anything is drafted, see :func:`start_features`.
     survival : list of float
         Estimated chance that all of the first k tokens are accepted, k = 0, 1, ...
     level : str
         The context's compression level.
-    tails : list of tuple of int
-        The last tokens, up to four, that each token follows; empty tuples where they are not known.
-    places : list
-        Where the history of each token that took a forward is kept, see :func:`~policies.token_history.place`.
     forwards : int
         How many of the tokens so far took a forward of the draft model.
     left : int
@@ -113,38 +116,44 @@ class Step:
     __slots__ = (
         "_after",
         "_before",
+        "_chance",
         "_context",
         "_hazard",
+        "_ids",
+        "_known",
         "_memory",
+        "_next",
         "_number",
-        "_start",
+        "_signals",
         "_tokens",
-        "after",
-        "before",
+        "asked",
         "expected",
         "forwards",
         "left",
         "level",
-        "places",
         "rule",
+        "start",
         "survival",
-        "tails",
     )
 
     def __init__(self, context: Context, hazard: Hazard) -> None:
         self._context, self._number, self._hazard = context, context.step, hazard
         # Copies of a policy may share a context, each with acceptances of its own.
         self._memory = context.memory.setdefault(hazard.history, {})
-        self.level, self._start = context.level, start_features(context)
+        self.level, self.start = context.level, start_features(context)
         self._before, self._after = hazard.weights(context.level)
-        self.before: list[list[float]] = []
-        self.after: list[list[float]] = []
+        self.asked: list[Asked] = []
         self.survival = [1.0]
         self.expected = 1.0
         self.forwards, self.left = 0, context.remaining - 1
-        self._tokens: list[Token] = []
-        self.tails: list[Tail] = [tuple(context.tokens[-TAIL:])]
-        self.places: list[Place | None] = []
+        # Described only if a token that takes a forward comes next: a lookup's signals tell nothing of its own chance.
+        self._tokens: list[Token | None] = []
+        self._signals: Any = ()
+        # The last tokens of the context, up to four, and those drafted while the context told of them.
+        self._ids = list(context.tokens[-TAIL:])
+        self._known = len(self._ids)
+        self._next: tuple[Place, Seen, Token | None] | None = None
+        self._chance = 0.0
         self.rule: Any = None
 
     def sure(self) -> float:
@@ -163,55 +172,90 @@ class Step:
 
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
-        if len(self.before) == len(self._tokens):
-            self._look()
-        return probability(self._before, self.before[-1])
-
-    def _look(self) -> None:
-        """Describe the next token, which is not described yet, before it is drafted."""
-        j, here = len(self._tokens), place(self.tails[-1])
-        self.places.append(here)
-        seen = self._hazard.history.look(self._memory, here)
-        self.before.append(before_features(self._start, self._tokens[-1] if j else None, j, seen))
+        if self._next is not None:
+            return self._chance
+        j, start, ids = len(self._tokens), self.start, self._ids
+        at = self._known + j
+        here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
+        seen = longest, one, two = self._hazard.history.look(self._memory, here)
+        # The sum over `before_features`, zeros left out: this is asked for every token.
+        w = self._before
+        eta = w[0] + w[6] * start[0] + w[7] * start[1] + w[14] * one + w[15] * two
+        if longest > 0:
+            eta += w[9 + longest]
+        elif longest:
+            eta -= w[9 - longest]
+        if j:
+            previous = self._tokens[-1] or token_features(self._signals[j - 1].tolist())
+            a, b, c, d, e = previous
+            eta += w[1] * a + w[2] * b + w[3] * c + w[4] * d + w[5] * e + w[8] * (j * 0.125 if j < 8 else 1.0)
+        else:
+            previous = None
+            eta += w[1] * start[2] + w[2] * start[3] + w[9]
+        self._next, self._chance = (here, seen, previous), logistic(eta)
+        return self._chance
 
     def extend(self, drafted: int, signals: np.ndarray) -> None:
         """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
         tokens, context = self._tokens, self._context
-        if len(tokens) == drafted:
+        j = len(tokens)
+        if j >= drafted:
             return
-        drafts, lookups = (context.drafts, context.lookups) if context.step == self._number else ((), ())
-        for j in range(len(tokens), drafted):
-            own, chance = token_features(signals[j].tolist()), lookups[j] if j < len(lookups) else 0.0
+        lookups: Sequence[float] = ()
+        if context.step == self._number:
+            lookups, ids, known = context.lookups, self._ids, self._known
+            if known:
+                ids += context.drafts[len(ids) - known : drafted]
+        self._signals, told = signals, len(lookups)
+        survivals, survival, expected = self.survival, self.survival[j], self.expected
+        while j < drafted:
+            chance = lookups[j] if j < told else 0.0
             if chance:
-                self.before[j:] = self.after[j:] = [[]]
-                self.places[j:] = [None]
+                tokens.append(None)
             else:
-                if len(self.before) == j:
-                    self._look()
-                features = after_features(self._start, own, tokens[j - 1] if j else None, j)
-                self.after.append(features)
-                chance = probability(self._after, features)
+                if self._next is None:
+                    self.chance()
+                here, seen, previous = self._next  # type: ignore[misc]
+                own = token_features(signals[j].tolist())
+                chance = self._own_chance(own, previous, j)
+                tokens.append(own)
+                self.asked.append((j, here, seen, previous, own, chance))
                 self.forwards += 1
-            tokens.append(own)
-            survival = self.survival[j] * chance
-            self.survival.append(survival)
-            self.expected += survival
-            tail = self.tails[j]
-            self.tails.append((*tail[1 - TAIL :], drafts[j]) if tail and j < len(drafts) else ())
+            self._next = None
+            survival *= chance
+            survivals.append(survival)
+            expected += survival
+            j += 1
+        self.expected = expected
+
+    def _own_chance(self, own: Token, previous: Token | None, j: int) -> float:
+        """Chance of the j-th token (from 0) once it is drafted: the sum over `after_features`, zeros left out."""
+        w, (odds, entropy, margin, agree, differ), (acceptance, whole, lagged, _) = self._after, own, self.start
+        eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * acceptance
+        eta += w[5] * lagged + w[7] * whole if previous is None else w[5] * previous[0]
+        if j:
+            eta += w[6] * (j * 0.125 if j < 8 else 1.0)
+        if agree:
+            eta += w[8] + w[9] * agree + w[10] * odds + w[11] * entropy
+        elif differ:
+            eta += w[12] + w[13] * differ + w[14] * odds + w[15] * entropy
+        return logistic(eta)
 
     def note(self, tested: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
-        for j, where in enumerate(self.places[:tested]):
-            if where is not None:
+        for j, where, _, _, _, _ in self.asked:
+            if j < tested:
                 self._hazard.history.note(self._memory, where, j < accepted)
 
+    def rows(self, tested: int) -> Iterator[tuple[list[float], list[float]]]:
+        """Features, before and after they were drafted, of the tested tokens that took a forward."""
+        for j, _, seen, previous, own, _ in self.asked:
+            if j < tested:
+                yield before_features(self.start, previous, j, seen), after_features(self.start, own, previous, j)
 
-def probability(weights: list[float], features: list[float]) -> float:
-    """Logistic regression's probability, of 16 features: written out, as this is asked twice for every token."""
-    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf = weights
-    x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, xa, xb, xc, xd, xe, xf = features
-    eta = v0 * x0 + v1 * x1 + v2 * x2 + v3 * x3 + v4 * x4 + v5 * x5 + v6 * x6 + v7 * x7
-    eta = eta + v8 * x8 + v9 * x9 + va * xa + vb * xb + vc * xc + vd * xd + ve * xe + vf * xf
+
+def logistic(eta: float) -> float:
+    """Probability of log-odds."""
     if eta > 30.0:
         return 1.0
     return 1.0 / (1.0 + math.exp(-eta)) if eta > -30.0 else 0.0

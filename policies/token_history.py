@@ -23,16 +23,14 @@ SINGLES, PAIRS = 4096, 8192
 SHAPE = (2, SINGLES + PAIRS)
 #: A bucket's acceptance counts n / (n + SHRINK) after n tested drafts: of the last token, of the last two.
 SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
-#: Number of features, see :meth:`TokenHistory.look`.
+#: Number of features, see :func:`features`.
 FEATURES = TAIL + 2
-
-_MISSED = [tuple(-1.0 if i == n else 0.0 for i in range(TAIL)) for n in range(TAIL)]
-_HIT = [tuple(1.0 if i == n else 0.0 for i in range(TAIL)) for n in range(TAIL)]
-_UNSEEN = (0.0,) * TAIL
 
 Tail = tuple[int, ...]
 #: Where a token's history is kept: its suffixes, shortest first, and its buckets.
 Place = tuple[tuple[Tail, ...], int, int]
+#: What is known of drafts there, see :meth:`TokenHistory.look`.
+Seen = tuple[int, float, float]
 
 
 def buckets(tail: Tail) -> tuple[int, int]:
@@ -52,6 +50,15 @@ def place(tail: Tail) -> Place:
     hashed = d * 2654435761 & 0xFFFFFFFF
     pair = SINGLES + ((hashed + c * 2246822519 & 0xFFFFFFFF) >> 19)
     return ((d,), (c, d), (b, c, d), tail), hashed >> 20, pair
+
+
+def features(seen: Seen) -> list[float]:
+    """Spread out what is known: for suffixes of 1 to 4 tokens, 1 or -1 for the longest one seen; both excesses."""
+    longest, one, two = seen
+    row = [0.0, 0.0, 0.0, 0.0, one, two]
+    if longest:
+        row[abs(longest) - 1] = 1.0 if longest > 0 else -1.0
+    return row
 
 
 class TokenHistory:
@@ -120,22 +127,21 @@ class TokenHistory:
         if self._weight > 1e6:
             self._fade(1.0)
 
-    def look(self, memory: dict[Any, Any], place: Place) -> tuple[float, ...]:
-        """Describe what is known of drafts at a place; all zero where no token comes before.
+    def look(self, memory: dict[Any, Any], place: Place) -> Seen:
+        """Return what is known of drafts at a place; all zero where no token comes before.
 
-        Returns, for suffixes of 1 to 4 tokens, 1 or -1 where that is the longest one seen before in this sequence and
-        the draft after it was accepted or not; then the shrunk excess acceptance after the last token and the last two.
+        That is the length of the longest suffix seen before in this sequence, negative if the latest draft after it was
+        not accepted; then the shrunk excess acceptance after the last token and the last two.
         """
-        found = -1
+        longest, latest = 0, True
         # A suffix was seen before only if all shorter ones were.
         suffixes, i, j = place
         for suffix in suffixes:
             hit = memory.get(suffix)
             if hit is None:
                 break
-            found += 1
+            longest += 1
             latest = hit
-        seen = _UNSEEN if found < 0 else (_HIT if latest else _MISSED)[found]
         weight, (tested, accepted, totals) = self._weight, self._counts
         mean = totals[1] / totals[0] if totals[0] else 0.0
         one = two = 0.0
@@ -145,7 +151,7 @@ class TokenHistory:
         if j >= 0:
             n = tested[j]
             two = (accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
-        return (*seen, one, two)
+        return longest if latest else -longest, one, two
 
     def note(self, memory: dict[Any, Any], place: Place, hit: bool) -> None:
         """Note whether the draft at a place was accepted."""

@@ -139,7 +139,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         ids, logits = found
         self._note(ids, logits, length)
         self.forwards = len(self.drafts)
-        if self.decision.stops and self.drafts and not self.sampled:
+        if (self.decision.stops or self.decision.trims) and self.drafts and not self.sampled:
             t = perf_counter()
             kept = self.policy.submit(self.decision, len(self.drafts), self.signals)
             self.asked += perf_counter() - t

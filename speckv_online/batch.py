@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from policies.base import N_SIGNALS, Decision, Outcome, Policy
+from policies.base import LOOKUP, N_SIGNALS, Decision, Outcome, Policy
 from policies.level_cost import CAUGHT
 from speckv_online.batch_draft import ModelRows, RowDrafter, row_drafter
 from speckv_online.batch_model import BatchModel
@@ -55,6 +55,7 @@ class _Row:
     decision: Decision = field(default_factory=lambda: Decision(0, 0))
     drafts: list[int] = field(default_factory=list)
     lookups: list[float] = field(default_factory=list)
+    asks: bool = False  # whether the policy is asked after each drafted token
     lag: int = 0
     used: str = ""
     policy_seconds: float = 0.0
@@ -246,6 +247,7 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
         t = perf_counter()
         row.decision = policy.decide(context)
         row.policy_seconds = perf_counter() - t
+        row.asks = row.decision.stops
         if drafter is not None:
             row.lag, row.used = drafter.lag(i), drafter.use(i, row.decision.drafter)
             if row.decision.drafter:
@@ -265,7 +267,7 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
             row.lookups.append(drafter.sure(i))
             if len(row.drafts) >= min(row.decision.gamma, row.history.context.max_gamma):
                 continue
-            if row.decision.stops:
+            if row.asks:
                 row.history.context.offer = drafter.offer(i)
                 t = perf_counter()
                 go_on = policy.proceed(row.decision, len(row.drafts), row.signals)
@@ -273,12 +275,12 @@ def _draft(policy: Policy, drafter: RowDrafter | None, rows: list[_Row]) -> None
                 if not go_on:
                     continue
                 if isinstance(go_on, str):
-                    drafter.use(i, go_on)
+                    row.asks = drafter.use(i, go_on) != LOOKUP or row.sequence.sampler is not None
                     row.lookups[-1], row.history.context.offer = drafter.sure(i), drafter.offer(i)
             going.append(i)
         wanted = going
     for row in rows:
-        if row.decision.stops and row.drafts and row.sequence.sampler is None:
-            t = perf_counter()
+        if (row.decision.stops or row.decision.trims) and row.drafts and row.sequence.sampler is None:
+            row.history.context.offer, t = 0.0, perf_counter()
             del row.drafts[policy.submit(row.decision, len(row.drafts), row.signals) :]
             row.policy_seconds += perf_counter() - t

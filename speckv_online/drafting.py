@@ -61,14 +61,14 @@ def draft(
     that it is one longer than what was drafted. It and ``drafts`` are what ``context`` shows the policy. ``trim`` lets
     the policy drop drafts after the fact. Returns the seconds spent in the policy.
     """
-    asked = 0.0
+    asked, asks = 0.0, decision.stops
     while len(drafts) < gamma:
         token = drafter.draft(signals[len(drafts)])
         if token == NO_PROPOSAL:
             break
         drafts.append(token)
         lookups.append(drafter.sure())
-        if decision.stops and len(drafts) < gamma:
+        if asks and len(drafts) < gamma:
             context.offer = drafter.offer()
             t = perf_counter()
             go_on = policy.proceed(decision, len(drafts), signals)
@@ -76,10 +76,10 @@ def draft(
             if not go_on:
                 break
             if isinstance(go_on, str):
-                drafter.use(go_on)
+                asks = drafter.use(go_on) != LOOKUP or not trim
                 lookups[-1], context.offer = drafter.sure(), drafter.offer()
-    if decision.stops and drafts and trim:
-        t = perf_counter()
+    if (decision.stops or decision.trims) and drafts and trim:
+        context.offer, t = 0.0, perf_counter()
         del drafts[policy.submit(decision, len(drafts), signals) :]
         asked += perf_counter() - t
     return asked

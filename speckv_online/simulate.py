@@ -1,9 +1,9 @@
 """Replaying exact traces: the steps that real decoding would take under any policy, with seconds from a cost model.
 
 The simulator makes the decoder's calls in the decoder's order (begin, decide, proceed after each drafted token but the
-last, submit, learn), so the steps agree with real greedy decoding one by one, lookups in place of forwards included,
-but for policies that go by what a trace does not hold: measured seconds, other drafters, and going back to the model
-within a step. Its seconds are modelled, not measured.
+last and those of a tail of lookups, submit, learn), so the steps agree with real greedy decoding one by one, lookups in
+place of forwards included, but for policies that go by what a trace does not hold: measured seconds, other drafters,
+and going back to the model within a step. Its seconds are modelled, not measured.
 """
 
 from __future__ import annotations
@@ -169,17 +169,23 @@ class Simulator:
                     proposed += 1
                     if known:
                         context.lookups = known[: proposed + 1]
+                    if proposed < gamma:
                         if tails is not None:
                             context.offer = tails.offers[t][proposed] if proposed < turn else 0.0
-                    if proposed < gamma:
                         answer = proceed(decision, proposed, drafts[:proposed])
                         if not answer:
                             break
                         if answer == LOOKUP and tails is not None and turn == size:
                             (ids, drafts, known, right), turn = tails.turned(t, proposed), proposed
-                            most = gamma if gamma < len(ids) else len(ids)
-                            context.lookups, context.offer = known[: proposed + 1], 0.0
+                            proposed = gamma if gamma < len(ids) else len(ids)
+                            context.drafts = ids[:proposed]
+                            context.lookups = known[: proposed + 1]
+                            break
+                context.offer = 0.0
                 k = submit(decision, proposed, drafts[:proposed])
+            elif decision.trims and most:
+                context.drafts, context.lookups, context.offer = ids[:most], known[: most + 1], 0.0
+                k = submit(decision, most, drafts[:most])
             context.drafts = ids[:k]
             n = right if right < k else k
             whole = t + n == end  # the draft held the end-of-sequence token

@@ -19,7 +19,7 @@ from policies.base import Context, Decision, Outcome
 from policies.draft_quality import quality
 from policies.hazard import HEADS, Hazard, prior_means
 from policies.step_features import Step
-from policies.token_history import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES, buckets
+from policies.token_history import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES
 from speckv_online.errors import UserError
 from speckv_online.step_table import Schedule, replay_untimed, schedule_gammas
 from speckv_online.traces import Trace
@@ -80,13 +80,14 @@ class _Rows:
 
     def add(self, step: Step, tested: int, accepted: int, prompt: str, group: tuple[str, str]) -> None:
         # A lookup's proposals have no rows: how sure the drafter is of them is all that a policy goes by.
-        own = [j for j in range(tested) if step.before[j]]
-        self.before += [step.before[j] for j in own]
-        self.after += [step.after[j] for j in own]
-        self.y += [j < accepted for j in own]
-        self.prompt += [prompt] * len(own)
-        self.group += [group] * len(own)
-        self.buckets += [buckets(step.tails[j]) for j in own]
+        for before, after in step.rows(tested):
+            self.before.append(before)
+            self.after.append(after)
+            self.prompt.append(prompt)
+            self.group.append(group)
+        own = [(j, where) for j, where, *_ in step.asked if j < tested]
+        self.y += [j < accepted for j, _ in own]
+        self.buckets += [where[1:] for _, where in own]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import pytest
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
 from policies.cost import CostPrior
-from policies.goodput import BINS, FIRST, FORWARD, FREE, Goodput, thresholds
+from policies.goodput import FIRST, FORWARD, FREE, Goodput
 from policies.hazard import Hazard
-from policies.level_cost import LevelCosts
 from policies.step_features import AFTER, Step
 from tests.policy_env import make_tapes, play
 
@@ -56,7 +55,7 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
     hazard = Hazard("none", strength=50, discount=1.0)
     x, y = [], []
     for o in feed(hazard, 1500):
-        x += described(hazard, o).after
+        x += [after for _, after in described(hazard, o).rows(o.tested)]
         y += [float(j < o.accepted) for j in range(o.tested)]
     phi, label, w = np.array(x), np.array(y), np.zeros(AFTER)
     for _ in range(30):
@@ -78,6 +77,37 @@ def test_the_prior_is_the_draft_s_own_belief() -> None:
     assert step.chance() == pytest.approx(1 / (1 + math.exp(-1.2)))
     step.extend(1, np.array([[1.0, 0.8, 2.0, 0.0]]))
     assert step.survival == [1.0, pytest.approx(0.8)]
+
+
+def test_chances_are_those_of_the_features() -> None:
+    """The decision leaves the zeros out; what is learnt from are the whole rows."""
+    hazard, rng, whole = Hazard(), np.random.default_rng(3), set()
+    feed(hazard, 200)
+    before, after = hazard.weights(LEVEL)
+    memory: dict = {}
+    for i in range(60):
+        tokens = rng.integers(0, 3, 5).tolist()
+        lagged = {"mean_confidence": rng.random(), "mean_entropy": 3 * rng.random(), "acceptance": rng.random()}
+        context = Context(LEVEL, step=i, idle=i % 3, last_drafted=i % 2, last_accepted=1, tokens=tokens, memory=memory,
+                          drafts=rng.integers(0, 3, 10).tolist(), **lagged)  # fmt: skip
+        context.lookups = [0.0, 0.0, 0.7, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        step, table = Step(context, hazard), signals(rng, 10)
+        chances = []
+        for k in range(10):
+            chances.append(step.sure() or step.chance())
+            step.extend(k + 1, table)
+        rows = iter(step.rows(10))
+        for j in range(10):
+            ratio = step.survival[j + 1] / step.survival[j]
+            if j == 2:
+                assert (chances[j], ratio) == (0.7, pytest.approx(0.7))
+                continue
+            x, y = next(rows)
+            assert chances[j] == pytest.approx(1 / (1 + math.exp(-np.dot(before, x))))
+            assert ratio == pytest.approx(1 / (1 + math.exp(-np.dot(after, y))))
+            whole |= set(np.flatnonzero(x)) | {100 + n for n in np.flatnonzero(y)}
+        hazard.add(step, 10, int(rng.integers(10)))
+    assert len(whole) == len(before) + len(after)  # every feature had its turn
 
 
 def test_merging_adds_up() -> None:
@@ -116,28 +146,26 @@ def test_saved_priors_are_read_back(tmp_path: Path) -> None:
         Hazard(tmp_path / "x.npz")
 
 
-def flat(t_d: float, verify: tuple[float, ...]) -> LevelCosts:
-    return LevelCosts(CostPrior(t_d, verify))
-
-
 def test_one_step_rule_by_hand() -> None:
     """Costs that grow evenly: go on iff S p >= lambda (t_d + growth), at any k, however far one looks ahead."""
-    costs = flat(0.01, (0.1, 0.11))
-    p = (np.arange(BINS) + 0.5) / BINS
-    marginal = costs.rate * 0.02
+    policy = make(CostPrior(0.01, (0.1, 0.11)))
+    rule, marginal = policy._rule("nf4"), policy.costs.level("nf4").rate * 0.02
     for k in range(16):
-        assert thresholds(costs, k) == pytest.approx(marginal / p)
+        for p in np.arange(1.0, 16.0) / 16.0:
+            for near, pays in ((1.0 + 1e-9, True), (1.0 - 1e-9, False)):
+                assert rule.pays(k, FORWARD, 1 << 62, p, near * marginal / p) == pays
 
 
 def test_looking_ahead_past_a_step_in_the_costs() -> None:
     """Verifying two tokens costs 40 % more than one, nine no more than two: one alone would not pay, several do."""
-    costs = flat(0.001, (0.10, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14))
-    row, b = thresholds(costs, 0), int(0.7 * BINS)
-    p = (b + 0.5) / BINS
+    policy, p = make(CostPrior(0.001, (0.10, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14, 0.14))), 0.7
+    rule, rate = policy._rule("nf4"), policy.costs.level("nf4").rate
     gains = [sum(p**i for i in range(1, m + 1)) for m in range(1, 17)]
-    prices = [costs.rate * (0.001 * m + 0.04) for m in range(1, 17)]
-    assert row[b] == pytest.approx(min(c / g for c, g in zip(prices, gains, strict=True)))
-    assert row[b] < 0.25 < prices[0] / gains[0]
+    prices = [rate * (0.001 * m + 0.04) for m in range(1, 17)]
+    least = min(c / g for c, g in zip(prices, gains, strict=True))
+    assert least < 0.25 < prices[0] / gains[0]
+    for near, pays in ((1.0 + 1e-9, True), (1.0 - 1e-9, False)):
+        assert rule.pays(0, FORWARD, 1 << 62, p, near * least) == pays
 
 
 def make(level_costs: CostPrior, **options: object) -> Goodput:
@@ -173,10 +201,9 @@ def test_a_token_is_worth_what_the_latest_steps_and_this_one_take_for_one() -> N
             forwards = free.count(0.0)
             seconds = 0.02 * forwards + costs.verify[k + 1] + 0.003
             rate = math.sqrt(costs.rate * (sum(step.survival) + step.survival[k] * p) / seconds)
-            middle = (int(p * BINS) + 0.5) / BINS
             t_d = 0.0 if free[k] else 0.02
             pays = [
-                step.survival[k] * sum(middle**i for i in range(1, m + 1)) - rate * m * (t_d + 0.015)
+                step.survival[k] * sum(p**i for i in range(1, m + 1)) - rate * m * (t_d + 0.015)
                 for m in range(1, 17 - k)
             ]
             assert policy._pays(k, step) == (max(pays) >= 0.0)
@@ -208,7 +235,7 @@ def test_near_the_end_of_a_budget_by_hand() -> None:
             worth = [1.0] * (m - 1) + [costs.rate * costs.seconds[0] if k + m == left else 1.0]
             gain = survival * sum(p ** (i + 1) * w for i, w in enumerate(worth))
             pays.append(gain - costs.rate * (m * t_d + first + costs.verify[k + m] - costs.verify[k]))
-        assert rule.ends(k, kind, left, p, survival) == (max(pays) >= 0.0)
+        assert rule.pays(k, kind, left, p, survival) == (max(pays) >= 0.0)
         assert rule.worth(k, kind, left, p, survival) == pytest.approx(max(0.0, *pays))
         answers.add((kind, max(pays) >= 0.0))
     assert answers == {(kind, pays) for kind in (FORWARD, FIRST, FREE) for pays in (True, False)}

@@ -33,39 +33,45 @@ DEAR = CostTable("dear", {"fp32": LevelCost(0.05, (0.1, 0.1), 0.001, catch_up_se
 
 
 class Turner(Policy):
-    """Turns to the lookup at random, before or within a draft, wherever there is one; notes what it is told."""
+    """Turns to the lookup at random, before or within a draft, wherever there is one; notes what it is told.
+
+    Asked to proceed once it has turned, it raises, except where a decision before the draft wanted that.
+    """
 
     learns = True
 
     def __init__(self, seed: int = 0, always: bool = False) -> None:
         super().__init__(seed=seed)
         self.always, self.told, self.outcomes = always, list[tuple](), list[Outcome]()
-        self.context: Context | None = None
+        self.turned = set[int]()
 
-    def note(self, drafted: int) -> None:
-        context = self.context
-        assert context is not None
+    def note(self, context: Context, drafted: int) -> None:
         self.told.append((drafted, [round(p, 5) for p in context.lookups], round(context.offer, 5)))
 
     def turns(self) -> bool:
-        assert self.context is not None
         return self.always or self.rng.random() < 0.3
 
     def decide(self, context: Context) -> Decision:
-        self.context = context
-        self.note(0)
+        self.note(context, 0)
         turns = context.offer > 0.0 and self.turns()
         gamma = int(self.rng.integers(0, context.max_gamma + 1))
-        return Decision(self.new_id(), gamma, stops=True, drafter=LOOKUP if turns else "")
+        asks = not turns or bool(self.rng.random() < 0.5)
+        drafter = LOOKUP if turns else ""
+        return Decision(self.new_id(), gamma, stops=asks, features=context, drafter=drafter, trims=not asks)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
-        self.note(drafted)
-        assert self.context is not None
-        if self.context.offer and self.turns():
+        context: Context = decision.features
+        self.note(context, drafted)
+        assert decision.id not in self.turned
+        if context.offer and self.turns():
+            self.turned.add(decision.id)
             return LOOKUP
         return bool(self.rng.random() < 0.9)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+        context: Context = decision.features
+        assert drafted == len(context.drafts)
+        self.told.append((drafted, [round(p, 5) for p in context.lookups[:drafted]], context.offer))
         return drafted - int(self.rng.random() < 0.1)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
