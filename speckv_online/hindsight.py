@@ -96,7 +96,7 @@ def _steps(trace: Trace, t: int, cost: LevelCost, most: int) -> _Steps:
     ways = [(k, k, min(k, right)) for k in range(min(most, limit) + 1)]
     if trace.tails is not None:
         for turn in range(min(right, limit, trace.gamma - 1) + 1):
-            if trace.tails.offers[t][turn]:
+            if trace.tails.offer(t, turn):
                 tail = min(trace.tails.turned(t, turn).accepted, limit)
                 ways += [(k, turn, k) for k in range(turn + 1, tail + 1)]
     k, turns, n = np.array(ways).T

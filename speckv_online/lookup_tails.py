@@ -6,7 +6,6 @@ that a replay looks up what the decoder would.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -58,21 +57,28 @@ class LookupTails:
         none = [0.0] * (len(rows.drafts[0]) if rows.drafts else 0)
         self.lookups = rows.lookups or [none] * len(rows.drafts)  # of the trace's own drafts
         self._turned: dict[tuple[int, int], Turned] = {}
+        # Worked out where a replay comes by: it sees a small part of all drafts.
+        self._offers: list[list[float | None]] = [[None] * len(drafts) for drafts in rows.drafts]
         self._at, self._context = 0, NgramIndex(prompt)  # of the prompt and so many tokens
 
-    @cached_property
-    def offers(self) -> list[list[float]]:
-        """How sure the drafter is of the lookup at each point of each draft that asks the model, shape (L, G)."""
-        index, found = NgramIndex(self.prompt), []
-        for token, drafts, lookups in zip(self.rows.tokens, self.rows.drafts, self.lookups, strict=True):
-            offers = []
-            for j, (drafted, known) in enumerate(zip(drafts, lookups, strict=True)):
-                offers.append(0.0 if known else self._sure(self._propose(index, drafts[:j])))
-                if self.counts:
-                    index.push(drafted)
-            index.undo()
-            index.extend([token])
-            found.append(offers)
+    def offer(self, t: int, j: int) -> float:
+        """Return how sure the drafter is of the lookup after j tokens of the draft from position t.
+
+        0 where the trace's next token is a lookup itself.
+        """
+        found = self._offers[t][j]
+        if found is None:
+            found = self._offers[t][j] = 0.0 if self.lookups[t][j] else self._offered(t, self.rows.drafts[t][:j])
+        return found
+
+    def _offered(self, t: int, drafts: list[int]) -> float:
+        index = self._index(t)
+        if not self.counts:
+            return self._sure(self._propose(index, drafts))
+        for drafted in drafts:
+            index.push(drafted)
+        found = self._sure(self._propose(index, drafts))
+        index.undo()
         return found
 
     def _propose(self, index: NgramIndex, drafts: list[int]) -> Proposal | None:

@@ -65,7 +65,8 @@ class NgramIndex:
         self._table: dict[tuple[int, ...], list] = {}
         self._tail: tuple[int, ...] = ()
         self._pushed: list[tuple[int, tuple[int, ...], list[tuple[int, float]]]] = []
-        self._found: tuple[Proposal | None] | None = None  # what was proposed since the context last changed
+        # What was proposed last, and after what, since the context last changed.
+        self._found: tuple[tuple[int, ...], Proposal | None] | None = None
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
@@ -125,11 +126,10 @@ class NgramIndex:
 
     def propose(self, drafted: Sequence[int] = ()) -> Proposal | None:
         """Return what follows the context and ``drafted``, how surely, or None where no suffix occurred before."""
-        if drafted:
-            return self._propose((*self._tail, *drafted)[-MAX_N:])
-        if self._found is None:
-            self._found = (self._propose(self._tail),)
-        return self._found[0]
+        tail = (*self._tail, *drafted)[-MAX_N:] if drafted else self._tail
+        if self._found is None or self._found[0] != tail:
+            self._found = tail, self._propose(tail)
+        return self._found[1]
 
     def _propose(self, tail: tuple[int, ...]) -> Proposal | None:
         table = self._table

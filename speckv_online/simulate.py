@@ -151,7 +151,7 @@ class Simulator:
             if lookups:
                 context.lookups = lookups[t][:1]
             if tails is not None:
-                context.offer = tails.offers[t][0]
+                context.offer = tails.offer(t, 0)
             decision = decide(context)
             gamma = decision.gamma if decision.gamma < limit else limit
             drafts, ids, there, right = table[t], proposals[t], available[t], accepted[t]
@@ -171,7 +171,7 @@ class Simulator:
                         context.lookups = known[: proposed + 1]
                     if proposed < gamma:
                         if tails is not None:
-                            context.offer = tails.offers[t][proposed] if proposed < turn else 0.0
+                            context.offer = tails.offer(t, proposed) if proposed < turn else 0.0
                         answer = proceed(decision, proposed, drafts[:proposed])
                         if not answer:
                             break
