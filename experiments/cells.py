@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def digest(settings: str = "") -> str:
     return made.hexdigest()[:16]
 
 
+def contents(sources: Iterable[str]) -> str:
+    """Return a short hash of what files hold, and those below directories: the same names may hold something else by
+    the time that a run is started again. Names of no file count themselves."""
+    made = hashlib.sha256()
+    for source in sources:
+        path = Path(source).expanduser()
+        files = sorted(path.rglob("*.npz")) if path.is_dir() else [path] if path.is_file() else []
+        for file in files:
+            made.update(hashlib.sha256(file.read_bytes()).digest())
+        made.update(b"" if files else source.encode())
+    return made.hexdigest()[:16]
+
+
 def _play_all(todo: Sequence[Cell], play: Callable[[Cell], Any], processes: int) -> Iterator[tuple[Cell, Any]]:
     if processes == 1:
         for cell in todo:
@@ -80,14 +94,22 @@ def _play_all(todo: Sequence[Cell], play: Callable[[Cell], Any], processes: int)
         return
     # Fresh processes: a fork would take over the state of whatever threads the libraries have started.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interrupts) as pool:
         waiting = {pool.submit(play, cell): cell for cell in todo}
         try:
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
         except BaseException:
+            # A cell may take minutes, and what is under way is lost anyhow.
+            for process in multiprocessing.active_children():
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _leave_interrupts() -> None:
+    """Let Ctrl-C be the main process's affair: a terminal sends it to all, and each would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read(log: Path, version: str) -> Iterator[tuple[Cell, Any]]:

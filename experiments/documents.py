@@ -14,11 +14,12 @@ def check_place(document: str, *names: str) -> None:
     Tables that have nowhere to go should show before hours of work.
     """
     for name in names if document else ():
-        around(Path(document), name)
+        around(Path(document).expanduser(), name)
 
 
 def insert(path: Path, text: str, name: str) -> None:
     """Replace what is between a document's markers of a name, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
+    path = path.expanduser()
     head, rest = around(path, name)
     write_atomically(path, lambda f: f.write(f"{head}\n\n{text}\n{rest}"))
 

@@ -71,7 +71,7 @@ class ProfileConfig:
             raise UserError("--levels is empty: name at least one")
         if not self.gammas or not all(g.isdecimal() and int(g) <= 16 for g in self.gammas):
             raise UserError(f"--gammas must be whole numbers from 0 to 16, got {','.join(self.gammas)}")
-        if self.reuse and not Path(self.reuse).is_dir():
+        if self.reuse and not Path(self.reuse).expanduser().is_dir():
             raise UserError(f"--reuse {self.reuse}: there is no such directory")
 
 
@@ -247,7 +247,7 @@ def find_output(
     """Return an earlier trace of the same target, prompt and budget to take the output from, if there is one."""
     from speckv_online.traces import Trace, prompt_hash
 
-    path = trace_path(Path(config.reuse), level, prompt_id) if config.reuse else None
+    path = trace_path(Path(config.reuse).expanduser(), level, prompt_id) if config.reuse else None
     if path is None or not path.exists():
         return None
     trace = Trace.load(path)

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def streams(config: StreamsConfig) -> int:
     """Play what is left to play, and write tables and plots."""
-    from experiments.cells import run
+    from experiments.cells import contents, run
     from experiments.stream_cells import cells, named_costs, play, weight
     from policies.registry import make_policy
     from speckv_online import manifest
@@ -98,7 +98,8 @@ def streams(config: StreamsConfig) -> int:
         facts = manifest.collect(command="python -m experiments.replays_streams", config=settings)
         directory.write_manifest(facts)
         log, many = out / "cells.jsonl", config.processes
-        found = run(todo, partial(play, config), log, weight=weight, processes=many)
+        held = contents([*(text.partition("=")[2] for text in (*config.traces, *config.settled)), *config.costs])
+        found = run(todo, partial(play, config), log, settings=held, weight=weight, processes=many)
         directory.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
     parts = {"start": _start, "drift": _drift, "merge": _merge}
     text = "\n\n".join(

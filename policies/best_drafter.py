@@ -41,18 +41,31 @@ class BestDrafter(Policy):
     block : int
         Steps until the drafter is chosen anew. The first of a block is not counted: a draft model then reads what it
         missed.
+    weights, acceptance : str
+        Of the inner policy, where its spec does not say.
     """
 
     summary = "chooses the drafter (model, ngram, hybrid) by tokens per second, each under its own copy of a policy"
     learns = True
     positional: ClassVar[str] = "policy"
 
-    def __init__(self, *, policy: str = "goodput", block: int = 12, seed: int = 0, worker: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        policy: str = "goodput",
+        block: int = 12,
+        weights: str = "",
+        acceptance: str = "",
+        seed: int = 0,
+        worker: int = 0,
+    ) -> None:
         super().__init__(seed=seed, worker=worker)
         self.rng = np.random.default_rng([seed, worker, 1])  # the copies' own are of two numbers
         if block < 2:
             raise PolicyError(f"block must be at least 2 steps, got {block}")
         self.spec, self.block, self._options = policy.replace("/", ":", 1), block, (seed, worker)
+        named = {"weights": weights, "acceptance": acceptance}
+        self._defaults = {name: value for name, value in named.items() if value}
         self.inner: dict[str, Policy] = {}
         self._priors: dict[str, CostPrior] = {}
         # By (level, drafter): steps, tokens, seconds, and the sums of their squares and of their product.
@@ -72,7 +85,7 @@ class BestDrafter(Policy):
 
             seed, worker = self._options
             # Copies count their decision ids in ranges of their own.
-            found = make_policy(self.spec, seed=seed, worker=_COPIES * worker + len(self.inner))
+            found = make_policy(self.spec, seed=seed, worker=_COPIES * worker + len(self.inner), **self._defaults)
             inner = found.policy if isinstance(found, Wrapper) else found
             if isinstance(inner, BestDrafter) or len(self.inner) >= _COPIES:
                 raise PolicyError("best-drafter cannot hold itself, nor more than seven drafters")

@@ -262,6 +262,7 @@ class LevelCosts:
         self.seconds = self.draft * _K + self.verify
         self.seconds += self.overhead
         self.seconds[1:] += self.first
+        self._steps_take = self.seconds.tolist()  # asked for every step
         tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
         # One token per plain step is what the prior promises until there is data.
         w = 2.0
@@ -276,7 +277,7 @@ class LevelCosts:
     def spent(self, drafted: int, forwards: int) -> float:
         """Return the seconds of a step that submitted so many tokens and made so many forwards of the draft."""
         first = 0.0 if (drafted > 0) == (forwards > 0) else self.first if forwards else -self.first
-        return self.seconds.item(drafted) + self.draft * (forwards - drafted) + first
+        return self._steps_take[drafted] + self.draft * (forwards - drafted) + first
 
     def state(self) -> State:
         """Sums and the prior, as arrays."""

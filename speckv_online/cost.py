@@ -121,7 +121,7 @@ def load_cost(spec: str | Path) -> CostTable:
     """
     if str(spec) in BUILT_IN:
         return BUILT_IN[str(spec)]
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if not path.is_file():
         raise UserError(f"no cost table {str(spec)!r}: give a JSON file or one of {', '.join(BUILT_IN)}")
     try:

@@ -215,7 +215,7 @@ def load_traces(source: str | Path, *, levels: Collection[str] = (), splits: Col
     UserError
         If nothing is left to load, or a file is damaged.
     """
-    source = Path(source)
+    source = Path(source).expanduser()
     paths = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
     traces = [Trace.load(path) for path in paths]
     kept = [t for t in traces if (not levels or t.level in levels) and (not splits or t.split in splits)]

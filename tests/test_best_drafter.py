@@ -131,6 +131,16 @@ def test_with_one_drafter_it_is_the_inner_policy(tiny_pair: TinyPair) -> None:
     assert not decoder.policy.faults
 
 
+def test_defaults_reach_the_inner_policies() -> None:
+    """A comparison names weights of its own folds for every policy that takes any; a spec's own come first."""
+    cold = make_policy("goodput", acceptance="none").hazard.weights("nf4")
+    for spec in ("best-drafter", "best-drafter:policy=goodput/acceptance=none"):
+        policy = make_policy(spec, acceptance="none" if spec == "best-drafter" else "no such file")
+        assert policy._copy("ngram").hazard.weights("nf4") == cold
+    with pytest.raises(PolicyError, match="no npz"):
+        make_policy("best-drafter", acceptance="no such file")
+
+
 def test_it_stays_lossless(tiny_pair: TinyPair) -> None:
     policy = make_policy("best-drafter:leviathan,block=3")
     decoder = SpeculativeDecoder(HybridDrafter(tiny_pair.draft, 260), policy=policy, target=tiny_pair.target)
