@@ -108,21 +108,21 @@ class Hazard:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
         surplus = variance = 0.0
         before, after, labels = self._rows
-        start, count = step.start, len(labels)
-        for j, _, seen, previous, own, p in step.asked:
+        start, count, note, memory = step.start, len(labels), self.history.note, step.memory
+        for j, where, seen, previous, own, p in step.asked:
             if j >= tested:
                 break
             before += before_features(start, previous, j, seen)
             after += after_features(start, own, previous, j)
-            hit = 1.0 if j < accepted else 0.0
-            labels.append(hit)
+            hit = j < accepted
+            note(memory, where, hit)
+            labels.append(1.0 if hit else 0.0)
             surplus += hit - p
             variance += p * (1.0 - p) + DOUBT
         self._levels.append(step.level)
         self._lengths.append(len(labels) - count)
         if self.quality.surprised(step.level, surplus, variance):
             self._known.clear()
-        step.note(tested, accepted)
         self.history.step()
         if len(self._levels) >= WAITING:
             self._linearise()

@@ -124,9 +124,9 @@ class _Linear(CostAware):
         self._fold()
         A, B = self._total[:, :DIM], self._total[:, DIM:]
         precision = A + self._prior
-        self.W = np.linalg.inv(precision) @ B  # (DIM, K)
         # Of the precision, as rounding leaves an inverse by a small ridge without any.
         self._root = np.linalg.inv(np.linalg.cholesky(precision)).T
+        self.W = self._root @ (self._root.T @ B)  # (DIM, K)
         fitted = np.maximum(self._misc[1:] - (self.W * B).sum(axis=0), 0.0)
         # One accepted token of spread per arm, worth ten steps, until there is data.
         self.spread = np.sqrt((fitted + 10.0) / (self._misc[0] + 10.0)) * (self.gammas > 0)
@@ -229,7 +229,9 @@ class LinTs(_Linear):
         legal = self.legal(context)
         values = self._z * deviation
         values += mean
-        best: np.ndarray = values[:, :legal].argmax(axis=1)
+        if legal < len(self.arms):
+            values = values[:, :legal]
+        best: np.ndarray = values.argmax(axis=1)
         return best
 
     def decide(self, context: Context) -> Decision:

@@ -103,6 +103,8 @@ class Step:
         Estimated chance that all of the first k tokens are accepted, k = 0, 1, ...
     level : str
         The context's compression level.
+    memory : dict
+        How drafts after the same tokens fared in this text.
     forwards : int
         How many of the tokens so far took a forward of the draft model.
     left : int
@@ -121,7 +123,6 @@ class Step:
         "_hazard",
         "_ids",
         "_known",
-        "_memory",
         "_next",
         "_number",
         "_signals",
@@ -131,6 +132,7 @@ class Step:
         "forwards",
         "left",
         "level",
+        "memory",
         "rule",
         "start",
         "survival",
@@ -139,7 +141,7 @@ class Step:
     def __init__(self, context: Context, hazard: Hazard) -> None:
         self._context, self._number, self._hazard = context, context.step, hazard
         # Copies of a policy may share a context, each with acceptances of its own.
-        self._memory = context.memory.setdefault(hazard.history, {})
+        self.memory = context.memory.setdefault(hazard.history, {})
         self.level, self.start = context.level, start_features(context)
         self._before, self._after = hazard.weights(context.level)
         self.asked: list[Asked] = []
@@ -177,7 +179,7 @@ class Step:
         j, start, ids = len(self._tokens), self.start, self._ids
         at = self._known + j
         here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
-        seen = longest, one, two = self._hazard.history.look(self._memory, here)
+        seen = longest, one, two = self._hazard.history.look(self.memory, here)
         # The sum over `before_features`, zeros left out: this is asked for every token.
         w = self._before
         eta = w[0] + w[6] * start[0] + w[7] * start[1] + w[14] * one + w[15] * two
@@ -245,7 +247,7 @@ class Step:
         """Note in the history which of the tested tokens were accepted."""
         for j, where, _, _, _, _ in self.asked:
             if j < tested:
-                self._hazard.history.note(self._memory, where, j < accepted)
+                self._hazard.history.note(self.memory, where, j < accepted)
 
     def rows(self, tested: int) -> Iterator[tuple[list[float], list[float]]]:
         """Features, before and after they were drafted, of the tested tokens that took a forward."""
