@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Outcome, Policy
 from policies.best_drafter import BestDrafter
@@ -21,6 +22,7 @@ from speckv_online.errors import UserError
 from speckv_online.gate import Gate
 from speckv_online.hindsight import clairvoyant, fastest
 from speckv_online.hybrid import HybridDrafter
+from speckv_online.models import LoadedPair, chat_prompt
 from speckv_online.sampling import Sampler
 from speckv_online.simulate import Simulator
 from speckv_online.trace_collection import collect_trace, redraft
@@ -101,13 +103,11 @@ def traced(pair: TinyPair, drafter: Drafter) -> list[Trace]:
     return [collect_trace(pair.target, drafter, p, 30, level="fp32", task="chat", eos_ids=())[0] for p in PROMPTS]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_replay_turns_as_the_decoder_does(tiny_pair: TinyPair, kind: str) -> None:
-    drafter = drafters(tiny_pair)[kind]
+def turns_alike(target: PreTrainedModel, drafter: Drafter, traces: list[Trace]) -> None:
     real, replayed = Turner(seed=3), Turner(seed=3)
-    decoder = SpeculativeDecoder(drafter, policy=real, target=tiny_pair.target, level="fp32")
+    decoder = SpeculativeDecoder(drafter, policy=real, target=target, level="fp32")
     simulator, turns = Simulator(replayed, DEAR), 0
-    for trace in traced(tiny_pair, drafter):
+    for trace in traces:
         out = decoder.generate(trace.prompt.tolist(), trace.budget, task="chat", eos_ids=())
         replay = simulator.replay(trace)
         assert out.tokens == trace.tokens.tolist()
@@ -122,18 +122,42 @@ def test_a_replay_turns_as_the_decoder_does(tiny_pair: TinyPair, kind: str) -> N
     assert turns > 5
 
 
-def test_goodput_decides_alike_on_traces_and_models(tiny_pair: TinyPair) -> None:
-    drafter = drafters(tiny_pair)["always asked"]
-    for trace in traced(tiny_pair, drafter):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replay_turns_as_the_decoder_does(tiny_pair: TinyPair, kind: str) -> None:
+    drafter = drafters(tiny_pair)[kind]
+    turns_alike(tiny_pair.target, drafter, traced(tiny_pair, drafter))
+
+
+def goodput_alike(target: PreTrainedModel, drafter: Drafter, traces: list[Trace]) -> int:
+    """Return how many tokens were looked up."""
+    found = 0
+    for trace in traces:
         real, replayed = (told_costs(Goodput(acceptance="none")) for _ in range(2))
         for policy in (real, replayed):
             policy.costs.observe = lambda outcome: None  # type: ignore[method-assign]  # not what the clock says
-        decoder = SpeculativeDecoder(drafter, policy=real, target=tiny_pair.target, level="fp32")
+        decoder = SpeculativeDecoder(drafter, policy=real, target=target, level="fp32")
         out = decoder.generate(trace.prompt.tolist(), trace.budget, eos_ids=())
         replay = Simulator(replayed, DEAR).replay(trace)
         assert [(s.drafted, s.accepted) for s in out.steps] == list(
             zip(replay.drafted.tolist(), replay.accepted.tolist(), strict=True)
         )
+        found += sum(max(s.drafted - s.forwards, 0) for s in out.steps)
+    return found
+
+
+def test_goodput_decides_alike_on_traces_and_models(tiny_pair: TinyPair) -> None:
+    drafter = drafters(tiny_pair)["always asked"]
+    assert goodput_alike(tiny_pair.target, drafter, traced(tiny_pair, drafter)) > 5
+
+
+@pytest.mark.slow
+def test_both_turn_alike_on_the_real_pair(real_pair: LoadedPair) -> None:
+    target, drafter = real_pair.target, real_pair.drafter
+    texts = ("Write the numbers from 1 to 9 three times, one a line.", "Say 'to be or not to be' four times.")
+    prompts = [chat_prompt(real_pair.tokenizer, text) for text in texts]
+    traces = [collect_trace(target, drafter, p, 40, level="fp32", eos_ids=())[0] for p in prompts]
+    turns_alike(target, drafter, traces)
+    assert goodput_alike(target, drafter, traces) > 5
 
 
 def told_costs(policy: Goodput) -> Goodput:
