@@ -186,12 +186,14 @@ class Goodput(CostAware):
         if not self.timed:
             return True
         rule, forwards, left, survival = step.rule, step.forwards, step.left, step.survival[k]
-        if p := step.sure():
-            here = rule.local(step.expected + survival * p, k + 1, forwards)
-            return bool(rule.pays(k, FREE, left, p, survival / here))
+        sure, offer = step.lookups()
+        if sure:
+            here = rule.local(step.expected + survival * sure, k + 1, forwards)
+            return bool(rule.pays(k, FREE, left, sure, survival / here))
         p, kind = step.chance(), FORWARD if forwards else FIRST
-        here = rule.local(step.expected + survival * p, k + 1, forwards + 1)
-        if not self.lookups or not (offer := step.offer()):
+        # `local`, written out: this is asked for every token.
+        here = sqrt((step.expected + survival * p) / (rule.plain[k + 1] + rule.draft * (forwards + 1) + rule.first))
+        if not offer or not self.lookups:
             return bool(rule.pays(k, kind, left, p, survival / here))
         told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
         asked = told * here * rule.worth(k, kind, left, p, survival / here)

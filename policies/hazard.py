@@ -20,7 +20,7 @@ import numpy as np
 from policies.base import PolicyError, State, reason
 from policies.draft_quality import DOUBT, DraftQuality
 from policies.gaussian import GaussianHead, check_array, check_start, fingerprint
-from policies.step_features import AFTER, BEFORE, Step, after_features, before_features
+from policies.step_features import AFTER, BEFORE, NUMBERS, Step, rows
 from policies.token_history import SHAPE, TokenHistory
 
 HEADS = {"before": BEFORE, "after": AFTER}
@@ -107,13 +107,12 @@ class Hazard:
     def add(self, step: Step, tested: int, accepted: int) -> None:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
         surplus = variance = 0.0
-        before, after, labels = self._rows
-        start, count, note, memory = step.start, len(labels), self.history.note, step.memory
-        for j, where, seen, previous, own, p in step.asked:
+        (numbers, labels), note, memory = self._tested, self.history.note, step.memory
+        count = len(labels)
+        for j, where, p, about in step.asked:
             if j >= tested:
                 break
-            before += before_features(start, previous, j, seen)
-            after += after_features(start, own, previous, j)
+            numbers += about
             hit = j < accepted
             note(memory, where, hit)
             labels.append(1.0 if hit else 0.0)
@@ -129,21 +128,18 @@ class Hazard:
 
     def _linearise(self) -> None:
         """Turn the noted steps into weighted rows of both heads, at the weights in use."""
-        names, lengths, (before, after, labels) = self._levels, self._lengths, self._rows
+        names, lengths, (numbers, labels) = self._levels, self._lengths, self._tested
         if not names:
             return
         self._clear()
         levels = list(dict.fromkeys(names))
-        which = np.repeat(np.arange(len(lengths)), lengths)  # step of each row
-        at = np.array([levels.index(name) for name in names])[which]
-        half_age = 0.5 * (self.quality.discount ** np.arange(len(lengths) - 1, -1, -1))[which]
+        at = np.repeat([levels.index(name) for name in names], lengths)
+        half_age = np.repeat(0.5 * self.quality.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
         y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
 
         # Both heads at once, (2, rows): at this size a call takes longer than its numbers.
-        count = len(before) + len(after)
-        numbers = bytearray(8 * count)
-        struct.pack_into(f"{count}d", numbers, 0, *before, *after)  # numpy takes four times as long to read lists
-        phi = np.frombuffer(numbers).reshape(2, len(y), BEFORE)
+        packed = struct.pack(f"{len(numbers)}d", *numbers)  # numpy takes twice as long to read lists
+        phi = rows(np.frombuffer(packed).reshape(-1, NUMBERS))
         weights = np.array([[head.mean, slope] for head, slope in zip(self.heads, self._slopes, strict=True)])
         product = phi @ weights.transpose(0, 2, 1)
         own, by_quality = product[:, :, 0], product[:, :, 1]
@@ -160,8 +156,8 @@ class Hazard:
         self.quality.add(dict(zip(levels, np.column_stack(sums), strict=True)), len(lengths))
         phi *= root[:, :, None]
         z = root * own + error / root
-        for head, rows, label in zip(self.heads, phi, z, strict=True):
-            head.add(rows, label, lengths)
+        for head, features, label in zip(self.heads, phi, z, strict=True):
+            head.add(features, label, lengths)
 
     def refresh(self) -> None:
         """Learn from the noted steps."""
@@ -181,10 +177,9 @@ class Hazard:
 
     def _clear(self) -> None:
         """Drop the noted steps."""
-        # Level and number of rows of each; rows before and after, one behind the other (numpy takes long to read lists
-        # of lists), and labels.
+        # Level and number of tested tokens of each; what describes those, one behind the other, and labels.
         self._levels, self._lengths = list[str](), list[int]()
-        self._rows = list[float](), list[float](), list[float]()
+        self._tested = list[float](), list[float]()
 
     def _read(self) -> None:
         self._weights: dict[str, tuple[list[float], list[float]]] = {}

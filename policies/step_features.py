@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context
 from policies.mlp16 import FADE
 from policies.token_history import FEATURES, TAIL, Place, Seen, place
-from policies.token_history import features as seen_features
 
 if TYPE_CHECKING:
     from policies.hazard import Hazard
@@ -20,10 +19,12 @@ if TYPE_CHECKING:
 BEFORE, AFTER = 10 + FEATURES, 16
 
 Token = tuple[float, float, float, float, float]
-#: A token that took a forward: how many came before it, where its history is kept, what was known there, the token
-#: before it, itself, and the estimated chance that it is accepted if those before it are.
-Asked = tuple[int, Place, Seen, Token | None, Token, float]
-_OTHER, _NEITHER = (0.0,) * 4, (0.0,) * 8
+#: A token that took a forward: how many came before it, where its history is kept, the estimated chance that it is
+#: accepted if those before it are, and NUMBERS that describe it: those of the token before it (of a step's first one,
+#: the lagged ones), the step's acceptance and whether all was accepted last, its own, what its history tells
+#: (:data:`~policies.token_history.Seen`), and again how many came before it.
+Asked = tuple[int, Place, float, tuple[float, ...]]
+NUMBERS = 16
 
 
 def log_odds(confidence: float) -> float:
@@ -47,7 +48,7 @@ def token_features(row: list[float]) -> Token:
     )
 
 
-def start_features(context: Context) -> list[float]:
+def start_features(context: Context) -> tuple[float, float, float, float]:
     """Describe the context of a step: acceptance, whether all was accepted last, lagged log-odds and entropy.
 
     While nothing is drafted all but the second fade towards neutral values.
@@ -55,38 +56,44 @@ def start_features(context: Context) -> list[float]:
     whole = 1.0 if 0 < context.last_drafted == context.last_accepted else 0.0
     acceptance, odds, entropy = 2.0 * context.acceptance - 1.0, log_odds(context.mean_confidence), context.mean_entropy
     if not context.idle:
-        return [acceptance, whole, odds, 0.25 * entropy]
+        return acceptance, whole, odds, 0.25 * entropy
     f = FADE**context.idle
-    return [f * acceptance, whole, f * odds, 0.5 + f * (0.25 * entropy - 0.5)]
+    return f * acceptance, whole, f * odds, 0.5 + f * (0.25 * entropy - 0.5)
 
 
-def before_features(start: list[float], previous: Token | None, j: int, seen: Seen) -> list[float]:
-    """Features of the j-th token (from 0) before it is drafted.
-
-    ``previous`` describes the one before it, ``seen`` what :class:`~policies.token_history.TokenHistory` knows.
-    """
-    acceptance, whole, odds, entropy = start
-    if previous is None:
-        return [1.0, odds, entropy, 0.0, 0.0, 0.0, acceptance, whole, 0.0, 1.0, *seen_features(seen)]
-    return [1.0, *previous, acceptance, whole, j * 0.125 if j < 8 else 1.0, 0.0, *seen_features(seen)]
-
-
-def after_features(start: list[float], own: Token, previous: Token | None, j: int) -> list[float]:
-    """Features of the j-th token (from 0) once it is drafted.
+def rows(numbers: np.ndarray) -> np.ndarray:
+    """Spread what is known of tokens out into the features of both regressions, before and after they are drafted.
 
     What the draft's own signals tell depends on whether an n-gram lookup proposes the same token, another, or none, so
     each of the first two cases has weights of its own beside the common ones.
+
+    Parameters
+    ----------
+    numbers : ndarray, shape (N, NUMBERS)
+        See :data:`Asked`.
+
+    Returns
+    -------
+    ndarray, shape (2, N, 16)
     """
-    odds, entropy, margin, agree, differ = own
-    acceptance, whole, lagged, _ = start
-    last, first = (lagged, whole) if previous is None else (previous[0], 0.0)
-    at = j * 0.125 if j < 8 else 1.0
-    # One list at once: this is asked for every token.
-    if agree:
-        return [1.0, odds, entropy, margin, acceptance, last, at, first, 1.0, agree, odds, entropy, *_OTHER]
-    if differ:
-        return [1.0, odds, entropy, margin, acceptance, last, at, first, *_OTHER, 1.0, differ, odds, entropy]
-    return [1.0, odds, entropy, margin, acceptance, last, at, first, *_NEITHER]
+    found = np.zeros((2, len(numbers), BEFORE))
+    before, after = found
+    found[:, :, 0] = 1.0
+    at, first = np.minimum(0.125 * numbers[:, 15], 1.0), numbers[:, 15] == 0.0
+    before[:, 1:8] = numbers[:, :7]
+    before[:, 8], before[:, 9] = at, first
+    longest = numbers[:, 12].astype(int)
+    (seen,) = longest.nonzero()
+    before[seen, 9 + abs(longest[seen])] = np.sign(longest[seen])
+    before[:, 14:] = numbers[:, 13:15]
+    after[:, 1:4] = numbers[:, 7:10]
+    after[:, 4], after[:, 5], after[:, 6] = numbers[:, 5], numbers[:, 0], at
+    after[:, 7] = numbers[:, 6] * first
+    for case, column in ((8, 10), (12, 11)):
+        whether = numbers[:, column] > 0.0
+        after[:, case], after[:, case + 1] = whether, numbers[:, column]
+        after[:, case + 2 : case + 4] = numbers[:, 7:9] * whether[:, None]
+    return found
 
 
 class Step:
@@ -97,8 +104,6 @@ class Step:
     asked : list
         The tokens so far that took a forward of the draft model, see :data:`Asked`. Of the others, a lookup's, the
         drafter tells the chance.
-    start : list of float
-        What is known of the step before anything is drafted, see :func:`start_features`.
     survival : list of float
         Estimated chance that all of the first k tokens are accepted, k = 0, 1, ...
     level : str
@@ -116,6 +121,7 @@ class Step:
     """
 
     __slots__ = (
+        "_acceptance",
         "_after",
         "_before",
         "_chance",
@@ -123,10 +129,12 @@ class Step:
         "_hazard",
         "_ids",
         "_known",
+        "_lagged",
         "_next",
         "_number",
         "_signals",
         "_tokens",
+        "_whole",
         "asked",
         "expected",
         "forwards",
@@ -134,7 +142,6 @@ class Step:
         "level",
         "memory",
         "rule",
-        "start",
         "survival",
     )
 
@@ -142,7 +149,9 @@ class Step:
         self._context, self._number, self._hazard = context, context.step, hazard
         # Copies of a policy may share a context, each with acceptances of its own.
         self.memory = context.memory.setdefault(hazard.history, {})
-        self.level, self.start = context.level, start_features(context)
+        self.level = context.level
+        self._acceptance, self._whole, odds, entropy = start_features(context)
+        self._lagged: Token = (odds, entropy, 0.0, 0.0, 0.0)
         self._before, self._after = hazard.weights(context.level)
         self.asked: list[Asked] = []
         self.survival = [1.0]
@@ -154,46 +163,43 @@ class Step:
         # The last tokens of the context, up to four, and those drafted while the context told of them.
         self._ids = list(context.tokens[-TAIL:])
         self._known = len(self._ids)
-        self._next: tuple[Place, Seen, Token | None] | None = None
+        self._next: tuple[Place, Seen, Token] | None = None
         self._chance = 0.0
         self.rule: Any = None
 
-    def sure(self) -> float:
-        """How sure the drafter is of the next token if that takes no forward of a model, else 0."""
+    def lookups(self) -> tuple[float, float]:
+        """How sure the drafter is of the next token if that takes no forward of a model, else 0; and of the lookup that
+        it could be instead, 0 if there is none."""
         context = self._context
-        lookups = context.lookups
-        if not lookups:
-            return 0.0
+        lookups, offer = context.lookups, context.offer
+        if not (lookups or offer) or context.step != self._number:
+            return 0.0, 0.0
         j = len(self._tokens)
-        return lookups[j] if j < len(lookups) and context.step == self._number else 0.0
-
-    def offer(self) -> float:
-        """How sure the drafter is of the lookup that the next token could be instead, 0 if there is none."""
-        context = self._context
-        return context.offer if context.offer and context.step == self._number else 0.0
+        return lookups[j] if j < len(lookups) else 0.0, offer
 
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
         if self._next is not None:
             return self._chance
-        j, start, ids = len(self._tokens), self.start, self._ids
+        j, ids = len(self._tokens), self._ids
         at = self._known + j
         here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
         seen = longest, one, two = self._hazard.history.look(self.memory, here)
-        # The sum over `before_features`, zeros left out: this is asked for every token.
-        w = self._before
-        eta = w[0] + w[6] * start[0] + w[7] * start[1] + w[14] * one + w[15] * two
+        # The sums over `rows`, zeros left out: this is asked for every token.
+        w, acceptance, whole = self._before, self._acceptance, self._whole
+        eta = w[0] + w[6] * acceptance + w[7] * whole + w[14] * one + w[15] * two
         if longest > 0:
             eta += w[9 + longest]
         elif longest:
             eta -= w[9 - longest]
         if j:
             previous = self._tokens[-1] or token_features(self._signals[j - 1].tolist())
-            a, b, c, d, e = previous
-            eta += w[1] * a + w[2] * b + w[3] * c + w[4] * d + w[5] * e + w[8] * (j * 0.125 if j < 8 else 1.0)
+            eta += w[8] * (j * 0.125 if j < 8 else 1.0)
         else:
-            previous = None
-            eta += w[1] * start[2] + w[2] * start[3] + w[9]
+            previous = self._lagged
+            eta += w[9]
+        a, b, c, d, e = previous
+        eta += w[1] * a + w[2] * b + w[3] * c + w[4] * d + w[5] * e
         self._next, self._chance = (here, seen, previous), logistic(eta)
         return self._chance
 
@@ -221,7 +227,8 @@ class Step:
                 own = token_features(signals[j].tolist())
                 chance = self._own_chance(own, previous, j)
                 tokens.append(own)
-                self.asked.append((j, here, seen, previous, own, chance))
+                about = (*previous, self._acceptance, self._whole, *own, *seen, float(j))
+                self.asked.append((j, here, chance, about))
                 self.forwards += 1
             self._next = None
             survival *= chance
@@ -230,13 +237,11 @@ class Step:
             j += 1
         self.expected = expected
 
-    def _own_chance(self, own: Token, previous: Token | None, j: int) -> float:
-        """Chance of the j-th token (from 0) once it is drafted: the sum over `after_features`, zeros left out."""
-        w, (odds, entropy, margin, agree, differ), (acceptance, whole, lagged, _) = self._after, own, self.start
-        eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * acceptance
-        eta += w[5] * lagged + w[7] * whole if previous is None else w[5] * previous[0]
-        if j:
-            eta += w[6] * (j * 0.125 if j < 8 else 1.0)
+    def _own_chance(self, own: Token, previous: Token, j: int) -> float:
+        """Chance of the j-th token (from 0) once it is drafted."""
+        w, (odds, entropy, margin, agree, differ) = self._after, own
+        eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * self._acceptance + w[5] * previous[0]
+        eta += w[6] * (j * 0.125 if j < 8 else 1.0) if j else w[7] * self._whole
         if agree:
             eta += w[8] + w[9] * agree + w[10] * odds + w[11] * entropy
         elif differ:
@@ -245,15 +250,9 @@ class Step:
 
     def note(self, tested: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
-        for j, where, _, _, _, _ in self.asked:
+        for j, where, _, _ in self.asked:
             if j < tested:
                 self._hazard.history.note(self.memory, where, j < accepted)
-
-    def rows(self, tested: int) -> Iterator[tuple[list[float], list[float]]]:
-        """Features, before and after they were drafted, of the tested tokens that took a forward."""
-        for j, _, seen, previous, own, _ in self.asked:
-            if j < tested:
-                yield before_features(self.start, previous, j, seen), after_features(self.start, own, previous, j)
 
 
 def logistic(eta: float) -> float:

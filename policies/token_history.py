@@ -2,8 +2,9 @@
 
 Before a token is drafted its own signals do not exist, but the tokens that come before it do. Of those this file
 remembers (a) in the sequence's own scratch space, for every suffix of 1 to 4 tokens, whether the latest draft after it
-was accepted, and (b) over all texts, for the last token and for the last two, how many drafts were tested and accepted:
-hashed into a table of sums that forget exponentially and add up over workers.
+was accepted (a tree from the last token backwards: whether, and what is known of each token before it), and (b) over
+all texts, for the last token and for the last two, how many drafts were tested and accepted: hashed into a table of
+sums that forget exponentially and add up over workers.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ SINGLES, PAIRS = 4096, 8192
 SHAPE = (2, SINGLES + PAIRS)
 #: A bucket's acceptance counts n / (n + SHRINK) after n tested drafts: of the last token, of the last two.
 SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
-#: Number of features, see :func:`features`.
+#: Features: 1 or -1 for the longest suffix seen, and both excesses, see :meth:`TokenHistory.look`.
 FEATURES = TAIL + 2
 
 Tail = tuple[int, ...]
-#: Where a token's history is kept: its suffixes, shortest first, and its buckets.
-Place = tuple[tuple[Tail, ...], int, int]
+#: Where a token's history is kept: the tokens that it follows, the latest first, and its buckets.
+Place = tuple[Tail, int, int]
 #: What is known of drafts there, see :meth:`TokenHistory.look`.
 Seen = tuple[int, float, float]
 
@@ -43,22 +44,12 @@ def buckets(tail: Tail) -> tuple[int, int]:
 
 def place(tail: Tail) -> Place:
     """Return where the history of a token that follows ``tail``, the last tokens up to four, is kept."""
-    if len(tail) != TAIL:
-        return tuple([tail[-n:] for n in range(1, len(tail) + 1)]), *buckets(tail)
+    if len(tail) < 2:
+        return tail, *buckets(tail)
     # The usual case, written out: this is asked for every token.
-    _, b, c, d = tail
-    hashed = d * 2654435761 & 0xFFFFFFFF
-    pair = SINGLES + ((hashed + c * 2246822519 & 0xFFFFFFFF) >> 19)
-    return ((d,), (c, d), (b, c, d), tail), hashed >> 20, pair
-
-
-def features(seen: Seen) -> list[float]:
-    """Spread out what is known: for suffixes of 1 to 4 tokens, 1 or -1 for the longest one seen; both excesses."""
-    longest, one, two = seen
-    row = [0.0, 0.0, 0.0, 0.0, one, two]
-    if longest:
-        row[abs(longest) - 1] = 1.0 if longest > 0 else -1.0
-    return row
+    tail = tail[::-1]
+    hashed = tail[0] * 2654435761 & 0xFFFFFFFF
+    return tail, hashed >> 20, SINGLES + ((hashed + tail[1] * 2246822519 & 0xFFFFFFFF) >> 19)
 
 
 class TokenHistory:
@@ -133,15 +124,14 @@ class TokenHistory:
         That is the length of the longest suffix seen before in this sequence, negative if the latest draft after it was
         not accepted; then the shrunk excess acceptance after the last token and the last two.
         """
-        longest, latest = 0, True
-        # A suffix was seen before only if all shorter ones were.
-        suffixes, i, j = place
-        for suffix in suffixes:
-            hit = memory.get(suffix)
-            if hit is None:
+        longest, latest, node = 0, True, memory
+        tail, i, j = place
+        for token in tail:
+            found = node.get(token)
+            if found is None:
                 break
             longest += 1
-            latest = hit
+            latest, node = found
         weight, (tested, accepted, totals) = self._weight, self._counts
         mean = totals[1] / totals[0] if totals[0] else 0.0
         one = two = 0.0
@@ -155,9 +145,15 @@ class TokenHistory:
 
     def note(self, memory: dict[Any, Any], place: Place, hit: bool) -> None:
         """Note whether the draft at a place was accepted."""
-        suffixes, i, j = place
-        for suffix in suffixes:
-            memory[suffix] = hit
+        tail, i, j = place
+        node = memory
+        for token in tail:
+            found = node.get(token)
+            if found is None:
+                found = node[token] = [hit, {}]
+            else:
+                found[0] = hit
+            node = found[1]
         weight, (tested, accepted, totals) = self._weight, self._counts
         if i >= 0:
             tested[i] += weight

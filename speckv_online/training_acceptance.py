@@ -18,7 +18,7 @@ import numpy as np
 from policies.base import Context, Decision, Outcome
 from policies.draft_quality import quality
 from policies.hazard import HEADS, Hazard, prior_means
-from policies.step_features import Step
+from policies.step_features import Step, rows
 from policies.token_history import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES
 from speckv_online.errors import UserError
 from speckv_online.step_table import Schedule, replay_untimed, schedule_gammas
@@ -71,8 +71,7 @@ class _Rows:
     """Rows that are being collected."""
 
     def __init__(self) -> None:
-        self.before: list[list[float]] = []
-        self.after: list[list[float]] = []
+        self.numbers: list[tuple[float, ...]] = []
         self.y: list[bool] = []
         self.prompt: list[str] = []
         self.buckets: list[tuple[int, int]] = []
@@ -80,14 +79,13 @@ class _Rows:
 
     def add(self, step: Step, tested: int, accepted: int, prompt: str, group: tuple[str, str]) -> None:
         # A lookup's proposals have no rows: how sure the drafter is of them is all that a policy goes by.
-        for before, after in step.rows(tested):
-            self.before.append(before)
-            self.after.append(after)
-            self.prompt.append(prompt)
-            self.group.append(group)
-        own = [(j, where) for j, where, *_ in step.asked if j < tested]
-        self.y += [j < accepted for j, _ in own]
-        self.buckets += [where[1:] for _, where in own]
+        for j, where, _, about in step.asked:
+            if j < tested:
+                self.numbers.append(about)
+                self.y.append(j < accepted)
+                self.prompt.append(prompt)
+                self.buckets.append(where[1:])
+                self.group.append(group)
 
 
 @dataclass(frozen=True)
@@ -161,10 +159,12 @@ def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
         positions[draft_of(trace)] = positions.get(draft_of(trace), 0) + len(trace)
         for schedule in schedules:
             schedule.run(trace)
-    rows = [schedule.tokens for schedule in schedules]
-    before, after, y, prompt, index, group = (np.array([v for r in rows for v in getattr(r, name)]) for name in COLUMNS)
+    found = [schedule.tokens for schedule in schedules]
+    names = ("numbers", *COLUMNS[2:])
+    numbers, y, prompt, index, group = (np.array([v for own in found for v in getattr(own, name)]) for name in names)
     if not len(y):
         raise UserError("the traces hold no tested token of a draft model to train on: profile with more new tokens")
+    before, after = rows(numbers)
     # In one replay each position is tested about once. The table is of the first pair.
     weight = positions[str(group[0, 0])] / int((group[:, 0] == group[0, 0]).sum())
     return Tokens(before, after, y.astype(float), prompt, index, group, min(1.0, weight))

@@ -10,7 +10,7 @@ import pytest
 from policies.base import CONFIDENCE, MARGIN, Context, Outcome, PolicyError
 from policies.draft_quality import HOPE, MEAN, PRECISION, DraftQuality, quality
 from policies.hazard import HEADS, Hazard
-from policies.step_features import AFTER, BEFORE, Step, after_features, token_features
+from policies.step_features import AFTER, BEFORE, Step, rows, token_features
 from policies.token_history import SHAPE
 
 
@@ -114,18 +114,18 @@ def test_quality_of_training_rows() -> None:
 
 
 def test_agreement_has_weights_of_its_own() -> None:
-    start = [0.1, 0.0, 0.2, 0.3]
-    rows = {}
+    after = {}
     for n in (-4.0, 0.0, 4.0):
         own = token_features([1.0, 0.5, 1.0, n])
-        rows[n] = after_features(start, own, None, 0)
-        assert len(rows[n]) == AFTER
-        assert rows[n][1:4] == list(own[:3])
-    assert rows[4.0][8:12] == [1.0, 1.0, *rows[4.0][1:3]]
-    assert not any(rows[4.0][12:])
-    assert rows[-4.0][12:] == [1.0, 1.0, *rows[-4.0][1:3]]
-    assert not any(rows[-4.0][8:12])
-    assert not any(rows[0.0][8:])
+        numbers = (0.2, 0.3, 0.0, 0.0, 0.0, 0.1, 0.0, *own, 0, 0.0, 0.0, 0.0)
+        after[n] = rows(np.array([numbers]))[1, 0].tolist()
+        assert len(after[n]) == AFTER
+        assert after[n][1:4] == list(own[:3])
+    assert after[4.0][8:12] == [1.0, 1.0, *after[4.0][1:3]]
+    assert not any(after[4.0][12:])
+    assert after[-4.0][12:] == [1.0, 1.0, *after[-4.0][1:3]]
+    assert not any(after[-4.0][8:12])
+    assert not any(after[0.0][8:])
     assert BEFORE == AFTER == 16
 
 

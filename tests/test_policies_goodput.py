@@ -12,7 +12,7 @@ from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, 
 from policies.cost import CostPrior
 from policies.goodput import FIRST, FORWARD, FREE, Goodput
 from policies.hazard import Hazard
-from policies.step_features import AFTER, Step
+from policies.step_features import AFTER, Step, rows
 from tests.policy_env import make_tapes, play
 
 LEVEL = "fp16"
@@ -55,7 +55,7 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
     hazard = Hazard("none", strength=50, discount=1.0)
     x, y = [], []
     for o in feed(hazard, 1500):
-        x += [after for _, after in described(hazard, o).rows(o.tested)]
+        x += list(rows(np.array([about for *_, about in described(hazard, o).asked]))[1])
         y += [float(j < o.accepted) for j in range(o.tested)]
     phi, label, w = np.array(x), np.array(y), np.zeros(AFTER)
     for _ in range(30):
@@ -94,15 +94,15 @@ def test_chances_are_those_of_the_features() -> None:
         step, table = Step(context, hazard), signals(rng, 10)
         chances = []
         for k in range(10):
-            chances.append(step.sure() or step.chance())
+            chances.append(step.lookups()[0] or step.chance())
             step.extend(k + 1, table)
-        rows = iter(step.rows(10))
+        features = zip(*rows(np.array([about for *_, about in step.asked])), strict=True)
         for j in range(10):
             ratio = step.survival[j + 1] / step.survival[j]
             if j == 2:
                 assert (chances[j], ratio) == (0.7, pytest.approx(0.7))
                 continue
-            x, y = next(rows)
+            x, y = next(features)
             assert chances[j] == pytest.approx(1 / (1 + math.exp(-np.dot(before, x))))
             assert ratio == pytest.approx(1 / (1 + math.exp(-np.dot(after, y))))
             whole |= set(np.flatnonzero(x)) | {100 + n for n in np.flatnonzero(y)}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from policies.base import Context, PolicyError
 from policies.goodput import Goodput
-from policies.token_history import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets, features, place
+from policies.step_features import rows
+from policies.token_history import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets, place
 from speckv_online.training_acceptance import excess, tokens_from_traces, train_acceptance
 from tests.made_traces import made_trace
 
@@ -33,7 +34,8 @@ def test_the_longest_suffix_seen_before_counts() -> None:
         ((4, 3, 2, 1), 0, [0, 0, 0, 0]), ((8,), 1, [1, 0, 0, 0]),
     ):  # fmt: skip
         seen = history.look(memory, place(tail))
-        assert (seen[0], features(seen)) == (longest, [*spread, *seen[1:]])
+        assert seen[0] == longest
+        assert rows(np.array([[0.0] * 12 + [*seen, 3.0]]))[0, 0, 10:].tolist() == [*spread, *seen[1:]]
     assert history.look({}, place((1, 2, 3, 4)))[0] == 0
     assert history.look(memory, place(())) == (0, 0.0, 0.0)
 
@@ -129,13 +131,26 @@ def test_a_policy_reads_ids_only_from_its_own_step() -> None:
     context.step, context.drafts = 1, [60, 70, 80, 90]
     step.extend(4, np.full((4, 4), 0.9))
     # The third token follows known ones, though it came too late to be known itself.
-    assert [where for _, where, *_ in step.asked] == [
+    assert [where for _, where, _, _ in step.asked] == [
         place(tail) for tail in ((2, 3, 4, 5), (3, 4, 5, 6), (4, 5, 6, 7), ())
     ]
 
 
 @given(st.lists(st.integers(0, 200_000), max_size=TAIL).map(tuple))
-def test_a_place_is_all_suffixes_and_both_buckets(tail: tuple[int, ...]) -> None:
-    suffixes, *where = place(tail)
-    assert suffixes == tuple(tail[len(tail) - n :] for n in range(1, len(tail) + 1))
+def test_a_place_is_the_latest_token_first_and_both_buckets(tail: tuple[int, ...]) -> None:
+    backwards, *where = place(tail)
+    assert backwards == tail[::-1]
     assert tuple(where) == buckets(tail)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=TAIL).map(tuple), st.booleans()), max_size=20))
+def test_a_text_remembers_the_latest_draft_after_every_suffix(rows: list[tuple[tuple[int, ...], bool]]) -> None:
+    """As a plain dictionary of all suffixes does."""
+    history, memory, plain = TokenHistory(), {}, {}
+    for tail, hit in rows:
+        suffixes = [tail[-n:] for n in range(1, len(tail) + 1)]
+        longest = max((len(s) for s in suffixes if s in plain), default=0)
+        want = longest if longest == 0 or plain[tail[-longest:]] else -longest
+        assert history.look(memory, place(tail))[0] == want
+        history.note(memory, place(tail), hit)
+        plain |= dict.fromkeys(suffixes, hit)

@@ -288,7 +288,7 @@ def test_goodput_turns_within_a_step_and_prices_what_follows() -> None:
     # A late call does not look at another step's offer.
     context.step += 1
     context.offer = 0.9
-    assert step.offer() == 0.0
+    assert step.lookups() == (0.0, 0.0)
 
 
 def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
