@@ -49,7 +49,7 @@ class CostModel:
 
     def observe(self, outcome: Outcome) -> None:
         """Take in one step's times."""
-        self.level(outcome.level).observe(outcome)
+        (self.levels.get(outcome.level) or self.level(outcome.level)).observe(outcome)
 
     def state(self) -> State:
         """All levels' states; keys are ``cost.<level>.<array>``."""

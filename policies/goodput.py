@@ -233,7 +233,8 @@ class Goodput(CostAware):
         self.hazard.add(step, outcome.tested, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.
-        if self.hazard.pending >= min(self.every, 1 + self.hazard.known(step.level) // 2):
+        pending = self.hazard.pending
+        if pending >= self.every or pending >= 1 + self.hazard.known(step.level) // 2:
             self.hazard.refresh()
             self.version += 1
 

@@ -121,12 +121,13 @@ class LevelCosts:
             verify = self._clip(verify, expected)
             if not self._vague or self.steps > REFIT_ALWAYS:
                 self._note_pace(pace * verify / expected)
-            block, g = self._block, self._gain
-            block[k] += g
-            block[WIDTHS + k] += g * verify
-            block[2 * WIDTHS + k] += g * c
-            block[3 * WIDTHS + k] += g * c * c
-            block[4 * WIDTHS + k] += g * c * verify
+            g = self._gain
+            of_width, seen, taken = self._block[k], g * c, g * verify
+            of_width[0] += g
+            of_width[1] += taken
+            of_width[2] += seen
+            of_width[3] += seen * c
+            of_width[4] += taken * c
         # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
         g, sums = self._gain, self._block_sums
         self._gain = g / self._keep
@@ -184,7 +185,7 @@ class LevelCosts:
                 return value
             if self.steps == 3:
                 return min(value, FAR * expected)
-        most = 1.0 + max(4.0 * self.deviation, 0.2)
+        most = 1.0 + (4.0 * self.deviation if self.deviation > 0.05 else 0.2)
         if value > expected * most:
             value = expected * most
         elif value < expected / most:
@@ -193,7 +194,7 @@ class LevelCosts:
         return value
 
     def _clear_block(self) -> None:
-        self._block, self._block_sums = [0.0] * OF_DRAFT, [0.0] * SUMS
+        self._block, self._block_sums = [[0.0] * 5 for _ in range(WIDTHS)], [0.0] * SUMS
         self._pending = 0
         self._gain = 1.0
 
@@ -201,7 +202,9 @@ class LevelCosts:
         """Fold the latest measurements in and solve for the estimates anew."""
         if not self._pending and not self._block_sums[9]:
             return
-        block, keep = np.array(self._block + self._block_sums), self._keep**self._pending
+        block, keep = np.empty(ALL), self._keep**self._pending
+        block[:OF_DRAFT].reshape(5, WIDTHS)[:] = np.array(self._block).T
+        block[OF_DRAFT:] = self._block_sums
         block *= _faded(self._keep ** max(self._pending - 1, 0))
         kept = _faded(keep)
         for sums in (self._total, self._delta):

@@ -277,15 +277,16 @@ class SafetyGuard(Wrapper):
             return
         if not self._shared:
             self.model.observe(outcome)
-        ledger, forwards = self.ledger(outcome.level), outcome.forwards
-        stop = self._taken.pop(decision.id, -1)
-        costs, nap = self.model.level(outcome.level), ledger.nap
+        level, forwards = outcome.level, outcome.forwards
+        ledger, costs = self._ledgers.get(level) or self.ledger(level), self.model.level(level)
+        stop, nap = self._taken.pop(decision.id, -1), ledger.nap
         seconds = costs.spent(outcome.drafted, forwards)
         reading = costs.catch_up * outcome.caught_up if forwards else 0.0
         if outcome.drafted == 0:
             self._postpone(ledger, 0)
         # What another drafter than the fixed gamma's proposed tells nothing of that one's.
-        own = _before(outcome, self._turned.pop(decision.id)) if decision.id in self._turned else outcome
+        turned = self._turned.pop(decision.id, -1)
+        own = outcome if turned < 0 else _before(outcome, turned)
         ledger.count(own, stop)
         k = own.drafted
         short = own.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
