@@ -184,7 +184,7 @@ class FaultGuard(Wrapper):
         if outcome.policy_seconds > self.stall_seconds and decision.id != self._slow:
             self._stall(f"a step's calls took longer than {self.stall_seconds} s")
         try:
-            if not outcome.drafted or isfinite((flat := outcome.signals.ravel()).dot(flat)):  # half the time of a sum
+            if not outcome.drafted or isfinite(sum(outcome.signals.ravel().tolist())):  # quicker than numpy's
                 self.policy.learn(decision, outcome)
             else:
                 self._fault("signals that are no numbers", "such a step teaches nothing")

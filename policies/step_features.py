@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import exp, log, log1p
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def log_odds(confidence: float) -> float:
         return -4.0 / 3.0
     if confidence >= 0.9975:
         return 2.0
-    return math.log(confidence / (1.0 - confidence)) / 3.0
+    return log(confidence / (1.0 - confidence)) / 3.0
 
 
 def token_features(row: list[float]) -> Token:
@@ -42,7 +42,7 @@ def token_features(row: list[float]) -> Token:
     return (
         log_odds(row[CONFIDENCE]),
         0.25 * row[ENTROPY],
-        0.5 * math.log1p(margin) if margin > 0.0 else 0.0,
+        0.5 * log1p(margin) if margin > 0.0 else 0.0,
         0.5 + 0.125 * n if n > 0.0 else 0.0,
         0.5 - 0.125 * n if n < 0.0 else 0.0,
     )
@@ -200,8 +200,9 @@ class Step:
             eta += w[9]
         a, b, c, d, e = previous
         eta += w[1] * a + w[2] * b + w[3] * c + w[4] * d + w[5] * e
-        self._next, self._chance = (here, seen, previous), logistic(eta)
-        return self._chance
+        p = 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0  # also where a signal is no number
+        self._next, self._chance = (here, seen, previous), p
+        return p
 
     def extend(self, drafted: int, signals: np.ndarray) -> None:
         """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
@@ -246,17 +247,10 @@ class Step:
             eta += w[8] + w[9] * agree + w[10] * odds + w[11] * entropy
         elif differ:
             eta += w[12] + w[13] * differ + w[14] * odds + w[15] * entropy
-        return logistic(eta)
+        return 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0
 
     def note(self, tested: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
         for j, where, _, _ in self.asked:
             if j < tested:
                 self._hazard.history.note(self.memory, where, j < accepted)
-
-
-def logistic(eta: float) -> float:
-    """Probability of log-odds."""
-    if eta > 30.0:
-        return 1.0
-    return 1.0 / (1.0 + math.exp(-eta)) if eta > -30.0 else 0.0

@@ -9,8 +9,10 @@ and going back to the model within a step. Its seconds are modelled, not measure
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -114,7 +116,11 @@ class Simulator:
         # Nothing that a fixed gamma could observe changes what it does: no need to ask it.
         if isinstance(inner, Fixed) and type(inner).decide is Fixed.decide and type(inner).learn is Policy.learn:
             return replay_fixed(trace, inner.gamma, cost, self.max_gamma)
-        return Replay(*map(np.array, zip(*self._steps(trace, cost), strict=True)))
+        flat = list(chain.from_iterable(self._steps(trace, cost)))
+        # A few times as quick as an array of each column's numbers.
+        table = np.frombuffer(struct.pack(f"{len(flat)}d", *flat)).reshape(-1, len(Replay.__dataclass_fields__)).T
+        columns: list[np.ndarray] = [*table[:-1].astype(np.int64, order="C"), table[-1].copy()]
+        return Replay(*columns)
 
     def steps(self, trace: Trace) -> Iterator[tuple[int, float]]:
         """Replay one trace step by step, for those who do something in between; yields (tokens, seconds) of each."""

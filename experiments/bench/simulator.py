@@ -37,7 +37,7 @@ class SimulatorConfig:
         ("fixed:4", "mlp16", "online", "goodput", "linucb", "lints", "online-sgd"), "policies to time, comma separated"
     )
     traces: str = option("", "directory of traces (default: made-up ones)")
-    turns: int = option(7, "turns of each policy, of which the best counts")
+    turns: int = option(25, "turns of each policy, of which the best counts")
     json: bool = option(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
