@@ -9,6 +9,7 @@ sums that forget exponentially and add up over workers.
 
 from __future__ import annotations
 
+from array import array
 from functools import cached_property
 from typing import Any
 
@@ -78,14 +79,13 @@ class TokenHistory:
         self.__dict__.pop("_counts", None)
 
     @cached_property
-    def _counts(self) -> tuple[list[float], list[float], list[float]]:
+    def _counts(self) -> tuple[array[float], array[float], list[float]]:
         """Tested, accepted, and their totals over the last token's buckets: the table and what was noted since.
 
-        The hot path reads lists far quicker than arrays. They are made at its first step, so that a copy that only
-        merges never makes any; until the next exchange the table stays as it was handed out last.
+        The hot path reads and writes Python's arrays far quicker than numpy's. They are made at its first step, so that
+        a copy that only merges never makes any; until the next exchange the table stays as it was handed out last.
         """
-        tested, accepted = self._table.tolist()
-        return tested, accepted, [float(row[:SINGLES].sum()) for row in self._table]
+        return _opened(self._table)
 
     def _now(self) -> np.ndarray:
         """The table with what was noted since the last exchange; may be the table itself."""
@@ -107,9 +107,8 @@ class TokenHistory:
             self._open(now * scale)
 
     def _open(self, now: np.ndarray) -> None:
-        """Let the lists hold these entries."""
-        tested, accepted = now.tolist()
-        self._counts = tested, accepted, [float(row[:SINGLES].sum()) for row in now]
+        """Let the arrays hold these entries."""
+        self._counts = _opened(now)
 
     def step(self) -> None:
         """Let everything fade by one step."""
@@ -203,6 +202,11 @@ class TokenHistory:
         if noted:  # what is not handed out yet fades by others' steps here, and where it is added later
             self._table = now - own * self._weight
             self._open(now)
+
+
+def _opened(table: np.ndarray) -> tuple[array[float], array[float], list[float]]:
+    tested, accepted = (array("d", row.tobytes()) for row in table)
+    return tested, accepted, table[:, :SINGLES].sum(axis=1).tolist()
 
 
 def _read(delta: State) -> tuple[np.ndarray, np.ndarray, float]:
