@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from speckv_online.fingerprints import fingerprint
 from speckv_online.jit import Kernel, features
-from speckv_online.kernels_bnb import four_bit_ways
+from speckv_online.kernels_bnb import four_bit_ways, quickest
 from speckv_online.lighten import WAYS, lighten
 from speckv_online.packed import pack
 
@@ -138,3 +139,20 @@ def test_packing_a_model_does_it_and_keeps_its_fingerprint() -> None:
         assert torch.equal(model[0](x), light(x))
         assert torch.equal(model[0](x), light(x))
     assert vars(model[0])["forward"].__func__ is vars(light)["forward"].__func__
+
+
+def test_the_quicker_kernel_is_chosen_though_it_is_held_up_at_first() -> None:
+    calls = {"quick": 0, "slow": 0}
+
+    def quick(*arguments: int) -> None:
+        calls["quick"] += 1
+        time.sleep(0.004 if calls["quick"] <= 50 else 0.0)
+
+    def slow(*arguments: int) -> None:
+        calls["slow"] += 1
+        time.sleep(0.002)
+
+    for ways in ([quick, slow], [slow, quick]):
+        calls |= {"quick": 0, "slow": 0}
+        assert quickest(ways) is quick  # type: ignore[arg-type, comparison-overlap]
+    assert calls["quick"] == calls["slow"]
