@@ -45,8 +45,8 @@ class SimulatorConfig:
             raise UserError("--turns must be at least 1, and --policies must name at least one")
 
 
-def made_up(count: int = 40, length: int = 64) -> list[Trace]:
-    """Traces whose draft is right with a probability that is its confidence."""
+def made_up(count: int = 80, length: int = 64) -> list[Trace]:
+    """As many traces as a level of a profile has, whose draft is right with a probability that is its confidence."""
     rng = np.random.default_rng(0)
     tokens = np.arange(1, length + 1, dtype=np.int32)
     follow = np.append(tokens, np.full(MAX_GAMMA, -7, np.int32))[np.arange(length)[:, None] + np.arange(MAX_GAMMA)]
