@@ -8,7 +8,6 @@ batch and a state of each policy, times a merge here, and says where one learner
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -141,21 +140,16 @@ def _real(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
-    from experiments.cells import run
+    from experiments.cells import contents, run
     from speckv_online.cost import load_cost
-    from speckv_online.traces import load_traces
 
-    # Files of the same names may hold other traces and costs by the time that the run is started again.
-    held = hashlib.sha256(repr(load_cost(config.cost)).encode())
-    for trace in load_traces(config.traces, levels=[config.level]):
-        held.update(b"".join(array.tobytes() for array in (trace.prompt, trace.tokens, trace.drafts, trace.signals)))
     todo = [(spec, delay, count) for spec in config.policies for delay in config.delays for count in config.workers]
     names = ("level", "every", "steps", "seed", "walkers")
     found = run(
         todo,
         partial(_simulate, config),
         out / "simulated.jsonl",
-        settings=json.dumps([held.hexdigest(), *(getattr(config, name) for name in names)]),
+        settings=json.dumps([contents([config.traces, config.cost]), *(getattr(config, name) for name in names)]),
         weight=lambda cell: int(cell[2]),
         processes=config.processes,
     )

@@ -66,9 +66,11 @@ def test_contents_are_what_files_hold(tmp_path: Path) -> None:
     assert contents(moved) != first
     (tmp_path / "cost.json").write_text("1")
     assert contents([*moved[:2], "other"]) != first
-    path = next((tmp_path / "b").rglob("*.npz"))
-    path.write_bytes(path.read_bytes() + b"0")
-    assert contents(moved) != first
+    again = tmp_path / "again"
+    assert contents([str(save(random_traces(2), again)), *moved[1:]]) == first
+    assert contents([str(save(random_traces(2, ease=3), again)), *moved[1:]]) != first
+    next(again.rglob("*.npz")).write_bytes(b"damaged")
+    assert contents([str(again), *moved[1:]]) != first
 
 
 def test_a_tilde_is_the_home_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
