@@ -185,20 +185,21 @@ class Goodput(CostAware):
         """Whether to draft on after k tokens of a step; by name, if as another drafter."""
         if not self.timed:
             return True
-        rule, forwards, left, survival = step.rule, step.forwards, step.left, step.survival[k]
+        rule: Rule = step.rule
+        forwards, left, survival = step.forwards, step.left, step.survival[k]
         sure, offer = step.lookups()
         if sure:
             here = rule.local(step.expected + survival * sure, k + 1, forwards)
-            return bool(rule.pays(k, FREE, left, sure, survival / here))
+            return rule.pays(k, FREE, left, sure, survival / here)
         p, kind = step.chance(), FORWARD if forwards else FIRST
         # `local`, written out: this is asked for every token.
         here = sqrt((step.expected + survival * p) / (rule.plain[k + 1] + rule.draft * (forwards + 1) + rule.first))
         if not offer or not self.lookups:
-            return bool(rule.pays(k, kind, left, p, survival / here))
+            return rule.pays(k, kind, left, p, survival / here)
         told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
         asked = told * here * rule.worth(k, kind, left, p, survival / here)
         here = rule.local(step.expected + survival * offer, k + 1, forwards)
-        return LOOKUP if here * rule.worth(k, FREE, left, offer, survival / here) > asked else bool(asked > 0.0)
+        return LOOKUP if here * rule.worth(k, FREE, left, offer, survival / here) > asked else asked > 0.0
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.hazard)
@@ -222,8 +223,9 @@ class Goodput(CostAware):
         step.extend(drafted, signals)
         if not self.timed:
             return drafted
+        rule: Rule = step.rule
         tail = step.asked[-1][0] + 1 if step.asked else 0
-        return int(step.rule.best(drafted, step.survival, step.left, step.forwards, tail))
+        return rule.best(drafted, step.survival, step.left, step.forwards, tail)
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         step: Step = decision.features

@@ -104,11 +104,7 @@ class TokenHistory:
         noted, now = "_counts" in self.__dict__, self._now()
         self._table = self._table * scale
         if noted:
-            self._open(now * scale)
-
-    def _open(self, now: np.ndarray) -> None:
-        """Let the arrays hold these entries."""
-        self._counts = _opened(now)
+            self._counts = _opened(now * scale)
 
     def step(self) -> None:
         """Let everything fade by one step."""
@@ -201,7 +197,7 @@ class TokenHistory:
             row[index] += more
         if noted:  # what is not handed out yet fades by others' steps here, and where it is added later
             self._table = now - own * self._weight
-            self._open(now)
+            self._counts = _opened(now)
 
 
 def _opened(table: np.ndarray) -> tuple[array[float], array[float], list[float]]:

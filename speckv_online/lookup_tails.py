@@ -68,17 +68,13 @@ class LookupTails:
         """
         found = self._offers[t][j]
         if found is None:
-            found = self._offers[t][j] = 0.0 if self.lookups[t][j] else self._offered(t, self.rows.drafts[t][:j])
-        return found
-
-    def _offered(self, t: int, drafts: list[int]) -> float:
-        index = self._index(t)
-        if not self.counts:
-            return self._sure(self._propose(index, drafts))
-        for drafted in drafts:
-            index.push(drafted)
-        found = self._sure(self._propose(index, drafts))
-        index.undo()
+            found = 0.0
+            if not self.lookups[t][j]:
+                drafts = self.rows.drafts[t][:j]
+                index = self._index(t, drafts)
+                found = self._sure(self._propose(index, drafts))
+                index.undo()
+            self._offers[t][j] = found
         return found
 
     def _propose(self, index: NgramIndex, drafts: list[int]) -> Proposal | None:
@@ -88,12 +84,14 @@ class LookupTails:
     def _sure(self, found: Proposal | None) -> float:
         return 0.0 if found is None else chance_of(found, self.weights)
 
-    def _index(self, t: int) -> NgramIndex:
-        """The index of everything before position t."""
+    def _index(self, t: int, drafts: list[int]) -> NgramIndex:
+        """The index of everything before position t, and until it is undone of the drafts, where they count."""
         if t < self._at:
             self._at, self._context = 0, NgramIndex(self.prompt)
         self._context.extend(self.rows.tokens[self._at : t])
         self._at = t
+        for drafted in drafts if self.counts else ():
+            self._context.push(drafted)
         return self._context
 
     def turned(self, t: int, j: int) -> Turned:
@@ -111,10 +109,7 @@ class LookupTails:
             signals = np.concatenate((signals[:j], tail.signals[:left]))
             n = min(tail.accepted, left)
             return Turned([*drafts, *tail.drafts[:left]], signals, [*lookups, *tail.lookups[: left + 1]], j + n)
-        index, signals = self._index(t), signals.copy()
-        if self.counts:
-            for drafted in drafts:
-                index.push(drafted)
+        index, signals = self._index(t, drafts), signals.copy()
         while (found := self._propose(index, drafts)) is not None and len(drafts) < len(signals):
             write_signals(found, signals[len(drafts)])
             drafts.append(found.token)
