@@ -65,10 +65,10 @@ results-modelled: setup
 	@model=$$($(BIN)/python -c "from speckv_online.models import prepare; print(prepare('smollm2'))") && \
 	$(BIN)/python -m experiments.profile --target "$$model" --draft "$$model" --draft-level nf4 --split test --prompts 80 \
 		--drafter "hybrid:gate=$(abspath $(RUNS))/gate-high.npz" --reuse $(RUNS)/test --out $(RUNS)/hybrid-high-test
-	@test -f $(RUNS)/drafters/drafters.md || $(BIN)/python -m experiments.replays_drafters $(ON_DRAFTERS) \
+	@test -f $(RUNS)/drafters/drafters.md || $(BIN)/python -m experiments.replays.drafters $(ON_DRAFTERS) \
 		--out $(RUNS)/drafters
 	@echo "== learning over time on the traces"
-	@$(BIN)/python -m experiments.replays_streams $(ON_TRACES) --processes 2 --images docs/img \
+	@$(BIN)/python -m experiments.streams $(ON_TRACES) --processes 2 --images docs/img \
 		--settled default=$(RUNS)/train,high=$(RUNS)/high-train --out $(RUNS)/streams
 
 ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high-test --costs $(RUNS)/test/cost.json,rtx3090-release \

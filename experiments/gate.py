@@ -19,9 +19,9 @@ from speckv_online.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from speckv_online.cost import CostTable
-    from speckv_online.gate_training import Positions
-    from speckv_online.traces import Trace
+    from speckv_online.simulate.cost_table import CostTable
+    from speckv_online.traces.trace import Trace
+    from speckv_online.training.gate import Positions
 
 GAMMAS = range(17)
 
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: GateConfig) -> int:
     """Fit, judge, print, save."""
-    from speckv_online.cost import load_cost
-    from speckv_online.gate_training import choose, cross_fit, fit_gate, positions, prompts_of, rates, tune_skip
-    from speckv_online.manifest import git_state, now
-    from speckv_online.traces import load_traces
+    from speckv_online.io.manifest import git_state, now
+    from speckv_online.simulate.cost_table import load_cost
+    from speckv_online.traces.trace import load_traces
+    from speckv_online.training.gate import choose, cross_fit, fit_gate, positions, prompts_of, rates, tune_skip
 
     train = load_traces(config.traces, levels=config.levels)
     held_out = load_traces(config.test, levels=config.levels) if config.test else train
@@ -116,8 +116,8 @@ def modelled(
     """Yield, per level, the best fixed gamma in hindsight of every way to draft and its modelled tokens per second."""
     import numpy as np
 
-    from speckv_online.gate_training import fixed_goodput
-    from speckv_online.hindsight import by_level
+    from speckv_online.simulate.hindsight import by_level
+    from speckv_online.training.gate import fixed_goodput
 
     yield f"modelled tokens/s with the costs {cost.name!r}, best fixed gamma in hindsight:"
     for level, group in by_level(traces).items():

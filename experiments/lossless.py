@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from experiments.compare import bundled
+from experiments.common.bundled_prompts import bundled
 from experiments.config import launch, option
 from policies.registry import make_policy
-from speckv_online.commands import say
-from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.console import say
+from speckv_online.decoding.decoder import SpeculativeDecoder
+from speckv_online.decoding.greedy_check import check_greedy
 from speckv_online.errors import UserError
-from speckv_online.levels import get_level
-from speckv_online.lossless import check_greedy
-from speckv_online.models import LoadedPair, chat_prompt, load_pair
-from speckv_online.prompts import Prompt, choose
-from speckv_online.session import quiet_libraries
+from speckv_online.io.prompts import Prompt, choose
+from speckv_online.models.levels import get_level
+from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair
+from speckv_online.models.quiet import quiet_libraries
 
 #: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32
 #: on a CPU. LLM.int8 rounds activations to 8 bits and picks its outlier columns over all rows of a forward, so that one

@@ -1,8 +1,8 @@
 """What each group of signals adds: to the prediction of acceptance (AUC), and to replayed goodput.
 
-The groups come one after another. With each, both regressions of :mod:`policies.hazard` are fitted anew to the prompts
-outside of a fold, scored on the prompts inside, and `goodput` replays those from the weights. Signals that a row does
-not have are held at weight zero. Seconds are modelled.
+The groups come one after another. With each, both regressions of :mod:`policies.acceptance.model` are fitted anew to
+the prompts outside of a fold, scored on the prompts inside, and `goodput` replays those from the weights. Signals that
+a row does not have are held at weight zero. Seconds are modelled.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.config import launch, option
-from speckv_online.commands import say
+from speckv_online.console import say
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
-    from speckv_online.cost import CostTable
-    from speckv_online.traces import Trace
-    from speckv_online.training_acceptance import Tokens
+    from speckv_online.simulate.cost_table import CostTable
+    from speckv_online.traces.trace import Trace
+    from speckv_online.training.acceptance import Tokens
 
-#: Group -> its columns of the features before a token is drafted, and after (see policies/step_features.py).
+#: Group -> its columns of the features before a token is drafted, and after (see policies/acceptance/features.py).
 GROUPS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "acceptance of this text so far": ((6, 7), (4, 7)),
     "entropy, confidence, margin of the draft": ((1, 2, 3), (1, 2, 3)),
@@ -91,7 +91,7 @@ def keep(arrays: dict[str, np.ndarray], columns: tuple[set[int], set[int]]) -> d
 
 def fit(tokens: Tokens, columns: tuple[set[int], set[int]]) -> dict[str, np.ndarray]:
     """Fit both heads to some columns of the rows."""
-    from speckv_online.training_acceptance import train_acceptance
+    from speckv_online.training.acceptance import train_acceptance
 
     masked = {}
     for name, kept in zip(("before", "after"), columns, strict=True):
@@ -111,11 +111,11 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
     """Fit, score and replay with one group of signals after another."""
     from tqdm import tqdm
 
-    from experiments.folds import split
-    from speckv_online.contest import Contest, joined, play
-    from speckv_online.hindsight import by_level
-    from speckv_online.rundir import save_arrays
-    from speckv_online.training_acceptance import auc, log_odds, tokens_from_traces
+    from experiments.common.folds import split
+    from speckv_online.io.run_directory import save_arrays
+    from speckv_online.simulate.hindsight import by_level
+    from speckv_online.simulate.replay_scores import Contest, joined, play
+    from speckv_online.training.acceptance import auc, log_odds, tokens_from_traces
 
     groups = by_level(traces)
     contests = {(table.name, level): Contest(group, table) for table in tables for level, group in groups.items()}
@@ -174,10 +174,10 @@ def show(rows: Sequence[Row], traces: Sequence[Trace], tables: Sequence[CostTabl
 
 def signals(config: SignalsConfig) -> int:
     """Measure and report."""
-    from experiments.stream_cells import named_costs
-    from speckv_online.files import write_atomically
-    from speckv_online.rundir import check_writable
-    from speckv_online.traces import load_traces
+    from experiments.common.trace_sources import named_costs
+    from speckv_online.io.files import write_atomically
+    from speckv_online.io.run_directory import check_writable
+    from speckv_online.traces.trace import load_traces
 
     if config.out:
         check_writable(Path(config.out).expanduser().parent)

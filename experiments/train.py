@@ -20,8 +20,8 @@ from speckv_online.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from speckv_online.traces import Trace
-    from speckv_online.training import Data, Fit
+    from speckv_online.traces.trace import Trace
+    from speckv_online.training.mlp16 import Data, Fit
 
 
 #: How many other choices of held-out prompts a card reports, and what of them.
@@ -75,14 +75,14 @@ def train(config: TrainConfig) -> int:
     """Train and write weights and cards."""
     import torch
 
-    from policies.mlp16 import DEFAULT_WEIGHTS
-    from speckv_online import manifest
-    from speckv_online.rundir import check_writable
-    from speckv_online.step_table import read_rows
-    from speckv_online.traces import load_traces
-    from speckv_online.training import data_from_rows, data_from_traces
-    from speckv_online.training_estimators import require_sklearn
-    from speckv_online.training_shift import other_drafts
+    from policies.learned.mlp16 import DEFAULT_WEIGHTS
+    from speckv_online.io import manifest
+    from speckv_online.io.run_directory import check_writable
+    from speckv_online.traces.trace import load_traces
+    from speckv_online.training.estimators import require_sklearn
+    from speckv_online.training.head_shift import other_drafts
+    from speckv_online.training.mlp16 import data_from_rows, data_from_traces
+    from speckv_online.training.step_table import read_rows
 
     out = Path(config.out).expanduser() if config.out else DEFAULT_WEIGHTS.parent
     if config.compare:
@@ -130,8 +130,8 @@ def write_mlp16(
     """Train MLP16 and write ``mlp16.npz`` and its card; ``drafts`` are rows of other drafts, by draft and level."""
     import numpy as np
 
-    from speckv_online.training import train_mlp16
-    from speckv_online.training_shift import head_shift
+    from speckv_online.training.head_shift import head_shift
+    from speckv_online.training.mlp16 import train_mlp16
 
     seeds = range(config.seed, config.seed + config.seeds)
     how: dict[str, Any] = {"holdout": config.holdout / 100, "epochs": config.epochs}
@@ -180,8 +180,8 @@ def compare(config: TrainConfig, data: Data, fit: Fit) -> list[dict[str, Any]]:
     """Score the publication's other estimators on the prompts that MLP16's card holds out, and print them."""
     import numpy as np
 
-    from speckv_online.training import split_by_prompt
-    from speckv_online.training_estimators import ROWS, compare_estimators
+    from speckv_online.training.estimators import ROWS, compare_estimators
+    from speckv_online.training.mlp16 import split_by_prompt
 
     inside, outside = split_by_prompt(data.prompt, config.holdout / 100, config.seed)
     train, held = data[inside], data[outside]
@@ -198,8 +198,8 @@ def compare(config: TrainConfig, data: Data, fit: Fit) -> list[dict[str, Any]]:
 
 def write_acceptance(config: TrainConfig, out: Path, traces: list[Trace], common: dict[str, Any]) -> None:
     """Train the acceptance weights and write ``goodput.npz`` and its card."""
-    from speckv_online.training import split_by_prompt
-    from speckv_online.training_acceptance import evaluate_acceptance, tokens_from_traces, train_acceptance
+    from speckv_online.training.acceptance import evaluate_acceptance, tokens_from_traces, train_acceptance
+    from speckv_online.training.mlp16 import split_by_prompt
 
     tokens = tokens_from_traces(traces, config.seed)
     inside, outside = split_by_prompt(tokens.prompt, config.holdout / 100, config.seed)
@@ -235,8 +235,8 @@ def bare(value: Any) -> Any:
 
 def write(path: Path, arrays: dict[str, np.ndarray], card: dict[str, Any]) -> None:
     """Write weights and their card."""
-    from speckv_online.files import write_atomically
-    from speckv_online.rundir import save_arrays
+    from speckv_online.io.files import write_atomically
+    from speckv_online.io.run_directory import save_arrays
 
     save_arrays(path, arrays)
     write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(card, indent=1) + "\n"))

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.common.documents import check_place, insert
+from experiments.common.trace_sources import check_traces
 from experiments.config import launch, option
-from experiments.documents import check_place, insert
-from experiments.replays import check_traces
-from experiments.stream_start import BIN, SHARE, start
+from experiments.streams.warm_start import BIN, SHARE, start
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
-    from speckv_online.cost import CostTable
-    from speckv_online.traces import Trace
+    from speckv_online.simulate.cost_table import CostTable
+    from speckv_online.traces.trace import Trace
 
 AXES = ("level", "task", "pair")
 
@@ -90,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def transfer(config: TransferConfig) -> int:
     """Leave out, fit, adapt; write ``transfer.json``, ``transfer.md`` and ``transfer.png``, and fill the document."""
     from policies.registry import make_policy
-    from speckv_online.cost import load_cost
-    from speckv_online.files import write_atomically
-    from speckv_online.report import markdown_table, text_table
-    from speckv_online.rundir import check_writable
-    from speckv_online.traces import load_traces
+    from speckv_online.io.files import write_atomically
+    from speckv_online.io.run_directory import check_writable
+    from speckv_online.reporting.report import markdown_table, text_table
+    from speckv_online.simulate.cost_table import load_cost
+    from speckv_online.traces.trace import load_traces
 
     for spec in config.policies:
         if not make_policy(spec).learns:
@@ -133,7 +133,7 @@ def transfer(config: TransferConfig) -> int:
 
 def run(config: TransferConfig, pairs: dict[str, list[Trace]], cost: CostTable, out: Path) -> Iterator[Transfer]:
     """Yield what every policy does on everything that was left out."""
-    from experiments.folds import fit_weights, split
+    from experiments.common.folds import fit_weights, split
 
     all_of = [(pair, trace) for pair, traces in pairs.items() for trace in traces]
     for level in dict.fromkeys(trace.level for _, trace in all_of):

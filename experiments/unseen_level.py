@@ -22,8 +22,8 @@ from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
     from policies.base import Policy
-    from speckv_online.cost import CostTable
-    from speckv_online.traces import Trace
+    from speckv_online.simulate.cost_table import CostTable
+    from speckv_online.traces.trace import Trace
 
 KINDS = ("code", "described")
 HEAD = ("left out", "policy", "tokens/s, code", "tokens/s, described", "described ÷ code [95 %]")
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def unseen_level(config: UnseenConfig) -> int:
     """Leave out each level; write ``unseen-level.json`` and ``unseen-level.md``."""
     from policies.registry import make_policy, options
-    from speckv_online import manifest
-    from speckv_online.cost import load_cost
-    from speckv_online.files import write_atomically
-    from speckv_online.report import markdown_table, text_table
-    from speckv_online.rundir import check_writable
+    from speckv_online.io import manifest
+    from speckv_online.io.files import write_atomically
+    from speckv_online.io.run_directory import check_writable
+    from speckv_online.reporting.report import markdown_table, text_table
+    from speckv_online.simulate.cost_table import load_cost
 
     for spec in config.policies:
         make_policy(spec)
@@ -85,8 +85,8 @@ def experienced(
     spec: str, cost: CostTable, levels: Sequence[str], seed: int, *, source: Sequence[Trace], **defaults: Any
 ) -> Policy:
     """Make a policy, tell it the costs of all levels, and let it learn over traces of other levels."""
-    from speckv_online.contest import prepared
-    from speckv_online.simulate import Simulator
+    from speckv_online.simulate.replay_scores import prepared
+    from speckv_online.simulate.simulator import Simulator
 
     policy = prepared(spec, cost, {*levels, *(t.level for t in source)}, seed, **defaults)
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
@@ -96,9 +96,9 @@ def experienced(
 
 def play_all(config: UnseenConfig, cost: CostTable) -> list[dict[str, Any]]:
     """Return a row for every level and policy."""
-    from speckv_online.contest import play
-    from speckv_online.hindsight import by_level
-    from speckv_online.traces import load_traces
+    from speckv_online.simulate.hindsight import by_level
+    from speckv_online.simulate.replay_scores import play
+    from speckv_online.traces.trace import load_traces
 
     known, met = load_traces(config.train), load_traces(config.test)
     if shared := {t.prompt_id for t in known} & {t.prompt_id for t in met}:

@@ -30,6 +30,12 @@ N_SIGNALS = 4
 #: Name of the drafter that only looks up: its tokens take no forward of a model, and it may have nothing to propose.
 LOOKUP = "ngram"
 
+#: Lagged signals before anything was drafted: mean entropy and confidence, largest entropy, least confidence,
+#: acceptance.
+NEUTRAL = (2.0, 0.5, 4.0, 0.25, 0.5)
+#: What is left of a lagged signal's difference from neutral after each step that drafts nothing.
+FADE = 0.9
+
 #: MLP16's code for a compression level (design of the released weights).
 LEVEL_CODES = {"fp16": 0.0, "int8": 1.0, "nf4": 2.0}
 

@@ -10,7 +10,7 @@ A spec string names a policy and sets its options:
 Options are the keyword parameters of the policy's constructor, and their annotations say what is accepted: ``int``,
 ``float``, ``bool`` (``on``/``off``), ``str``, ``Literal[...]``, and ``tuple[int, ...]`` written ``0/2/4``.
 
-Learned policies (``guarded``) come wrapped in :class:`~policies.safety.SafetyGuard`, and take its options too:
+Learned policies (``guarded``) come wrapped in :class:`~policies.guards.safety.SafetyGuard`, and take its options too:
 ``safety=off`` leaves it out, ``safety_gamma`` and ``safety_epsilon`` set it, ``naps=off`` keeps it awake.
 
 To add a policy, write one file and add one line to :data:`BUILTIN`.
@@ -27,32 +27,32 @@ from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from policies.base import Policy, PolicyError, reason
-from policies.safety import SafetyGuard
+from policies.guards.safety import SafetyGuard
 
 GROUP = "speckv_online.policies"
 
 BUILTIN: dict[str, str] = {
-    "adaedl": "policies.adaedl:AdaEdl",
+    "adaedl": "policies.baselines.adaedl:AdaEdl",
     "autoregressive": "policies.fixed:Autoregressive",
-    "best-drafter": "policies.best_drafter:BestDrafter",
-    "exp3spec": "policies.banditspec:Exp3Spec",
+    "best-drafter": "policies.learned.best_drafter:BestDrafter",
+    "exp3spec": "policies.baselines.banditspec:Exp3Spec",
     "fixed": "policies.fixed:Fixed",
-    "goodput": "policies.goodput:Goodput",
-    "hf-confidence": "policies.hf:Confidence",
-    "hf-heuristic": "policies.hf:Heuristic",
-    "leviathan": "policies.leviathan:Leviathan",
-    "lints": "policies.linear:LinTs",
-    "linucb": "policies.linear:LinUcb",
-    "llamacpp": "policies.llamacpp:LlamaCpp",
-    "mlp16": "policies.mlp16:Mlp16Policy",
-    "online": "policies.online:Online",
-    "online-sgd": "policies.online_sgd:OnlineSgd",
-    "river": "policies.river_adapter:River",
-    "sglang": "policies.sglang:SgLang",
-    "specdecpp": "policies.specdecpp:SpecDecPlusPlus",
-    "svip": "policies.svip:Svip",
-    "ucbspec": "policies.banditspec:UcbSpec",
-    "vllm": "policies.vllm:VllmAdaptive",
+    "goodput": "policies.learned.goodput:Goodput",
+    "hf-confidence": "policies.baselines.hf:Confidence",
+    "hf-heuristic": "policies.baselines.hf:Heuristic",
+    "leviathan": "policies.baselines.leviathan:Leviathan",
+    "lints": "policies.learned.linear:LinTs",
+    "linucb": "policies.learned.linear:LinUcb",
+    "llamacpp": "policies.baselines.llamacpp:LlamaCpp",
+    "mlp16": "policies.learned.mlp16:Mlp16Policy",
+    "online": "policies.learned.online:Online",
+    "online-sgd": "policies.learned.online_sgd:OnlineSgd",
+    "river": "policies.baselines.river_adapter:River",
+    "sglang": "policies.baselines.sglang:SgLang",
+    "specdecpp": "policies.baselines.specdecpp:SpecDecPlusPlus",
+    "svip": "policies.baselines.svip:Svip",
+    "ucbspec": "policies.baselines.banditspec:UcbSpec",
+    "vllm": "policies.baselines.vllm:VllmAdaptive",
 }
 
 #: Options of every guarded policy: type and default.

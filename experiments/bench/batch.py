@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from experiments.compare import bundled
+from experiments.common.bundled_prompts import bundled
 from experiments.config import launch, option
 from policies.registry import make_policy
-from speckv_online.batch import MAX_BATCH
-from speckv_online.decoding import SpeculativeDecoder
+from speckv_online.decoding.batch import MAX_BATCH
+from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.errors import UserError
-from speckv_online.models import LoadedPair, chat_prompt, load_pair
-from speckv_online.prompts import choose
-from speckv_online.session import quiet_libraries
+from speckv_online.io.prompts import choose
+from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair
+from speckv_online.models.quiet import quiet_libraries
 
 #: Ways of keeping the rows of a batch apart.
 WAYS = ("one_cache", "caches")

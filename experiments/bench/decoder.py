@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.compare import bundled
+from experiments.common.bundled_prompts import bundled
 from experiments.config import launch, option
 from speckv_online.errors import UserError
-from speckv_online.prompts import choose
+from speckv_online.io.prompts import choose
 from speckv_online.stats import goodput, paired_ratio
 
 WIDTHS = (1, 2, 3, 5, 9, 17)
@@ -66,7 +66,7 @@ def read_seconds(read: Callable[[Any, Any], None], layers: int, repeats: int = 2
     """Return :func:`forward_seconds` of what reads tokens into a cache."""
     import torch
 
-    from speckv_online.kvcache import KVCache
+    from speckv_online.modeling.kv_cache import KVCache
 
     cache = KVCache(layers, CONTEXT + max(WIDTHS))
     times: dict[int, list[float]] = {w: [] for w in WIDTHS}
@@ -86,14 +86,14 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     """Run one level; seconds are wall clock."""
     import torch
 
-    from experiments.peers import Schedule, Stock
-    from speckv_online.decoding import SpeculativeDecoder
-    from speckv_online.drafters import ModelDrafter
-    from speckv_online.manifest import cores
-    from speckv_online.models import chat_prompt, load_pair, prepare
-    from speckv_online.packed import pack
-    from speckv_online.session import quiet_libraries
-    from speckv_online.shipped_draft import load_shipped_draft
+    from experiments.results.transformers_baseline import Schedule, Stock
+    from speckv_online.cpu_engine.pack import pack
+    from speckv_online.decoding.decoder import SpeculativeDecoder
+    from speckv_online.drafters.model import ModelDrafter
+    from speckv_online.io.manifest import cores
+    from speckv_online.models.distilled_draft import load_shipped_draft
+    from speckv_online.models.pairs import chat_prompt, load_pair, prepare
+    from speckv_online.models.quiet import quiet_libraries
 
     quiet_libraries()
     torch.set_num_threads(config.threads or cores())

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.changes import Patch, Reply, patched
 from experiments.config import launch, option
-from experiments.learner import Key
-from experiments.wire import LearnerActor, RemoteSync
+from experiments.runtime.learner import Key
+from experiments.runtime.patches import Patch, Reply, patched
+from experiments.runtime.serialization import LearnerActor, RemoteSync
 from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, State
 from policies.registry import make_policy
+from speckv_online.context import History
 from speckv_online.errors import UserError
-from speckv_online.signals import History
 
 #: Outcomes per second that a learner on one core has to take in.
 BAR = 20_000
@@ -168,7 +168,7 @@ def measure(config: BenchConfig, policy: str, outcomes: int, folder: str) -> Loa
     """Time one policy at one size of batch; Ray must be connected."""
     import ray
 
-    from experiments.ray_runner import LEARNER_OPTIONS
+    from experiments.runtime.ray_runner import LEARNER_OPTIONS
 
     learner: Any = ray.remote(TimedLearner).options(**LEARNER_OPTIONS).remote(folder)
     make: Any = ray.remote(FakeWorker).options(num_cpus=0)
@@ -188,8 +188,8 @@ def measure(config: BenchConfig, policy: str, outcomes: int, folder: str) -> Loa
 
 def bench(config: BenchConfig) -> int:
     """Measure everything, print it; exit code 1 if the bar is missed."""
-    from experiments.ray_runner import connect
-    from speckv_online.report import text_table
+    from experiments.runtime.ray_runner import connect
+    from speckv_online.reporting.report import text_table
 
     sizes = sorted(int(text) for text in config.outcomes)
     for policy in config.policies:

@@ -18,10 +18,10 @@ import numpy as np
 
 from experiments.config import launch, option
 from policies.base import MAX_GAMMA, N_SIGNALS, Context, Outcome, Policy
-from policies.guard import FaultGuard
+from policies.guards.fault import FaultGuard
 from policies.registry import BUILTIN, make_policy
+from speckv_online.context import History
 from speckv_online.errors import UserError
-from speckv_online.signals import History
 
 BLOCK = 200
 REFERENCE = "scikit-learn MLPRegressor(16), four predict calls"

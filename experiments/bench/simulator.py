@@ -18,12 +18,12 @@ import numpy as np
 from experiments.config import launch, option
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS
 from policies.registry import make_policy
-from speckv_online.contest import tell_costs
-from speckv_online.cost import RTX3090_RELEASE
 from speckv_online.errors import UserError
-from speckv_online.hindsight import by_level
-from speckv_online.simulate import Simulator
-from speckv_online.traces import Trace, agreement, load_traces
+from speckv_online.simulate.cost_table import RTX3090_RELEASE
+from speckv_online.simulate.hindsight import by_level
+from speckv_online.simulate.replay_scores import tell_costs
+from speckv_online.simulate.simulator import Simulator
+from speckv_online.traces.trace import Trace, agreement, load_traces
 
 #: Steps per second that are wanted: of a fixed gamma, and of a policy that learns.
 FIXED, LEARNED = 100_000, 20_000

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import speckv_online
-from experiments.compare import bundled
+from experiments.common.bundled_prompts import bundled
 from experiments.distill.data import Conversations, choose_head_ids, load_conversations
 from experiments.distill.draft import Draft
 from experiments.distill.evaluate import evaluate, greedy_answers
@@ -28,12 +28,12 @@ from experiments.distill.export import export_draft, write_card
 from experiments.distill.generate import generate
 from experiments.distill.settings import Settings
 from experiments.distill.train import load_checkpoint, train
-from speckv_online.commands import run_command
+from speckv_online.console import run_command
 from speckv_online.errors import UserError
-from speckv_online.files import write_atomically
-from speckv_online.manifest import sha256
-from speckv_online.models import chat_prompt, load_target, load_tokenizer, prepare
-from speckv_online.smollm2 import cache_dir
+from speckv_online.io.files import write_atomically
+from speckv_online.io.manifest import sha256
+from speckv_online.models.pairs import chat_prompt, load_target, load_tokenizer, prepare
+from speckv_online.models.smollm2 import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from experiments.distill.draft import Draft
-from speckv_online.files import write_atomically
+from speckv_online.io.files import write_atomically
 
 LICENSE_NOTE = (
     "Derived from SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0) and under the same licence. "

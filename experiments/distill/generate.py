@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiments.distill.data import ANSWER, FORCED, USER
 from experiments.distill.ragged import RaggedLlama
 from experiments.distill.seeds import SEEDS
-from speckv_online.files import write_atomically
+from speckv_online.io.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from experiments.distill.data import ANSWER, USER, Conversations, epoch_batches, plan_batches, split
 from experiments.distill.draft import Draft, distillation_loss
 from experiments.distill.settings import Settings
-from speckv_online.files import write_atomically
+from speckv_online.io.files import write_atomically
 
 log = logging.getLogger(__name__)
 

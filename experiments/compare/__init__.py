@@ -1,0 +1,1 @@
+"""The main job: policies compared on real decoding."""

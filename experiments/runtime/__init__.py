@@ -1,0 +1,1 @@
+"""Workers, the learner, and the work they share; Ray wraps it thinly."""

@@ -1,0 +1,84 @@
+"""Progress of a run on standard error: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from experiments.runtime.settings import CompareConfig
+
+if TYPE_CHECKING:
+    from experiments.runtime.work_queue import Event
+
+
+class Display:
+    """Shows what happens; use it as a context manager.
+
+    Parameters
+    ----------
+    config : CompareConfig
+        Settings of the run.
+    prompts : int
+        Number of prompts.
+    """
+
+    def __init__(self, config: CompareConfig, prompts: int) -> None:
+        self.total = prompts * len(config.policies) * config.orders
+        self.levels = config.levels
+        self.started = time.monotonic()
+        self.bars = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.fields[level]:>5}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bars = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            add = self.bars.add_task
+            self.tasks = {level: add("waiting", total=self.total, level=level, start=False) for level in self.levels}
+
+    def __enter__(self) -> Display:
+        # Libraries' own notes would tear the bars apart; warnings are still shown.
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+        if self.bars is not None:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        if self.bars is not None:
+            self.bars.console.print(text)
+        else:
+            print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def show(self, event: Event) -> None:
+        """Show an event of the run."""
+        if event.kind == "loading":
+            text = f"worker {event.worker} loads, warms up and calibrates as soon as there is room"
+            if self.bars is not None:
+                self.bars.start_task(self.tasks[event.level])
+        elif event.kind == "ready":
+            text = f"ready: {(event.facts or {}).get('arithmetic', '')}"
+        elif event.kind == "finished":
+            text = f"worker {event.worker} finished"
+        elif event.kind in ("failed", "trouble"):
+            text = f"failed: {event.text}" if event.kind == "failed" else event.text
+        elif event.progress is not None:
+            p = event.progress
+            text = f"{p.unit.policy} on {p.unit.prompt}: {p.tokens} tokens, {p.tokens / p.seconds:.1f} tokens/s"
+            if self.bars is not None:
+                self.bars.update(self.tasks[event.level], completed=p.done)
+            else:
+                text = f"{p.done}/{p.total} {text}"
+        if self.bars is not None:
+            self.bars.update(self.tasks[event.level], description=text)
+        else:
+            self.say(f"{event.level} {text}")

@@ -1,0 +1,1 @@
+"""Learning over time on endless streams of traces."""

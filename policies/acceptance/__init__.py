@@ -1,0 +1,1 @@
+"""Predicting whether each drafted token will be accepted."""

@@ -1,0 +1,268 @@
+"""Acceptance of each drafted token as an online logistic regression, before and after the token is drafted.
+
+Two heads share this file: ``before`` predicts whether the next token will be accepted, given those drafted so far in
+the step and how drafts after the same tokens fared (:mod:`policies.acceptance.context_table`); ``after`` knows the
+token's own signals too. The log-odds are x.(w + d) + m x.v + m^2 q, with m the level's draft quality
+(:mod:`policies.acceptance.draft_quality`) and w, v and q fitted offline. The correction d is fitted online by
+iteratively reweighted least squares: its sums (A += s phi phi^T, b += s phi z with s = p (1 - p) and z the working
+response) forget exponentially and add up over workers, like those of
+:class:`~policies.estimators.bayesian_linear.GaussianHead`, which keeps them.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from policies.acceptance.context_table import SHAPE, TokenHistory
+from policies.acceptance.draft_quality import DOUBT, DraftQuality
+from policies.acceptance.features import AFTER, BEFORE, NUMBERS, rows
+from policies.acceptance.step import Step
+from policies.base import PolicyError, State, reason
+from policies.estimators.bayesian_linear import GaussianHead, check_array, check_start, fingerprint
+
+HEADS = {"before": BEFORE, "after": AFTER}
+DEFAULT_PRIOR = Path(__file__).parents[1] / "data" / "goodput.npz"
+#: Steps that wait at most before they become rows.
+WAITING = 256
+#: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.
+FLOOR = 0.005
+#: How many times as fast the quality of a draft is forgotten: it is one number, and another draft has another.
+QUALITY = 5.0
+
+
+def prior_means() -> tuple[np.ndarray, np.ndarray]:
+    """Weights (before, after) that hold without any data: a drafted token is accepted as often as the draft believes,
+    and one not drafted yet as often as the sequence's tokens were lately."""
+    before, after = np.zeros(2 * BEFORE + 1), np.zeros(2 * AFTER + 1)
+    before[6] = 3.0
+    after[1] = 3.0
+    return before, after
+
+
+class Hazard:
+    """The two heads, their data, and their files.
+
+    Parameters
+    ----------
+    path : str or Path
+        An npz with arrays ``before`` and ``after`` (33,), each w, v and q; ``before_precision`` and ``after_precision``
+        (16, 16) of w; and ``history``, the table of :class:`~policies.acceptance.context_table.TokenHistory`; empty for
+        the shipped one if there is one, else, and for ``none``, :func:`prior_means`.
+    strength : float
+        How many tested tokens the prior is worth at most.
+    discount : float
+        Forgetting per step.
+
+    Attributes
+    ----------
+    quality : DraftQuality
+        How good the draft is at each level.
+    history : TokenHistory
+        How drafts after the same tokens fared.
+    """
+
+    def __init__(self, path: str | Path = "", strength: float = 1500.0, discount: float = 0.9995) -> None:
+        if not 0 < strength < float("inf") or not 0 < discount <= 1:
+            raise PolicyError(f"strength must be above 0 and discount in (0, 1], got {strength} and {discount}")
+        priors, precisions, table = load_prior(path, strength)
+        self.heads = tuple(
+            GaussianHead(prior[: len(a)], a, discount, noise=1.0) for prior, a in zip(priors, precisions, strict=True)
+        )
+        self._slopes = np.stack([prior[len(a) : -1] for prior, a in zip(priors, precisions, strict=True)])
+        self._curves = np.array([prior[-1] for prior in priors])
+        self._start = fingerprint(*priors)
+        self.quality = DraftQuality(discount**QUALITY)
+        self.history = TokenHistory(table, discount)
+        self._clear()
+        self._read()
+
+    @property
+    def pending(self) -> int:
+        """Steps not learnt from yet."""
+        return len(self._levels)
+
+    def weights(self, level: str) -> tuple[list[float], list[float]]:
+        """Return both heads' weights in use at a level, as of the latest :meth:`refresh`."""
+        found = self._weights.get(level)
+        if found is None:
+            m = self.quality.value(level)
+            parts = []
+            for head, slope, curve in zip(self.heads, self._slopes, self._curves, strict=True):
+                w = head.mean + m * slope
+                w[0] += m * m * curve
+                parts.append(w.tolist())
+            found = self._weights[level] = parts[0], parts[1]
+        return found
+
+    def known(self, level: str) -> float:
+        """Return how much is known of a level, in steps, as of the latest :meth:`refresh`."""
+        found = self._known.get(level)
+        if found is None:
+            found = self._known[level] = min(self.heads[0].steps, self.quality.information(level))
+        return found
+
+    def add(self, step: Step, tested: int, accepted: int) -> None:
+        """Note a step: how many of its tokens, all described, were tested and accepted."""
+        surplus = variance = 0.0
+        (numbers, labels), note, memory = self._tested, self.history.note, step.memory
+        count = len(labels)
+        for j, where, p, about in step.asked:
+            if j >= tested:
+                break
+            numbers += about
+            hit = j < accepted
+            note(memory, where, hit)
+            labels.append(1.0 if hit else 0.0)
+            surplus += hit - p
+            variance += p * (1.0 - p) + DOUBT
+        self._levels.append(step.level)
+        self._lengths.append(len(labels) - count)
+        if self.quality.surprised(step.level, surplus, variance):
+            self._known.clear()
+        self.history.step()
+        if len(self._levels) >= WAITING:
+            self._linearise()
+
+    def _linearise(self) -> None:
+        """Turn the noted steps into weighted rows of both heads, at the weights in use."""
+        names, lengths, (numbers, labels) = self._levels, self._lengths, self._tested
+        if not names:
+            return
+        self._clear()
+        levels = list(dict.fromkeys(names))
+        at = np.repeat([levels.index(name) for name in names], lengths)
+        half_age = np.repeat(0.5 * self.quality.discount ** np.arange(len(lengths) - 1, -1, -1), lengths)
+        y, m = np.array(labels), np.array([self.quality.value(level) for level in levels])[at]
+
+        # Both heads at once, (2, rows): at this size a call takes longer than its numbers.
+        packed = struct.pack(f"{len(numbers)}d", *numbers)  # numpy takes twice as long to read lists
+        phi = rows(np.frombuffer(packed).reshape(-1, NUMBERS))
+        weights = np.array([[head.mean, slope] for head, slope in zip(self.heads, self._slopes, strict=True)])
+        product = phi @ weights.transpose(0, 2, 1)
+        own, by_quality = product[:, :, 0], product[:, :, 1]
+        curves = self._curves[:, None] * m
+        eta = own + m * (by_quality + curves)
+        p = 1.0 / (1.0 + np.exp(-np.minimum(np.maximum(eta, -30.0), 30.0)))
+        variance = np.maximum(p * (1.0 - p), FLOOR)
+        error, root = y - p, np.sqrt(variance)
+        gradient = by_quality + 2.0 * curves
+        information = half_age * variance * gradient**2  # half: both heads tell of the same tokens
+        score = information * m + half_age * gradient * error
+        members = (at == np.arange(len(levels))[:, None]).astype(float)
+        sums = members @ information.sum(axis=0), members @ score.sum(axis=0)
+        self.quality.add(dict(zip(levels, np.column_stack(sums), strict=True)), len(lengths))
+        phi *= root[:, :, None]
+        z = root * own + error / root
+        for head, features, label in zip(self.heads, phi, z, strict=True):
+            head.add(features, label, lengths)
+
+    def refresh(self) -> None:
+        """Learn from the noted steps."""
+        self._linearise()
+        for head in self.heads:
+            head.refresh()
+        self._read()
+
+    def forget(self) -> None:
+        """Return to the prior."""
+        self._clear()
+        for head in self.heads:
+            head.forget()
+        self.quality.forget()
+        self.history.forget()
+        self._read()
+
+    def _clear(self) -> None:
+        """Drop the noted steps."""
+        # Level and number of tested tokens of each; what describes those, one behind the other, and labels.
+        self._levels, self._lengths = list[str](), list[int]()
+        self._tested = list[float](), list[float]()
+
+    def _read(self) -> None:
+        self._weights: dict[str, tuple[list[float], list[float]]] = {}
+        self._known: dict[str, float] = {}
+
+    def state(self) -> State:
+        """All that was learnt, as arrays."""
+        self._linearise()
+        own = {"hazard.start": self._start}
+        return own | _prefixed([head.state() for head in self.heads]) | self.quality.state() | self.history.state()
+
+    def load(self, state: State) -> None:
+        """Restore :meth:`state`."""
+        check_start(state, "hazard.start", self._start)
+        self._clear()
+        for name, head in zip(HEADS, self.heads, strict=True):
+            head.load(_part(state, name))
+        self.quality.load(state)
+        self.history.load(state)
+        self._read()
+
+    def take_delta(self) -> State:
+        """Sums since the last call."""
+        self._linearise()
+        own = {"hazard.start": self._start} | _prefixed([head.take_delta() for head in self.heads])
+        return own | self.quality.take_delta() | self.history.take_delta()
+
+    def merge(self, delta: State) -> None:
+        """Add sums that another copy handed out."""
+        if delta and "before.head.sums" not in delta:
+            raise PolicyError("the delta holds no sums of acceptance: merge deltas of the same policy only")
+        check_start(delta, "hazard.start", self._start)
+        self._linearise()
+        for name, head in zip(HEADS, self.heads, strict=True):
+            head.merge(_part(delta, name))
+        self.quality.merge(delta)
+        self.history.merge(delta)
+        self._read()
+
+    def save_prior(self, path: str | Path) -> None:
+        """Write what was learnt as a prior for later runs (an npz that the constructor reads)."""
+        self.refresh()
+        arrays: State = {"history": self.history.table()}
+        for name, head, slope, curve in zip(HEADS, self.heads, self._slopes, self._curves, strict=True):
+            arrays[name] = np.concatenate([head.mean, slope, [curve]])
+            arrays[f"{name}_precision"] = head.prior_precision + head.state()["head.sums"][:, :-1]
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        partial.replace(path)
+
+
+def load_prior(
+    path: str | Path, strength: float
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...], np.ndarray | None]:
+    """Return (w, v, q) of both heads, the precisions of w, and the table of token histories."""
+    if path == "none" or (not path and not DEFAULT_PRIOR.is_file()):
+        # Information of one typical row is about 0.15 phi phi^T.
+        return prior_means(), tuple(0.15 * 0.05 * strength * np.eye(d) for d in HEADS.values()), None
+    file = Path(path or DEFAULT_PRIOR)
+    if not file.is_file() or not zipfile.is_zipfile(file):
+        raise PolicyError(f"no npz with acceptance weights at {file}: give acceptance=FILE.npz, or none to start cold")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            state = {key: arrays[key] for key in arrays.files}
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise PolicyError(f"cannot read acceptance weights from {file}: {reason(error)}") from error
+    means = tuple(check_array(state, name, (2 * d + 1,)).astype(float) for name, d in HEADS.items())
+    precisions = []
+    for name, d in HEADS.items():
+        a = check_array(state, f"{name}_precision", (d, d)).astype(float)
+        # The corner belongs to the constant: the information of all rows together, at 0.15 each about their number.
+        a = a * min(1.0, 0.15 * strength / a[0, 0]) + 1e-3 * np.eye(d)
+        precisions.append(0.5 * (a + a.T))
+    return means, tuple(precisions), check_array(state, "history", SHAPE)
+
+
+def _prefixed(states: list[State]) -> State:
+    return {f"{n}.{k}": v for n, state in zip(HEADS, states, strict=True) for k, v in state.items()}
+
+
+def _part(state: State, name: str) -> State:
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}

@@ -1,0 +1,182 @@
+"""The features of one step's tokens, as they are drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+from typing import Any, Protocol
+
+import numpy as np
+
+from policies.acceptance.context_table import TAIL, Place, Seen, TokenHistory, place
+from policies.acceptance.features import Asked, Token, start_features, token_features
+from policies.base import Context
+
+
+class AcceptanceWeights(Protocol):
+    """What a step needs of an acceptance model (:class:`policies.acceptance.model.Hazard`)."""
+
+    history: TokenHistory
+
+    def weights(self, level: str) -> tuple[list[float], list[float]]:
+        """Return the weights in use at a level, before and after a token is drafted."""
+
+
+class Step:
+    """A step under way, described as far as it has got; what a policy keeps as ``Decision.features``.
+
+    Attributes
+    ----------
+    asked : list
+        The tokens so far that took a forward of the draft model, see :data:`Asked`. Of the others, a lookup's, the
+        drafter tells the chance.
+    survival : list of float
+        Estimated chance that all of the first k tokens are accepted, k = 0, 1, ...
+    level : str
+        The context's compression level.
+    memory : dict
+        How drafts after the same tokens fared in this text.
+    forwards : int
+        How many of the tokens so far took a forward of the draft model.
+    left : int
+        How many accepted tokens end the text, with the target's own: drafting more is of no use.
+    expected : float
+        Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
+    rule : object
+        What the policy decides the step by; its own affair.
+    """
+
+    __slots__ = (
+        "_acceptance",
+        "_after",
+        "_before",
+        "_chance",
+        "_context",
+        "_hazard",
+        "_ids",
+        "_known",
+        "_lagged",
+        "_next",
+        "_number",
+        "_signals",
+        "_tokens",
+        "_whole",
+        "asked",
+        "expected",
+        "forwards",
+        "left",
+        "level",
+        "memory",
+        "rule",
+        "survival",
+    )
+
+    def __init__(self, context: Context, hazard: AcceptanceWeights) -> None:
+        self._context, self._number, self._hazard = context, context.step, hazard
+        # Copies of a policy may share a context, each with acceptances of its own.
+        self.memory = context.memory.setdefault(hazard.history, {})
+        self.level = context.level
+        self._acceptance, self._whole, odds, entropy = start_features(context)
+        self._lagged: Token = (odds, entropy, 0.0, 0.0, 0.0)
+        self._before, self._after = hazard.weights(context.level)
+        self.asked: list[Asked] = []
+        self.survival = [1.0]
+        self.expected = 1.0
+        self.forwards, self.left = 0, context.remaining - 1
+        # Described only if a token that takes a forward comes next: a lookup's signals tell nothing of its own chance.
+        self._tokens: list[Token | None] = []
+        self._signals: Any = ()
+        # The last tokens of the context, up to four, and those drafted while the context told of them.
+        self._ids = list(context.tokens[-TAIL:])
+        self._known = len(self._ids)
+        self._next: tuple[Place, Seen, Token] | None = None
+        self._chance = 0.0
+        self.rule: Any = None
+
+    def lookups(self) -> tuple[float, float]:
+        """How sure the drafter is of the next token if that takes no forward of a model, else 0; and of the lookup that
+        it could be instead, 0 if there is none."""
+        context = self._context
+        lookups, offer = context.lookups, context.offer
+        if not (lookups or offer) or context.step != self._number:
+            return 0.0, 0.0
+        j = len(self._tokens)
+        return lookups[j] if j < len(lookups) else 0.0, offer
+
+    def chance(self) -> float:
+        """Chance that the next token, which takes a forward, is accepted if those before it are."""
+        if self._next is not None:
+            return self._chance
+        j, ids = len(self._tokens), self._ids
+        at = self._known + j
+        here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
+        seen = longest, one, two = self._hazard.history.look(self.memory, here)
+        # The sums over `rows`, zeros left out: this is asked for every token.
+        w, acceptance, whole = self._before, self._acceptance, self._whole
+        eta = w[0] + w[6] * acceptance + w[7] * whole + w[14] * one + w[15] * two
+        if longest > 0:
+            eta += w[9 + longest]
+        elif longest:
+            eta -= w[9 - longest]
+        if j:
+            previous = self._tokens[-1] or token_features(self._signals[j - 1].tolist())
+            eta += w[8] * (j * 0.125 if j < 8 else 1.0)
+        else:
+            previous = self._lagged
+            eta += w[9]
+        a, b, c, d, e = previous
+        eta += w[1] * a + w[2] * b + w[3] * c + w[4] * d + w[5] * e
+        p = 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0  # also where a signal is no number
+        self._next, self._chance = (here, seen, previous), p
+        return p
+
+    def extend(self, drafted: int, signals: np.ndarray) -> None:
+        """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
+        tokens, context = self._tokens, self._context
+        j = len(tokens)
+        if j >= drafted:
+            return
+        lookups: Sequence[float] = ()
+        if context.step == self._number:
+            lookups, ids, known = context.lookups, self._ids, self._known
+            if known:
+                ids += context.drafts[len(ids) - known : drafted]
+        self._signals, told = signals, len(lookups)
+        survivals, survival, expected = self.survival, self.survival[j], self.expected
+        while j < drafted:
+            chance = lookups[j] if j < told else 0.0
+            if chance:
+                tokens.append(None)
+            else:
+                if self._next is None:
+                    self.chance()
+                here, seen, previous = self._next  # type: ignore[misc]
+                own = token_features(signals[j].tolist())
+                chance = self._own_chance(own, previous, j)
+                tokens.append(own)
+                about = (*previous, self._acceptance, self._whole, *own, *seen, float(j))
+                self.asked.append((j, here, chance, about))
+                self.forwards += 1
+            self._next = None
+            survival *= chance
+            survivals.append(survival)
+            expected += survival
+            j += 1
+        self.expected = expected
+
+    def _own_chance(self, own: Token, previous: Token, j: int) -> float:
+        """Chance of the j-th token (from 0) once it is drafted."""
+        w, (odds, entropy, margin, agree, differ) = self._after, own
+        eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * self._acceptance + w[5] * previous[0]
+        eta += w[6] * (j * 0.125 if j < 8 else 1.0) if j else w[7] * self._whole
+        if agree:
+            eta += w[8] + w[9] * agree + w[10] * odds + w[11] * entropy
+        elif differ:
+            eta += w[12] + w[13] * differ + w[14] * odds + w[15] * entropy
+        return 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0
+
+    def note(self, tested: int, accepted: int) -> None:
+        """Note in the history which of the tested tokens were accepted."""
+        for j, where, _, _ in self.asked:
+            if j < tested:
+                self._hazard.history.note(self.memory, where, j < accepted)

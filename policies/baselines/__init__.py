@@ -1,0 +1,1 @@
+"""Published methods and those of other engines."""

@@ -1,0 +1,367 @@
+"""Seconds per step, learned online: T(k) = t_d k + T_v(k+1) + t_0 for each compression level, and the rate lambda.
+
+Verify times are fitted as ``a P(w) + b (w-1) P(1) + s (c - c0)`` over width w and context length c, where P is a prior
+shape at context length c0 (a calibration's table, or nearly flat): linear until the data says otherwise, when each
+width's own mean residual takes over with the number of times it was seen. Times are Huber-clipped around the current
+estimate, so that a stall of the machine moves nothing by much while a lasting change is followed. All statistics are
+sums that forget exponentially, so workers can add theirs up.
+
+A machine that others use too changes its pace, and drafts are longer in some texts than in others: widths that were met
+in slow minutes would look dear. So times are divided by how much slower the latest steps were than those before them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from policies.base import ARMS, Outcome, PolicyError, State
+from policies.costs.prior import VAGUE, WIDTHS, CostPrior
+from policies.estimators.bayesian_linear import check_array
+
+#: Steps after which a measurement counts half.
+HALF_LIFE = 400.0
+#: Steps between refits, once a level has been seen as often as the second says.
+REFIT_EVERY, REFIT_ALWAYS = 32, 16
+#: A width's own mean residual counts n / (n + OWN) after n visits.
+OWN = 5.0
+#: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
+CAUGHT, READ = 8, 10.0
+#: Weights of the latest step in two means of how many times its estimate a verification takes: the machine's pace now,
+#: and lately.
+NOW, LATELY = 0.12, 0.014
+#: How many steps that drafted a prior's ``first`` is worth.
+FIRST = 5.0
+#: How many drafted tokens that took a forward each an arm's price starts from.
+ASKED = 2.0
+#: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
+FAR = 4.0
+#: What a part of a step may take, as a share of another's, even where it took next to nothing so far: three times
+#: nothing would stay nothing for ever.
+LITTLE = 0.01
+#: Share of its time at the usual context length that a verification takes at least, however short the context.
+LEAST = 0.1
+#: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
+RATE = 4
+_K = np.arange(WIDTHS)
+#: Sums that are not by width, all sums, and where in those the draft's and the reading's begin.
+SUMS, OF_DRAFT = 12, 5 * WIDTHS
+ALL, OF_READING = OF_DRAFT + SUMS, OF_DRAFT + 9
+
+
+class LevelCosts:
+    """Cost estimates of one compression level.
+
+    Attributes
+    ----------
+    seconds : ndarray, shape (17,)
+        T(k) for k = 0..16 at the usual context length.
+    verify : ndarray, shape (17,)
+        T_v(w) for w = 1..17.
+    draft, first : float
+        t_d, the marginal seconds of one more drafted token, and what the first one takes on top.
+    catch_up : float
+        Seconds for each token that the draft has to read first.
+    overhead : float
+        t_0, seconds of a step besides drafting and verifying.
+    rate : float
+        lambda, tokens per second: discounted tokens over discounted seconds.
+    price : ndarray, shape (17,)
+        ``rate * seconds``: what drafting k tokens costs, in tokens.
+    asked : float
+        Share of drafted tokens that took a forward of the draft model; lookups take none.
+    arm_seconds, arm_price : ndarray, shape (K,)
+        ``seconds`` and ``price`` of each arm, of whose tokens that share takes a forward.
+    """
+
+    def __init__(self, prior: CostPrior = VAGUE, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
+        self._arms = np.array(arms)
+        self._keep = 0.5 ** (1.0 / half_life)
+        self.steps = self.version = 0
+        self.deviation = 0.3
+        self._gain = 1.0
+        self._now, self._lately, self._paced = 1.0, 1.0, 0
+        # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
+        self._own: tuple[float, float, float, int] | None = None
+        # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
+        # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
+        # t_0, tokens, seconds. Of catching up: tokens, seconds. Drafted tokens that took no forward.
+        self._total, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
+        self._clear_block()
+        self.set_prior(prior)
+
+    def set_prior(self, prior: CostPrior) -> None:
+        """Start from, or change to, another prior; what was measured is kept."""
+        self.prior = prior
+        self._vague = prior == VAGUE
+        p = self._shape = prior.table()
+        q = self._slope = np.arange(WIDTHS) * p[0]
+        self._moments = np.column_stack([p * p, p * q, q * q, p, q, np.ones(WIDTHS)])
+        self._refit()
+
+    def observe(self, outcome: Outcome) -> None:
+        """Take in one step's times."""
+        verify, draft, total = outcome.verify_seconds, outcome.draft_seconds, outcome.seconds
+        drafted = outcome.forwards  # what the draft seconds paid for
+        if outcome.caught_up >= CAUGHT and 0.0 < draft < 1e9:
+            self._catch_up(outcome.caught_up, draft - self.first - self.draft * drafted)
+        if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
+            return
+        if self._own is not None:
+            (self.deviation, self._now, self._lately, self._paced), self._own = self._own, None
+        self.steps += 1
+        if self.steps == 1 and self._vague:
+            return  # the first call warms caches up and would be the only measure of scale
+        k, c, rest = outcome.drafted, float(outcome.context_length), total - draft - verify
+        if verify > 0.0:
+            pace = self._now / self._lately
+            verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
+            expected = self._expected[k] + self._per_token * c
+            if expected < self._least[k]:
+                expected = self._least[k]
+            verify = self._clip(verify, expected)
+            if not self._vague or self.steps > REFIT_ALWAYS:
+                self._note_pace(pace * verify / expected)
+            g = self._gain
+            of_width, seen, taken = self._block[k], g * c, g * verify
+            of_width[0] += g
+            of_width[1] += taken
+            of_width[2] += seen
+            of_width[3] += seen * c
+            of_width[4] += taken * c
+        # Each step weighs more than the one before; refit scales them all down, so that the latest one weighs 1.
+        g, sums = self._gain, self._block_sums
+        self._gain = g / self._keep
+        if drafted < k:
+            sums[11] += g * (k - drafted)
+        # A draft that had to read more than its last token first, after steps without drafting, is not typical.
+        if drafted and draft > 0.0 and outcome.caught_up <= 1:
+            # A stall here would be held against the draft for hundreds of steps. A drafted token takes no longer than
+            # a forward of the target, whatever else is not known yet.
+            told = self._measured[0] > 3.0 or not self._vague
+            most = 3.0 * (self.first + self.draft * drafted) if told else verify * drafted
+            if 0.0 < most < draft:
+                draft = most
+            sums[0] += g
+            sums[1] += g * drafted
+            sums[2] += g * drafted * drafted
+            sums[3] += g * draft
+            sums[4] += g * drafted * draft
+        # Conditions instead of min() here: a call costs more than all that it compares.
+        rest = rest if rest > 0.0 else 0.0
+        most, little = 3.0 * self.overhead if self._measured[1] > 3.0 else verify, LITTLE * verify
+        most = most if most > little else little
+        sums[5] += g
+        sums[6] += g * (rest if rest < most else most)
+        usual = verify + draft + rest
+        g **= RATE
+        sums[7] += g * outcome.produced
+        sums[8] += g * (total if total < usual else usual)
+        self._pending += 1
+        if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
+            self.refit()
+
+    def _catch_up(self, tokens: int, seconds: float) -> None:
+        """Take in what the draft took to read so many tokens; reading one takes at most as long as drafting one."""
+        most = max(3.0 * self.catch_up, LITTLE * self.draft) if self._total[OF_READING] > 0.0 else self.draft
+        each = min(most, self.draft)
+        self._block_sums[9] += self._gain * tokens
+        self._block_sums[10] += self._gain * min(max(seconds, 0.0), each * tokens)
+
+    def _note_pace(self, ratio: float) -> None:
+        """Take in how many times its estimate a verification took."""
+        self._paced += 1
+        even = 1.0 / self._paced
+        self._now += (NOW if even < NOW else even) * (ratio - self._now)
+        self._lately += (LATELY if even < LATELY else even) * (ratio - self._lately)
+
+    def _clip(self, value: float, expected: float) -> float:
+        """Huber-clip a time around its estimate, and widen or narrow the allowance."""
+        if self._vague and self.steps < REFIT_ALWAYS:
+            if self.steps == 2:
+                return value
+            if FAR * value < expected:  # what came before was a stall
+                self._total[:], self._delta[:], self._count = 0.0, 0.0, 0
+                self._clear_block()
+                return value
+            if self.steps == 3:
+                return min(value, FAR * expected)
+        most = 1.0 + (4.0 * self.deviation if self.deviation > 0.05 else 0.2)
+        if value > expected * most:
+            value = expected * most
+        elif value < expected / most:
+            value = expected / most
+        self.deviation += 0.05 * (abs(value / expected - 1.0) - self.deviation)
+        return value
+
+    def _clear_block(self) -> None:
+        self._block, self._block_sums = [[0.0] * 5 for _ in range(WIDTHS)], [0.0] * SUMS
+        self._pending = 0
+        self._gain = 1.0
+
+    def refit(self) -> None:
+        """Fold the latest measurements in and solve for the estimates anew."""
+        if not self._pending and not self._block_sums[9]:
+            return
+        block, keep = np.empty(ALL), self._keep**self._pending
+        block[:OF_DRAFT].reshape(5, WIDTHS)[:] = np.array(self._block).T
+        block[OF_DRAFT:] = self._block_sums
+        block *= _faded(self._keep ** max(self._pending - 1, 0))
+        kept = _faded(keep)
+        for sums in (self._total, self._delta):
+            sums *= kept
+            sums += block
+        self._count += self._pending
+        self._clear_block()
+        self._refit()
+
+    def _refit(self) -> None:
+        self.version += 1
+        p, q, prior = self._shape, self._slope, self.prior
+        widths = self._total[:OF_DRAFT].reshape(5, WIDTHS)
+        n, v, c = widths[:3]
+        (npp, npq, nqq, np_, nq, n_), (_, _, _, vp, vq, v_), (_, _, _, cp, cq, c_), cc, cv = (
+            widths @ self._moments
+        ).tolist()
+        # Normal equations of (a, b, s) with pseudo-observations for a = 1, b = 0, s = the prior's: a calibration is
+        # trusted for its shape far more than for its scale.
+        square, s0, centre = float(p[0]) ** 2, prior.context_seconds, prior.context_length
+        if self._vague and n_ > 0.0:
+            centre = c_ / n_
+        weak = 0.1 * prior.weight * square
+        xp, xq, xx = cp - centre * np_, cq - centre * nq, cc[5] - 2 * centre * c_ + n_ * centre**2 + 1e6
+        a, b, s = solve(
+            (npp + weak, npq, xp, nqq + (160.0 + 80.0 * prior.weight) * square, xq, xx),
+            (vp + weak, vq, cv[5] - centre * v_ + 1e6 * s0),
+        )
+        a, s = max(a, 1e-3), max(s, 0.0)
+        line = a * p + b * q
+        own = (v - n * line - s * (c - n * centre)) / (n + OWN)
+        usual = np.maximum(line + own, 0.1 * a * p[0])
+        # A slope that was learned in long contexts says nothing of short ones: left alone, it goes below zero there.
+        least = LEAST * usual
+        verify = usual - s * centre
+        self._expected, self._least, self._per_token = verify.tolist(), least.tolist(), s
+        self.verify = np.maximum(verify + s * (c_ / n_ if n_ > 0.0 else centre), least)
+        self._refit_draft(a)
+        self._solve_rate()
+
+    def _refit_draft(self, scale: float) -> None:
+        m, k, kk, d, kd, rests, rest, _, _, read, reading, free = self._total[OF_DRAFT:].tolist()
+        self._measured, prior = (m, rests), self.prior
+        w = max(prior.weight, 0.01)
+        # d = first + t_d k; the prior says both relative to the target's speed.
+        kk, kd = kk + w, kd + w * prior.draft_seconds * scale
+        m, d = m + FIRST, d + FIRST * prior.first_draft_seconds * scale
+        det = m * kk - k * k
+        self.first = max((d * kk - k * kd) / det, 0.0)
+        self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
+        w = prior.weight
+        self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
+        w *= READ
+        self.catch_up = (reading + w * scale * prior.catch_up_seconds) / (read + w)
+        self.asked = 1.0 - free / (float(self._total[:WIDTHS] @ _K) + ASKED) if free else 1.0
+
+    def _solve_rate(self) -> None:
+        self.seconds = self.draft * _K + self.verify
+        self.seconds += self.overhead
+        self.seconds[1:] += self.first
+        self._steps_take = self.seconds.tolist()  # asked for every step
+        tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
+        # One token per plain step is what the prior promises until there is data.
+        w = 2.0
+        self.rate = (tokens + w) / (seconds + w * float(self.seconds[0]))
+        self.price = self.rate * self.seconds
+        self.arm_seconds, arms = self.seconds[self._arms], self._arms
+        if self.asked < 1.0:
+            free = 1.0 - self.asked
+            self.arm_seconds -= free * self.draft * arms + free**arms * self.first * (arms > 0)
+        self.arm_price = self.rate * self.arm_seconds
+
+    def spent(self, drafted: int, forwards: int) -> float:
+        """Return the seconds of a step that submitted so many tokens and made so many forwards of the draft."""
+        first = 0.0 if (drafted > 0) == (forwards > 0) else self.first if forwards else -self.first
+        return self._steps_take[drafted] + self.draft * (forwards - drafted) + first
+
+    def state(self) -> State:
+        """Sums and the prior, as arrays."""
+        self.refit()
+        prior = self.prior
+        times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
+        return {
+            **_parts(self._total.copy()),
+            "misc": np.array([self.steps, self.deviation, float(self._vague), self._now, self._lately, self._paced]),
+            "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
+            "catch_up": np.array(prior.catch_up_seconds),
+            "first": np.array(prior.first_draft_seconds),
+        }
+
+    def load(self, state: State) -> None:
+        """Restore :meth:`state`. Where that has seen no pace, as merged sums have not, the next step goes on with the
+        one that was seen here."""
+        older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
+        misc = check_array(state, "misc", (3 if older else 6,)).tolist()
+        misc += [1.0, 1.0, 0.0] if older else []
+        total = _whole(state)
+        # Older states lack the one or both.
+        more = [float(check_array(state, name, ())) if name in state else 0.0 for name in ("catch_up", "first")]
+        p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
+        vague = bool(misc[2])
+        if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
+            raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:]}")
+        if misc[5]:
+            self._own = None
+        elif self._paced:
+            self._own = self.deviation, self._now, self._lately, self._paced
+        self._now, self._lately, self._paced = misc[3], misc[4], int(misc[5])
+        self._clear_block()
+        self.steps, self.deviation = int(misc[0]), misc[1]
+        self._total, self._delta, self._count = total, np.zeros(ALL), 0
+        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), *p[1:5], *more))
+
+    def take_delta(self) -> State:
+        """Sums gathered since the last call."""
+        self.refit()
+        delta, count = self._delta, self._count
+        self._delta, self._count = np.zeros(ALL), 0
+        return {**_parts(delta), "count": np.array(float(count))}
+
+    def merge(self, delta: State) -> None:
+        """Add another copy's sums."""
+        self.refit()
+        count = int(check_array(delta, "count", ()))
+        more = _whole(delta)
+        self._total *= _faded(self._keep**count)
+        self._total += more
+        self.steps += count
+        self._refit()
+
+
+def _faded(keep: float) -> np.ndarray:
+    """What is kept of all sums where ``keep`` is kept of times, shape (ALL,)."""
+    found = np.full(ALL, keep)
+    found[OF_DRAFT + 7 : OF_READING] = keep**RATE
+    return found
+
+
+def _parts(total: np.ndarray) -> State:
+    """All sums as they are saved and handed out."""
+    return {"widths": total[:OF_DRAFT].reshape(5, WIDTHS), "sums": total[OF_DRAFT:]}
+
+
+def _whole(state: State) -> np.ndarray:
+    """All sums of a state or delta; those of versions that knew nothing of catching up, or of lookups, are shorter."""
+    lacks = next((n for n in (1, 3) if np.shape(state.get("sums", ())) == (SUMS - n,)), 0)
+    sums = check_array(state, "sums", (SUMS - lacks,))
+    return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(lacks)))
+
+
+def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Solve a symmetric 3 x 3 system, its upper triangle given by rows: quicker than numpy at this size."""
+    m00, m01, m02, m11, m12, m22 = m
+    f, g = m01 / m00, m02 / m00
+    d11, d12, d22 = m11 - f * m01, m12 - f * m02, m22 - g * m02
+    r1, r2 = r[1] - f * r[0], r[2] - g * r[0]
+    h = d12 / d11
+    z = (r2 - h * r1) / (d22 - h * d12)
+    y = (r1 - d12 * z) / d11
+    return (r[0] - m01 * y - m02 * z) / m00, y, z

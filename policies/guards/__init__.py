@@ -1,0 +1,1 @@
+"""Wrappers that keep a policy from doing harm."""

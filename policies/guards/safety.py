@@ -1,0 +1,381 @@
+"""A wrapper that keeps a learned policy close to the better of two plain ones: no drafting, and a fixed gamma.
+
+In the manner of conservative bandits (Wu et al., ICML 2016) a budget of tokens is kept per compression level. Every
+step adds what it produced and takes off (1 - epsilon) times what the better baseline would have made in the step's
+modelled seconds. While the budget is overdrawn the baseline is played instead, which fills it up again. So at any time
+
+    tokens >= (1 - epsilon) * best baseline rate * modelled seconds - burn_in - (the loss of one step)
+
+in expectation over the baseline's own luck, up to the probes below, and with the rates as the cost model and the
+acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
+long bad time later. Where what the fixed gamma would have produced falls short of three quarters of its estimate by a
+burn-in, the estimate was of another time (another draft, say): it is made anew, and the burn-in starts anew. If the
+guard was just playing it, the policy returns to what it started from, too.
+
+What the fixed gamma would have produced from where a step began is known from every step that drafted as many or met a
+rejection. Where the policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on
+past the point where the policy would have stopped, and so measure acceptance just there. (A plain product-limit
+estimate would flatter the fixed gamma, as a good policy stops where acceptance is low.) Then the steps that the fixed
+gamma would have needed are added up over the text: a stretch of n tokens takes it n / m steps, m its tokens per step
+thereabouts. (A mean of m over the policy's own steps would count easy stretches too often where those steps are short.)
+As probes are few, the estimate may be off by a tenth; steps that are taken over put it right.
+
+The guard also settles when the policy sleeps (:mod:`policies.guards.sleep`). Steps asleep are plain decoding where that
+is the better baseline, and count for nothing here: neither do they fill the budget up, nor bring the next probe nearer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.costs.cost_aware import CostAware
+from policies.costs.cost_model import CostModel
+from policies.costs.level_costs import LevelCosts
+from policies.estimators.bayesian_linear import check_array
+from policies.guards.fault import Wrapper, whole
+from policies.guards.sleep import NUMBERS, STRETCH, Nap
+
+REVIEW_EVERY = 16
+#: Weight that the counts of a review keep until the next one.
+KEEP = 0.98
+#: The j-th probe of a baseline comes at step PROBE * j^2; later by the square of how many times CLOSE of the best rate
+#: it is behind, up to FAR times, as so many fewer probes tell the two rates apart.
+PROBE, CLOSE, FAR = 16, 0.1, 4.0
+#: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the shares of its tokens
+#: that take a forward, and that the drafter has at all.
+LOCAL, SHARE = 0.2, 0.02
+#: Share of its estimated tokens that the fixed gamma should make.
+FAIR = 0.75
+#: Numbers of a ledger's row that do not depend on the fixed gamma.
+OWN = 12
+
+
+class _Ledger:
+    """One level's budget, what the fixed gamma would have done, and the probing schedule."""
+
+    def __init__(self, gamma: int, budget: float) -> None:
+        self.full = self.gamma = gamma
+        # Most tokens that a step was allowed to draft; a fixed gamma beyond them comes down to them.
+        self.most = 0
+        self.steps, self.budget = 0, budget
+        self.interventions = 0
+        # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
+        # Worth two steps at acceptance one half before there is data.
+        self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
+        self.forget()
+        # Share of drafted tokens that took a forward of the draft model; of the fixed gamma's that the drafter has.
+        self.forwards = self.offered = 1.0
+        # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
+        self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
+        self.nap = Nap()
+        self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
+
+    def forget(self) -> None:
+        """Judge the fixed gamma by the latest steps only."""
+        self.tokens, self.fixed_steps, self.short = 2.0 * self.local, 2.0, 0.0
+        # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
+        # met a rejection there), and how many of the first r were accepted in all.
+        self.seen = [2.0] * self.full
+        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, self.full + 1)]
+
+    def allow(self, limit: int) -> None:
+        """Note how many tokens a step may draft, more than ever before."""
+        self.most = limit
+        self.gamma = limit if 0 < limit < self.full else self.full
+
+    def disproved(self, allowance: float) -> bool:
+        """Whether the fixed gamma has fallen far short of its estimate, which is forgotten then."""
+        if self.short <= allowance:
+            return False
+        self.forget()
+        return True
+
+    def row(self) -> list[float]:
+        """Everything that is saved."""
+        counts = [float(x) for x in (self.steps, self.budget, self.interventions, *self.probes, *self.due)]
+        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, self.short, *self.seen, *self.more,
+                self.offered]  # fmt: skip
+
+    def fill(self, row: list[float]) -> None:
+        """Restore :meth:`row`."""
+        self.steps, self.interventions = int(row[0]), int(row[2])
+        self.budget = row[1]
+        self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
+        self.local, self.tokens, self.fixed_steps, self.forwards, self.short = row[7:OWN]
+        self.seen, self.more = row[OWN : OWN + self.full], row[OWN + self.full : OWN + 2 * self.full]
+        self.offered = row[-1] if len(row) > OWN + 2 * self.full else 1.0  # older states lack it
+
+    def count(self, outcome: Outcome, stop: int) -> None:
+        """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
+        n, k, gamma = outcome.accepted, outcome.drafted, self.gamma
+        known = float(n if n < gamma else gamma)
+        if outcome.tested == n and k < gamma and not outcome.exhausted:  # all of a shorter draft was accepted
+            r = gamma - n - 1
+            known += self.more[r] / self.seen[r]
+        if 0 <= stop <= n and stop < outcome.tested:
+            extra = n - stop
+            for r in range(1, len(self.seen) + 1):
+                if r <= extra or outcome.tested > n or outcome.exhausted:
+                    self.seen[r - 1] += 1.0
+                    self.more[r - 1] += min(extra, r)
+        # Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
+        short = self.short + FAIR * self.tokens / self.fixed_steps - 1.0 - known
+        self.short = short if short > 0.0 else 0.0
+        self.local += LOCAL * (1.0 + known - self.local)
+        self.tokens += outcome.produced
+        self.fixed_steps += outcome.produced / self.local
+
+    def fade(self) -> None:
+        """Let old counts fade; probes get rarer, so theirs more slowly."""
+        self.tokens *= KEEP
+        self.fixed_steps *= KEEP
+        self.seen = [KEEP**0.25 * x for x in self.seen]
+        self.more = [KEEP**0.25 * x for x in self.more]
+
+
+#: Level, position where it ends, whether to sleep through it, the level's ledger.
+_Stretch: TypeAlias = tuple[str, int, bool, _Ledger]
+
+
+class Asleep:
+    """What a decision that was taken asleep has for features."""
+
+    __slots__ = ()
+
+
+class SafetyGuard(Wrapper):
+    """Modelled goodput at least (1 - epsilon) of the better of autoregressive and ``fixed:gamma``, past a burn-in.
+
+    Gamma 0 and the fixed gamma are both re-probed for ever, at a falling rate: the j-th probe of either comes at step
+    16 j^2 of a level (64 j^2 while its estimated rate is a fifth below the best, 256 j^2 from two fifths on, so that a
+    dear probe is a rare one) unless the policy has played it by itself since the probe before. So no estimate that the
+    comparison rests on goes stale, and a policy that has stopped drafting gets to see whether drafting pays by now.
+
+    Parameters
+    ----------
+    policy : Policy
+        The policy to guard; its own cost model is used where it has one.
+    gamma : int
+        The fixed gamma of the comparison; where no step may draft as many, the most that one may.
+    epsilon : float
+        Share of the baseline's goodput that may be given up.
+    burn_in : float
+        Tokens that may be lost before the policy is held back.
+    naps : bool
+        Whether to decode plainly without asking the policy where asking it does not pay, see
+        :mod:`policies.guards.sleep`.
+    """
+
+    def __init__(
+        self, policy: Policy, gamma: int = 4, epsilon: float = 0.05, burn_in: float = 50.0, naps: bool = True
+    ) -> None:
+        super().__init__(policy)
+        if not 1 <= gamma <= MAX_GAMMA:
+            raise PolicyError(f"the safety gamma must be from 1 to {MAX_GAMMA}, got {gamma}")
+        if not 0 < epsilon < 1 or not 0 < burn_in < float("inf"):
+            raise PolicyError(f"epsilon must be between 0 and 1 and burn_in above zero, got {epsilon} and {burn_in}")
+        self.gamma, self.epsilon, self.burn_in, self.naps = gamma, epsilon, burn_in, naps
+        own = getattr(policy, "costs", None)
+        self.model = own if own is not None else CostModel()
+        self._shared = own is not None
+        self._ledgers: dict[str, _Ledger] = {}
+        # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
+        self._taken: dict[int, int] = {}
+        # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
+        self._turned: dict[int, int] = {}
+
+    def ledger(self, level: str) -> _Ledger:
+        """Return a level's ledger, made on first use."""
+        found = self._ledgers.get(level)
+        if found is None:
+            found = self._ledgers[level] = _Ledger(self.gamma, self.burn_in)
+            self._review(found, self.model.level(level))
+        return found
+
+    def _stretch(self, context: Context) -> _Stretch:
+        """Begin a stretch of the sequence, and settle whether to sleep through it."""
+        level = context.level
+        ledger = self.ledger(level)
+        plain = self.model.level(level).seconds.item(0)
+        asleep = self.naps and ledger.nap.start(plain, ledger.baseline == 0)
+        found = context.memory[self] = level, context.position + STRETCH, asleep, ledger
+        return found
+
+    def decide(self, context: Context) -> Decision:
+        stretch = context.memory.get(self)
+        if stretch is None or stretch[0] != context.level or stretch[1] <= context.position:
+            stretch = self._stretch(context)
+        _, _, asleep, ledger = stretch
+        if asleep:
+            return Decision(self.policy.new_id(), 0, policy_version=self.policy.version, features=Asleep())
+        decision = self.policy.decide(context)
+        if decision.drafter and decision.drafter not in context.drafters[:1]:
+            self._turn(decision, 0)
+        ledger.steps += 1
+        limit = context.max_gamma
+        if type(decision.gamma) is not int and (gamma := whole(decision.gamma)) >= 0:
+            decision.gamma = gamma
+        if type(decision.gamma) is not int or not 0 <= decision.gamma <= MAX_GAMMA:
+            return decision  # for the fault guard around this one
+        if limit > ledger.most:
+            ledger.allow(limit)
+        which = 0 if ledger.steps >= ledger.due[0] else 1 if ledger.steps >= ledger.due[1] else -1
+        if which >= 0 and limit >= ledger.gamma:
+            ledger.probes[which] += 1
+            ledger.due[which] = max(ledger.spacing[which] * ledger.probes[which] ** 2, ledger.steps + 1)
+            return self._take(decision, ledger.gamma if which else 0)
+        if ledger.budget < 0.0:
+            ledger.interventions += 1
+            return self._take(decision, min(ledger.baseline, limit))
+        return decision
+
+    def _take(self, decision: Decision, gamma: int) -> Decision:
+        """Play ``gamma`` instead; features stay, so that the policy learns from the step."""
+        if len(self._taken) >= 1024:  # decisions whose outcomes never came
+            self._taken.clear()
+        own = self._turned.pop(decision.id, decision.gamma)
+        self._taken[decision.id], decision.drafter = min(own, gamma), ""
+        # The rule is deterministic, so gamma was certain. A policy that stops by itself is asked on, for its opinion.
+        decision.gamma, decision.propensity = gamma, 1.0
+        return decision
+
+    def _turn(self, decision: Decision, drafted: int) -> None:
+        """Note that the policy goes on with another drafter than the fixed gamma would."""
+        if len(self._turned) >= 1024:
+            self._turned.clear()
+        self._turned[decision.id] = drafted
+
+    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+        taken = self._taken.get(decision.id)
+        if taken is None:
+            answer = self.policy.proceed(decision, drafted, signals)
+            if type(answer) is str:
+                self._turn(decision, drafted)
+            return answer
+        if drafted < taken:
+            answer = self.policy.proceed(decision, drafted, signals)
+            if not answer or type(answer) is str:
+                self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
+        return True
+
+    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+        taken = self._taken.get(decision.id)
+        if taken is None:
+            return self.policy.submit(decision, drafted, signals)
+        if taken >= drafted:  # it would have gone on to the end
+            self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
+        return drafted
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if type(decision.features) is Asleep:
+            return
+        seen = decision.id in self.policy._learnt
+        self.policy.learn(decision, outcome)
+        if seen:
+            return
+        if not self._shared:
+            self.model.observe(outcome)
+        level, forwards = outcome.level, outcome.forwards
+        ledger, costs = self._ledgers.get(level) or self.ledger(level), self.model.level(level)
+        stop, nap = self._taken.pop(decision.id, -1), ledger.nap
+        seconds = costs.spent(outcome.drafted, forwards)
+        reading = costs.catch_up * outcome.caught_up if forwards else 0.0
+        if outcome.drafted == 0:
+            self._postpone(ledger, 0)
+        # What another drafter than the fixed gamma's proposed tells nothing of that one's.
+        turned = self._turned.pop(decision.id, -1)
+        own = outcome if turned < 0 else _before(outcome, turned)
+        ledger.count(own, stop)
+        k = own.drafted
+        short = own.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
+        if short or k >= ledger.gamma:
+            self._postpone(ledger, 1)
+        if short or ledger.offered < 1.0:
+            ledger.offered += SHARE * ((k / ledger.gamma if short else 1.0) - ledger.offered)
+        if k:
+            ledger.forwards += SHARE * ((forwards / k if forwards < k else 1.0) - ledger.forwards)
+        if outcome.policy_seconds:
+            nap.spent(outcome.policy_seconds)
+        nap.tokens += outcome.produced
+        nap.seconds += seconds + reading
+        if ledger.baseline == 0:  # the fixed gamma would have had to read as much
+            seconds += reading
+        budget, most = ledger.budget + outcome.produced - ledger.rate * seconds, self.burn_in
+        # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
+        ledger.budget = -most if budget < -most else budget if budget < 4.0 * most else 4.0 * most
+        if ledger.disproved(self.burn_in):
+            ledger.budget = self.burn_in
+            if stop >= 0 and k == ledger.gamma and isinstance(self.policy, CostAware):
+                self.policy.forget()
+            self._review(ledger, costs)
+        if ledger.steps % REVIEW_EVERY == 0 or ledger.steps < REVIEW_EVERY:
+            self._review(ledger, costs)
+            if ledger.steps >= REVIEW_EVERY:
+                ledger.fade()
+
+    @staticmethod
+    def _postpone(ledger: _Ledger, which: int) -> None:
+        """The policy played by itself what a probe is for: count it as the next probe if that is due."""
+        if ledger.steps >= ledger.spacing[which] * ledger.probes[which] ** 2:
+            ledger.probes[which] += 1
+            ledger.due[which] = ledger.spacing[which] * ledger.probes[which] ** 2
+
+    def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
+        """Find the better baseline anew."""
+        plain = 1.0 / float(costs.seconds[0])
+        free = (1.0 - ledger.forwards) * ledger.gamma * costs.draft
+        more = float(costs.seconds[ledger.gamma]) - free - 1.0 / plain
+        fixed = ledger.tokens / ledger.fixed_steps / (1.0 / plain + ledger.offered * more)
+        ledger.baseline = ledger.gamma if fixed > plain else 0
+        ledger.rate = (1.0 - self.epsilon) * max(plain, fixed)
+        best = max(plain, fixed, costs.rate)
+        behind = [min(max((1.0 - rate / best) / CLOSE, 1.0), FAR) for rate in (plain, fixed)]
+        ledger.spacing = [int(PROBE * times * times) for times in behind]
+
+    def state_dict(self) -> State:
+        found = self.policy.state_dict()
+        for level, x in self._ledgers.items():
+            found[f"safety.{level}"] = np.array(x.row())
+            found[f"safety_nap.{level}"] = np.array(x.nap.row())
+        if not self._shared:
+            found |= self.model.state()
+        return found
+
+    def load_state_dict(self, state: State) -> None:
+        own = {k for k in state if k.startswith(("safety.", "safety_nap."))}
+        if not self._shared:
+            own |= {k for k in state if k.startswith("cost.")}
+            self.model.load(state)
+        self.policy.load_state_dict({k: v for k, v in state.items() if k not in own})
+        # A level without a ledger in the state (merged statistics have none) keeps the one it has.
+        for key in (k for k in own if k.startswith("safety.")):
+            row = np.asarray(state[key], dtype=float)
+            if row.shape not in ((OWN + 2 * self.gamma,), (OWN + 2 * self.gamma + 1,)) or not np.isfinite(row).all():
+                raise PolicyError(
+                    f"the state's '{key}' is not a ledger of safety gamma {self.gamma}: use the one it had"
+                )
+            level = key.removeprefix("safety.")
+            ledger = self.ledger(level)
+            ledger.fill(row.tolist())
+            if (key := f"safety_nap.{level}") in state:
+                row = check_array(state, key, (NUMBERS,)).astype(float)
+                try:
+                    ledger.nap.fill(row.tolist())
+                except ValueError as error:
+                    raise PolicyError(f"the state's '{key}' is no account of naps: {error}") from None
+            self._review(ledger, self.model.level(level))
+
+    def info(self) -> dict[str, Any]:
+        held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
+        slept = {f"{level}.slept": ledger.nap.slept for level, ledger in self._ledgers.items() if ledger.nap.slept}
+        return self.policy.info() | held | slept
+
+
+def _before(outcome: Outcome, drafted: int) -> Outcome:
+    """Return what an outcome tells the ledger of its first ``drafted`` tokens."""
+    k, n, tested = outcome.drafted, outcome.accepted, outcome.tested
+    k, n, tested = k if k < drafted else drafted, n if n < drafted else drafted, tested if tested < drafted else drafted
+    return Outcome(k, n, tested, outcome.produced, signals=outcome.signals)

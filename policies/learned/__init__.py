@@ -1,0 +1,1 @@
+"""Policies that learn, from MLP16 and from observed acceptances."""

@@ -1,0 +1,1 @@
+"""Compiled forwards of plain Llamas on a CPU."""

@@ -1,0 +1,115 @@
+"""A Llama draft for one sequence on a CPU: 8-bit weights, one call, and the same answer at every width.
+
+On a CPU one token of a small draft takes as long as its weights take to be read, and as the calls of its forward take
+to be made. Here weights and the inputs of matrices are rounded to 8 bits as in GGUF's Q8_0, layers that read the same
+input are one matrix, norms' weights are folded into the matrices behind them, and the whole forward is one call of
+compiled kernels. Nothing of that can change what is decoded, only how often a draft is right (docs/draft.md).
+
+What a token's logits are depends on the tokens before it alone, to the last bit, however many of them are read in one
+forward: each kernel treats a row in the same way at any width. An exact trace is therefore what the decoder drafts,
+whenever it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from speckv_online.cpu_engine.kernels.int8_blocks import lanes, lay_out
+from speckv_online.cpu_engine.kernels.llvm import double
+from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
+from speckv_online.modeling.kv_cache import KVCache
+
+#: Most tokens that are read at once.
+_ROWS = 60
+_KERNELS = ("embed", "norm", "linear", "turn", "attend_i8", "gate_i8", "look")
+#: Largest error of the logits, relative to their spread, that passes for rounding to 8 bits.
+_TOLERANCE = 0.1
+
+
+class QuickDraft:
+    """The forward of a Llama draft over a :class:`~speckv_online.modeling.kv_cache.KVCache`; made by :func:`quicken`.
+
+    Parameters
+    ----------
+    model : LlamaForCausalLM
+        In fp32 on the CPU. Its embedding is shared, all other weights are copied: where they change, make it anew.
+    width : int
+        Floats in a register of the processor, as :func:`speckv_online.cpu_engine.kernels.int8_blocks.lanes` has them.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, width: int) -> None:
+        self.program = p = LlamaProgram(model, width, _ROWS, _KERNELS)
+        self.layers, form, body = p.layers, p.form, model.model
+        self._weights: list[torch.Tensor] = []  # what the steps point at
+        self._numbers = form.inputs(_ROWS, max(p.hidden, form.heads * form.size, p.inner))
+        state, y, numbers = (t.data_ptr() for t in (p.state, p.y, self._numbers))
+        norm = p.kernels["norm"], state, numbers, double(float(model.config.rms_norm_eps)), 0, p.hidden
+        steps: list[Step] = []
+        for i, layer in enumerate(body.layers):
+            a, f = layer.self_attn, layer.mlp
+            together = torch.cat((a.q_proj.weight * form.size**-0.5, a.k_proj.weight, a.v_proj.weight))
+            gated = torch.cat((f.gate_proj.weight, f.up_proj.weight))
+            steps += [
+                norm, self._times(together * layer.input_layernorm.weight, y),
+                *p.attention(i, "i8", numbers, double(1.0)), self._times(a.o_proj.weight, state, 1),
+                norm, self._times(gated * layer.post_attention_layernorm.weight, y),
+                (p.kernels["gate_i8"], y, numbers, p.inner, 0), self._times(f.down_proj.weight, state, 1),
+            ]  # fmt: skip
+        head = model.lm_head.weight * body.norm.weight
+        p.finish(steps, [norm, self._times(head, 0)], len(head))
+        self._look, self._seen, self._lock = p.kernels["look"], np.empty(5, dtype=np.float32), Lock()
+        self._scratch = torch.empty(3, form.lanes)
+        self._to = self._seen.ctypes.data, self._scratch.data_ptr()
+
+    def _times(self, weight: torch.Tensor, out: int, add: int = 0) -> Step:
+        """Return the step that multiplies by a weight."""
+        outputs, inputs = weight.shape
+        numbers, scales = lay_out(weight.detach().float(), self.program.form.lanes)
+        self._weights += [numbers, scales]
+        there = self._numbers.data_ptr(), numbers.data_ptr(), out
+        return self.program.kernels["linear"], *there, 0, inputs, outputs, scales.data_ptr(), add
+
+    def read(self, ids: Sequence[int], cache: KVCache) -> torch.Tensor:
+        """Read tokens into the cache; return the next one's logits, shape (rows of the head,), fp32.
+
+        Errors are those of :meth:`speckv_online.cpu_engine.llama_program.LlamaProgram.read`.
+        """
+        return self.program.read(ids, cache, 1)[0]
+
+    def look(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
+        """Return what :func:`speckv_online.drafters.look` finds in what :meth:`read` returned."""
+        with self._lock:
+            self._look(logits.data_ptr(), *self._to, len(logits))
+            first, second, row, total, weighed = self._seen.tolist()
+        if not total > 0.0 or weighed != weighed:
+            return 0, math.nan, math.nan, math.nan, math.nan
+        return int(row), first, second, max(math.log(total) - weighed / total, 0.0), 1.0 / total
+
+
+@torch.inference_mode()
+def quicken(model: PreTrainedModel) -> QuickDraft | None:
+    """Return the quick form of a draft, or None where there is none or it would not pay.
+
+    It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU that there are kernels for. Where they
+    cannot be compiled, or the answer is not the model's up to rounding, there is no quick form.
+    """
+    width = lanes()
+    if width is None or not plain(model) or any(p.dtype != torch.float32 for p in model.parameters()):
+        return None
+    linear = {type(m) for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))}
+    if not all(issubclass(kind, torch.nn.Linear) for kind in linear):
+        return None
+    ids = torch.arange(1, 32) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    try:
+        quick = QuickDraft(model, width)
+        found = quick.read(ids.tolist(), KVCache(quick.layers, 4))
+    except UNUSABLE:
+        return None
+    expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
+    return quick if bool((found - expected).std() <= _TOLERANCE * expected.std()) else None

@@ -1,0 +1,1 @@
+"""Machine code for single operations, made by LLVM when it is first needed."""

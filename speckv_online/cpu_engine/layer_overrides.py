@@ -1,0 +1,57 @@
+"""Other libraries' layers on a CPU with the same results bit for bit, in less time.
+
+A layer that can be done in fewer calls is compared first: its first forward is its own, and it takes the short way from
+then on if that gives the same for the same input, until its weight is changed. So another version of a library costs
+speed and nothing else. The ways are those of bitsandbytes' layers (:mod:`speckv_online.cpu_engine.bnb_layers`) and of
+RMS norms (:mod:`speckv_online.cpu_engine.kernels.rms_norm`). docs/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from speckv_online.cpu_engine import bnb_layers as bnb_cpu
+from speckv_online.cpu_engine.kernels import rms_norm as norms
+from speckv_online.cpu_engine.weight_version import mark
+
+#: By the name of a layer's class: whether it can take the short way, and that way.
+WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch.Tensor]]] = {
+    "Linear8bitLt": (bnb_cpu.ready_int8, bnb_cpu.int8_forward),
+    "Linear4bit": (bnb_cpu.ready_four_bit, bnb_cpu.four_bit_forward),
+    **{f"{family}RMSNorm": (norms.ready, norms.norm_forward) for family in ("Llama", "Mistral", "Qwen2", "Qwen3")},
+}
+
+
+def lighten(model: nn.Module) -> int:
+    """Let a model's layers on the CPU take short ways in inference; return how many may. They stay what they are."""
+    found: list[Any] = [m for m in model.modules() if type(m).__name__ in WAYS and m.weight.device.type == "cpu"]
+    for layer in found:
+        layer.forward = MethodType(_first_forward, layer)
+    return len(found)
+
+
+def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    answer: torch.Tensor = type(layer).forward(layer, x)
+    if x.dtype == torch.float32 and x.numel() > 0 and not torch.is_grad_enabled():
+        del layer.forward
+        ready, forward = WAYS[type(layer).__name__]
+        try:
+            if ready(layer) and torch.equal(forward(layer, x), answer):
+                layer._way, layer._made_of = forward, mark(layer)
+                layer.forward = MethodType(_short_forward, layer)
+        # Another version of a library, or none; a processor that lacks an instruction.
+        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+            pass
+    return answer
+
+
+def _short_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    if layer._made_of != mark(layer):
+        return _first_forward(layer, x)
+    answer: torch.Tensor = layer._way(layer, x)
+    return answer

@@ -1,0 +1,125 @@
+"""Linear layers that take hardly longer for the few tokens of a verification than for one, on a CPU.
+
+A stock fp32 ``nn.Linear`` on a CPU is quick for one row and slow for 4 to 16: a verification of five tokens takes up to
+twice the time of one. The kernels of :mod:`speckv_online.cpu_engine.kernels.linear` are nearly flat, and read weights
+in the smallest type that holds them exactly, which for weights rounded to fp16 is half of what fp32 takes. They are
+tried before they are used, and where they are missing or wrong the model stays as it is. docs/performance.md has the
+measurements.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from speckv_online.cpu_engine.kernels.linear import Shape, compiled, lay_out, shape
+from speckv_online.cpu_engine.layer_overrides import lighten
+from speckv_online.cpu_engine.target_forward import quicken
+from speckv_online.cpu_engine.weight_version import mark
+from speckv_online.modeling.grouped_attention import group
+
+#: Most rows for which the kernels are the quicker ones: more are a prompt.
+MOST_ROWS = 32
+#: Most bytes of weights that are kept twice; larger models stay as they are.
+MOST_BYTES = 4 << 30
+#: Largest difference from nn.Linear, relative to the largest output, that passes for rounding.
+_TOLERANCE = 1e-5
+
+
+class PackedLinear(nn.Linear):
+    """An ``nn.Linear`` for inference whose weight is laid out for few rows too.
+
+    A row's result has the same bits whatever the number of rows, up to :data:`MOST_ROWS`. Where the weight was changed
+    it is laid out anew.
+
+    Parameters
+    ----------
+    linear : nn.Linear
+        In fp32 on the CPU; its parameters are shared.
+    use : Shape
+        Outputs are a multiple of its ``features`` and inputs of its ``lanes``.
+    """
+
+    def __init__(self, linear: nn.Linear, use: Shape) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._use = use
+        self._lay_out()
+        self.eval()
+
+    def _lay_out(self) -> None:
+        # Not buffers: neither saved nor hashed.
+        self._made_of = mark(self)
+        self._packed = lay_out(self.weight.detach(), self._use)
+        self._kernel = compiled(self._use)[self._packed[0].dtype]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight.T + bias``, shape (..., out_features)."""
+        rows = x.numel() // self.in_features
+        plain = x.dtype == torch.float32 and x.is_contiguous() and x.is_cpu and not torch.is_grad_enabled()
+        if not plain or not 0 < rows <= MOST_ROWS:
+            return nn.functional.linear(x, self.weight, self.bias)
+        if self._made_of != mark(self):
+            self._lay_out()
+        weight, scales = self._packed
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        self._kernel(*pointers, rows, self.in_features, self.out_features, scales.data_ptr())
+        return out if self.bias is None else out.add_(self.bias)
+
+
+@cache
+def can_pack(use: Shape) -> bool:
+    """Return True if the kernels can be compiled here and agree with ``nn.Linear`` for weights of each type."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 96, generator=generator) for rows in (use.rows + 2, 160))
+    whole = (weight * 40).round().clamp(-127, 127)
+    whole[:, ::32] = 127.0
+    with torch.inference_mode():
+        for kept in (weight, weight.bfloat16().float(), weight.half().float(), whole / 64):
+            linear = nn.Linear(96, 160)
+            linear.weight = nn.Parameter(kept)
+            try:
+                y = PackedLinear(linear, use)(x)
+            except (AttributeError, ImportError, OSError, RuntimeError):  # no llvmlite, another torch or LLVM
+                return False
+            expected = linear(x)
+            if not bool((y - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
+                return False
+    return True
+
+
+def pack(model: nn.Module) -> int:
+    """Pack the fp32 linear layers of a model on the CPU, in place; return how many.
+
+    Other layers take a short way where there is one, see :mod:`speckv_online.cpu_engine.layer_overrides`, and so do
+    attention, see :mod:`speckv_online.modeling.grouped_attention`, and the whole forward, see
+    :mod:`speckv_online.cpu_engine.target_forward`. Linear layers stay where packing does not work, and in a model whose
+    weights are too large to be kept twice. Logits change by rounding only. A model whose weights change later need not
+    be packed again, unless they change through ``weight.data``.
+    """
+    lighten(model)
+    if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
+        group(model)
+    use = shape()
+    if use is None:
+        return 0
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        # The exact type: bitsandbytes' layers are subclasses with weights of their own.
+        if type(child) is nn.Linear or type(child) is PackedLinear
+        if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
+        if child.out_features % use.features == 0 and child.in_features % use.lanes == 0
+    ]
+    if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES or not can_pack(use):
+        return 0
+    for parent, name, child in found:
+        setattr(parent, name, PackedLinear(child, use))
+    quicken(model)
+    return len(found)

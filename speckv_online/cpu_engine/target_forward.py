@@ -1,0 +1,290 @@
+"""The forward of a Llama target over some tokens in one call, on a CPU.
+
+It is a :mod:`speckv_online.cpu_engine.llama_program` on the matrices of :mod:`speckv_online.cpu_engine.pack` and
+:mod:`speckv_online.cpu_engine.bnb_layers`. Logits are the model's up to rounding. All kernels treat a row in the same
+way at any width, so a verification gives a token the same bits as a forward of that token alone. At int8 that is more
+than bitsandbytes does: there, an outlier in one row moves its column out of the whole numbers in all rows of a forward.
+So the model itself reads prompts at int8, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
+from speckv_online.cpu_engine.kernels import rms_norm as norms
+from speckv_online.cpu_engine.kernels.int8_blocks import lanes
+from speckv_online.cpu_engine.kernels.llvm import double
+from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
+from speckv_online.cpu_engine.weight_version import Mark, mark
+from speckv_online.modeling.fingerprint import remember_fingerprint
+from speckv_online.modeling.kv_cache import KVCache
+
+#: Most tokens that are read at once; for more than so many pieces the model itself is the quicker one.
+MOST_ROWS, MOST_PIECES = 64, 4
+#: Most bytes of bitsandbytes' weights that are kept twice.
+MOST_BYTES = 2 << 30
+#: Largest error of the logits, relative to their spread, that passes for rounding: bf16 and 8 bits round a lot.
+_TOLERANCE = 0.1
+#: Arguments of a forward that it knows.
+_KNOWN = {"input_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+class _Room:
+    """Where inputs are rounded to 8 bits: numbers, largest elements, outliers."""
+
+    def __init__(self, widest: int) -> None:
+        self._tensors = (
+            torch.empty(MOST_ROWS, widest, dtype=torch.uint8),
+            torch.empty(MOST_ROWS),
+            torch.empty(MOST_ROWS, widest + 1, dtype=torch.int32),
+        )
+        self.pointers = [t.data_ptr() for t in self._tensors]
+
+
+class _Packed:
+    """Linear layers of the same input as one, of :class:`~speckv_online.cpu_engine.pack.PackedLinear`."""
+
+    to = "float"
+
+    def __init__(self, layers: list[Any]) -> None:
+        kernels = {layer._kernel for layer in layers}
+        self.kernel, self.inputs = kernels.pop(), layers[0].in_features
+        if kernels:
+            raise ValueError("weights of several types")
+        self.weight, self.scales = (torch.cat(parts) for parts in zip(*(x._packed for x in layers), strict=True))
+        self.outputs, at = sum(layer.out_features for layer in layers), 0
+        for layer in layers:  # they share the memory
+            weight, scales = (len(part) for part in layer._packed)
+            start = at * len(self.scales) // len(self.weight)
+            layer._packed = self.weight[at : at + weight], self.scales[start : start + scales]
+            at += weight
+
+    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
+        """Return the kernels that multiply what is at ``x``."""
+        scales = self.scales.data_ptr()
+        return [(self.kernel, x, self.weight.data_ptr(), out, 0, self.inputs, self.outputs, scales)]
+
+
+class _FourBit:
+    """Linear layers of the same input as one, of bitsandbytes' ``Linear4bit``."""
+
+    to = "bfloat"
+
+    def __init__(self, layers: list[Any]) -> None:
+        weights, scales, codes, sizes, blocks = zip(*(layer._light for layer in layers), strict=True)
+        self.inputs, self.outputs, self.block = sizes[0][1], sum(outputs for outputs, _ in sizes), blocks[0]
+        if len(set(blocks)) > 1 or any(not torch.equal(code, codes[0]) for code in codes):
+            raise ValueError("weights of several types")
+        self.weight = torch.cat([weight.reshape(-1) for weight in weights])
+        self.scales = torch.cat([s.view(self.inputs // self.block, -1) for s in scales], 1).contiguous()
+        self.codes = codes[0]
+
+    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
+        """Return the kernels that multiply what is at ``x``, in fp32 with bf16's values."""
+        kernel, pointers = kernels_bnb.compiled()["four_bit"], (self.scales.data_ptr(), self.block)
+        there = x, self.weight.data_ptr(), out
+        return [(kernel, *there, 0, self.inputs, self.outputs, *pointers, self.codes.data_ptr())]
+
+
+class _Int8:
+    """Linear layers of the same input as one, of bitsandbytes' ``Linear8bitLt``."""
+
+    to = "float"
+
+    def __init__(self, layers: list[Any]) -> None:
+        weights, scales, sums, thresholds, sizes = zip(*(layer._light for layer in layers), strict=True)
+        self.inputs, self.outputs, self.threshold = sizes[0][1], sum(outputs for outputs, _ in sizes), thresholds[0]
+        if len(set(thresholds)) > 1:
+            raise ValueError("weights of several types")
+        self.weight, self.sizes, self.sums = (torch.cat(parts) for parts in (weights, scales, sums))
+
+    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
+        """Return the kernels that multiply what is at ``x``; outliers are each row's own."""
+        kernels, (numbers, tops, columns) = kernels_bnb.compiled(), room.pointers
+        weight, sizes, shape = self.weight.data_ptr(), self.sizes.data_ptr(), (0, self.inputs, self.outputs)
+        return [
+            (kernels["quantize"], x, numbers, tops, 0, self.inputs, self.threshold, columns),
+            (kernels["int8"], numbers, weight, out, *shape, tops, sizes, self.sums.data_ptr()),
+            (kernels["outliers"], x, columns, out, *shape, weight, sizes),
+        ]
+
+
+_KINDS: dict[str, Any] = {"PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8}
+
+
+def _together(*layers: Any) -> Any:
+    """Return linear layers of the same input as one."""
+    kinds = {type(layer).__name__ for layer in layers}
+    if len(kinds) > 1 or any(layer.bias is not None for layer in layers):
+        raise ValueError("layers of several kinds, or with a bias")
+    return _KINDS[kinds.pop()](list(layers))
+
+
+class QuickTarget:
+    """The forward of a Llama over a :class:`~speckv_online.modeling.kv_cache.KVCache`; made by :func:`quicken`.
+
+    Parameters
+    ----------
+    model : LlamaForCausalLM
+        On the CPU, with an embedding and norms in fp32; its linear layers have run twice.
+    width : int
+        Floats in a register of the processor, as :func:`speckv_online.cpu_engine.kernels.int8_blocks.lanes` has them.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, width: int) -> None:
+        to = "bfloat" if any(type(m).__name__ == "Linear4bit" for m in model.modules()) else "float"
+        names = "embed", "turn", f"attend_{to}", f"gate_{to}", "add", "shorten"
+        self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
+        self.made_of = _marks(model)
+        body, scale = model.model, double(float(model.model.layers[0].self_attn.scaling))
+        widest = max(p.hidden, p.form.heads * p.form.size, p.inner)
+        self._x, self._more, room = torch.empty(MOST_ROWS, widest), torch.empty(MOST_ROWS, p.hidden), _Room(widest)
+        self._kept: list[Any] = [room]  # what the steps point at
+        state, x, y, more = (t.data_ptr() for t in (p.state, self._x, p.y, self._more))
+        add, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
+        for i, layer in enumerate(body.layers):
+            a, f = layer.self_attn, layer.mlp
+            together, out = _together(a.q_proj, a.k_proj, a.v_proj), _together(a.o_proj)
+            gated, down = _together(f.gate_proj, f.up_proj), _together(f.down_proj)
+            self._kept += [out, down]
+            steps += [
+                *self._normed(layer.input_layernorm, together), *together.steps(x, y, room),
+                *p.attention(i, out.to, x, scale), *out.steps(x, more, room), add,
+                *self._normed(layer.post_attention_layernorm, gated), *gated.steps(x, y, room),
+                (p.kernels[f"gate_{down.to}"], y, x, p.inner, 0), *down.steps(x, more, room), add,
+            ]  # fmt: skip
+        head = _Packed([model.lm_head])
+        p.finish(steps, [*self._normed(body.norm, head), *head.steps(x, 0, room)], head.outputs)
+        #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
+        self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuickTarget:
+        return self  # the steps point at this one's memory
+
+    def _normed(self, norm: Any, product: Any) -> list[Step]:
+        """Return the steps from the state to a norm's answers as a product takes them."""
+        p, weight, eps = self.program, norm.weight.detach(), double(float(norm.variance_epsilon))
+        if weight.dtype != torch.float32 or not weight.is_contiguous():
+            raise ValueError("a norm in another type")
+        self._kept += [weight, product]
+        x = self._x.data_ptr()
+        steps: list[Step] = [(norms.compiled(), p.state.data_ptr(), weight.data_ptr(), x, 0, p.hidden, eps)]
+        return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
+
+    def room(self, cache: KVCache) -> int:
+        """Return how many tokens may be read at once into a cache."""
+        return min(MOST_ROWS * MOST_PIECES, self.program.most - len(cache))
+
+    def read(self, ids: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor:
+        """Do what :meth:`speckv_online.cpu_engine.llama_program.LlamaProgram.read` does."""
+        return self.program.read(ids, cache, keep)
+
+
+def _marks(model: Any) -> list[Mark]:
+    """Return the marks of all weights of a Llama."""
+    found = [model.model.embed_tokens, model.model.norm, model.lm_head]
+    for layer in model.model.layers:
+        a, f = layer.self_attn, layer.mlp
+        found += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
+        found += [layer.input_layernorm, layer.post_attention_layernorm]
+    return list(map(mark, found))
+
+
+def quick_of(model: nn.Module) -> QuickTarget | None:
+    """Return a model's quick forward, if it has one, as of its weights now: made anew where they were changed."""
+    quick: QuickTarget | None = model.__dict__.get("_quick")
+    if quick is None:
+        return None
+    try:
+        same = quick.made_of == _marks(model)
+    except AttributeError:  # a part was put in place that has other parts
+        same = False
+    if same:
+        return quick
+    return model._quick if quicken(model) else None  # type: ignore[return-value]
+
+
+@wraps(LlamaForCausalLM.forward)  # transformers reads the signature
+def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
+    ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+    whole = len(model.model.layers) == model._quick.program.layers  # none was taken out since
+    known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
+    if whole and isinstance(cache, KVCache) and len(cache) == 0:  # a new text
+        known = known and quick_of(model) is not None
+    if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
+        usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
+        count, room = ids.shape[-1], model._quick.room(cache)
+        # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
+        drafts = keep - 1 if 0 < keep <= count else 0
+        if usable and model._quick.whole_prompts and len(cache) == 0 and count - drafts > 1:
+            prompt, rest = ids.split([count - drafts, drafts], 1)
+            out = type(model).forward(model, input_ids=prompt, past_key_values=cache, logits_to_keep=keep - drafts)
+            if drafts:
+                out.logits = torch.cat((out.logits, model(input_ids=rest, past_key_values=cache).logits), 1)
+            return out
+        if usable and 0 < count <= room:
+            logits = model._quick.read(ids[0].tolist(), cache, min(keep, count) or count)
+            return CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
+    return type(model).forward(model, *args, **kwargs)
+
+
+def read_on(model: nn.Module, tokens: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor | None:
+    """Read more tokens of a text as a model's forward would, without what is around it in transformers and torch.
+
+    Returns
+    -------
+    Tensor or None
+        As :meth:`QuickTarget.read`; None where the model has no quick forward, or where somebody wants to know of its
+        calls: then call the model. So does the text's beginning, when weights are looked at.
+    """
+    quick: QuickTarget | None = model.__dict__.get("_quick")
+    if quick is None or len(cache) == 0 or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
+        return None
+    if model._forward_hooks or model._forward_pre_hooks or _has_any_global_hook() or model._compiled_call_impl:
+        return None
+    if len(tokens) > quick.room(cache) or len(model.model.layers) != quick.program.layers:  # type: ignore[arg-type, union-attr]
+        return None
+    return quick.read(tokens, cache, keep)
+
+
+@torch.inference_mode()
+def quicken(model: nn.Module) -> bool:
+    """Let a packed model on the CPU read few tokens in one call where it can; return True if it does.
+
+    It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
+    are not the model's up to rounding, the model stays as it is.
+    """
+    if model.__dict__.pop("_quick", None) is not None:
+        del model.forward
+    width = lanes()
+    if width is None or not plain(model):
+        return False
+    kept = (m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
+    if sum(weight.nbytes for m in kept for weight in m.parameters()) > MOST_BYTES:
+        return False
+    remember_fingerprint(model)
+    # One by one, as LLM.int8 depends on the width; no special tokens, whose states magnify its rounding.
+    ids, layers = torch.arange(1, 12) * (model.config.vocab_size // 12), int(model.config.num_hidden_layers)
+    cache = KVCache(layers, 16)
+    expected = torch.cat([model(input_ids=one[None], past_key_values=cache).logits[0] for one in ids.split(1)])
+    try:
+        quick = QuickTarget(model, width)
+        error = quick.read(ids.tolist(), KVCache(layers, 4), len(ids)) - expected
+    except UNUSABLE:
+        return False
+    if not bool(error.std() <= _TOLERANCE * expected.std()):
+        return False
+    model._quick = quick  # type: ignore[assignment]
+    model.forward = MethodType(_forward, model)
+    return True

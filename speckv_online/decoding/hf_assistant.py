@@ -1,0 +1,237 @@
+"""A policy for transformers' own assisted generation: ``generate(assistant_model=...)`` with gamma set in every step.
+
+For people who stay with transformers' loop. It is slower than :class:`~speckv_online.decoding.SpeculativeDecoder`, as
+every draft is a call of the assistant's ``generate``, and takes whatever that loop takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    _prepare_attention_mask,
+    _prepare_position_ids,
+    _prepare_token_type_ids,
+)
+
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM, Decision, Outcome, Policy
+from speckv_online.context import History
+from speckv_online.decoding.generation import Generation, Totals
+from speckv_online.decoding.inputs import as_policy
+from speckv_online.decoding.sequence import record_of, untimed
+from speckv_online.lookup.ngram_index import NgramIndex
+from speckv_online.modeling.introspection import level_of
+
+
+class PolicyAssistant:
+    """Lets a policy set the number of assistant tokens of every call.
+
+    Parameters
+    ----------
+    policy : Policy or str
+        A policy, or a spec such as ``"online"``.
+    level : str, optional
+        The target's compression level; by default read off the model.
+    task : str
+        Task label for the policy.
+
+    Attributes
+    ----------
+    last : Generation
+        Steps of the latest prompt (its ``tokens`` are those that steps added; criteria may have ended it earlier).
+    totals : Totals
+        Sums over all prompts but the latest.
+
+    Examples
+    --------
+    ::
+
+        assistant = PolicyAssistant("online")
+        with assistant.attached_to(model):
+            model.generate(**inputs, assistant_model=draft, max_new_tokens=100)
+        print(assistant.last.goodput)
+    """
+
+    def __init__(self, policy: Policy | str, *, level: str | None = None, task: str = "") -> None:
+        self.policy, self.level, self.task = as_policy(policy), level, task
+        self.last, self.totals = Generation(), Totals()
+
+    @contextmanager
+    def attached_to(self, model: PreTrainedModel) -> Iterator[PolicyAssistant]:
+        """Set gamma in every assisted generation of this model while the context lasts.
+
+        ``generate`` has no argument for a candidate generator: it asks the model for one. This model answers with one
+        that the policy governs; the class, and every other model, stays as it is.
+        """
+        owner: Any = model  # modules are typed as holding tensors and modules only
+        usual, outer = owner._get_candidate_generator, vars(owner).get("_get_candidate_generator")
+
+        def get_candidate_generator(**arguments: Any) -> Any:
+            found = usual(**arguments)
+            if type(found) is not AssistedCandidateGenerator:
+                return found  # prompt lookup, or two tokenizers: no draft of one token at a time
+            for name in ("target_tokenizer", "assistant_tokenizer"):
+                arguments.pop(name, None)
+            return PolicyCandidates(self, self.level or level_of(model), **arguments)
+
+        owner._get_candidate_generator = get_candidate_generator
+        try:
+            yield self
+        finally:
+            del owner._get_candidate_generator
+            if outer is not None:
+                owner._get_candidate_generator = outer
+
+    def begin(self) -> Generation:
+        """Start the records of a prompt."""
+        if self.last.steps:
+            self.totals.add(self.last)
+        self.last = Generation()
+        return self.last
+
+
+#: Logits between the best two tokens that signals show at most.
+MOST_MARGIN = 40.0
+
+
+class PolicyCandidates(AssistedCandidateGenerator):
+    """transformers' candidate generator for one prompt, with the policy in place of its schedules."""
+
+    def __init__(self, owner: PolicyAssistant, level: str, input_ids: torch.Tensor, **arguments: Any) -> None:
+        super().__init__(input_ids=input_ids, **arguments)  # type: ignore[arg-type]
+        # The policy replaces the schedule and the confidence threshold.
+        self.assistant_generation_config.num_assistant_tokens_schedule = "constant"
+        self.assistant_generation_config.assistant_confidence_threshold = 0.0
+        self.generation_config.assistant_confidence_threshold = 0.0
+        self.policy, self.out = owner.policy, owner.begin()
+        self.sampled = bool(self.generation_config.do_sample)
+        tokens = input_ids[0].tolist()
+        self.history = History(level, owner.task, len(tokens))
+        self.history.context.tokens = self.tokens = tokens
+        self.ngrams = NgramIndex(tokens)
+        self.signals = np.zeros((MAX_GAMMA, N_SIGNALS))
+        self.drafts: list[int] = []
+        self.forwards, self.learning = 0, 0.0
+        self.decision = Decision(0, 0)
+        self.policy.begin(self.history.context)
+
+    def get_candidates(self, input_ids: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Decide, and draft as many tokens; see the base class."""
+        context = self.history.context
+        length = input_ids.shape[1]
+        context.remaining = self.main_model_max_length - length
+        context.max_gamma = max(0, min(MAX_GAMMA, context.remaining - 1))
+        self.drafts = []
+        context.drafts = self.drafts
+        self.started = perf_counter()
+        self.decision = self.policy.decide(context)
+        self.asked = perf_counter() - self.started
+        self.num_assistant_tokens = min(self.decision.gamma, context.max_gamma)
+        past: Any = self.assistant_kwargs.get("past_key_values")
+        self.lag = length - (past.get_seq_length() if past is not None else 0)
+        found: tuple[Any, Any] = super().get_candidates(input_ids, **kwargs)
+        ids, logits = found
+        self._note(ids, logits, length)
+        self.forwards = len(self.drafts)
+        if (self.decision.stops or self.decision.trims) and self.drafts and not self.sampled:
+            t = perf_counter()
+            kept = self.policy.submit(self.decision, len(self.drafts), self.signals)
+            self.asked += perf_counter() - t
+            if kept < len(self.drafts):
+                del self.drafts[kept:]
+                ids, logits = ids[:, : length + kept], logits[:, :kept] if kept and logits is not None else None
+        self.drafted_at = perf_counter()
+        return ids, logits
+
+    def _update_past_and_masks(self, input_ids: Any, *args: Any, **kwargs: Any) -> bool:
+        has_past = super()._update_past_and_masks(input_ids, *args, **kwargs)
+        if not has_past:  # steps without drafting came before the first draft, which the base class does not expect
+            length, mine = input_ids.shape[1], self.assistant_kwargs
+            for prepare in (_prepare_attention_mask, _prepare_position_ids):
+                mine = prepare(mine, length, self.assistant_model.config.is_encoder_decoder)
+            self.assistant_kwargs = _prepare_token_type_ids(mine, length)
+        return has_past
+
+    def _prepare_generation_args(self, input_ids: Any, min_new_tokens: int, max_new_tokens: int) -> dict[str, Any]:
+        arguments = super()._prepare_generation_args(input_ids, min_new_tokens, max_new_tokens)
+        if self.decision.stops:
+            arguments["stopping_criteria"] = StoppingCriteriaList([_Stop(self, input_ids.shape[1])])
+        return arguments
+
+    def _note(self, ids: torch.Tensor, logits: torch.Tensor | None, length: int) -> None:
+        """Write the signals of drafts that have none yet.
+
+        ``logits`` are the assistant's scores, shape (1, k, vocab), with temperature, cuts and penalties applied:
+        those of the model alone are not handed out.
+        """
+        new = ids[0, length:].tolist()
+        for i in range(len(self.drafts), min(len(new), MAX_GAMMA)):
+            assert logits is not None
+            row = logits[0, i].float()
+            top = row.topk(2).values
+            p = row.softmax(-1)
+            margin = (top[0] - top[1]).clamp(max=MOST_MARGIN)  # infinite where cuts leave one token
+            wanted = torch.stack((torch.special.entr(p).sum() / math.log(2), p.amax(), margin)).tolist()
+            self.signals[i, [ENTROPY, CONFIDENCE, MARGIN]] = wanted
+            self.signals[i, NGRAM] = self.ngrams.signal(self.drafts, new[i])
+            self.drafts.append(new[i])
+
+    def proceed(self, ids: torch.Tensor, scores: Any, length: int) -> bool:
+        """Ask the policy whether to draft on, after the assistant's tokens so far."""
+        t = perf_counter()
+        self._note(ids, torch.stack(tuple(scores), dim=1), length)
+        wanted = len(self.drafts) < self.num_assistant_tokens  # the last one is asked of nobody
+        go_on = wanted and self.policy.proceed(self.decision, len(self.drafts), self.signals)
+        self.asked += perf_counter() - t
+        return bool(go_on)
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: Any) -> None:
+        """Teach the policy what the step was; see the base class."""
+        now, n, k = perf_counter(), int(num_matches), len(self.drafts)
+        tokens = input_ids[0, len(self.tokens) :].tolist()
+        ended = len(tokens) <= k and n < k and tokens[-1] == self.drafts[n]  # an end of sequence was among the drafts
+        n += ended  # which transformers does not count as a match
+        context = self.history.context
+        outcome = Outcome(
+            drafted=k, accepted=n, tested=n if ended else min(n + 1, k), produced=len(tokens),
+            seconds=now - self.started + self.learning, draft_seconds=self.drafted_at - self.started - self.asked,
+            verify_seconds=now - self.drafted_at, level=context.level, context_length=context.context_length,
+            caught_up=max(self.lag - 1, 0) if self.forwards else 0, signals=self.signals[:k].copy(),
+            forwards=self.forwards, policy_seconds=self.asked + self.learning,
+        )  # fmt: skip
+        self._forget(outcome.context_length + n)
+        # The first verification reads the prompt too: its time is no usual step's.
+        self.policy.learn(self.decision, outcome if self.out.steps else untimed(outcome))
+        taken, self.learning = now - self.started, perf_counter() - now
+        self.out.steps.append(
+            record_of(context, self.decision, outcome, self.asked + self.learning, taken + self.learning)
+        )
+        self.out.tokens += tokens
+        self.tokens += tokens
+        self.ngrams.extend(tokens)
+        self.history.update(outcome)
+
+    def _forget(self, length: int) -> None:
+        """Drop rejected drafts from the assistant's cache; the base class counts on every step drafting something."""
+        past: Any = self.assistant_kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > length:
+            past.crop(length - past.get_seq_length())
+
+
+class _Stop(StoppingCriteria):
+    """Ends the assistant's draft where the policy says so."""
+
+    def __init__(self, candidates: PolicyCandidates, length: int) -> None:
+        self.candidates, self.length = candidates, length
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        done = not self.candidates.proceed(input_ids, scores, self.length)
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device)

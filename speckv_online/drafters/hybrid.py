@@ -1,0 +1,151 @@
+"""The hybrid drafter: token by token the better of the draft model's proposal and the n-gram lookup's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from policies.base import LOOKUP, NGRAM
+from speckv_online.cpu_engine.int8_draft import QuickDraft
+from speckv_online.drafters.base import NO_PROPOSAL
+from speckv_online.drafters.model import ModelDrafter
+from speckv_online.lookup.gate import Gate, gate_features
+from speckv_online.lookup.ngram_index import Proposal, write_signals
+from speckv_online.modeling.sampling import Sampler
+
+
+class HybridDrafter(ModelDrafter):
+    """Drafts with a model and with a lookup of the context's own n-grams, whichever a gate thinks is right.
+
+    Where both propose the same token, or the lookup has none, it is the model's. Where the lookup alone is sure enough,
+    the model is not asked; its cache then lags, and catches up in one forward when it is needed. The signals are those
+    of the proposal that was taken; the n-gram signal is the match length, negative if the lookup was overruled.
+
+    A policy may choose in every step, and within one: ``hybrid``, ``model`` or ``ngram``, as of a
+    :class:`~speckv_online.drafters.ModelDrafter`.
+
+    In sampled decoding the gate sees the model's likeliest token. It chooses before anything is drawn, so that the draw
+    is from the model's distribution, or the proposal is the lookup's one token: either way the output is the target's.
+
+    Parameters
+    ----------
+    model, vocab_size, head_ids, quick
+        As for :class:`~speckv_online.drafters.ModelDrafter`.
+    gate : Gate, optional
+        The one that ships by default.
+    online : bool
+        The gate goes on learning, from positions that the target judged and where the model was asked and disagreed
+        with the lookup. Proposals then depend on what was seen before, so traces need a frozen gate.
+    skip : float, optional
+        How sure the lookup has to be for the model not to be asked, by default as the gate has it; 1 asks it always.
+    """
+
+    names: tuple[str, ...] = ("hybrid", "model", LOOKUP)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        head_ids: torch.Tensor | None = None,
+        quick: QuickDraft | None = None,
+        *,
+        gate: Gate | None = None,
+        online: bool = False,
+        skip: float | None = None,
+    ) -> None:
+        super().__init__(model, vocab_size, head_ids, quick)
+        gate = gate or Gate.load()
+        self.gate = gate.copy() if online else gate
+        self.skip = self.gate.skip if skip is None else skip
+        self.online, self.chances = online, self.gate.sure_weights
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        """Start a sequence."""
+        super().begin(tokens, capacity, sampler)
+        # Disagreements of this step: position in the draft, both tokens, the gate's features.
+        self._open: list[tuple[int, int, int, list[float]]] = []
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Propose one token; nothing if only the lookup may propose and has nothing."""
+        found = self._found()
+        if self.kind == LOOKUP or self.skips(found):
+            return self._note(self._look_up(found, signals))
+        token, logits = self.likeliest(signals)
+        if self.kind == "model":
+            token = self.settle(token, logits)
+            signals[NGRAM] = 0.0 if found is None else found.length if found.token == token else -found.length
+            return self._append(token)
+        if self.online and found is not None and found.token != token:
+            self._open.append((len(self.drafted), found.token, token, gate_features(found, signals)))
+        chosen = self.choose(found, token, signals)
+        if chosen != token:
+            self.proposals.append(None)
+            return self._append(chosen)
+        return self._append(self.settle(token, logits))
+
+    def choose(self, found: Proposal | None, token: int, signals: np.ndarray) -> int:
+        """Return the better of the lookup's and the model's proposals, and make the signals those of the chosen one.
+
+        Parameters
+        ----------
+        found : Proposal or None
+            The lookup's.
+        token : int
+            The model's likeliest token.
+        signals : ndarray, shape (N_SIGNALS,)
+            The model's signals; overwritten.
+        """
+        if found is None:
+            signals[NGRAM] = 0.0
+            return token
+        sure = self.skips(found) > 0.0
+        if found.token == token and not sure:
+            signals[NGRAM] = found.length
+        elif sure or self.gate.prefers_lookup(gate_features(found, signals)):
+            write_signals(found, signals)
+            return found.token
+        else:
+            signals[NGRAM] = -found.length
+        return token
+
+    def skips(self, found: Proposal | None) -> float:
+        """Return how sure the gate is of a lookup where that is enough not to ask the model, else 0."""
+        if found is None or self.skip >= 1.0 or self.kind == "model":
+            return 0.0
+        p = self._chance(found)
+        return p if p >= self.skip else 0.0
+
+    def sure(self) -> float:
+        """Return how likely the coming proposal is right if it is the lookup's alone, 0 if the model is asked."""
+        return super().sure() if self.kind == LOOKUP else self.skips(self._found())
+
+    def offer(self) -> float:
+        """Return how likely the lookup is right where the model is to be asked all the same; 0 if it has nothing."""
+        return 0.0 if self.skips(self._found()) else super().offer()
+
+    def _found(self) -> Proposal | None:
+        """What the lookup proposes; it counts what this step drafted."""
+        return self.ngrams.propose()
+
+    def _append(self, token: int) -> int:
+        self.drafted.append(token)
+        return self._note(token)
+
+    def _note(self, token: int) -> int:
+        if token != NO_PROPOSAL:
+            self.ngrams.push(token)
+        return token
+
+    def end(self, accepted: int) -> None:
+        """Drop what belongs to this step's drafts."""
+        super().end(accepted)
+        self.ngrams.undo()
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append settled tokens to the context; they say which proposals were right."""
+        super().extend(tokens)
+        for position, looked_up, modelled, features in self._open:
+            if position < len(tokens) and (tokens[position] == looked_up) != (tokens[position] == modelled):
+                self.gate.update(features, tokens[position] == looked_up)
+        self._open = []

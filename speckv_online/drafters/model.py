@@ -1,0 +1,215 @@
+"""What proposes tokens: a drafter holds one sequence and drafts one token at a time.
+
+Here are the interface, the drafter with a draft model, and the one without, which looks the context's own n-grams up.
+:mod:`speckv_online.drafters.hybrid` has the one that picks the better of the two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from policies.base import LOOKUP, NGRAM
+from speckv_online.cpu_engine.int8_draft import QuickDraft
+from speckv_online.drafters.base import NO_PROPOSAL, look, write_looked
+from speckv_online.lookup.gate import chance_of, shipped_chances
+from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
+from speckv_online.modeling.kv_cache import KVCache
+from speckv_online.modeling.sampling import Sampler
+
+
+class ModelDrafter:
+    """Drafts with a causal language model: its likeliest token, or in sampled decoding a draw from it.
+
+    In greedy decoding it offers lookups of the context's own n-grams in place of forwards: a policy may choose, in
+    every step and within one, between ``model`` and ``ngram`` (which may have nothing to propose).
+
+    The model's cache may lag behind the context (after steps that drafted nothing, and before the first draft of a
+    sequence): the next draft feeds all missing tokens in one forward.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Decoder-only model in eval mode.
+    vocab_size : int
+        Size of the target's vocabulary: ids beyond it (padding of a larger embedding) are never proposed.
+    head_ids : Tensor, shape (rows,), optional
+        Where the model's head covers only some tokens: the token id of each of its rows.
+    quick : QuickDraft, optional
+        The model's quick form, which then reads and drafts in its place; batches take the model itself.
+
+    Attributes
+    ----------
+    chances : list of float
+        Weights of :func:`~speckv_online.lookup.gate.chance_of`: how likely a lookup is right.
+    kind : str
+        Which of ``names`` drafts until the step ends.
+    """
+
+    names: tuple[str, ...] = ("model", LOOKUP)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        head_ids: torch.Tensor | None = None,
+        quick: QuickDraft | None = None,
+    ) -> None:
+        self.model, self.vocab_size, self.quick = model, vocab_size, quick
+        self.rows = vocab_size if head_ids is None else len(head_ids)
+        self._head_ids = None if head_ids is None else head_ids.to(model.device)
+        self.head_ids = None if head_ids is None else head_ids.tolist()
+        config = model.config.get_text_config(decoder=True)
+        self.layers = int(config.num_hidden_layers)
+        self.max_length = int(getattr(config, "max_position_embeddings", 1 << 30))
+        embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        #: Largest id that the model can read, where that is less than the target may say: others are read as it.
+        self.last_id = embedded - 1 if embedded < vocab_size else None
+        self.chances, self.kind = shipped_chances(), self.names[0]
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        """Start a sequence; nothing is fed to the model before the first draft."""
+        self.sampler = sampler
+        self.proposals: list[torch.Tensor | None] = []
+        self.cache = KVCache(self.layers, capacity)
+        self.context: list[int] = list(tokens)
+        self.drafted: list[int] = []
+        self.ngrams = NgramIndex(tokens)
+        self.kind = self.names[0]
+
+    @property
+    def lag(self) -> int:
+        """Context tokens that the cache does not hold."""
+        return len(self.context) - len(self.cache)
+
+    def use(self, name: str) -> str:
+        """Switch between the drafters of ``names`` until the step ends."""
+        self.kind = name if name in self.names else self.names[0]
+        return self.kind
+
+    def ahead(self, count: int) -> torch.Tensor:
+        """Draft ``count`` tokens in greedy decoding without telling the host: for policies that need not see them.
+
+        Returns
+        -------
+        Tensor, shape (count, 5), fp32, on the model's device
+            Token, two best logits, entropy in nats and confidence of each draft, for :meth:`take_ahead`.
+        """
+        logits, found = self.logits(), list[torch.Tensor]()
+        while True:
+            top, rows = logits.topk(2)
+            # A slice, since indexing with a tensor of no dimension would wait for the device.
+            token = rows[0] if self._head_ids is None else self._head_ids[rows[:1]][0]
+            p = logits.softmax(-1)
+            found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
+            if len(found) == count:
+                break
+            logits = self._read(token.view(1))
+        return torch.stack(found)
+
+    def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
+        """Take note of what :meth:`ahead` drafted, now that it is on the host, and return the tokens."""
+        tokens = [int(row[0]) for row in rows]  # whole numbers below 2**24 are exact in fp32
+        for i, (_, *found) in enumerate(rows):
+            write_looked(found, signals[i])
+            signals[i, NGRAM] = self.ngrams.signal(tokens[:i], tokens[i])
+        self.drafted += tokens
+        self.proposals += [None] * len(tokens)
+        return tokens
+
+    def known(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return token ids with those that the model cannot read replaced by the largest that it can."""
+        return ids if self.last_id is None else ids.clamp(max=self.last_id)
+
+    def logits(self) -> torch.Tensor:
+        """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
+        have, n = len(self.cache), len(self.context)
+        missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
+        if self.quick is not None:
+            last = self.last_id
+            return self.quick.read(missing if last is None else [min(token, last) for token in missing], self.cache)
+        return self._read(torch.tensor(missing, device=self.model.device))
+
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed tokens, shape (n,), to the model and return the next one's logits."""
+        ids = self.known(ids)
+        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[0, -1, : self.rows].float()
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Draft one token; its signals are entropy (bits), confidence, margin (logits) and n-gram agreement."""
+        if self.kind == LOOKUP:
+            return self._look_up(self._found(), signals)
+        token, logits = self.likeliest(signals)
+        token = self.settle(token, logits)
+        signals[NGRAM] = self.ngrams.signal(self.drafted, token)
+        self.drafted.append(token)
+        return token
+
+    def _found(self) -> Proposal | None:
+        """What the lookup proposes; it does not count what this step drafted."""
+        return self.ngrams.propose(self.drafted)
+
+    def _look_up(self, found: Proposal | None, signals: np.ndarray) -> int:
+        """Draft the lookup's token, if it has one."""
+        if found is None:
+            return NO_PROPOSAL
+        write_signals(found, signals)
+        self.proposals.append(None)
+        self.drafted.append(found.token)
+        return found.token
+
+    def sure(self) -> float:
+        """Return how likely the coming lookup is right, 0 where the model drafts, or there is none."""
+        return self._chance(self._found()) if self.kind == LOOKUP else 0.0
+
+    def offer(self) -> float:
+        """Return how likely a lookup in the model's place would be right; 0 if there is none, or tokens are drawn."""
+        return 0.0 if self.kind == LOOKUP or self.sampler is not None else self._chance(self._found())
+
+    def _chance(self, found: Proposal | None) -> float:
+        return 0.0 if found is None else chance_of(found, self.chances)
+
+    def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
+        """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
+        logits = self.logits()
+        ((row, *found),) = self.look(logits[None])
+        write_looked(found, signals)
+        return row if self.head_ids is None else self.head_ids[row], logits
+
+    def look(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
+        """Do what :func:`look` does, by the quick form's kernel if there is one."""
+        return look(logits) if self.quick is None else [self.quick.look(row) for row in logits]
+
+    def settle(self, token: int, logits: torch.Tensor) -> int:
+        """Return the token to propose, the likeliest or a draw, and note the distribution that it was drawn from."""
+        if self.sampler is None:
+            self.proposals.append(None)
+            return token
+        return self._sample(logits, self.sampler)
+
+    def _sample(self, logits: torch.Tensor, sampler: Sampler) -> int:
+        """Draw a token from the draft's distribution, over the whole vocabulary."""
+        token, proposal = sampler.propose(self.whole(logits), [*self.context, *self.drafted])
+        self.proposals.append(proposal)
+        return token
+
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """Spread the logits of the head's rows over the whole vocabulary, shape (vocab_size,)."""
+        if self._head_ids is None and len(logits) == self.vocab_size:
+            return logits
+        full = logits.new_full((self.vocab_size,), float("-inf"))
+        where = torch.arange(len(logits), device=logits.device) if self._head_ids is None else self._head_ids
+        return full.index_copy_(0, where, logits)
+
+    def end(self, accepted: int) -> None:
+        """Drop the cache entries of rejected drafts."""
+        self.cache.truncate(min(len(self.cache), len(self.context) + accepted))
+        self.drafted, self.proposals = [], []
+        self.kind = self.names[0]  # what the next step gets without asking
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append settled tokens to the context."""
+        self.context += tokens
+        self.ngrams.extend(tokens)

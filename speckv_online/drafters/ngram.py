@@ -1,0 +1,61 @@
+"""Drafting by looking up the text's own n-grams."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from policies.base import LOOKUP
+from speckv_online.drafters.base import NO_PROPOSAL
+from speckv_online.lookup.ngram_index import NgramIndex, write_signals
+from speckv_online.modeling.sampling import Sampler
+
+
+class NgramDrafter:
+    """Drafts what followed the longest suffix of the context when it occurred before: no model, any target.
+
+    Where no suffix occurred before it proposes nothing, and the step drafts no further. Its signals are the estimate's
+    entropy (bits), its confidence, the log-odds of that as margin, and the length of the match.
+    """
+
+    names: tuple[str, ...] = (LOOKUP,)
+    max_length = 1 << 30
+    #: Nothing is read late: there is no cache to fill.
+    lag = 1
+
+    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
+        """Start a sequence; a sampler changes nothing, as proposals are deterministic."""
+        self.ngrams = NgramIndex(tokens)
+        self.proposals: list[torch.Tensor | None] = []
+
+    def use(self, name: str) -> str:
+        """There is one drafter here."""
+        return self.names[0]
+
+    def draft(self, signals: np.ndarray) -> int:
+        """Propose one token, or nothing."""
+        found = self.ngrams.propose()
+        if found is None:
+            return NO_PROPOSAL
+        write_signals(found, signals)
+        self.ngrams.push(found.token)
+        self.proposals.append(None)
+        return found.token
+
+    def sure(self) -> float:
+        """Return the coming proposal's confidence, 0 where there is none."""
+        found = self.ngrams.propose()
+        return 0.0 if found is None else found.confidence
+
+    def offer(self) -> float:
+        """Return 0: no proposal takes a forward."""
+        return 0.0
+
+    def end(self, accepted: int) -> None:
+        """Take this step's drafts out of the index."""
+        self.ngrams.undo()
+        self.proposals = []
+
+    def extend(self, tokens: list[int]) -> None:
+        """Append settled tokens to the context."""
+        self.ngrams.extend(tokens)

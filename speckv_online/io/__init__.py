@@ -1,0 +1,1 @@
+"""Files: formats, run directories, manifests, prompts, records."""

@@ -1,0 +1,76 @@
+"""The default draft: some layers of the target, distilled; its embedding and head are rows of the target's own."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+
+from speckv_online.errors import UserError
+from speckv_online.io.manifest import sha256
+
+DRAFT_FILE = "draft-smollm2.safetensors"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def load_shipped_draft(
+    target: Path, device: torch.device, path: Path | None = None, full_head: bool = False
+) -> tuple[PreTrainedModel, torch.Tensor, str]:
+    """Build the draft from its own layers and the target's embedding.
+
+    Parameters
+    ----------
+    target : Path
+        Folder of the converted target.
+    device : torch.device
+        fp16 on CUDA, fp32 on a CPU.
+    path : Path, optional
+        Another draft file of the same format as the one in the package.
+    full_head : bool
+        Give the draft all rows of the target's head, as transformers' own ``assistant_model=`` needs: slower, and able
+        to propose any token.
+
+    Returns
+    -------
+    model : LlamaForCausalLM
+        Its ``lm_head`` has one row per entry of ``head_ids``.
+    head_ids : Tensor of int64, shape (rows,)
+    digest : str
+        SHA-256 of the draft file.
+    """
+    with as_file(files("speckv_online") / "data" / DRAFT_FILE) as shipped:
+        source = path or shipped
+        try:
+            with safe_open(source, "pt") as f:
+                header = f.metadata() or {}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"cannot read the draft {source}: {e}") from e
+        if header.get("format") != "speckv-draft" or header.get("version") != "1":
+            raise UserError(f"{source} is no speckv-draft of version 1: make one with python -m experiments.distill")
+        digest = sha256(source)
+    with safe_open(target / "model.safetensors", "pt") as f:
+        embedding = f.get_tensor(_EMBEDDING)
+    head_ids = tensors.pop("head_ids").long()
+    if full_head:
+        head_ids = torch.arange(len(embedding))
+    config = AutoConfig.from_pretrained(target)
+    config.num_hidden_layers = len(header["kept_layers"].split(","))
+    config.tie_word_embeddings = False
+    # On the meta device nothing is initialised only to be overwritten.
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        model.lm_head = torch.nn.Linear(config.hidden_size, len(head_ids), bias=False)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    state = {name: t.to(dtype) for name, t in tensors.items()}
+    state |= {_EMBEDDING: embedding.to(dtype), "lm_head.weight": embedding[head_ids].to(dtype)}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"{source} does not fit the target {target.name}: {' '.join(str(e).split())[:200]}") from e
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are not in the file
+    torch.nn.Module.to(model, device)
+    return model.eval(), head_ids, digest

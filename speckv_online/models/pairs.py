@@ -1,0 +1,228 @@
+"""Model pairs: where the weights come from, and how a target and its draft are loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from speckv_online.console import say
+from speckv_online.cpu_engine.int8_draft import quicken
+from speckv_online.cpu_engine.pack import pack
+from speckv_online.drafters.base import Drafter
+from speckv_online.drafters.spec import parse_drafter
+from speckv_online.errors import UserError
+from speckv_online.models.distilled_draft import load_shipped_draft
+from speckv_online.models.levels import Level, get_level
+from speckv_online.models.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
+
+DEFAULT_PAIR = "smollm2"
+
+
+@dataclass
+class LoadedPair:
+    """A target at some level with its drafter.
+
+    Attributes
+    ----------
+    target : PreTrainedModel
+    drafter : Drafter
+    tokenizer : PreTrainedTokenizerBase
+    level : Level
+    device : torch.device
+    revision : dict
+        Where each model came from, for reports.
+    """
+
+    target: PreTrainedModel
+    drafter: Drafter
+    tokenizer: PreTrainedTokenizerBase
+    level: Level
+    device: torch.device
+    revision: dict[str, str]
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Return the device called ``device``; ``auto`` is CUDA where there is a GPU, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as e:
+        raise UserError(f"unknown device {device!r}: use auto, cpu or cuda") from e
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"the device {device!r} is not supported: use auto, cpu or cuda")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found: use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no {device}: the devices are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return chosen
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for two expected log lines of bitsandbytes on a CPU; one comes with every layer and call."""
+    return not str(record.msg).startswith(("MatMul8bitLt: inputs will be cast", "Failed to load CPU gemm_4bit_forward"))
+
+
+def _quiet_bitsandbytes() -> None:
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).addFilter(_is_news)  # the same filter is added only once
+
+
+def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
+    """Call ``kind.from_pretrained`` and turn what a user can put right into one line."""
+    if source.startswith(("/", ".", "~")) and not _is_folder(source):
+        raise UserError(f"there is no model folder {source}: check --target and --draft")
+    try:
+        return kind.from_pretrained(str(Path(source).expanduser()) if source[:1] == "~" else source, **kwargs)
+    except Exception as e:  # whatever transformers makes of a damaged folder, or of what this machine lacks
+        reason = " ".join(str(e).split()) or type(e).__name__
+        where = "" if _is_folder(source) else "it is no folder here, and as a model id: "
+        raise UserError(f"cannot load {source!r}: {where}{reason[:300]}") from e
+
+
+def _is_folder(source: str) -> bool:
+    return Path(source).expanduser().is_dir()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model id or folder."""
+    return _from_pretrained(AutoTokenizer, source)
+
+
+def load_target(source: str | Path, level: str | Level, device: str = "auto") -> PreTrainedModel:
+    """Load a model at a compression level, in eval mode.
+
+    Parameters
+    ----------
+    source : str or Path
+        Folder or model id.
+    level : str or Level
+        See :mod:`speckv_online.models.levels`.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+    """
+    level = get_level(level) if isinstance(level, str) else level
+    where = pick_device(device)
+    if level.quantization is not None:
+        _quiet_bitsandbytes()
+    arguments = level.load_arguments(where)
+    model = _from_pretrained(AutoModelForCausalLM, str(source), use_safetensors=True, **arguments)
+    if level.widen(where):
+        model = model.float()
+    if level.quantization is None:
+        model = model.to(where)
+    return model.eval()
+
+
+def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    """Raise :class:`UserError` unless both tokenizers give the same ids to the same tokens."""
+    a, b = target.get_vocab(), draft.get_vocab()
+    if a != b:
+        different = sum(a.get(t) != i for t, i in b.items()) + sum(t not in b for t in a)
+        raise UserError(
+            f"target and draft have different tokenizers ({different} of {len(a)} tokens differ): "
+            "use a draft of the target's own family"
+        )
+
+
+def prepare(pair: str, check: bool = False) -> Path:
+    """Make the target of a named pair ready in the cache and return its folder; ``check`` compares checksums too."""
+    if pair != DEFAULT_PAIR:
+        raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or give --target and --draft")
+    return prepare_smollm2(check)
+
+
+def list_pairs() -> list[dict[str, Any]]:
+    """Describe the named pairs: name, what it is, whether it is cached, and where."""
+    return [
+        {
+            "name": DEFAULT_PAIR,
+            "summary": "SmolLM2-135M-Instruct with a 4-layer draft distilled from it",
+            "cached": smollm2_ready(),
+            "path": str(smollm2_dir()),
+        }
+    ]
+
+
+def load_pair(
+    pair: str = DEFAULT_PAIR,
+    *,
+    level: str | Level = "fp16",
+    device: str = "auto",
+    target: str | None = None,
+    draft: str | None = None,
+    draft_level: str | None = None,
+    drafter: str = "model",
+) -> LoadedPair:
+    """Load a target at a level, and its draft, both packed for decoding where they run on a CPU.
+
+    Parameters
+    ----------
+    pair : str
+        A named pair; not used where ``target`` and ``draft`` are given.
+    level : str or Level
+        Compression level of the target. A named pair's draft has its quick form where there is one, see
+        :mod:`speckv_online.cpu_engine.int8_draft`.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+    target, draft : str, optional
+        Model ids or folders of any two models with one tokenizer; for ``drafter="ngram"`` the target alone.
+    draft_level : str, optional
+        Compression level of ``draft``; by default it is uncompressed. A target may be drafted by its own 4-bit self.
+    drafter : str
+        ``model``, ``ngram`` (no draft is loaded) or ``hybrid``, see :mod:`speckv_online.drafters.spec`.
+
+    Raises
+    ------
+    UserError
+        Unknown pair, level or drafter, a model that cannot be loaded, two different tokenizers.
+    """
+    level = get_level(level) if isinstance(level, str) else level
+    where, spec = pick_device(device), parse_drafter(drafter)
+    spec.check_models(target, draft)
+    source = target or str(prepare(pair))
+    for name in (source, draft):
+        if name and not _is_folder(name) and name[0] not in "/.~":
+            say(f"loading {name} from the Hugging Face hub, or its cache")  # a download may take long
+    tokenizer = load_tokenizer(source)
+    if draft is not None:
+        check_tokenizers(tokenizer, load_tokenizer(draft))
+    big = load_target(source, level, device)
+    pack(big)
+    small, head_ids, quick = None, None, None
+    if spec.kind == "ngram":
+        draft_revision = "ngram"
+    elif draft is not None:
+        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
+        draft_revision = _revision(small, draft)
+    else:
+        small, head_ids, digest = load_shipped_draft(Path(source), where)
+        draft_revision = f"{pair}:sha256:{digest[:16]}"
+        quick = quicken(small)
+        if quick is not None:
+            draft_revision += ":w8a8"
+    if small is not None:
+        pack(small)
+    revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
+    vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
+    return LoadedPair(big, spec.build(small, vocabulary, head_ids, quick), tokenizer, level, where, revision)
+
+
+def _revision(model: PreTrainedModel, source: str) -> str:
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"{source}@{commit}" if commit else source
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a user's message, in the model's chat format if it has one."""
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(rendered, add_special_tokens=False).input_ids)
+    return list(tokenizer(text).input_ids)

@@ -1,0 +1,1 @@
+"""Collecting exact traces and the seconds of steps."""

@@ -1,0 +1,6 @@
+"""Exact traces: what any policy would meet on a prompt."""
+
+import lazy_loader
+
+# The names are listed in __init__.pyi: each is imported when it is first asked for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

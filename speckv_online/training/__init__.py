@@ -1,0 +1,1 @@
+"""Fitting the priors that ship: MLP16, acceptance weights, gates."""

@@ -1,0 +1,293 @@
+"""What every registered policy has to do, whatever it is."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy, PolicyError
+from policies.fixed import Fixed
+from policies.guards.fault import FaultGuard
+from policies.registry import BUILTIN, make_policy
+from tests.support.tapes import COSTS, Tape, make_tapes, play, step, trained
+
+#: Options away from the defaults, two or more for each policy that has any.
+VARIANTS = {
+    "adaedl": ["adaedl:0.6,cap=4", "adaedl:target=0.5"],
+    "autoregressive": [],
+    "best-drafter": ["best-drafter:leviathan", "best-drafter:svip,block=3"],
+    "exp3spec": ["exp3spec:tokens_per_second,arms=1/3/7"],
+    "fixed": ["fixed:0", "fixed:16"],
+    "goodput": ["goodput:strength=50,discount=1,refresh=1,cap=5", "goodput:objective=tokens_per_step,safety=off"],
+    "hf-confidence": ["hf-confidence:0.7,cap=3"],
+    "hf-heuristic": ["hf-heuristic:2,transient=on"],
+    "leviathan": ["leviathan:5,start=0.9", "leviathan:objective=tokens_per_step,arms=0/3/9"],
+    "lints": ["lints:2,weights=none,discount=0.9", "lints:arms=2/5,safety=off"],
+    "linucb": ["linucb:0,weights=none", "linucb:arms=0/1/16,ridge=1,refresh=1,safety=off"],
+    "llamacpp": ["llamacpp:0.3,draft_min=2,draft_max=6"],
+    "mlp16": ["mlp16:tokens_per_step", "mlp16:arms=2/4/6/8,cost_half_life=10"],
+    "online": [
+        "online:explore=ucb:2,discount=0.95,refresh=1",
+        "online:explore=greedy,labels=played,strength=5,safety=off",
+        "online:labels=one_sided,arms=0/3/7,noise=0.2,safety_gamma=2,safety_epsilon=0.3",
+        "online:explore=thompson:3",
+        "online:objective=tokens_per_step,arms=4/8,safety=off",
+    ],
+    "online-sgd": ["online-sgd:0.01,epsilon=0.5", "online-sgd:arms=1/2,safety=off"],
+    "river": ["river:exp3", "river:thompson", "river:epsilon-greedy,epsilon=0.5", "river:linucb,arms=1/4"],
+    "sglang": ["sglang:1,tiers=1/2/9"],
+    "specdecpp": ["specdecpp:0.1,least=0,cap=5", "specdecpp:train=off"],
+    "svip": ["svip:0.5,scale=0.3,cap=7"],
+    "ucbspec": ["ucbspec:tokens_per_second,delta=0.5,arms=0/5"],
+    "vllm": ["vllm:8", "vllm:1,cost_half_life=20"],
+}
+SPECS = [spec for name in BUILTIN for spec in (name, *VARIANTS[name])]
+#: river's objects have no arrays to restore.
+SAVED = [spec for spec in SPECS if not spec.startswith("river")]
+
+
+def build(spec: str, seed: int = 3) -> Policy:
+    return make_policy(spec, seed=seed, weights=trained(), acceptance="none")
+
+
+@cache
+def tapes() -> tuple[Tape, ...]:
+    return tuple(make_tapes(31, 3, 100))
+
+
+def history(spec: str, count: int = 60) -> list[tuple[Decision, Outcome]]:
+    """Decisions of a fresh copy of the policy on random contexts, with outcomes, nothing learnt in between."""
+    policy, rng, found = build(spec), np.random.default_rng(5), []
+    tape = tapes()[0]
+    for i in range(count):
+        c = Context(level="nf4", step=i, position=i, context_length=50 + i, last_drafted=int(rng.integers(0, 5)))
+        c.acceptance, c.mean_confidence = float(rng.random()), float(rng.random())
+        decision, outcome, drafted = step(policy, c, tape, i)
+        t_d, verify, growth = COSTS["nf4"]
+        outcome.draft_seconds, outcome.verify_seconds = t_d * drafted, verify + growth * outcome.drafted
+        outcome.seconds = outcome.draft_seconds + outcome.verify_seconds + 0.001
+        found.append((decision, outcome))
+    return found
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert np.allclose(a[key], b[key], rtol=1e-9, atol=1e-9), key
+
+
+def test_every_policy_has_variants() -> None:
+    assert VARIANTS.keys() == BUILTIN.keys()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_seed_one_run(spec: str) -> None:
+    a, b = (play(build(spec), list(tapes()), "int8") for _ in range(2))
+    assert (a.gammas, a.accepted) == (b.gammas, b.accepted)
+    assert a.tokens == 300
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_warns(spec: str) -> None:
+    """A warning costs more than the sum that it is about, and what is deprecated stops working one day."""
+    policy = FaultGuard(build(spec))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        play(policy, list(tapes())[:1])
+    assert not policy.faults
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_save_and_load(spec: str) -> None:
+    """A restored policy goes on exactly as the saved one does, up to its randomness."""
+    policy, again = build(spec), build(spec)
+    play(policy, list(tapes())[:2])
+    state = {key: np.array(value) for key, value in policy.state_dict().items()}
+    assert all(value.dtype.kind in "fiub" for value in state.values())
+    again.load_state_dict(state)
+    same(again.state_dict(), state)
+    # Bring both to the same point of refreshing and of chance, then compare what they do next.
+    policy.load_state_dict(state)
+    for p in (policy, again):
+        getattr(p, "policy", p).rng = np.random.default_rng(1)
+        p.load_state_dict(state)
+    a, b = (play(p, list(tapes())[2:]) for p in (policy, again))
+    assert a.gammas == b.gammas
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SAVED if build(spec).take_delta()])
+def test_sums_of_others_are_refused(spec: str) -> None:
+    """What another policy handed out, or the same one that started from other arms or weights, adds up to nothing."""
+    policy, name = build(spec), spec.partition(":")[0]
+    before = {key: np.array(value) for key, value in policy.state_dict().items()}
+    alike = {"lints": "linucb", "specdecpp": "goodput"}.get(name, name)  # sums of the same form, and of use
+    others = [other for other in ("online", "linucb", "goodput", "mlp16", "best-drafter") if other not in (name, alike)]
+    others += {"linucb": ["linucb:arms=0/2"], "lints": ["lints:arms=0/2"]}.get(name, [])
+    for other in others:
+        teacher = build(other)
+        play(teacher, list(tapes())[:1])
+        with pytest.raises(PolicyError):
+            policy.merge(teacher.take_delta())
+        same(policy.state_dict(), before)
+    policy.merge({})
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_a_broken_draft_leaves_no_trace(spec: str) -> None:
+    """Signals that are no numbers, now and then: what is learnt stays finite, can be saved, merged and used."""
+    policy, rng = FaultGuard(build(spec)), np.random.default_rng(8)
+    broken = []
+    for tape in tapes():
+        signals = tape.signals.copy()
+        signals[rng.random(len(signals)) < 0.05] = np.nan
+        broken.append(Tape(tape.match, signals))
+    play(policy, broken)
+    assert set(policy.faults) <= {"signals that are no numbers"}
+    state, delta = policy.state_dict(), policy.take_delta()
+    assert all(np.isfinite(np.asarray(value, dtype=float)).all() for value in (*state.values(), *delta.values()))
+    other = build(spec)
+    other.merge(delta)
+    other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_a_copy_goes_on_like_the_original(spec: str) -> None:
+    policy = build(spec)
+    play(policy, list(tapes())[:1])
+    copied = copy.deepcopy(policy)
+    a, b = (play(p, list(tapes())[1:]) for p in (copied, policy))
+    assert a.gammas == b.gammas
+
+
+@pytest.mark.parametrize("spec", SAVED)
+def test_duplicates_change_nothing(spec: str) -> None:
+    once, twice = build(spec), build(spec)
+    for decision, outcome in history(spec):
+        once.learn(decision, outcome)
+        twice.learn(decision, outcome)
+        twice.learn(decision, outcome)
+    for decision, outcome in history(spec):
+        twice.learn(decision, outcome)
+    same(once.state_dict(), twice.state_dict())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_late_and_out_of_order_outcomes_are_taken(spec: str) -> None:
+    policy, steps = build(spec), history(spec)
+    guard = FaultGuard(policy)
+    for i in np.random.default_rng(0).permutation(len(steps)):
+        guard.learn(*steps[i])
+    for _ in range(3):
+        guard.decide(Context(level="nf4"))
+    assert not guard.faults
+
+
+contexts = st.builds(
+    Context,
+    level=st.sampled_from(["fp16", "int8", "nf4", "fp32", "awq-4bit", "odd"]),
+    task=st.sampled_from(["", "code"]),
+    step=st.integers(0, 500),
+    position=st.integers(0, 4000),
+    context_length=st.integers(1, 100_000),
+    max_gamma=st.integers(0, MAX_GAMMA),
+    last_drafted=st.integers(0, MAX_GAMMA),
+    last_accepted=st.integers(0, MAX_GAMMA),
+    acceptance=st.floats(0, 1),
+    mean_entropy=st.floats(0, 16),
+    mean_confidence=st.floats(0, 1),
+    max_entropy=st.floats(0, 16),
+    min_confidence=st.floats(0, 1),
+)
+tokens = st.tuples(st.floats(0, 16), st.floats(0, 1), st.floats(0, 200), st.integers(-4, 4))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(steps=st.lists(st.tuples(contexts, st.lists(tokens, min_size=16, max_size=16), st.integers(0, 16)), max_size=6))
+def test_no_impossible_decision(spec: str, steps: list) -> None:
+    """Whatever the context and the signals, whatever comes of it: a legal gamma, a legal answer, no fault."""
+    policy = FaultGuard(_reused(spec))
+    for context, rows, accepted in steps:
+        context.last_accepted = min(context.last_accepted, context.last_drafted)
+        decision, signals = policy.decide(context), np.zeros((MAX_GAMMA, N_SIGNALS))
+        assert type(decision.gamma) is int
+        assert 0 <= decision.gamma <= context.max_gamma
+        assert 0 < decision.propensity <= 1
+        k = 0
+        while k < decision.gamma:
+            signals[k] = rows[k]
+            k += 1
+            if decision.stops and k < decision.gamma and not policy.proceed(decision, k, signals):
+                break
+        if decision.stops and k:
+            k = policy.submit(decision, k, signals)
+        n = min(accepted, k)
+        outcome = Outcome(k, n, min(n + 1, k), n + 1, 0.2 + 0.01 * k, 0.01 * k, 0.2, context.level,
+                          context.context_length, 0, signals[:k].copy())  # fmt: skip
+        policy.learn(decision, outcome)
+    assert not policy.faults, policy.faults
+
+
+@cache
+def _reused(spec: str) -> Policy:
+    return build(spec)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_pmf(spec: str) -> None:
+    """Sums to one, agrees with the propensities, and asking for it changes nothing."""
+    policy = build(spec)
+    play(policy, list(tapes())[:1])
+    plain = getattr(policy, "policy", policy)  # the safety guard's own choices have propensity 1
+    if policy.pmf(Context(level="nf4")) is None:
+        assert all(d.propensity == 1.0 for d, _ in history(spec, 20))
+        return
+    arms = plain.arms
+    for limit in (MAX_GAMMA, 7, 3, 0):
+        context = Context(level="nf4", step=1, last_drafted=1, max_gamma=limit)
+        p = plain.pmf(context)
+        assert p.sum() == pytest.approx(1.0)
+        assert (p >= 0).all()
+        assert plain.pmf(context) == pytest.approx(p)
+        for _ in range(5):
+            decision = plain.decide(context)
+            if decision.gamma in arms:
+                assert decision.propensity == pytest.approx(p[arms.index(decision.gamma)])
+            else:
+                assert (decision.gamma, p[0]) == (min(limit, arms[0]), pytest.approx(1.0))
+
+
+class Random(Fixed):
+    """Uniform over the default arms."""
+
+    def decide(self, context: Context) -> Decision:
+        gamma = int(self.rng.choice([0, 1, 2, 4, 6, 8, 12, 16]))
+        return Decision(self.new_id(), min(gamma, context.max_gamma))
+
+
+LEARNED = ["online", "online-sgd", "linucb", "lints", "goodput", "leviathan"]
+
+
+@cache
+def random_goodput(level: str) -> float:
+    return play(Random(seed=1), make_tapes(41, 6), level).goodput
+
+
+@pytest.mark.parametrize("level", ["fp16", "int8", "nf4"])
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_policies_beat_chance(name: str, level: str) -> None:
+    assert play(build(name), make_tapes(41, 6), level).goodput > 1.1 * random_goodput(level)
+
+
+@pytest.mark.parametrize("level", ["fp16", "int8", "nf4"])
+def test_goodput_beats_every_fixed_gamma(level: str) -> None:
+    """Gamma 0 included, and from a cold start: where nothing pays it may lose what its probes cost."""
+    texts = make_tapes(43, 20)
+    best = max(play(Fixed(gamma=g), texts, level).goodput for g in (0, 1, 2, 3, 4, 6))
+    assert play(build("goodput"), texts, level).goodput > (0.985 if level == "fp16" else 1.03) * best
