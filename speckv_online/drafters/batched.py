@@ -33,10 +33,10 @@ class RowDrafter(Protocol):
         Returns each row's token, and the seconds that it took: its own, or its share of a forward for all.
         """
 
-    def sure(self, row: int) -> float:
+    def lookup_confidence(self, row: int) -> float:
         """Return how likely the row's coming proposal is right where it takes no forward of a model, else 0."""
 
-    def offer(self, row: int) -> float:
+    def lookup_alternative(self, row: int) -> float:
         """Return how likely a lookup is right that the row could have in place of a forward."""
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
@@ -47,6 +47,27 @@ class RowDrafter(Protocol):
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
+
+
+class RowProposer:
+    """One row of a batch as a step sees it (:class:`speckv_online.speculation.Proposer`)."""
+
+    __slots__ = ("drafter", "row")
+
+    def __init__(self, drafter: RowDrafter, row: int) -> None:
+        self.drafter, self.row = drafter, row
+
+    def lookup_confidence(self) -> float:
+        """See :class:`RowDrafter`."""
+        return self.drafter.lookup_confidence(self.row)
+
+    def lookup_alternative(self) -> float:
+        """See :class:`RowDrafter`."""
+        return self.drafter.lookup_alternative(self.row)
+
+    def use(self, name: str) -> str:
+        """See :class:`RowDrafter`."""
+        return self.drafter.use(self.row, name)
 
 
 def row_drafter(
@@ -85,13 +106,13 @@ class Copies:
             found.append((token, perf_counter() - t))
         return found
 
-    def sure(self, row: int) -> float:
+    def lookup_confidence(self, row: int) -> float:
         """See :class:`RowDrafter`."""
-        return self.drafters[row].sure()
+        return self.drafters[row].lookup_confidence()
 
-    def offer(self, row: int) -> float:
+    def lookup_alternative(self, row: int) -> float:
         """See :class:`RowDrafter`."""
-        return self.drafters[row].offer()
+        return self.drafters[row].lookup_alternative()
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""
@@ -178,11 +199,11 @@ class ModelRows:
         share = (perf_counter() - t) / len(rows)
         return [(token, share) for token in tokens]
 
-    def sure(self, row: int) -> float:
+    def lookup_confidence(self, row: int) -> float:
         """See :class:`RowDrafter`."""
         return self._chance(row) if self.kinds[row] == LOOKUP else 0.0
 
-    def offer(self, row: int) -> float:
+    def lookup_alternative(self, row: int) -> float:
         """See :class:`RowDrafter`."""
         return 0.0 if self.kinds[row] == LOOKUP or self.samplers[row] is not None else self._chance(row)
 

@@ -160,11 +160,11 @@ class ModelDrafter:
         self.drafted.append(found.token)
         return found.token
 
-    def sure(self) -> float:
+    def lookup_confidence(self) -> float:
         """Return how likely the coming lookup is right, 0 where the model drafts, or there is none."""
         return self._chance(self._found()) if self.kind == LOOKUP else 0.0
 
-    def offer(self) -> float:
+    def lookup_alternative(self) -> float:
         """Return how likely a lookup in the model's place would be right; 0 if there is none, or tokens are drawn."""
         return 0.0 if self.kind == LOOKUP or self.sampler is not None else self._chance(self._found())
 

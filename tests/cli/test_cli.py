@@ -53,7 +53,7 @@ def test_generate_prints_json(speckv: Run, pair_flags: list[object]) -> None:
     assert facts["tokens"] == len(facts["token_ids"]) == sum(facts["accepted_per_step"]) + facts["steps"]
     assert len(facts["gamma_per_step"]) == len(facts["accepted_per_step"]) == facts["steps"]
     assert max(facts["gamma_per_step"]) == 3
-    assert all(n <= k for n, k in zip(facts["accepted_per_step"], facts["drafted_per_step"], strict=True))
+    assert all(n <= k for n, k in zip(facts["accepted_per_step"], facts["gamma_per_step"], strict=True))
     seconds = facts["seconds"]
     assert seconds["draft"] + seconds["verify"] + seconds["decide"] <= seconds["decode"] < seconds["total"]
     assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / seconds["decode"])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy, PolicyError
+from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Draft, Outcome, Policy, PolicyError
 from policies.fixed import Fixed
 from policies.guards.fault import FaultGuard
 from policies.registry import BUILTIN, make_policy
@@ -223,10 +223,10 @@ def test_no_impossible_decision(spec: str, steps: list) -> None:
         while k < decision.gamma:
             signals[k] = rows[k]
             k += 1
-            if decision.stops and k < decision.gamma and not policy.proceed(decision, k, signals):
+            if decision.stops and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
                 break
         if decision.stops and k:
-            k = policy.submit(decision, k, signals)
+            k = policy.submit(decision, Draft(k, signals[:k]))
         n = min(accepted, k)
         outcome = Outcome(k, n, min(n + 1, k), n + 1, 0.2 + 0.01 * k, 0.01 * k, 0.2, context.level,
                           context.context_length, 0, signals[:k].copy())  # fmt: skip
