@@ -250,4 +250,4 @@ def test_real_run_is_lossless_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len({json.dumps(u.facts["output"]) for u in units}) == 2  # everybody says what the target says
     assert read_manifest(tmp_path / "run")["levels"] == costs  # calibrated once
     assert "`goodput+hybrid`" in doc.read_text()
-    assert "goodput` with the hybrid drafter" in doc.read_text()
+    assert "| ours, no draft |" in doc.read_text()
