@@ -23,7 +23,8 @@ for i, x in enumerate(stream, 1):
     detector.update(x)
     if detector.drift_detected:
         alarms.append(i)
-        print(f"seen: 0.8 becomes 0.2 after update 1000; alarm at {i}, window {detector.width:g}, estimate {detector.estimation:.2f}, n_detections {detector.n_detections}")
+        at_alarm = f"window {detector.width:g}, estimate {detector.estimation:.2f}, n_detections {detector.n_detections}"
+        print(f"seen: 0.8 becomes 0.2 after update 1000; alarm at {i}, {at_alarm}")
     if before:
         print(f"seen: one update later: window {detector.width:g}, n_detections {detector.n_detections}")
         left = detector.width
