@@ -66,13 +66,21 @@ SAFETY: dict[str, tuple[Any, Any]] = {
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
 
-def make_policy(spec: str, **defaults: Any) -> Policy:
+def make_policy(spec: str, *, bare: bool = False, **defaults: Any) -> Policy:
     """Build the policy that a spec string describes.
+
+    >>> from policies.base import Context
+    >>> make_policy("fixed:4").decide(Context()).gamma
+    4
+    >>> type(make_policy("goodput")).__name__, type(make_policy("goodput", bare=True)).__name__
+    ('SafetyGuard', 'Goodput')
 
     Parameters
     ----------
     spec : str
         See the module's docstring.
+    bare : bool
+        Leave the safety guard out, whatever the spec says.
     **defaults
         Options used where the spec does not set them, e.g. ``seed``, ``worker``, ``weights``; those that the policy
         does not have are left out.
@@ -89,7 +97,7 @@ def make_policy(spec: str, **defaults: Any) -> Policy:
     safety = {key: options.pop(key, default) for key, (_, default) in SAFETY.items()}
     try:
         policy = cls(**options)
-        if not (getattr(cls, "guarded", False) and safety["safety"]):
+        if bare or not (getattr(cls, "guarded", False) and safety["safety"]):
             return policy
         return SafetyGuard(policy, safety["safety_gamma"], safety["safety_epsilon"], naps=safety["naps"])
     except PolicyError as error:
@@ -111,8 +119,21 @@ def available() -> list[tuple[str, str]]:
     return sorted(rows)
 
 
+def policy_class(spec: str) -> type[Policy]:
+    """Return the class that a spec string names; raises :class:`PolicyError` as :func:`make_policy` does.
+
+    >>> policy_class("fixed:4").__name__
+    'Fixed'
+    """
+    return _resolve(spec)[1]
+
+
 def options(name: str) -> dict[str, tuple[str, Any]]:
-    """Return option -> (type, default) of a registered policy, for help texts."""
+    """Return option -> (type, default) of a registered policy, for help texts.
+
+    >>> options("fixed")["gamma"]
+    ('a whole number', 4)
+    """
     _, cls, _ = _resolve(name)
     return {key: (_spell(hint), default) for key, (hint, default) in _options(cls).items()}
 
