@@ -12,6 +12,8 @@ from speckv_online.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+#: Libraries that few commands need, by module: what to install where one is missing.
+LIBRARIES = {"bitsandbytes": "bitsandbytes", "matplotlib": "matplotlib", "ray": "ray[default]", "river": "river"}
 
 
 def run_command(prog: str, command: Callable[[], Any]) -> int:
@@ -72,6 +74,9 @@ def user_message(error: BaseException) -> str | None:
     kinds = (UserError, *([base.PolicyError] if base is not None else []))
     if isinstance(error, kinds):
         return _one_line(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        library = LIBRARIES.get(str(error.name).partition(".")[0])
+        return library and f"this needs {library.partition('[')[0]}, which is not installed: pip install '{library}'"
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return _one_line(f"{error.strerror or error}{where}")

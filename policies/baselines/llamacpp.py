@@ -40,7 +40,7 @@ class LlamaCpp(Policy):
         return Decision(self.new_id(), gamma, stops=True)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return signals.item(drafted - 1, CONFIDENCE) >= self.p_min
+        return bool(signals.item(drafted - 1, CONFIDENCE) >= self.p_min)
 
     def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
         kept = drafted - (signals.item(drafted - 1, CONFIDENCE) < self.p_min)

@@ -41,4 +41,4 @@ class Svip(Policy):
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
 
     def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return signals.item(drafted - 1, ENTROPY) <= self._limit
+        return bool(signals.item(drafted - 1, ENTROPY) <= self._limit)

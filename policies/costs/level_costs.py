@@ -247,8 +247,8 @@ class LevelCosts:
         kk, kd = kk + w, kd + w * prior.draft_seconds * scale
         m, d = m + FIRST, d + FIRST * prior.first_draft_seconds * scale
         det = m * kk - k * k
-        self.first = max((d * kk - k * kd) / det, 0.0)
-        self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
+        self.first: float = max((d * kk - k * kd) / det, 0.0)
+        self.draft: float = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
         w = prior.weight
         self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
         w *= READ
@@ -259,7 +259,7 @@ class LevelCosts:
         self.seconds = self.draft * _K + self.verify
         self.seconds += self.overhead
         self.seconds[1:] += self.first
-        self._steps_take = self.seconds.tolist()  # asked for every step
+        self._steps_take: list[float] = self.seconds.tolist()  # asked for every step
         tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
         # One token per plain step is what the prior promises until there is data.
         w = 2.0
