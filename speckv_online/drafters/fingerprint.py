@@ -9,7 +9,6 @@ from speckv_online.drafters.ngram import NgramDrafter
 from speckv_online.lookup.ngram_index import MAX_N, SMOOTHING
 from speckv_online.modeling.fingerprint import fingerprint
 
-
 #: Drafters whose proposals are known; a class of its own, a subclass too, may propose anything.
 _OURS = (ModelDrafter, HybridDrafter, NgramDrafter)
 

@@ -118,7 +118,11 @@ class DrafterSpec:
 
 
 def parse_drafter(text: str) -> DrafterSpec:
-    """Read a spec; raises :class:`UserError` for names and options that there are not."""
+    """Read a spec; raises :class:`UserError` for names and options that there are not.
+
+    >>> parse_drafter("hybrid:skip=0.8").skip, parse_drafter("ngram").needs_model
+    (0.8, False)
+    """
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         return _parse_plugin(kind, rest)

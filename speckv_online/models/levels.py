@@ -101,6 +101,10 @@ LEVELS = {
 def get_level(name: str) -> Level:
     """Return a level.
 
+    >>> import torch
+    >>> get_level("nf4").arithmetic(torch.device("cpu"))
+    'bitsandbytes nf4, activations in fp32'
+
     Parameters
     ----------
     name : str

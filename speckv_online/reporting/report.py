@@ -106,7 +106,13 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines in Markdown: two columns of text, then figures."""
+    """Return a table's lines in Markdown: two columns of text, then figures.
+
+    >>> print("\\n".join(markdown_table([("level", "policy", "tokens/s"), ("nf4", "fixed:4", "200")])))
+    | level | policy | tokens/s |
+    |---|---|---:|
+    | nf4 | fixed:4 | 200 |
+    """
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return [lines[0], "|" + "---|" * 2 + "---:|" * (len(table[0]) - 2), *lines[1:]]
 
