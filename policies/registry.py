@@ -19,15 +19,12 @@ To add a policy, write one file and add one line to :data:`BUILTIN`.
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
-import types
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import PurePath
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from policies.base import Policy, PolicyError, reason
 from policies.guards.safety import SafetyGuard
+from policies.plugins import constructor_options, load_object, parse_options, plugins, spell
 
 GROUP = "speckv_online.policies"
 
@@ -63,16 +60,22 @@ SAFETY: dict[str, tuple[Any, Any]] = {
     "naps": (bool, True),
 }
 
-_SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
-
-def make_policy(spec: str, **defaults: Any) -> Policy:
+def make_policy(spec: str, *, bare: bool = False, **defaults: Any) -> Policy:
     """Build the policy that a spec string describes.
+
+    >>> from policies.base import Context
+    >>> make_policy("fixed:4").decide(Context()).gamma
+    4
+    >>> type(make_policy("goodput")).__name__, type(make_policy("goodput", bare=True)).__name__
+    ('SafetyGuard', 'Goodput')
 
     Parameters
     ----------
     spec : str
         See the module's docstring.
+    bare : bool
+        Leave the safety guard out, whatever the spec says.
     **defaults
         Options used where the spec does not set them, e.g. ``seed``, ``worker``, ``weights``; those that the policy
         does not have are left out.
@@ -85,11 +88,11 @@ def make_policy(spec: str, **defaults: Any) -> Policy:
     name, cls, text = _resolve(spec)
     hints = {key: hint for key, (hint, _) in _options(cls).items()}
     options = {key: value for key, value in defaults.items() if key in hints}
-    options |= _parse(name, cls, text, hints)
+    options |= parse_options(name, text, hints, getattr(cls, "positional", ""))
     safety = {key: options.pop(key, default) for key, (_, default) in SAFETY.items()}
     try:
         policy = cls(**options)
-        if not (getattr(cls, "guarded", False) and safety["safety"]):
+        if bare or not (getattr(cls, "guarded", False) and safety["safety"]):
             return policy
         return SafetyGuard(policy, safety["safety_gamma"], safety["safety_epsilon"], naps=safety["naps"])
     except PolicyError as error:
@@ -101,7 +104,7 @@ def make_policy(spec: str, **defaults: Any) -> Policy:
 def available() -> list[tuple[str, str]]:
     """Return (name, one-line summary) of every registered policy, sorted by name; of one that will not load, why."""
     rows = [(name, _load(target).summary) for name, target in BUILTIN.items()]
-    for name, point in _plugins().items():
+    for name, point in plugins(GROUP).items():
         if name not in BUILTIN:
             try:
                 rows.append((name, _load(point.value).summary))
@@ -111,20 +114,33 @@ def available() -> list[tuple[str, str]]:
     return sorted(rows)
 
 
+def policy_class(spec: str) -> type[Policy]:
+    """Return the class that a spec string names; raises :class:`PolicyError` as :func:`make_policy` does.
+
+    >>> policy_class("fixed:4").__name__
+    'Fixed'
+    """
+    return _resolve(spec)[1]
+
+
 def options(name: str) -> dict[str, tuple[str, Any]]:
-    """Return option -> (type, default) of a registered policy, for help texts."""
+    """Return option -> (type, default) of a registered policy, for help texts.
+
+    >>> options("fixed")["gamma"]
+    ('a whole number', 4)
+    """
     _, cls, _ = _resolve(name)
-    return {key: (_spell(hint), default) for key, (hint, default) in _options(cls).items()}
+    return {key: (spell(hint), default) for key, (hint, default) in _options(cls).items()}
 
 
 def _resolve(spec: str) -> tuple[str, type[Policy], str]:
     """Split a spec into (name, class, options text)."""
     name, _, rest = spec.strip().partition(":")
-    plugins = _plugins()
+    found = plugins(GROUP)
     if name in BUILTIN:
         return name, _load(BUILTIN[name]), rest
-    if name in plugins:
-        return name, _load(plugins[name].value), rest
+    if name in found:
+        return name, _load(found[name].value), rest
     attribute, _, options = rest.partition(":")
     if name.endswith(".py"):
         module = PurePath(name).stem
@@ -138,7 +154,7 @@ def _resolve(spec: str) -> tuple[str, type[Policy], str]:
             missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
             if "." in name or missing != name:  # a module that is there but will not load is no misspelt policy
                 raise
-    known = sorted({*BUILTIN, *plugins})
+    known = sorted({*BUILTIN, *found})
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}, or give MODULE:CLASS"
     raise PolicyError(f"unknown policy '{name}': {hint}")
@@ -146,94 +162,13 @@ def _resolve(spec: str) -> tuple[str, type[Policy], str]:
 
 def _load(target: str) -> type[Policy]:
     """Import ``module:Class``."""
-    module, _, attribute = target.partition(":")
-    if not attribute:
-        raise PolicyError(f"cannot import policy {target}: it names no class, as in MODULE:CLASS")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise PolicyError(f"cannot import policy {target}: no module named '{error.name}'") from error
-    except (AttributeError, ImportError, SyntaxError) as error:
-        raise PolicyError(f"cannot import policy {target}: {error}") from error
-    except (Exception, SystemExit) as error:  # anybody's module
-        raise PolicyError(f"cannot import policy {target}: it raised {type(error).__name__}: {error}") from error
+    found = load_object(target, "policy")
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"{target} is not a subclass of policies.base.Policy")
     return found
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
 def _options(cls: type[Policy]) -> dict[str, tuple[Any, Any]]:
-    """Return option -> (type, default) of a constructor, base classes included where it passes ``**kwargs`` on."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        init = vars(base)["__init__"]
-        try:
-            hints = get_type_hints(init)
-        except Exception as error:
-            raise PolicyError(f"cannot read the options of {base.__name__}: {reason(error)}") from error
-        parameters = list(inspect.signature(init).parameters.values())[1:]
-        for p in parameters:
-            if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):
-                found.setdefault(p.name, (hints.get(p.name, str), p.default))
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
+    """Return option -> (type, default)."""
+    found = constructor_options(cls)
     return found | SAFETY if getattr(cls, "guarded", False) else found
-
-
-def _parse(name: str, cls: type[Policy], text: str, hints: dict[str, Any]) -> dict[str, Any]:
-    """Turn the text after the name into constructor options."""
-    parsed: dict[str, Any] = {}
-    for i, item in enumerate(text.split(",") if text else []):
-        key, equals, value = item.partition("=")
-        key, value = key.strip(), value.strip()
-        if not equals:
-            positional = getattr(cls, "positional", "")
-            if i or not positional:
-                usage = f"{positional} as its first option, the others" if positional else "its options"
-                raise PolicyError(f"{name}: '{item}' is not of the form option=value; the policy takes {usage} by name")
-            key, value = positional, key
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(hints)}"
-            raise PolicyError(f"{name}: unknown option '{key}': {hint}")
-        if key in parsed:
-            raise PolicyError(f"{name}: option {key} is given twice")
-        parsed[key] = _convert(f"{name}: {key}", value, hints[key])
-    return parsed
-
-
-def _convert(label: str, value: str, hint: Any) -> Any:
-    """Convert an option's text to the annotated type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        hint = next(arg for arg in args if arg is not type(None))
-        origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise PolicyError(f"{label} must be one of {', '.join(map(str, args))}, got '{value}'")
-    if hint is bool:
-        if value.lower() in _SWITCH:
-            return _SWITCH[value.lower()]
-        raise PolicyError(f"{label} must be on or off, got '{value}'")
-    try:
-        if origin is tuple:
-            return tuple(args[0](part) for part in value.split("/"))
-        return hint(value) if hint in (int, float) else value
-    except ValueError:
-        raise PolicyError(f"{label} must be {_spell(hint)}, got '{value}'") from None
-
-
-def _spell(hint: Any) -> str:
-    """Name a type in words."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return "whole numbers separated by slashes (0/2/4)"
-    return {int: "a whole number", float: "a number", bool: "on or off"}.get(hint, "text")

@@ -1,3 +1,3 @@
 """speckv_online: an online-learning bandit controller for speculative decoding."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from speckv_online.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+#: Libraries that few commands need, by module: what to install where one is missing.
+LIBRARIES = {"bitsandbytes": "bitsandbytes", "matplotlib": "matplotlib", "ray": "ray[default]", "river": "river"}
 
 
 def run_command(prog: str, command: Callable[[], Any]) -> int:
@@ -49,10 +54,39 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def waiting(text: str, every: float = 5.0, show: Callable[[str], None] = say) -> Iterator[None]:
+    """While the body runs, say every so many seconds that it still does, and for how long."""
+    started = time.monotonic()
+    with repeating(lambda: show(f"{text} ({time.monotonic() - started:.0f} s)"), every):
+        yield
+
+
+@contextlib.contextmanager
+def repeating(call: Callable[[], None], every: float) -> Iterator[None]:
+    """While the body runs, call something every so many seconds, in a thread."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(every):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def split_specs(text: str) -> tuple[str, ...]:
     """Split a comma-separated list whose items may hold commas themselves, as in ``fixed:4,online:seed=3,strength=9``.
 
     A piece that has a ``=`` but no ``:`` before it is one more option of the item to its left.
+
+    >>> split_specs("fixed:4,online:seed=3,strength=9")
+    ('fixed:4', 'online:seed=3,strength=9')
     """
     items: list[str] = []
     for piece in (p.strip() for p in text.split(",")):
@@ -72,6 +106,9 @@ def user_message(error: BaseException) -> str | None:
     kinds = (UserError, *([base.PolicyError] if base is not None else []))
     if isinstance(error, kinds):
         return _one_line(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        library = LIBRARIES.get(str(error.name).partition(".")[0])
+        return library and f"this needs {library.partition('[')[0]}, which is not installed: pip install '{library}'"
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return _one_line(f"{error.strerror or error}{where}")

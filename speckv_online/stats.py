@@ -56,7 +56,11 @@ class Estimate:
 
 
 def goodput(tokens: ArrayLike, seconds: ArrayLike) -> float:
-    """Return Σtokens/Σseconds in tokens per second; NaN if no time has passed."""
+    """Return Σtokens/Σseconds in tokens per second; NaN if no time has passed.
+
+    >>> goodput([10, 30], [1.0, 1.0])
+    20.0
+    """
     total = float(np.sum(seconds))
     return float(np.sum(tokens)) / total if total > 0 else math.nan
 

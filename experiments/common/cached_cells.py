@@ -1,7 +1,7 @@
 """Cells of an experiment on traces: independent pieces of work, played side by side, each of them once.
 
-Each cell goes into an append-only log when it is done, with a digest of the settings and of the policies' code and
-weights. A run that is started again plays what the log lacks, and what was played under other settings or policies.
+Each cell goes into an append-only log when it is done, with a digest of the settings and of the code and data that
+played it. A run that is started again plays what the log lacks, and what was played under other settings or code.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common.code_digest import digest
 from speckv_online.io.files import UNREADABLE
 
 #: What to play, as text, so that it is the same in JSON.
@@ -29,6 +30,8 @@ def run(
     play: Callable[[Cell], Any],
     log: Path,
     *,
+    code: Sequence[str],
+    policies: Sequence[str] = (),
     settings: str = "",
     weight: Callable[[Cell], float] = lambda cell: 0.0,
     processes: int = 1,
@@ -42,8 +45,12 @@ def run(
         Returns a cell's result, ready for JSON; with several processes it has to be picklable.
     log : Path
         JSON lines; made where it is missing.
+    code : sequence of str
+        Modules that play the cells; what they import counts as well, and so does every policy.
+    policies : sequence of str
+        Spec strings of the policies that are played.
     settings : str
-        What results depend on besides the cell and the policies.
+        What results depend on besides the cell and the code.
     weight : callable
         How long a cell takes, roughly: the longest are played first, so that no process is left with one at the end.
     processes : int
@@ -51,7 +58,7 @@ def run(
     """
     from tqdm import tqdm
 
-    version = digest(settings)
+    version = digest(code, settings, policies)
     done = {cell: found for cell, found in _read(log, version) if cell in set(todo)}
     left = sorted((cell for cell in todo if cell not in done), key=weight, reverse=True)
     bar = tqdm(total=len(todo), initial=len(done), unit="cell", disable=not sys.stderr.isatty(), file=sys.stderr)
@@ -66,16 +73,6 @@ def run(
             if bar.disable:
                 print(f"{len(done)}/{len(todo)} {', '.join(cell)}", file=sys.stderr, flush=True)
     return done
-
-
-def digest(settings: str = "") -> str:
-    """Return a short hash of settings, the policies' code, and the weights that they ship with."""
-    import policies
-
-    made = hashlib.sha256(settings.encode())
-    for file in sorted(f for f in Path(str(policies.__file__)).parent.rglob("*") if f.suffix in (".py", ".npz")):
-        made.update(file.name.encode() + file.read_bytes())
-    return made.hexdigest()[:16]
 
 
 def contents(sources: Iterable[str]) -> str:
@@ -123,7 +120,7 @@ def _leave_interrupts() -> None:
 
 
 def _read(log: Path, version: str) -> Iterator[tuple[Cell, Any]]:
-    """Yield what the log holds of these policies; a line that a kill cut short is skipped."""
+    """Yield what the log holds of this version; a line that a kill cut short is skipped."""
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         try:
             row = json.loads(line)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from speckv_online.console import run_command
 
 
 def plot_card(card: Path, out: Path) -> None:
     """Plot loss and held-out accuracy over steps, from the log in a draft's card."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     steps, losses, accuracies = zip(*json.loads(card.read_text())["training"]["log"], strict=True)
     figure, left = plt.subplots(figsize=(6, 3.2), dpi=100)
     left.plot(steps, losses, color="tab:gray")
@@ -33,4 +35,4 @@ if __name__ == "__main__":
     parser.add_argument("card", type=Path, metavar="CARD.json")
     parser.add_argument("curve", type=Path, metavar="CURVE.png")
     arguments = parser.parse_args()
-    plot_card(arguments.card, arguments.curve)
+    sys.exit(run_command(parser.prog, lambda: plot_card(arguments.card, arguments.curve)))

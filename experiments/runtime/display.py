@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -9,6 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from experiments.runtime.settings import CompareConfig
+from speckv_online.console import repeating
+
+#: Seconds between two notes on what still loads.
+EVERY = 5.0
 
 if TYPE_CHECKING:
     from experiments.runtime.work_queue import Event
@@ -30,6 +35,9 @@ class Display:
         self.levels = config.levels
         self.started = time.monotonic()
         self.bars = None
+        # (level, worker) -> since when it loads. Loading may take a minute: something has to move meanwhile.
+        self.loading: dict[tuple[str, int], float] = {}
+        self.waits = contextlib.ExitStack()
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,11 +52,13 @@ class Display:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
         if self.bars is not None:
             self.bars.start()
+        self.waits.enter_context(repeating(self.tell_loading, EVERY))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.waits.close()
         if self.bars is not None:
             self.bars.stop()
 
@@ -59,8 +69,21 @@ class Display:
         else:
             print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
+    def tell_loading(self) -> None:
+        """Say which workers still load, and for how long."""
+        for (level, worker), since in list(self.loading.items()):
+            text = f"worker {worker} still loads ({time.monotonic() - since:.0f} s)"
+            if self.bars is not None:
+                self.bars.update(self.tasks[level], description=text)
+            else:
+                self.say(f"{level} {text}")
+
     def show(self, event: Event) -> None:
         """Show an event of the run."""
+        if event.kind == "loading":
+            self.loading[event.level, event.worker] = time.monotonic()
+        else:  # whatever else a worker has to tell, it loads no more
+            self.loading.pop((event.level, event.worker), None)
         if event.kind == "loading":
             text = f"worker {event.worker} loads, warms up and calibrates as soon as there is room"
             if self.bars is not None:

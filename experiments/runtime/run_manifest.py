@@ -108,14 +108,15 @@ class Ledger:
         self.save()
         if self.errors and not read_units(self.run.path):
             raise self.errors[0]
+        where = str(self.run.path)
+        last = f"Run: {where}\nReport: {where}/report.html"
         try:
             report = write_report(self.run.path)
         except UserError as error:
             self.display.say(str(error))
-            report = build_report(self.run.path)
+            report, last = build_report(self.run.path), f"Run: {where}"
             status = "incomplete"
-        where = str(self.run.path)
-        print(json.dumps(to_json(report) | {"run": where}) if as_json else f"\n{to_text(report)}\nRun: {where}")
+        print(json.dumps(to_json(report) | {"run": where}) if as_json else f"\n{to_text(report)}\n{last}")
         if self.errors:
             self.display.say(f"not everything was decoded; when the cause is gone, go on with --resume {where}")
         return 0 if status == "finished" else 1

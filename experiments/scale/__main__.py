@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.common.documents import check_place, insert
 from experiments.config import launch, option
 from experiments.runtime.settings import CompareConfig
@@ -142,15 +140,18 @@ def _real(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
 
 def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:
     from experiments.common.cached_cells import contents, run
+    from experiments.scale.simulated import play
     from speckv_online.simulate.cost_table import load_cost
 
     todo = [(spec, delay, count) for spec in config.policies for delay in config.delays for count in config.workers]
-    names = ("level", "every", "steps", "seed", "walkers")
+    setting = {name: getattr(config, name) for name in ("level", "every", "steps", "seed", "walkers")}
     found = run(
         todo,
-        partial(_simulate, config),
+        partial(play, traces=config.traces, cost=config.cost, **setting),
         out / "simulated.jsonl",
-        settings=json.dumps([contents([config.traces, config.cost]), *(getattr(config, name) for name in names)]),
+        code=["experiments.scale.simulated"],
+        policies=config.policies,
+        settings=json.dumps([contents([config.traces, config.cost]), setting]),
         weight=lambda cell: int(cell[2]),
         processes=config.processes,
     )
@@ -166,19 +167,6 @@ def _simulated(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], st
     ]
     cost = load_cost(config.cost).name
     return rows, f"modelled, costs of {cost}; first {config.steps} steps of each worker, from a cold start"
-
-
-def _simulate(config: ScaleConfig, cell: tuple[str, ...]) -> float:
-    """Play one cell: policy, delay, number of workers."""
-    from experiments.streams.merge import simulate
-    from speckv_online.simulate.cost_table import load_cost
-    from speckv_online.traces.trace import load_traces
-
-    policy, delay, count = cell
-    setting = {"workers": int(count), "delay": int(delay), "every": config.every, "steps": config.steps}
-    traces, cost = load_traces(config.traces, levels=[config.level]), load_cost(config.cost)
-    seeds = range(config.seed, config.seed + -(-config.walkers // int(count)))
-    return float(np.mean([simulate(policy, traces, cost, **setting, seed=seed) for seed in seeds]))
 
 
 def _arithmetic(config: ScaleConfig, out: Path) -> tuple[list[dict[str, Any]], str]:

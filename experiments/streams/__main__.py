@@ -55,7 +55,10 @@ def streams(config: StreamsConfig) -> int:
         directory.write_manifest(facts)
         log, many = out / "cells.jsonl", config.processes
         held = contents([*(text.partition("=")[2] for text in (*config.traces, *config.settled)), *config.costs])
-        found = run(todo, partial(play, config), log, settings=held, weight=weight, processes=many)
+        code, specs = ["experiments.streams.cells"], config.policies
+        found = run(
+            todo, partial(play, config), log, code=code, policies=specs, settings=held, weight=weight, processes=many
+        )
         directory.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
     parts = {"start": _start, "drift": _drift, "merge": _merge}
     text = "\n\n".join(

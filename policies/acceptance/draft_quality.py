@@ -76,7 +76,8 @@ class DraftQuality:
         be asked for the tokens that prove it. A level starts from what is known of the others."""
         others = [self._likeliest(name, MEAN) for name in self._sums if name != level]
         m = self._likeliest(level, sum(others) / len(others) if others else MEAN)
-        return min(max(m + HOPE * (PRECISION + self.information(level)) ** -0.5, LEAST), MOST)
+        found: float = min(max(m + HOPE * (PRECISION + self.information(level)) ** -0.5, LEAST), MOST)
+        return found
 
     def information(self, level: str) -> float:
         """Return how much is known of a level beyond the prior, in the units of ``PRECISION``."""

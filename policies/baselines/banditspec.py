@@ -42,7 +42,7 @@ class _ArmBandit(CostAware):
             return float(outcome.produced)
         costs = self.costs.level(outcome.level)
         price = costs.rate * (costs.spent(outcome.drafted, outcome.forwards) - costs.seconds.item(0))
-        return min(max(outcome.produced - price, 0.0), self.longest + 1.0)
+        return float(min(max(outcome.produced - price, 0.0), self.longest + 1.0))
 
     def _arm(self, decision: Decision, outcome: Outcome) -> int | None:
         if not self.first_time(decision.id):
@@ -122,7 +122,8 @@ class Exp3Spec(_ArmBandit):
         weight = np.zeros(k)
         loss = self.sums[1, :legal]
         weight[:legal] = np.exp(-math.sqrt(math.log(k) / (t * k)) * (loss - loss.min()))
-        return weight / weight.sum()
+        weight /= weight.sum()
+        return weight
 
     def decide(self, context: Context) -> Decision:
         p = self.pmf(context)

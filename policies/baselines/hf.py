@@ -95,7 +95,7 @@ class Confidence(Policy):
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
-        return draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.threshold
+        return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.threshold)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):
@@ -115,8 +115,8 @@ class Confidence(Policy):
     def load_state_dict(self, state: State) -> None:
         length = len(np.atleast_1d(state.get("probs", np.empty(0))))
         probs, match = check_array(state, "probs", (length,)), check_array(state, "match", (length,))
-        if "threshold" not in state:
-            raise PolicyError("the state lacks 'threshold'; it was saved by another policy or version")
+        if np.shape(state.get("threshold", probs)) != ():
+            raise PolicyError("the state lacks one number 'threshold'; it was saved by another policy or version")
         self.threshold, self._probs, self._match = float(state["threshold"]), probs.copy(), match.copy()
 
 

@@ -38,7 +38,7 @@ class LlamaCpp(Policy):
         return Decision(self.new_id(), gamma, stops=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
-        return draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.p_min
+        return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.p_min)
 
     def submit(self, decision: Decision, draft: Draft) -> int:
         kept = draft.drafted - (draft.signals.item(draft.drafted - 1, CONFIDENCE) < self.p_min)

@@ -14,6 +14,7 @@ import numpy as np
 
 from policies.base import Context, Decision, Outcome, PolicyError
 from policies.costs.cost_aware import CostAware
+from policies.optional import require
 
 Name: TypeAlias = Literal["ucb", "exp3", "thompson", "epsilon-greedy", "linucb"]
 
@@ -36,7 +37,7 @@ class River(CostAware):
 
     def __init__(self, *, policy: Name = "ucb", epsilon: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
-        from river import bandit, proba  # half a second: not for listing policies
+        bandit, proba = require("river.bandit", "river"), require("river.proba", "river")  # takes half a second
 
         if not 0 < epsilon <= 1:
             raise PolicyError(f"epsilon must be above 0 and at most 1, got {epsilon}")

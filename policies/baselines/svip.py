@@ -39,4 +39,4 @@ class Svip(Policy):
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
-        return draft.signals.item(draft.drafted - 1, ENTROPY) <= self._limit
+        return bool(draft.signals.item(draft.drafted - 1, ENTROPY) <= self._limit)

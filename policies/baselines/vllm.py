@@ -45,7 +45,8 @@ class VllmAdaptive(CostAware):
     def probabilities(self, margins: np.ndarray) -> np.ndarray:
         """p_k of drafted tokens with these margins."""
         x = np.clip(margins, 0.0, CLIP)
-        return 1.0 / (1.0 + np.exp(-np.clip(self.weights[0] * x + self.weights[1 : len(x) + 1], -30, 30)))
+        found: np.ndarray = 1.0 / (1.0 + np.exp(-np.clip(self.weights[0] * x + self.weights[1 : len(x) + 1], -30, 30)))
+        return found
 
     def decide(self, context: Context) -> Decision:
         decision = Decision(self.new_id(), min(self.gamma, context.max_gamma), stops=self.refits >= UNPRUNED)

@@ -16,6 +16,7 @@ import numpy as np
 
 from policies.base import ARMS, Outcome, PolicyError, State
 from policies.costs.prior import VAGUE, WIDTHS, CostPrior
+from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, solve, whole
 from policies.estimators.bayesian_linear import check_array
 
 #: Steps after which a measurement counts half.
@@ -40,12 +41,7 @@ FAR = 4.0
 LITTLE = 0.01
 #: Share of its time at the usual context length that a verification takes at least, however short the context.
 LEAST = 0.1
-#: How many times as fast as times the rate lambda is forgotten: it follows the texts and the draft, not the machine.
-RATE = 4
 _K = np.arange(WIDTHS)
-#: Sums that are not by width, all sums, and where in those the draft's and the reading's begin.
-SUMS, OF_DRAFT = 12, 5 * WIDTHS
-ALL, OF_READING = OF_DRAFT + SUMS, OF_DRAFT + 9
 
 
 class LevelCosts:
@@ -82,9 +78,7 @@ class LevelCosts:
         self._now, self._lately, self._paced = 1.0, 1.0, 0
         # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
         self._own: tuple[float, float, float, int] | None = None
-        # All sums in one vector, and those since the last exchange. By width, in rows: count, sum of seconds, of
-        # context, of its square, of their product. Then of the draft: count, k, k squared, d, k d. Of the rest: count,
-        # t_0, tokens, seconds. Of catching up: tokens, seconds. Drafted tokens that took no forward.
+        # All sums, and those since the last exchange.
         self._total, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
         self._clear_block()
         self.set_prior(prior)
@@ -205,8 +199,8 @@ class LevelCosts:
         block, keep = np.empty(ALL), self._keep**self._pending
         block[:OF_DRAFT].reshape(5, WIDTHS)[:] = np.array(self._block).T
         block[OF_DRAFT:] = self._block_sums
-        block *= _faded(self._keep ** max(self._pending - 1, 0))
-        kept = _faded(keep)
+        block *= faded(self._keep ** max(self._pending - 1, 0))
+        kept = faded(keep)
         for sums in (self._total, self._delta):
             sums *= kept
             sums += block
@@ -253,8 +247,8 @@ class LevelCosts:
         kk, kd = kk + w, kd + w * prior.draft_seconds * scale
         m, d = m + FIRST, d + FIRST * prior.first_draft_seconds * scale
         det = m * kk - k * k
-        self.first = max((d * kk - k * kd) / det, 0.0)
-        self.draft = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
+        self.first: float = max((d * kk - k * kd) / det, 0.0)
+        self.draft: float = max((m * kd - k * d) / det, 0.0) if self.first > 0.0 else kd / kk
         w = prior.weight
         self.overhead = (rest + w * prior.overhead_seconds) / (rests + w)
         w *= READ
@@ -265,7 +259,7 @@ class LevelCosts:
         self.seconds = self.draft * _K + self.verify
         self.seconds += self.overhead
         self.seconds[1:] += self.first
-        self._steps_take = self.seconds.tolist()  # asked for every step
+        self._steps_take: list[float] = self.seconds.tolist()  # asked for every step
         tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
         # One token per plain step is what the prior promises until there is data.
         w = 2.0
@@ -288,7 +282,7 @@ class LevelCosts:
         prior = self.prior
         times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
         return {
-            **_parts(self._total.copy()),
+            **parts(self._total.copy()),
             "misc": np.array([self.steps, self.deviation, float(self._vague), self._now, self._lately, self._paced]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
             "catch_up": np.array(prior.catch_up_seconds),
@@ -301,7 +295,7 @@ class LevelCosts:
         older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
         misc = check_array(state, "misc", (3 if older else 6,)).tolist()
         misc += [1.0, 1.0, 0.0] if older else []
-        total = _whole(state)
+        total = whole(state)
         # Older states lack the one or both.
         more = [float(check_array(state, name, ())) if name in state else 0.0 for name in ("catch_up", "first")]
         p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
@@ -323,45 +317,14 @@ class LevelCosts:
         self.refit()
         delta, count = self._delta, self._count
         self._delta, self._count = np.zeros(ALL), 0
-        return {**_parts(delta), "count": np.array(float(count))}
+        return {**parts(delta), "count": np.array(float(count))}
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums."""
         self.refit()
         count = int(check_array(delta, "count", ()))
-        more = _whole(delta)
-        self._total *= _faded(self._keep**count)
+        more = whole(delta)
+        self._total *= faded(self._keep**count)
         self._total += more
         self.steps += count
         self._refit()
-
-
-def _faded(keep: float) -> np.ndarray:
-    """What is kept of all sums where ``keep`` is kept of times, shape (ALL,)."""
-    found = np.full(ALL, keep)
-    found[OF_DRAFT + 7 : OF_READING] = keep**RATE
-    return found
-
-
-def _parts(total: np.ndarray) -> State:
-    """All sums as they are saved and handed out."""
-    return {"widths": total[:OF_DRAFT].reshape(5, WIDTHS), "sums": total[OF_DRAFT:]}
-
-
-def _whole(state: State) -> np.ndarray:
-    """All sums of a state or delta; those of versions that knew nothing of catching up, or of lookups, are shorter."""
-    lacks = next((n for n in (1, 3) if np.shape(state.get("sums", ())) == (SUMS - n,)), 0)
-    sums = check_array(state, "sums", (SUMS - lacks,))
-    return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(lacks)))
-
-
-def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Solve a symmetric 3 x 3 system, its upper triangle given by rows: quicker than numpy at this size."""
-    m00, m01, m02, m11, m12, m22 = m
-    f, g = m01 / m00, m02 / m00
-    d11, d12, d22 = m11 - f * m01, m12 - f * m02, m22 - g * m02
-    r1, r2 = r[1] - f * r[0], r[2] - g * r[0]
-    h = d12 / d11
-    z = (r2 - h * r1) / (d22 - h * d12)
-    y = (r1 - d12 * z) / d11
-    return (r[0] - m01 * y - m02 * z) / m00, y, z

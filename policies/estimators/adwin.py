@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from policies.base import Outcome, PolicyError
+from policies.optional import require
 
 #: Steps that wait before the detectors see them, off the hot path.
 BATCH = 32
@@ -28,6 +29,7 @@ class Drift:
         if not 0 < delta < 1:
             raise PolicyError(f"adwin must be between 0 and 1, or 0 for off, got {delta}")
         self.delta, self.alarms = delta, 0
+        self._make = require("river.drift", "river").ADWIN
         self._detectors: dict[str, Any] = {}
         self._waiting: list[tuple[str, int, int]] = []
 
@@ -37,13 +39,11 @@ class Drift:
         return len(self._waiting) >= BATCH and self._check()
 
     def _check(self) -> bool:
-        from river.drift import ADWIN
-
         found = False
         for level, accepted, tested in self._waiting:
             detector = self._detectors.get(level)
             if detector is None:
-                detector = self._detectors[level] = ADWIN(delta=self.delta)
+                detector = self._detectors[level] = self._make(delta=self.delta)
             for j in range(tested):
                 detector.update(float(j < accepted))
                 found |= bool(detector.drift_detected)

@@ -146,7 +146,7 @@ class GaussianHead:
         A, r = self._total[:, :d], self._total[:, d]
         self._precision, self._factor = self.prior_precision + A, None
         shift = np.linalg.solve(self._precision, r)
-        self._mean = self.prior_mean + shift
+        self._mean: np.ndarray = self.prior_mean + shift
         rows, steps, squares = self._total_misc.tolist()
         if self.fixed_noise:
             self._noise = self.fixed_noise
@@ -157,7 +157,8 @@ class GaussianHead:
 
     def sample(self, rng: np.random.Generator, count: int, scale: float = 1.0) -> np.ndarray:
         """Draw heads from the posterior, shape (count, D); ``scale`` multiplies their spread."""
-        return self.mean + scale * (rng.standard_normal((count, len(self.mean))) @ self.factor)
+        found: np.ndarray = self.mean + scale * (rng.standard_normal((count, len(self.mean))) @ self.factor)
+        return found
 
     def forget(self) -> None:
         """Return to the prior; sums that were not handed out yet are dropped too."""
@@ -215,8 +216,9 @@ def widen(precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
         Each as long as a weight's standard deviation along it is to be, in the units of the precision.
     """
     along = directions @ precision  # (R, D)
-    wider: np.ndarray = precision - along.T @ np.linalg.solve(np.eye(len(along)) + along @ directions.T, along)
-    return 0.5 * (wider + wider.T)
+    wider = precision - along.T @ np.linalg.solve(np.eye(len(along)) + along @ directions.T, along)
+    found: np.ndarray = 0.5 * (wider + wider.T)
+    return found
 
 
 def fingerprint(*arrays: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ class BestDrafter(Policy):
             raise PolicyError(f"block must be at least 2 steps, got {block}")
         self.spec, self.block, self._options = policy.replace("/", ":", 1), block, (seed, worker)
         named = {"weights": weights, "acceptance": acceptance}
-        self._defaults = {name: value for name, value in named.items() if value}
+        self._defaults: dict[str, Any] = {name: value for name, value in named.items() if value}
         self.inner: dict[str, Policy] = {}
         self._priors: dict[str, CostPrior] = {}
         # By (level, drafter): steps, tokens, seconds, and the sums of their squares and of their product.

@@ -57,11 +57,13 @@ class Weights:
 
     def hidden(self, x: np.ndarray) -> np.ndarray:
         """relu(x W1 + b1) of inputs (N, 6), shape (N, 16)."""
-        return np.maximum(x @ self.W1 + self.b1, 0.0)
+        found: np.ndarray = np.maximum(x @ self.W1 + self.b1, 0.0)
+        return found
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """Acceptance rates of inputs (N, 6), clipped to [0, 1], shape (N,)."""
-        return np.clip(self.hidden(x) @ self.W2[:, 0] + self.b2[0], 0.0, 1.0)
+        found: np.ndarray = np.clip(self.hidden(x) @ self.W2[:, 0] + self.b2[0], 0.0, 1.0)
+        return found
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -198,13 +200,15 @@ class Mlp16:
     def predict(self, context: Context) -> np.ndarray:
         """Return every arm's predicted acceptance rate, in [0, 1], shape (K,)."""
         rates: np.ndarray = self.phi([context.level], self.read(context)[None])[0] @ self._head
-        return np.clip(rates, 0.0, 1.0)
+        np.clip(rates, 0.0, 1.0, out=rates)
+        return rates
 
     def tokens(self, level: str, x: np.ndarray) -> np.ndarray:
         """Return every arm's predicted accepted tokens, rate * gamma with the rate in [0, 1], shape (K,)."""
-        found = np.dot(self._head, self.scaled(level, x))
+        found: np.ndarray = np.dot(self._head, self.scaled(level, x))
         np.maximum(found, self._zero[: len(found)], out=found)
-        return np.minimum(found, self._gammas, out=found)
+        np.minimum(found, self._gammas, out=found)
+        return found
 
 
 class Mlp16Policy(CostAware):

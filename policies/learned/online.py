@@ -142,7 +142,7 @@ class Online(CostAware):
     def _values(self, level: str, x: np.ndarray) -> np.ndarray:
         """Reward of every arm under each sampled head, or the one optimistic or mean head, shape (samples, K)."""
         grid = self.net.scaled(level, x)
-        tokens = np.dot(self._heads, grid)
+        tokens: np.ndarray = np.dot(self._heads, grid)
         if self.explore == "ucb":
             tokens += self.spread * np.sqrt(np.square(self.head.factor @ grid).sum(axis=0))
         # No arm accepts more than all; below zero need not be cut off, as gamma 0 is better than such an arm anyway.

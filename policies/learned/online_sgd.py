@@ -101,7 +101,8 @@ class OnlineSgd(CostAware):
 
     @property
     def _share(self) -> float:
-        return self.epsilon / (1.0 + self.steps / 200.0) ** 0.5
+        share: float = self.epsilon / (1.0 + self.steps / 200.0) ** 0.5
+        return share
 
     def decide(self, context: Context) -> Decision:
         features = self._read(context)

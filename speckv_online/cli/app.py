@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from speckv_online.cli.simulate import add_arguments as simulation_arguments
 from speckv_online.cli.simulate import run as simulate
 from speckv_online.cli.submit import add_arguments as submit_arguments
 from speckv_online.cli.submit import run as submit
-from speckv_online.console import run_command, say
+from speckv_online.console import run_command, say, waiting
 from speckv_online.drafters.spec import HELP as DRAFTERS
 from speckv_online.errors import UserError
 from speckv_online.evaluation.command import add_arguments as evaluation_arguments
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.set_defaults(command=prepare)
     verb.add_argument("pair", help="name of the pair")
 
-    add = commands.add_parser("policies", help="list policies")
+    add = commands.add_parser("policies", help="list policies and their options")
     add.set_defaults(command=policies)
     add.add_argument("--json", action="store_true", help="print JSON")
 
@@ -125,14 +126,15 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     policy = make_policy(arguments.policy, seed=arguments.seed)  # before the models: a typo should show at once
-    pair = load_pair(
-        arguments.pair,
-        level=arguments.compression,
-        device=arguments.device,
-        target=arguments.target,
-        draft=arguments.draft,
-        drafter=arguments.drafter,
-    )
+    with waiting("loading the models") if sys.stderr.isatty() else contextlib.nullcontext():
+        pair = load_pair(
+            arguments.pair,
+            level=arguments.compression,
+            device=arguments.device,
+            target=arguments.target,
+            draft=arguments.draft,
+            drafter=arguments.drafter,
+        )
     decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)
     result = decoder.generate(
@@ -172,15 +174,9 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def policies(arguments: argparse.Namespace) -> None:
     """Run ``speckv policies``."""
-    from policies.registry import available
+    from speckv_online.cli.policies import listing
 
-    rows = available()
-    if arguments.json:
-        print(json.dumps([{"name": name, "summary": summary} for name, summary in rows]))
-        return
-    width = max(len(name) for name, _ in rows)
-    for name, summary in rows:
-        print(f"{name:<{width}}  {summary}")
+    print(listing(as_json=arguments.json))
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -201,7 +197,7 @@ def report(arguments: argparse.Namespace) -> None:
         print(json.dumps([to_json(one) for one in several]))
     else:
         print("\n".join(text_table(side_by_side(several))))
-        print("".join(f"\n{one.name}: {one.verdict}" for one in several) + f"\nReport: {out}")
+        print("".join(f"\n{one.name}: {one.verdict}" for one in several) + f"\nReport: {out.rstrip('/')}/report.html")
 
 
 def watch(arguments: argparse.Namespace) -> None:

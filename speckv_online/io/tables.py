@@ -84,7 +84,11 @@ def _none(cell: Any) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """Return nested lists and dicts ready for JSON, which has neither NaN nor infinity: null stands for them."""
+    """Return nested lists and dicts ready for JSON, which has neither NaN nor infinity: null stands for them.
+
+    >>> finite({"rate": (1.5, float("nan"))})
+    {'rate': [1.5, None]}
+    """
     if isinstance(value, dict):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -58,6 +58,10 @@ class NgramIndex:
     """For every n-gram (n = 1 … 4) of a growing context, the tokens that followed it.
 
     ``extend`` appends for good; ``push`` appends one token until ``undo`` takes all pushed ones back.
+
+    >>> found = NgramIndex([5, 6, 7, 5, 6]).propose()
+    >>> found.token, found.length
+    (7, 2)
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:

@@ -60,13 +60,26 @@ class Level:
 def _int8(compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
+    _require_bitsandbytes("int8")
     return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _require_bitsandbytes(level: str) -> None:
+    """Say what to install now: transformers would ask for it later, in several lines."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f"the level {level} needs bitsandbytes, which cannot be imported ({' '.join(str(e).split())[:200]}): "
+            "pip install bitsandbytes, or choose fp32, fp16 or bf16"
+        ) from e
 
 
 def _four_bit(kind: str) -> Callable[[torch.dtype], Any]:
     def make(compute: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
 
+        _require_bitsandbytes(kind)
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
 
     return make
@@ -87,6 +100,10 @@ LEVELS = {
 
 def get_level(name: str) -> Level:
     """Return a level.
+
+    >>> import torch
+    >>> get_level("nf4").arithmetic(torch.device("cpu"))
+    'bitsandbytes nf4, activations in fp32'
 
     Parameters
     ----------
@@ -127,6 +144,8 @@ def _by_spec(method: str, text: str) -> Callable[[torch.dtype], Any]:
         arguments.setdefault("load_in_8bit" if method.endswith("8bit") else "load_in_4bit", True)
 
     def make(compute: torch.dtype) -> Any:
+        if method.startswith("bitsandbytes"):
+            _require_bitsandbytes(method)
         own = {"bnb_4bit_compute_dtype": compute} if "load_in_4bit" in arguments else {}
         try:
             return known[method](**(own | arguments))

@@ -195,8 +195,8 @@ def load_pair(
     big = load_target(source, level, device)
     pack(big)
     small, head_ids, quick = None, None, None
-    if spec.kind == "ngram":
-        draft_revision = "ngram"
+    if not spec.needs_model:
+        draft_revision = spec.kind
     elif draft is not None:
         small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
         draft_revision = _revision(small, draft)

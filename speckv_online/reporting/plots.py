@@ -25,8 +25,22 @@ class Chart:
     png: bytes
 
 
+def can_draw() -> bool:
+    """Return whether matplotlib is there."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
 def charts(report: Report) -> list[Chart]:
-    """Draw everything that the report has data for; what is about all levels comes first."""
+    """Draw everything that the report has data for; what is about all levels comes first.
+
+    Without matplotlib there are no charts: a report's text and tables do without.
+    """
+    if not can_draw():
+        return []
     kind = report.kind
     caption = f"{kind}; lines are 95 % intervals over prompts"
     found = [Chart("goodput", "", "Tokens per second", caption, figure(goodput, report))]

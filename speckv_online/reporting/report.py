@@ -12,18 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from speckv_online.console import say
 from speckv_online.io.files import write_atomically
 from speckv_online.io.manifest import describe
 from speckv_online.io.tables import finite
 from speckv_online.reporting.data import Report, build_report
 from speckv_online.reporting.html_page import runs_to_html, to_html
-from speckv_online.reporting.plots import Chart, charts
+from speckv_online.reporting.plots import Chart, can_draw, charts
 from speckv_online.reporting.table import HEAD, MODELLED_HEAD, cells, modelled_cells, p_value, side_by_side
 
 
 def write_report(path: str | Path) -> Report:
     """Build a run's report and write ``report.html``, ``report.md``, ``report.json`` and ``plots/`` into it."""
     path, report = Path(path), build_report(path)
+    if not can_draw():
+        say("the report has no plots, as matplotlib is not installed: pip install matplotlib")
     pictures = charts(report)
     for chart in pictures:
         _write_bytes(path / "plots" / f"{chart.name}.png", chart.png)
@@ -43,6 +46,8 @@ def write_reports(paths: Sequence[str | Path], out: str | Path) -> list[Report]:
         parts = [Path(path).resolve().parts for path in paths]
         reports = [replace(r, name="/".join(p[-2:])) for r, p in zip(reports, parts, strict=True)]
     out = Path(out).expanduser()
+    if not can_draw():
+        say("the report has no plots, as matplotlib is not installed: pip install matplotlib")
     _write(out / "report.html", runs_to_html(reports))
     text = ["# Comparison of runs", "", *markdown_table(side_by_side(reports)), ""]
     for report in reports:
@@ -101,7 +106,13 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines in Markdown: two columns of text, then figures."""
+    """Return a table's lines in Markdown: two columns of text, then figures.
+
+    >>> print("\\n".join(markdown_table([("level", "policy", "tokens/s"), ("nf4", "fixed:4", "200")])))
+    | level | policy | tokens/s |
+    |---|---|---:|
+    | nf4 | fixed:4 | 200 |
+    """
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return [lines[0], "|" + "---|" * 2 + "---:|" * (len(table[0]) - 2), *lines[1:]]
 

@@ -48,6 +48,10 @@ class LevelCost(CostPrior):
     def seconds(self, drafted: int, context: float | None = None, forwards: float | None = None) -> float:
         """Return the modelled seconds of a step that verifies all it drafts, the draft's catching up left out.
 
+        >>> cost = LevelCost(0.25, (1.0, 1.5), 0.125)
+        >>> cost.seconds(0), cost.seconds(1)
+        (1.125, 1.875)
+
         Parameters
         ----------
         drafted : int

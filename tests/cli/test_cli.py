@@ -127,10 +127,18 @@ def test_streaming_goes_on_after_bytes_that_are_no_character() -> None:
 def test_policies_and_models_are_listed(speckv: Run) -> None:
     code, out, _ = speckv("policies")
     assert code == 0
-    assert {"autoregressive", "fixed", "mlp16", "online"} <= {line.split()[0] for line in out.splitlines()}
-    assert all(len(line.split()) > 2 for line in out.splitlines())
-    names = [row["name"] for row in json.loads(speckv("policies", "--json")[1])]
-    assert names == [line.split()[0] for line in out.splitlines()]
+    table, notes = out.split("\n\n")
+    heads = [line for line in table.splitlines() if not line.startswith(" ")]
+    assert {"autoregressive", "fixed", "mlp16", "online"} <= {line.split()[0] for line in heads}
+    assert all(len(line.split()) > 2 for line in heads)
+    rows = json.loads(speckv("policies", "--json")[1])
+    assert [row["name"] for row in rows] == [line.split()[0] for line in heads]
+    under = table.splitlines()[table.splitlines().index(next(h for h in heads if h.startswith("hf-heuristic"))) + 1]
+    assert under.split() == ["start=5,", "transient=off"]
+    found = next(row["options"] for row in rows if row["name"] == "fixed")
+    assert found == {"gamma": {"type": "a whole number", "default": 4}}
+    assert "safety_gamma=4" in notes
+    assert "online" in notes
     code, out, _ = speckv("models")
     assert code == 0
     assert out.startswith("smollm2: ")

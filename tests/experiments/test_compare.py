@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def test_a_whole_run(
     config = replace(config, policies=("autoregressive", "fixed:2", *learned))
     assert main(flags(config, "--prompts", prompts_file, "--out", out)) == 0
     shown = capsys.readouterr()
-    assert f"Run: {out}" in shown.out
+    assert shown.out.endswith(f"\nRun: {out}\nReport: {out}/report.html\n")
     assert [line.split()[1] for line in shown.out.splitlines() if line.startswith("fp32 ")] == list(config.policies)
     assert "fp16 12/12 " in shown.err  # progress
     for name in ("run.json", "config.yaml", "steps-fp32.jsonl", "steps-fp16.jsonl", "report.md", "report.json"):
@@ -317,3 +318,26 @@ def test_a_level_keeps_the_facts_of_all_its_workers(config: CompareConfig, tmp_p
     ledger.note(Event("fp16", "finished", 1, facts={"finished": "now", "faults": {}}))
     entry = read_manifest(tmp_path / "run")["workers"]["fp16"]
     assert (entry["device"], entry["finished"], entry["others"]) == ("gpu 1", "now", {"0": {"device": "gpu 0"}})
+
+
+def test_the_display_says_what_still_loads(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.runtime.display.EVERY", 0.02)
+    shown = ""
+    with Display(config, 1) as display:
+        display.show(Event("fp32", "loading"))
+        display.show(Event("fp16", "loading", 1))
+        display.show(Event("fp32", "ready", facts={}))
+        for _ in range(500):
+            time.sleep(0.02)
+            shown += capsys.readouterr().err
+            if shown.count("fp16 worker 1 still loads (0 s)") > 1:
+                break
+        display.show(Event("fp16", "failed", 1, text="no room"))
+        shown = shown.partition("ready")[2]
+        capsys.readouterr()
+        time.sleep(0.1)
+    assert shown.count("fp16 worker 1 still loads (0 s)") > 1
+    assert "fp32 worker 0 still loads" not in shown
+    assert "still loads" not in capsys.readouterr().err

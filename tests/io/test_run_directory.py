@@ -136,7 +136,7 @@ WRITE_UNTIL_FULL = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.io.test_run_directory import steps, unit
+from tests.support.records import steps, unit
 from speckv_online.io.run_directory import StepWriter, save_arrays
 from speckv_online.console import run_command
 import numpy as np

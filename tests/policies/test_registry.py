@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from policies import registry
+from policies import plugins, registry
 from policies.base import Context, Decision, Policy, PolicyError
 from policies.fixed import Fixed
 from policies.registry import available, make_policy, options
@@ -124,7 +124,7 @@ def test_policies_by_import_path() -> None:
 
 def test_entry_points_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("halves", f"{__name__}:Halves", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.GROUP else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == registry.GROUP else [])
     assert isinstance(make_policy("halves:factor=1"), Halves)
     assert ("halves", Halves.summary) in available()
 
@@ -136,7 +136,7 @@ def test_an_entry_point_that_does_not_load_hides_no_other(
     value: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = [EntryPoint("broken", value, registry.GROUP), EntryPoint("halves", f"{__name__}:Halves", registry.GROUP)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
     rows = dict(available())
     assert rows["halves"] == Halves.summary
     assert rows["broken"].startswith("does not load: cannot import policy ")
