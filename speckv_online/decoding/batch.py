@@ -16,8 +16,6 @@ import torch
 from policies.base import LOOKUP, N_SIGNALS, Decision, Outcome, Policy
 from policies.costs.level_costs import CAUGHT
 from speckv_online.context import History
-from speckv_online.cpu_engine.batched_forward import QuickBatch, batch_of
-from speckv_online.cpu_engine.target_forward import quick_of
 from speckv_online.decoding.generation import Generation
 from speckv_online.decoding.loop import DecodingLoop
 from speckv_online.decoding.propose import is_exhausted
@@ -31,7 +29,7 @@ from speckv_online.decoding.sequence import (
 from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.drafters.batched import ModelRows, RowDrafter, row_drafter
 from speckv_online.errors import UserError
-from speckv_online.modeling.batched_model import BatchModel
+from speckv_online.modeling.forward_backend import BatchReader, backend_of
 from speckv_online.modeling.sampling import Sampler
 
 #: Most prompts at once.
@@ -143,10 +141,7 @@ def _run(decoder: DecodingLoop, rows: list[_Row], on_tokens: Callable[[int, list
     started = perf_counter()
     prompts = [row.sequence.tokens for row in rows]
     capacity = max(len(p) + row.budget for p, row in zip(prompts, rows, strict=True)) + decoder.max_gamma + 1
-    quick = quick_of(decoder.target)
-    target = batch_of(
-        decoder.target, prompts, capacity, None if quick is None or quick.whole_prompts else quick.program
-    )
+    target = backend_of(decoder.target).batch(prompts, capacity)
     drafter = None
     if decoder.drafter is not None:
         drafter = row_drafter(decoder.drafter, prompts, capacity, [row.sequence.sampler for row in rows])
@@ -179,9 +174,7 @@ def _run(decoder: DecodingLoop, rows: list[_Row], on_tokens: Callable[[int, list
                 drafter.keep(going)
 
 
-def _step(
-    policy: Policy, target: BatchModel | QuickBatch, drafter: RowDrafter | None, rows: list[_Row]
-) -> list[list[int]]:
+def _step(policy: Policy, target: BatchReader, drafter: RowDrafter | None, rows: list[_Row]) -> list[list[int]]:
     """Draft, verify and learn once for every row; return the rows' new tokens."""
     started = perf_counter()
     _draft(policy, drafter, rows)

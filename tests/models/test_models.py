@@ -21,6 +21,7 @@ from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.levels import LEVELS, get_level
 from speckv_online.models.pairs import chat_prompt, load_pair, load_target, prepare
 from tests.support.decoding import Scripted, plain, prompt_of
+from tests.support.engine import needs_level
 from tests.support.tiny_models import TinyPair, tiny_llama, tiny_tokenizer
 
 
@@ -71,14 +72,14 @@ def test_bad_quantization_specs_are_refused(tiny_pair: TinyPair, level: str, mes
 
 def test_a_used_four_bit_model_is_not_fingerprinted(tiny_pair: TinyPair) -> None:
     """Since bitsandbytes' state_dict damages weights that it has repacked for the CPU."""
+    needs_level("nf4")
     target = load_target(tiny_pair.target_dir, "nf4", "cpu")
     before = fingerprint(target)
     assert before == fingerprint(load_target(tiny_pair.target_dir, "nf4", "cpu"))
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
         logits = target(ids).logits
-        if not getattr(target.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False):
-            pytest.skip("this processor has no bf16 arithmetic: nothing is repacked")
+        assert getattr(target.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False)
         with pytest.raises(RuntimeError, match="before its first forward"):
             fingerprint(target)
         assert torch.equal(target(ids).logits, logits)
