@@ -30,8 +30,12 @@ test: setup
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== tests that need neither the real models nor Ray, two processes at a time"
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(ARGS) || test $$? -eq 5
+	@echo "== the quick tests of what decodes once more, on plain transformers modules"
+	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(WITHOUT_ENGINE) $(ARGS) || test $$? -eq 5
 	@echo "== tests with the real models and a real Ray"
 	@$(BIN)/python -m pytest -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none of them was asked for
+
+WITHOUT_ENGINE := tests/decoding tests/drafters tests/models tests/simulate
 
 results: results-measured results-modelled
 

@@ -282,7 +282,7 @@ def quicken(model: nn.Module) -> bool:
     elif sum(weight.nbytes for m in _quantized(model) for weight in m.parameters()) > MOST_BYTES:
         reason, failed = "its weights are too large to be kept twice", False
     else:
-        (quick, reason), failed = _checked(model, width), True
+        quick, reason, failed = _checked(model, width)
     if quick is None:
         notes.lacks("compiled forward", reason, failed)
         return False
@@ -296,8 +296,8 @@ def _quantized(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
 
 
-def _checked(model: LlamaForCausalLM, width: int) -> tuple[QuickTarget | None, str]:
-    """Return a model's quick forward, or why there is none."""
+def _checked(model: LlamaForCausalLM, width: int) -> tuple[QuickTarget | None, str, bool]:
+    """Return a model's quick forward, or why there is none, and whether that is a failure."""
     remember_fingerprint(model)
     # No special tokens, whose states magnify the rounding of LLM.int8.
     ids = torch.arange(1, 12) * (model.config.vocab_size // 12)
@@ -308,6 +308,8 @@ def _checked(model: LlamaForCausalLM, width: int) -> tuple[QuickTarget | None, s
         states, logits = quick.program.trace(ids.tolist(), quick.ends)
         with stock_layers(model):
             wrong = what_is_wrong(model, ids, states, logits)
+    except ValueError as error:  # layers of other kinds or sizes
+        return None, str(error), False
     except UNUSABLE as error:
-        return None, describe(error)
-    return (None, wrong) if wrong else (quick, "")
+        return None, describe(error), True
+    return (None, wrong, True) if wrong else (quick, "", False)

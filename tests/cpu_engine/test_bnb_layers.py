@@ -21,7 +21,6 @@ from speckv_online.modeling.fingerprint import fingerprint
 from tests.support.engine import needs_level
 
 
-
 @pytest.fixture(scope="module")
 def ways() -> list[Kernel]:
     return four_bit_ways()
