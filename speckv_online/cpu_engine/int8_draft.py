@@ -138,7 +138,7 @@ def int8_form(model: PreTrainedModel) -> tuple[QuickDraft | None, str]:
     except UNUSABLE as error:
         return None, describe(error)
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
-    error = float((found - expected).std() / expected.std())
-    if not error <= _TOLERANCE:
-        return None, f"its logits are off by {error:.3g} of their standard deviation, {_TOLERANCE:g} is allowed"
+    off = float((found - expected).std() / expected.std())
+    if not off <= _TOLERANCE:
+        return None, f"its logits are off by {off:.3g} of their standard deviation, {_TOLERANCE:g} is allowed"
     return quick, ""

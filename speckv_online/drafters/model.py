@@ -110,7 +110,7 @@ class ModelDrafter:
             found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
             if len(found) == count:
                 break
-            logits = self.backend.forward([], self.cache, 1, self.known(token.view(1)))[-1, : self.rows].float()
+            logits = self._head(self.backend.forward([], self.cache, 1, self.known(token.view(1))))
         return torch.stack(found)
 
     def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
@@ -133,7 +133,12 @@ class ModelDrafter:
         missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
         last = self.last_id
         known = missing if last is None else [min(token, last) for token in missing]
-        return self.backend.forward(known, self.cache, 1)[-1, : self.rows].float()
+        return self._head(self.backend.forward(known, self.cache, 1))
+
+    def _head(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the last row of logits in fp32, without the padding of a larger embedding."""
+        last = logits[-1]
+        return (last if len(last) == self.rows else last[: self.rows]).float()
 
     def draft(self, signals: np.ndarray) -> int:
         """Draft one token; its signals are entropy (bits), confidence, margin (logits) and n-gram agreement."""
