@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -76,6 +77,7 @@ def as_json(result: Generation, pair: LoadedPair, level: str, policy: str) -> di
         "arithmetic": pair.level.arithmetic(pair.device),
         "policy": policy,
         "models": pair.revision,
+        "engine": {role: asdict(status) for role, status in pair.engine.items()},
     }
 
 

@@ -12,8 +12,6 @@ from time import perf_counter
 import torch
 
 from policies.costs.level_costs import CAUGHT
-from speckv_online.cpu_engine.batched_forward import QuickBatch, batch_of
-from speckv_online.cpu_engine.target_forward import quick_of
 from speckv_online.decoding.generation import Generation
 from speckv_online.decoding.loop import DecodingLoop
 from speckv_online.decoding.row import Row
@@ -21,7 +19,7 @@ from speckv_online.decoding.sequence import TokenSequence, likeliest, matching
 from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.drafters.batched import ModelRows, RowDrafter, RowProposer, row_drafter
 from speckv_online.errors import UserError
-from speckv_online.modeling.batched_model import BatchModel
+from speckv_online.modeling.forward_backend import BatchReader, backend_of
 from speckv_online.modeling.sampling import Sampler
 from speckv_online.speculation import is_exhausted
 
@@ -114,10 +112,7 @@ def _run(decoder: DecodingLoop, rows: list[Row], on_tokens: Callable[[int, list[
     started = perf_counter()
     prompts = [row.sequence.tokens for row in rows]
     capacity = max(len(p) + row.budget for p, row in zip(prompts, rows, strict=True)) + decoder.max_gamma + 1
-    quick = quick_of(decoder.target)
-    target = batch_of(
-        decoder.target, prompts, capacity, None if quick is None or quick.whole_prompts else quick.program
-    )
+    target = backend_of(decoder.target).batch(prompts, capacity)
     drafter = None
     if decoder.drafter is not None:
         drafter = row_drafter(decoder.drafter, prompts, capacity, [row.sequence.sampler for row in rows])
@@ -147,9 +142,7 @@ def _run(decoder: DecodingLoop, rows: list[Row], on_tokens: Callable[[int, list[
                 drafter.keep(going)
 
 
-def _step(
-    decoder: DecodingLoop, target: BatchModel | QuickBatch, drafter: RowDrafter | None, rows: list[Row]
-) -> list[list[int]]:
+def _step(decoder: DecodingLoop, target: BatchReader, drafter: RowDrafter | None, rows: list[Row]) -> list[list[int]]:
     """Draft, verify and commit once for every row; return the rows' new tokens."""
     started = perf_counter()
     lags = [1 if drafter is None else drafter.lag(i) for i in range(len(rows))]
@@ -204,7 +197,7 @@ def _draft(decoder: DecodingLoop, drafter: RowDrafter | None, rows: list[Row]) -
     return seconds
 
 
-def _verify(target: BatchModel | QuickBatch, drafter: RowDrafter | None, rows: list[Row]) -> list[tuple[int, int]]:
+def _verify(target: BatchReader, drafter: RowDrafter | None, rows: list[Row]) -> list[tuple[int, int]]:
     """Read all drafts with the target: return for each row how many it agrees with, and the token that follows them."""
     logits = target.feed([[row.sequence.tokens[-1], *row.step.tokens] for row in rows])
     choices = [] if all(row.sampled for row in rows) else likeliest(logits)

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policies.base import MAX_GAMMA, Outcome, Policy
-from speckv_online.cpu_engine.target_forward import read_on
 from speckv_online.decoding.generation import Generation, Totals
 from speckv_online.decoding.inputs import as_drafter, as_policy
 from speckv_online.decoding.propose import draft, draft_ahead, judge_ahead
@@ -25,6 +24,8 @@ from speckv_online.decoding.timing import StepClock
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.errors import UserError
+from speckv_online.modeling.engine import EngineStatus
+from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.modeling.introspection import check_model, eos_of, level_of, text_config
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.longrope import RopeSwitch
@@ -63,6 +64,11 @@ class DecodingLoop:
         if self._target is None:
             raise UserError("the decoder has no target yet: give it target=, or use it as custom_generate=")
         return self._target
+
+    @property
+    def engine(self) -> EngineStatus:
+        """Whether the CPU engine runs the target, and why not."""
+        return backend_of(self.target).status
 
     def bind(self, target: PreTrainedModel) -> None:
         """Decode with this target from now on.
@@ -187,13 +193,7 @@ class DecodingLoop:
 
     def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
         """Run the target over ``tokens`` and the drafts of ``ahead``; return the last ``keep`` rows of logits."""
-        target = self.target
-        if ahead is None and (logits := read_on(target, tokens, cache, keep)) is not None:
-            return logits
-        ids = torch.tensor([tokens], device=target.device)
-        if ahead is not None:
-            ids = torch.cat((ids, ahead[None, :, 0].to(target.device, torch.long)), dim=1)
-        return target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        return backend_of(self.target).forward(tokens, cache, keep, None if ahead is None else ahead[:, 0])
 
     def _step(self, row: Row, cache: KVCache, on_logits: Callable[[torch.Tensor], None] | None) -> list[int]:
         """Draft, verify and commit once; return the new tokens."""

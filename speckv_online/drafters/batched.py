@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.cpu_engine.batched_forward import batch_of
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter, write_looked
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import chance_of
@@ -135,8 +134,7 @@ class ModelRows:
         self, drafter: ModelDrafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
     ) -> None:
         self.drafter, self.samplers = drafter, samplers
-        program = None if drafter.quick is None else drafter.quick.program
-        self.model = batch_of(drafter.model, prompts, capacity, program, drafter.last_id)
+        self.model = drafter.backend.batch(prompts, capacity, drafter.last_id)
         self.contexts = [list(p) for p in prompts]
         self.drafted: list[list[int]] = [[] for _ in prompts]
         self.drawn: list[list[torch.Tensor | None]] = [[] for _ in prompts]

@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.cpu_engine.int8_draft import QuickDraft
 from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import Gate, gate_features
 from speckv_online.lookup.ngram_index import Proposal, write_signals
+from speckv_online.modeling.forward_backend import QuickForward
 from speckv_online.modeling.sampling import Sampler
 
 
@@ -48,7 +48,7 @@ class HybridDrafter(ModelDrafter):
         model: PreTrainedModel,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickDraft | None = None,
+        quick: QuickForward | None = None,
         *,
         gate: Gate | None = None,
         online: bool = False,
