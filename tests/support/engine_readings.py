@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ class VllmReading:
         self.graded: list[tuple[int, float, float, int]] = []  # position, log-odds, prediction, label
         self.steps = 0
         self.stale = [1.0] * gamma
+        self.refits = self.dropped = 0
 
     def odds(self, confidence: float) -> float:
         if confidence <= 0.0:
@@ -34,7 +36,7 @@ class VllmReading:
         for k in range(len(self.x) + 1):
             tokens = 1.0 + sum(math.prod(self.stale[: j + 1]) for j in range(k))
             rate = tokens / (draft_seconds + max(verify_seconds[: k + 1]))
-            if rate > best * (1.0 + 1e-12):
+            if rate > best:
                 best, found = rate, k
         self.stale[: len(self.p)] = self.p
         return found
@@ -57,8 +59,9 @@ class VllmReading:
             gradient += (y - p) * row
         counts = [sum(k == i for k, *_ in self.graded) for i in range(self.gamma)]
         slope = float(np.linalg.solve(hessian, gradient)[0]) * len(self.graded) / (len(self.graded) + 50)
+        self.refits += 1
         if self.w + slope < 0:
-            slope = 0.0
+            slope, self.dropped = 0.0, self.dropped + 1
         self.w += slope
         for i, n in enumerate(counts):
             self.b[i] += (gradient[i + 1] - hessian[i + 1, 0] * slope) / hessian[i + 1, i + 1] * n / (n + 50)
@@ -68,7 +71,7 @@ class VllmReading:
 class SgLangReading:
     """Adaptive steps of SGLang 0.5.23 with its default configuration."""
 
-    CONFIG = {1: ([1, 3, 5, 7], -0.25), 8: ([0, 1, 3], 0.0), 32: ([0, 1], 0.0), 64: ([0], 0.0)}
+    CONFIG: ClassVar = {1: ([1, 3, 5, 7], -0.25), 8: ([0, 1, 3], 0.0), 32: ([0, 1], 0.0), 64: ([0], 0.0)}
 
     def __init__(self, start: int = 3) -> None:
         self.now = {b: start if start in tiers else tiers[len(tiers) // 2] for b, (tiers, _) in self.CONFIG.items()}
@@ -155,7 +158,9 @@ class OnnxReading:
         rows = np.array(self.seen[k])
         if not len(rows):
             return 0.0, 0.0
-        weights = np.array([0.75 ** (len(rows) - 1)] + [0.25 * 0.75 ** (len(rows) - 1 - i) for i in range(1, len(rows))])
+        weights = np.array(
+            [0.75 ** (len(rows) - 1)] + [0.25 * 0.75 ** (len(rows) - 1 - i) for i in range(1, len(rows))]
+        )
         tokens, ms, acceptance = weights @ rows
         return tokens / ms, acceptance
 

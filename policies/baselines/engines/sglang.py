@@ -1,10 +1,10 @@
 """SGLang 0.5.23's adaptive number of draft steps (``srt/speculative/adaptive_spec_params.py``, default strategy).
 
 Batches of 1, 8, 32 and 64 requests have a slot each: tiers of gamma, an average accepted length e, and a count. A
-batch belongs to the slot of the largest such size that it reaches. Every step e <- 0.8 e + 0.2 n, with n the mean of the
-batch; at gamma 0 it stays. After ten steps of warm-up, every fifth: down while e <= (tier below) - 0.5 + d, where the
-tier 0 counts as 1 and d is -0.25 in the slot of 1 and 0 in the others; if that moved nothing, up while e > tier - 0.5.
-From gamma 0 the next review tries the tier above.
+batch belongs to the slot of the largest such size that it reaches. Every step e <- 0.8 e + 0.2 n, with n the mean of
+the batch; at gamma 0 it stays. After ten steps of warm-up, every fifth: down while e <= (tier below) - 0.5 + d, where
+the tier 0 counts as 1 and d is -0.25 in the slot of 1 and 0 in the others; if that moved nothing, up while e > tier -
+0.5. From gamma 0 the next review tries the tier above.
 
 Different here: a batch's size is read from the level's name, where it is rounded up to a power of two (SGLang pads to
 the sizes of its CUDA graphs). Drafts that the end of a budget cut to nothing are left out.
