@@ -1,7 +1,8 @@
 """TensorRT-LLM's gate: it stops speculating for good once too few drafted tokens are accepted.
 
 Source: ``SpeculationGate`` (``tensorrt_llm/_torch/speculative/speculation_gate.py``) as of NVIDIA/TensorRT-LLM#12905,
-merged in April 2026. That request says what changed from the older gate, which averaged accepted lengths over requests.
+merged in April 2026. That request says what changed from the older gate, which averaged accepted lengths over requests;
+the file itself was read only as it was before.
 
 Every step of the engine adds one sample to a rolling window: accepted over drafted tokens of the whole batch, without
 requests that drafted nothing. Once the window is full, a mean below the threshold turns speculation off permanently.

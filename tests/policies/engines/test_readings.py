@@ -17,7 +17,7 @@ from policies.baselines.engines.tensorrt_llm import TensorRtGate
 from policies.baselines.engines.vllm import VllmAdaptive
 from policies.baselines.engines.vllm_table import VllmTable
 from policies.costs.cost_model import CostPrior
-from tests.support.engine_readings import IkReading, OnnxReading, SgLangReading, VllmReading
+from tests.policies.engines.readings import IkReading, OnnxReading, SgLangReading, VllmReading
 
 STEPS = 10_000
 
