@@ -38,6 +38,13 @@ def level_bits(level: str) -> float:
     return 4.0 if ":" in name else 16.0
 
 
+@lru_cache(maxsize=256)
+def batch_size(level: str) -> int:
+    """Return the size of the batch that a level's name tells: 8 for ``nf4@8``, 1 where it tells none."""
+    size = level.rpartition("@")[2] if "@" in level else ""
+    return max(int(size), 1) if size.isascii() and size.isdigit() else 1
+
+
 def describe(bits: float, draft_seconds: float, verify: float, wide: float) -> tuple[float, float, float]:
     """Return a level's description, (3,): finite and of order one, whatever the times are.
 

@@ -158,7 +158,7 @@ def take_step(policy: Policy, context: Context, text: Text, at: int = 0) -> tupl
     if k and (decision.stops or decision.trims):
         kept = policy.submit(decision, Draft(k, signals[:k]))
         k = _whole(kept)
-        assert 0 <= k <= forwards, f"submit kepted {kept!r} with {forwards} tokens drafted"
+        assert 0 <= k <= forwards, f"submit answered {kept!r} with {forwards} tokens drafted"
     assert np.array_equal(signals[:forwards], text.signals[at : at + forwards]), "the policy changed the signals"
     n = text.accepted(at, k)
     draft, first, further = COSTS.get(context.level, COSTS["nf4"])

@@ -10,13 +10,13 @@ import pytest
 from policies.base import Context, Decision, Draft, Outcome, Policy, PolicyError
 from policies.baselines.adaedl import AdaEdl
 from policies.baselines.banditspec import Exp3Spec, UcbSpec
-from policies.baselines.hf import Confidence, Heuristic, best_threshold
+from policies.baselines.engines.hf import Confidence, Heuristic, best_threshold
+from policies.baselines.engines.llamacpp import LlamaCpp
+from policies.baselines.engines.sglang import SgLang
+from policies.baselines.engines.vllm import VllmAdaptive
 from policies.baselines.leviathan import Leviathan, expected_tokens
-from policies.baselines.llamacpp import LlamaCpp
-from policies.baselines.sglang import SgLang
 from policies.baselines.specdecpp import SpecDecPlusPlus
 from policies.baselines.svip import Svip
-from policies.baselines.vllm import VllmAdaptive
 from policies.costs.cost_model import CostPrior
 from policies.learned.linear import DIM, SIGNALS, LinUcb
 from policies.level_features import N_LEVEL
@@ -70,6 +70,16 @@ def test_heuristic() -> None:
     step(transient, 0)
     transient.begin(Context())
     assert transient.gamma == 5
+
+
+def test_heuristic_takes_a_step_without_drafts_for_a_full_acceptance() -> None:
+    """transformers: no match of no candidate; an accepted end-of-sequence token is no match."""
+    policy = Heuristic()
+    assert [step(policy, 0, limit=0) for _ in range(2)] == [0, 0]
+    assert policy.gamma == 9
+    decision = policy.decide(Context())
+    policy.learn(decision, Outcome(9, 9, 9, 9, signals=np.zeros((9, 4))))
+    assert policy.gamma == 8
 
 
 def test_heuristic_grows_past_what_a_step_allows() -> None:
@@ -174,17 +184,18 @@ def test_leviathan_acceptance_is_exponentially_weighted() -> None:
 
 def test_llamacpp() -> None:
     signals = rows(confidence=[0.9, 0.8, 0.5, 0.9])
-    assert stops_after(LlamaCpp(), signals) == (3, 2)
-    assert stops_after(LlamaCpp(draft_min=3), signals) == (3, 0)
-    assert stops_after(LlamaCpp(p_min=0.4), signals, limit=4) == (4, 4)
-    assert stops_after(LlamaCpp(), signals, limit=3) == (3, 2)
-    assert stops_after(LlamaCpp(), rows(confidence=[0.1])) == (1, 0)
-    assert stops_after(LlamaCpp(draft_max=2), signals) == (2, 2)
+    assert stops_after(LlamaCpp(), signals) == (3, 3)  # its defaults: three tokens, whatever they are
+    assert stops_after(LlamaCpp(p_min=0.75, n_max=16), signals) == (3, 2)
+    assert stops_after(LlamaCpp(p_min=0.75, n_max=16, n_min=3), signals) == (3, 0)
+    assert stops_after(LlamaCpp(p_min=0.4, n_max=16), signals, limit=4) == (4, 4)
+    assert stops_after(LlamaCpp(p_min=0.75), signals, limit=3) == (3, 2)
+    assert stops_after(LlamaCpp(p_min=0.75), rows(confidence=[0.1])) == (1, 0)
+    assert stops_after(LlamaCpp(n_max=2), signals) == (2, 2)
 
 
 def test_llamacpp_drafts_nothing_where_no_draft_can_be_long_enough() -> None:
     """llama.cpp's server: "the max possible draft is too small", which is near the end of every budget."""
-    policy = LlamaCpp(draft_min=4)
+    policy = LlamaCpp(n_min=4, n_max=16)
     assert [policy.decide(Context(max_gamma=limit)).gamma for limit in (16, 4, 3, 1, 0)] == [16, 4, 0, 0, 0]
 
 
@@ -193,14 +204,15 @@ def test_sglang_by_hand() -> None:
     first review after ten steps of warm-up), to 5 as e > 4.5 fails; rejections then take it down."""
     policy = SgLang()
     assert [step(policy, 99) for _ in range(15)] == [3] * 15
-    assert policy.average == pytest.approx(3 - 0.8**15)
-    assert policy.tiers[policy.tier] == 5
+    slot = policy.slot("nf4")
+    assert slot.average == pytest.approx(3 - 0.8**15)
+    assert slot.gamma == 5
     assert [step(policy, 0) for _ in range(5)] == [5] * 5
     # e = (3 - .8^15) * .8^5 = .971 <= 3 - .75, and > 1 - .75: two tiers down would need e <= .25.
-    assert policy.tiers[policy.tier] == 3
+    assert slot.gamma == 3
     for _ in range(10):
         step(policy, 0)
-    assert policy.tiers[policy.tier] == 1
+    assert slot.gamma == 1
 
 
 def test_ucbspec_by_hand() -> None:
@@ -251,36 +263,32 @@ def test_banditspec_in_seconds_prefers_short_drafts_where_they_are_dear() -> Non
     assert policy.sums[0, 0] > 3 * policy.sums[0, 1]
 
 
-def test_vllm_drafts_whole_then_prunes() -> None:
+def test_vllm_prunes_by_the_confidences_of_the_step_before() -> None:
+    """Flat costs but for the third token. sigmoid(.5 x - .2) of odds 9 to 1 is .711, of odds 1 to 9 .214."""
     policy = VllmAdaptive(gamma=3)
+    policy.set_costs("nf4", CostPrior(0.0, (1.0, 1.0, 1.0, 1.5), weight=1e6))
+    context = Context(level="nf4")
+    sure, unsure = rows(confidence=[0.9] * 3), rows(confidence=[0.1] * 3)
+    assert policy.probabilities(np.array([0.9, 0.1])) == pytest.approx([0.7106, 0.2144], abs=1e-4)
+    found = []
+    for signals in (unsure, sure, sure, unsure):
+        decision = policy.decide(context)
+        found.append(policy.submit(decision, Draft(3, signals[:3])))
+    # All ones at first: (1, 2, 3, 4) / (1, 1, 1, 1.5). Then .214's: 1.26 tokens beat 1.27 / 1.5; then .711's twice.
+    assert found == [2, 2, 2, 2]
+    assert policy.submit(policy.decide(Context(level="nf4", max_gamma=1)), Draft(1, unsure[:1])) == 1
     policy.set_costs("nf4", CostPrior(0.0, (1.0, 1.5, 2.0, 2.5), weight=1e6))
-    signals = rows(margin=[10.0, 1.0, 10.0])
-    rng = np.random.default_rng(0)
-    for i in range(400):
-        decision = policy.decide(Context(level="nf4"))
-        assert decision.gamma == 3
-        assert decision.stops == (i >= 300)
-        margins = rng.choice([1.0, 10.0], size=3)
-        n = 0
-        while n < 3 and rng.random() < (0.95 if margins[n] > 5 else 0.1):
-            n += 1
-        policy.learn(decision, result(3, n, rows(margin=margins.tolist())))
-    assert policy.weights[0] > 0.1
-    p = policy.probabilities(np.array([10.0, 1.0, 10.0]))
-    assert p == pytest.approx([0.95, 0.1, 0.95], abs=0.15)
-    decision = policy.decide(Context(level="nf4"))
-    survival = np.cumprod(p)
-    want = max(range(4), key=lambda k: (1 + survival[:k].sum()) / [1.0, 1.5, 2.0, 2.5][k])
-    assert policy.submit(decision, Draft(3, signals[:3])) == want == 1
+    assert [policy.submit(policy.decide(context), Draft(3, s[:3])) for s in (sure, unsure, sure)] == [0, 1, 0]
 
 
 def test_vllm_newton_step_by_hand() -> None:
-    """One position, margins 0, m labels with mean y: the step from p = .5 is (y - .5) / .25, times m / (m + 50)."""
+    """One position, odds 1 to 1: sigmoid(-.2) = .4502; the bias moves by 100 / 150 of (80 - 45.02) / 24.75."""
     policy = VllmAdaptive(gamma=1)
     for i in range(100):
-        policy.learn(Decision(i, 1), result(1, int(i < 80), rows(margin=[0.0])))
-    assert policy.weights[1] == pytest.approx(100 / 150 * (80 - 50) / (25 + 1e-3))
-    assert policy.weights[0] == 0
+        policy.learn(Decision(i, 1), result(1, int(i < 80), rows(confidence=[0.5])))
+    p = 1 / (1 + math.exp(0.2))
+    assert policy.weights[1] == pytest.approx(-0.2 + 100 / 150 * (80 - 100 * p) / (100 * p * (1 - p) + 1e-3))
+    assert policy.weights[0] == 0.5
 
 
 def test_specdecpp_stops_at_its_threshold() -> None:
@@ -319,10 +327,11 @@ def test_linucb_goes_on_with_next_to_no_ridge(level: tuple[float, ...]) -> None:
     "spec",
     [
         "hf-heuristic:0", "hf-confidence:1.5", "svip:-1", "adaedl:2", "leviathan:0", "llamacpp:2", "sglang:4",
-        "llamacpp:draft_min=5,draft_max=3", "sglang:tiers=3/1", "ucbspec:delta=0", "exp3spec:arms=0/99", "vllm:0",
-        "specdecpp:-1", "river:policy=bayes", "river:epsilon=0", "linucb:alpha=-1", "lints:ridge=0",
-        "online-sgd:rate=2", "exp3spec:arms=0", "ucbspec:arms=0", "linucb:ridge=1e-9", "goodput:cap=99",
-        "goodput:acceptance=nowhere.npz",
+        "llamacpp:n_min=5,n_max=3", "vllm-table:1/2", "vllm-table:2/3/1", "vllm-table:1/4/2/4/5/1",
+        "vllm-table:1/2/99", "tensorrt-gate:0", "tensorrt-gate:threshold=2", "onnx-genai:0", "ik-autotune:17",
+        "ik-autotune:n_min=7", "sglang:tiers=3/1", "ucbspec:delta=0", "exp3spec:arms=0/99", "vllm:0", "specdecpp:-1",
+        "river:policy=bayes", "river:epsilon=0", "linucb:alpha=-1", "lints:ridge=0", "online-sgd:rate=2",
+        "exp3spec:arms=0", "ucbspec:arms=0", "linucb:ridge=1e-9", "goodput:cap=99", "goodput:acceptance=nowhere.npz",
     ],
 )  # fmt: skip
 def test_bad_options_are_refused_in_one_line(spec: str) -> None:

@@ -27,10 +27,11 @@ VARIANTS = {
     "goodput": ["goodput:strength=50,discount=1,refresh=1,cap=5", "goodput:objective=tokens_per_step,safety=off"],
     "hf-confidence": ["hf-confidence:0.7,cap=3"],
     "hf-heuristic": ["hf-heuristic:2,transient=on"],
+    "ik-autotune": ["ik-autotune:4,p_min=0.1,n_min=3"],
     "leviathan": ["leviathan:5,start=0.9", "leviathan:objective=tokens_per_step,arms=0/3/9"],
     "lints": ["lints:2,weights=none,discount=0.9", "lints:arms=2/5,safety=off"],
     "linucb": ["linucb:0,weights=none", "linucb:arms=0/1/16,ridge=1,refresh=1,safety=off"],
-    "llamacpp": ["llamacpp:0.3,draft_min=2,draft_max=6"],
+    "llamacpp": ["llamacpp:0.3,n_min=2,n_max=6"],
     "mlp16": ["mlp16:tokens_per_step", "mlp16:arms=2/4/6/8,cost_half_life=10"],
     "online": [
         "online:explore=ucb:2,discount=0.95,refresh=1",
@@ -40,12 +41,15 @@ VARIANTS = {
         "online:objective=tokens_per_step,arms=4/8,safety=off",
     ],
     "online-sgd": ["online-sgd:0.01,epsilon=0.5", "online-sgd:arms=1/2,safety=off"],
+    "onnx-genai": ["onnx-genai:1,cooldown=on", "onnx-genai:16"],
     "river": ["river:exp3", "river:thompson", "river:epsilon-greedy,epsilon=0.5", "river:linucb,arms=1/4"],
     "sglang": ["sglang:1,tiers=1/2/9"],
     "specdecpp": ["specdecpp:0.1,least=0,cap=5", "specdecpp:train=off"],
     "svip": ["svip:0.5,scale=0.3,cap=7"],
+    "tensorrt-gate": ["tensorrt-gate:6,window=10,threshold=0.6"],
     "ucbspec": ["ucbspec:tokens_per_second,delta=0.5,arms=0/5"],
     "vllm": ["vllm:8", "vllm:1,cost_half_life=20"],
+    "vllm-table": ["vllm-table:1/4/3/9/32/1,most=2"],
 }
 SPECS = [spec for name in BUILTIN for spec in (name, *VARIANTS[name])]
 #: Promises that a policy is known to break: river's objects have no arrays to restore.

@@ -274,8 +274,8 @@ def test_gamma_zero_where_drafting_is_dear_and_not_where_it_is_cheap() -> None:
 
 
 def test_beats_the_best_confidence_threshold_tuned_in_hindsight() -> None:
-    from policies.baselines.llamacpp import LlamaCpp
+    from policies.baselines.engines.llamacpp import LlamaCpp
 
     tapes = make_tapes(61, 25)
-    best = max(play(LlamaCpp(p_min=p), tapes, "nf4").goodput for p in (0.2, 0.3, 0.4, 0.5, 0.6))
+    best = max(play(LlamaCpp(p_min=p, n_max=16), tapes, "nf4").goodput for p in (0.2, 0.3, 0.4, 0.5, 0.6))
     assert play(Goodput(acceptance="none"), tapes, "nf4").goodput > best

@@ -172,7 +172,7 @@ def test_a_policy_stuck_at_zero_is_shown_drafting_and_comes_back() -> None:
     assert np.mean(late) > 2
 
 
-STOPPING = ("llamacpp:0.6", "llamacpp:0.3", "svip")
+STOPPING = ("llamacpp:0.6,n_max=16", "llamacpp:0.3,n_max=16", "svip")
 
 
 def tokens_of_the_fixed_gamma(spec: str, seed: int, noise: float) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from policies.base import MAX_GAMMA
-from policies.baselines.llamacpp import LlamaCpp
+from policies.baselines.engines.llamacpp import LlamaCpp
 from policies.baselines.svip import Svip
 from speckv_online.cli.app import main
 from speckv_online.errors import UserError
@@ -39,7 +39,8 @@ def test_threshold_rules_are_replayed_as_the_policies_would_be(threshold: float,
         withheld = stops(below), stops(below) - below.any(axis=1)
         limit = threshold**2 / (0.15 * np.log(2))
         entropy = stops(trace.signals[:, :, 0].astype(float) > limit)
-        cases = [(LlamaCpp(p_min=threshold), withheld), (Svip(threshold=threshold), (entropy, entropy))]
+        rule = LlamaCpp(p_min=threshold, n_max=MAX_GAMMA)
+        cases = [(rule, withheld), (Svip(threshold=threshold), (entropy, entropy))]
         for policy, plan in cases:
             want = Simulator(policy, COST).replay(trace)
             got = replay_plan(trace, *plan, COST.level("nf4"))
@@ -51,7 +52,8 @@ def test_tuned_rules_are_the_best_of_their_kind(traces: list[Trace]) -> None:
     found = {rule.kind: rule for rule in tuned(traces, COST)}
     assert set(found) == {"confidence", "llamacpp", "svip", "adaedl"}
     for threshold in (0.2, 0.5, 0.8):
-        assert Simulator(LlamaCpp(p_min=threshold), COST).run(traces).goodput <= found["llamacpp"].goodput + 1e-12
+        rule = LlamaCpp(p_min=threshold, n_max=MAX_GAMMA)
+        assert Simulator(rule, COST).run(traces).goodput <= found["llamacpp"].goodput + 1e-12
         assert Simulator(Svip(threshold=threshold), COST).run(traces).goodput <= found["svip"].goodput + 1e-12
     setting = float(found["svip"].setting)
     assert Simulator(Svip(threshold=setting), COST).run(traces).goodput == pytest.approx(found["svip"].goodput)

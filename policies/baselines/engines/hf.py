@@ -1,7 +1,10 @@
-"""The two schedules of Hugging Face transformers' assisted generation.
+"""The two schedules of Hugging Face transformers' assisted generation, as of transformers 5.23.0.
 
-Source: ``AssistedCandidateGenerator.update_candidate_strategy`` and ``ConfidenceCriteria`` in transformers 5.23,
-``generation/candidate_generator.py`` and ``generation/stopping_criteria.py``.
+Source: ``AssistedCandidateGenerator.update_candidate_strategy`` in ``generation/candidate_generator.py``,
+``ConfidenceCriteria`` in ``generation/stopping_criteria.py``, ``_assisted_decoding`` in ``generation/utils.py``.
+
+In transformers a match is a produced token besides the last one: where an accepted end-of-sequence token ends a step,
+it is not counted as a match.
 """
 
 from __future__ import annotations
@@ -17,12 +20,17 @@ from policies.estimators.bayesian_linear import check_array
 class Heuristic(Policy):
     """Two tokens more after a draft that was accepted whole, else one fewer, but at least one.
 
+    A step that drafted nothing counts as accepted whole: no match of no candidate. The number may grow past what a step
+    allows.
+
     Parameters
     ----------
     start : int
-        Gamma of the first step, transformers' ``num_assistant_tokens`` (which is 20 there by now if nothing sets it).
+        Gamma of the first step, transformers' ``num_assistant_tokens``. That is 20 by now if nothing sets it; the
+        default here is what the measured baseline of transformers is run with.
     transient : bool
-        Start afresh with every prompt (``heuristic_transient``) instead of carrying on (``heuristic``).
+        Start afresh with every prompt (``heuristic_transient``) instead of keeping the number for the next call
+        (``heuristic``).
     """
 
     summary = "transformers' heuristic schedule: gamma + 2 after a full acceptance, else gamma - 1"
@@ -43,9 +51,9 @@ class Heuristic(Policy):
         return Decision(self.new_id(), min(self.gamma, context.max_gamma))
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id) or not outcome.drafted:
+        if not self.first_time(decision.id):
             return
-        if outcome.accepted == outcome.drafted:
+        if min(outcome.accepted, outcome.produced - 1) == outcome.drafted:
             self.gamma += 2
         else:
             self.gamma = max(1, self.gamma - 1)

@@ -1,0 +1,1 @@
+"""Rules of other engines, each as of a named version."""
