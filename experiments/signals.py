@@ -111,14 +111,16 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
     """Fit, score and replay with one group of signals after another."""
     from tqdm import tqdm
 
-    from experiments.common.folds import split
+    from experiments.common.cross_validation import split
     from speckv_online.io.run_directory import save_arrays
     from speckv_online.simulate.hindsight import by_level
-    from speckv_online.simulate.replay_scores import Contest, joined, play
+    from speckv_online.simulate.replay_scores import ReplayEvaluation, joined, play
     from speckv_online.training.acceptance import auc, log_odds, tokens_from_traces
 
     groups = by_level(traces)
-    contests = {(table.name, level): Contest(group, table) for table in tables for level, group in groups.items()}
+    contests = {
+        (table.name, level): ReplayEvaluation(group, table) for table in tables for level, group in groups.items()
+    }
     tokens = tokens_from_traces(traces, config.seed)
     folds = split(traces, config.folds, config.seed)
     columns: tuple[set[int], set[int]] = (set(ALWAYS[0]), set(ALWAYS[1]))
@@ -134,13 +136,13 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
                 save_arrays(Path(folder) / f"{i}.npz", arrays)
                 scores[:, inside] = log_odds(arrays, tokens[inside])
             found = {}
-            for cell, contest in contests.items():
+            for cell, evaluation in contests.items():
                 parts = []
                 for i, prompts in enumerate(folds):
-                    mine = [t for t in contest.traces if t.prompt_id in prompts]
+                    mine = [t for t in evaluation.traces if t.prompt_id in prompts]
                     spec = f"goodput:safety=off,acceptance={Path(folder) / f'{i}.npz'}"
-                    parts.append((mine, play(spec, mine, contest.cost, range(config.seeds))))
-                found[cell] = joined(contest.traces, parts).goodput / contest.best.goodput
+                    parts.append((mine, play(spec, mine, evaluation.cost, range(config.seeds))))
+                found[cell] = joined(evaluation.traces, parts).goodput / evaluation.best.goodput
             rows.append(Row(name, auc(scores[0], tokens.y) or 0.5, auc(scores[1], tokens.y) or 0.5, found))
             if bar.disable:
                 say(f"{len(rows)} of {len(GROUPS)}: {name}, mean {rows[-1].mean:.3f}")

@@ -133,7 +133,7 @@ def transfer(config: TransferConfig) -> int:
 
 def run(config: TransferConfig, pairs: dict[str, list[Trace]], cost: CostTable, out: Path) -> Iterator[Transfer]:
     """Yield what every policy does on everything that was left out."""
-    from experiments.common.folds import fit_weights, split
+    from experiments.common.cross_validation import fit_weights, split
 
     all_of = [(pair, trace) for pair, traces in pairs.items() for trace in traces]
     for level in dict.fromkeys(trace.level for _, trace in all_of):

@@ -151,7 +151,7 @@ class Decision:
         Unique among all decisions of a run, see :meth:`Policy.new_id`; ``learn`` is idempotent by it.
     gamma : int
         Most tokens to draft; 0 is plain decoding.
-    stops : bool
+    ask_per_token : bool
         True if :meth:`Policy.proceed` is to be asked after each drafted token but the last, and
         :meth:`Policy.submit` once all are there.
     propensity : float
@@ -162,18 +162,18 @@ class Decision:
         What ``learn`` needs to know of the context, None for nothing; the policy's own affair.
     drafter : str
         Which of ``context.drafters`` to use in this step, empty for the default one.
-    trims : bool
+    ask_at_submit : bool
         True if :meth:`Policy.submit` is to be asked even though :meth:`Policy.proceed` is not.
     """
 
     id: int
     gamma: int
-    stops: bool = False
+    ask_per_token: bool = False
     propensity: float = 1.0
     policy_version: int = 0
     features: Any = None
     drafter: str = ""
-    trims: bool = False
+    ask_at_submit: bool = False
 
 
 @dataclass(slots=True)
@@ -184,7 +184,7 @@ class Outcome:
     ----------
     drafted, accepted : int
         k and n. ``accepted <= drafted``.
-    tested : int
+    labelled : int
         Positions whose label is known: ``n + 1`` after a rejection, else ``n`` (also where an accepted end-of-sequence
         token cut the step short).
     produced : int
@@ -221,7 +221,7 @@ class Outcome:
 
     drafted: int
     accepted: int
-    tested: int
+    labelled: int
     produced: int
     seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -244,7 +244,7 @@ class Outcome:
     @property
     def rejected(self) -> bool:
         """True if the target refused a drafted token."""
-        return self.tested > self.accepted
+        return self.labelled > self.accepted
 
 
 class Policy(ABC):
@@ -307,7 +307,7 @@ class Policy(ABC):
     def submit(self, decision: Decision, draft: Draft) -> int:
         """Return how many of the drafted tokens to send to the target.
 
-        Asked in greedy decoding only, of a decision that ``stops`` or ``trims``.
+        Asked in greedy decoding only, of a decision that ``ask_per_token`` or ``ask_at_submit``.
         """
         return draft.drafted
 

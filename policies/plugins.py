@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import types
 from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
@@ -61,6 +62,11 @@ def constructor_options(cls: type, leave_out: Collection[str] = ()) -> dict[str,
     return found
 
 
+log = logging.getLogger(__name__)
+#: Options that had another name before version 0.2.
+FORMER = {"naps": "sleeps", "draft_min": "n_min", "draft_max": "n_max"}
+
+
 def parse_options(name: str, text: str, hints: dict[str, Any], positional: str = "") -> dict[str, Any]:
     """Turn the text after a name into constructor options.
 
@@ -87,6 +93,9 @@ def parse_options(name: str, text: str, hints: dict[str, Any], positional: str =
                 usage = f"{positional} as its first option, the others" if positional else "its options"
                 raise PolicyError(f"{name}: '{item}' is not of the form option=value; it takes {usage} by name")
             key, value = positional, key
+        if key not in hints and FORMER.get(key) in hints:
+            log.warning("%s: option '%s' is called '%s' now", name, key, FORMER[key])
+            key = FORMER[key]
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(hints) or 'none'}"

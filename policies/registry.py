@@ -11,7 +11,7 @@ Options are the keyword parameters of the policy's constructor, and their annota
 ``float``, ``bool`` (``on``/``off``), ``str``, ``Literal[...]``, and ``tuple[int, ...]`` written ``0/2/4``.
 
 Learned policies (``guarded``) come wrapped in :class:`~policies.guards.safety.SafetyGuard`, and take its options too:
-``safety=off`` leaves it out, ``safety_gamma`` and ``safety_epsilon`` set it, ``naps=off`` keeps it awake.
+``safety=off`` leaves it out, ``safety_gamma`` and ``safety_epsilon`` set it, ``sleeps=off`` keeps it awake.
 
 To add a policy, write one file and add one line to :data:`BUILTIN`.
 """
@@ -61,7 +61,7 @@ SAFETY: dict[str, tuple[Any, Any]] = {
     "safety": (bool, True),
     "safety_gamma": (int, 4),
     "safety_epsilon": (float, 0.05),
-    "naps": (bool, True),
+    "sleeps": (bool, True),
 }
 
 
@@ -98,7 +98,7 @@ def make_policy(spec: str, *, bare: bool = False, **defaults: Any) -> Policy:
         policy = cls(**options)
         if bare or not (getattr(cls, "guarded", False) and safety["safety"]):
             return policy
-        return SafetyGuard(policy, safety["safety_gamma"], safety["safety_epsilon"], naps=safety["naps"])
+        return SafetyGuard(policy, safety["safety_gamma"], safety["safety_epsilon"], sleeps=safety["sleeps"])
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None
     except Exception as error:  # anybody's constructor

@@ -103,8 +103,8 @@ class History:
         self.position += produced
         self.context_length += produced
         self._drafted, self._accepted = outcome.drafted, outcome.accepted
-        if outcome.tested:
-            self._acceptance += ACCEPTANCE_WEIGHT * (outcome.accepted / outcome.tested - self._acceptance)
+        if outcome.labelled:
+            self._acceptance += ACCEPTANCE_WEIGHT * (outcome.accepted / outcome.labelled - self._acceptance)
         self._idle += 1
         if outcome.drafted:
             self._idle = 0

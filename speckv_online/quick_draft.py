@@ -1,5 +1,6 @@
-"""The former place of :mod:`speckv_online.cpu_engine.int8_draft`."""
+"""The former place of :mod:`speckv_online.cpu_engine.int8_draft`, with the former names."""
 
-from speckv_online.cpu_engine.int8_draft import QuickDraft, quicken
+from speckv_online.cpu_engine.int8_draft import Int8Draft as QuickDraft
+from speckv_online.cpu_engine.int8_draft import compile_forward as quicken
 
 __all__ = ["QuickDraft", "quicken"]

@@ -100,7 +100,7 @@ class Speculation:
         What the sequence's earlier steps came to; :meth:`commit` advances it.
     signals : ndarray, shape (max_gamma, N_SIGNALS)
         Where the signals of the step's drafts stand: the driver's own, of which policies get read-only views.
-    trims : bool
+    may_drop : bool
         Whether drafted tokens may be dropped before they are verified. Not in sampled decoding: to drop a drawn token
         for what it is would bias the output.
 
@@ -119,14 +119,23 @@ class Speculation:
     """
 
     __slots__ = (
-        "_asks", "_policy", "_proposer", "decision", "drafter", "gamma", "history", "lookups", "signals", "tokens",
-        "trims",
+        "_asks",
+        "_policy",
+        "_proposer",
+        "decision",
+        "drafter",
+        "gamma",
+        "history",
+        "lookups",
+        "may_drop",
+        "signals",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, policy: Policy | PolicyTimer, history: History, signals: np.ndarray, *, trims: bool = True
+        self, policy: Policy | PolicyTimer, history: History, signals: np.ndarray, *, may_drop: bool = True
     ) -> None:
-        self._policy, self.history, self.trims = policy, history, trims
+        self._policy, self.history, self.may_drop = policy, history, may_drop
         self.signals = signals
         self.decision, self.gamma, self.drafter = Decision(0, 0), 0, ""
         self.tokens: list[int] = []
@@ -157,7 +166,7 @@ class Speculation:
             name = decision.drafter
             self.drafter = proposer.use(name)
             self.lookups = [proposer.lookup_confidence() if name else confidence]
-        self.decision, self._asks = decision, decision.stops
+        self.decision, self._asks = decision, decision.ask_per_token
         gamma = decision.gamma
         self.gamma = gamma = gamma if gamma < max_gamma else max_gamma
         return gamma
@@ -176,7 +185,7 @@ class Speculation:
         answer = self._policy.proceed(self.decision, draft)
         if isinstance(answer, str):
             # Lookups take next to nothing: they are drafted to the end unasked if they may be dropped then.
-            self._asks = proposer.use(answer) != LOOKUP or not self.trims
+            self._asks = proposer.use(answer) != LOOKUP or not self.may_drop
             lookups[-1] = proposer.lookup_confidence()
             return True
         return answer
@@ -196,7 +205,7 @@ class Speculation:
         """End the draft: drop the tokens that the policy does not submit, and return how many are left."""
         tokens, decision = self.tokens, self.decision
         k = len(tokens)
-        if k and self.trims and (decision.stops or decision.trims):
+        if k and self.may_drop and (decision.ask_per_token or decision.ask_at_submit):
             k = self._policy.submit(decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
             del tokens[k:]
         return k

@@ -110,8 +110,8 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     widths["draft"]["ours"] = forward_seconds(whole)
     shipped: Any = ours.drafter
     widths["shipped draft"] = {"ours": forward_seconds(shipped.model)}
-    if shipped.quick is not None:
-        widths["shipped draft"]["quick"] = read_seconds(shipped.quick.read, shipped.quick.layers)
+    if shipped.compiled is not None:
+        widths["shipped draft"]["quick"] = read_seconds(shipped.compiled.read, shipped.compiled.layers)
     drafter = ModelDrafter(whole, ours.target.config.vocab_size)
     prompts = [chat_prompt(ours.tokenizer, p.text) for p in choose(bundled("test"), config.prompts, seed=0)]
     calls: dict[tuple[int, str], list[tuple[list[int], float]]] = defaultdict(list)

@@ -144,7 +144,7 @@ def made_up_delta(policy: str, outcomes: int, seed: int = 0) -> State:
         decision = learner.decide(replace(history.context(), tokens=row[:MAX_GAMMA]))
         k = min(decision.gamma, MAX_GAMMA)
         signals = rng.random((MAX_GAMMA, N_SIGNALS))
-        if decision.stops and k:
+        if decision.ask_per_token and k:
             k = learner.submit(decision, Draft(k, signals[:k], row[MAX_GAMMA : MAX_GAMMA + k]))
         right = rng.random(k) < 0.6
         n = int(np.argmin(right)) if not right.all() else k

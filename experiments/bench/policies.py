@@ -77,7 +77,7 @@ class Timed:
         while k < decision.gamma:
             signals[k] = rows[k]
             k += 1
-            if decision.stops and k < decision.gamma:
+            if decision.ask_per_token and k < decision.gamma:
                 draft = Draft(k, signals[:k])
                 clock = perf_counter()
                 go_on = policy.proceed(decision, draft)
@@ -85,7 +85,7 @@ class Timed:
                 if not go_on:
                     break
         drafted = k
-        if decision.stops and k:
+        if decision.ask_per_token and k:
             k = policy.submit(decision, Draft(k, signals[:k]))
         n = k if hits[:k].all() else int(hits[:k].argmin())
         drafting, verify, length = 0.009 * drafted, 0.16 + 0.01 * k, context.context_length

@@ -19,7 +19,7 @@ from typing import Any
 from experiments.common.bundled_prompts import bundled, prompts_digest
 from experiments.config import launch
 from experiments.runtime.display import Display
-from experiments.runtime.run_manifest import Ledger
+from experiments.runtime.run_manifest import RunManifest
 from experiments.runtime.settings import CompareConfig, Resources
 from speckv_online.errors import UserError
 from speckv_online.io import manifest
@@ -79,7 +79,7 @@ def compare(config: CompareConfig) -> int:
                 schedule=schedule.describe() | {"actors": "none" if config.local else "ray"},
                 notes=[note for pair, note in PAIR_NOTES.items() if pair == config.pair and not config.target],
             )
-            ledger = Ledger(run, facts, display)
+            ledger = RunManifest(run, facts, display)
             ledger.save()
             job = Job(config, prompts, path, schedule)
             try:

@@ -50,14 +50,14 @@ def accepted_and_tested(hits: np.ndarray, gamma: int) -> tuple[int, int]:
     While a rollout agrees with the target, its context is the target's own output. So whether its next token is
     accepted is the teacher-forced match at that position, and no rollout has to be run.
     """
-    accepted = tested = at = 0
+    accepted = labelled = at = 0
     while at < len(hits):
         drafted = hits[at : at + gamma]
         right = int(np.argmin(drafted)) if not drafted.all() else len(drafted)
         accepted += right
-        tested += min(right + 1, len(drafted))
+        labelled += min(right + 1, len(drafted))
         at += right + 1
-    return accepted, tested
+    return accepted, labelled
 
 
 def evaluate(

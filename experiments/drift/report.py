@@ -88,7 +88,7 @@ def _ratio(units: Sequence[UnitResult], others: Sequence[UnitResult]) -> Estimat
 
 
 def _first_accepted(steps: Sequence[StepRecord]) -> float | None:
-    labels = [s.accepted > 0 for s in steps if s.tested]
+    labels = [s.accepted > 0 for s in steps if s.labelled]
     return sum(labels) / len(labels) if labels else None
 
 
@@ -107,7 +107,7 @@ def find_alarms(prompts: Sequence[Sequence[StepRecord]], phases: Sequence[int], 
     for prompt, (steps, phase) in enumerate(zip(prompts, phases, strict=True)):
         for record in steps:
             step += 1
-            if not record.tested:
+            if not record.labelled:
                 continue
             for name, detector in detectors.items():
                 detector.update(float(record.accepted > 0))

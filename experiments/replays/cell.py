@@ -14,7 +14,7 @@ from policies.registry import BUILTIN, make_policy
 from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
-    from speckv_online.simulate.replay_scores import Contest, Score
+    from speckv_online.simulate.replay_scores import ReplayEvaluation, Score
     from speckv_online.traces.trace import Trace
 
 FIXED = ("autoregressive", *(f"fixed:{gamma}" for gamma in (1, 2, 4, 6, 8, 12, 16)))
@@ -66,7 +66,7 @@ class Cell:
     pair: str
     cost: str
     level: str
-    contest: Contest
+    evaluation: ReplayEvaluation
     scores: dict[str, Score] = field(default_factory=dict)
 
 
@@ -74,17 +74,17 @@ def run_cells(config: ReplaysConfig, out: Path) -> list[Cell]:
     """Play every policy in every cell."""
     from tqdm import tqdm
 
-    from experiments.common.folds import Fold, fit_folds
+    from experiments.common.cross_validation import Fold, fit_folds
     from experiments.common.trace_sources import named_costs
     from speckv_online.simulate.hindsight import by_level
-    from speckv_online.simulate.replay_scores import Contest
+    from speckv_online.simulate.replay_scores import ReplayEvaluation
     from speckv_online.traces.trace import load_traces
 
     splits = () if config.split == "all" else (config.split,)
     pairs = dict(text.split("=", 1) for text in config.traces)
     loaded = {name: load_traces(path, levels=config.levels, splits=splits) for name, path in pairs.items()}
     cells = [
-        Cell(pair, name, level, Contest(group, table))
+        Cell(pair, name, level, ReplayEvaluation(group, table))
         for pair, traces in loaded.items()
         for name, table in named_costs(config.costs)
         for level, group in by_level(traces).items()
@@ -102,23 +102,23 @@ def run_cells(config: ReplaysConfig, out: Path) -> list[Cell]:
     for cell in cells:
         if bar.disable:
             where = f"{cell.pair}, {cell.cost}, {cell.level}"
-            print(f"{where}: {len(cell.contest.traces)} prompts", file=sys.stderr, flush=True)
+            print(f"{where}: {len(cell.evaluation.traces)} prompts", file=sys.stderr, flush=True)
         for spec in config.policies:
-            cell.scores[spec] = play_folds(spec, cell.contest, folds, seeds)
+            cell.scores[spec] = play_folds(spec, cell.evaluation, folds, seeds)
             bar.update()
     return cells
 
 
-def play_folds(spec: str, contest: Contest, folds: list[Any], seeds: Sequence[int]) -> Score:
+def play_folds(spec: str, evaluation: ReplayEvaluation, folds: list[Any], seeds: Sequence[int]) -> Score:
     """Play a policy on each fold's prompts, with the weights that were fitted to the others."""
     from speckv_online.simulate.replay_scores import joined, play
 
     parts: list[tuple[list[Trace], Score]] = []
     for fold in folds:
-        own = [t for t in contest.traces if fold.holds(t)]
+        own = [t for t in evaluation.traces if fold.holds(t)]
         if own:
-            parts.append((own, play(spec, own, contest.cost, seeds, **fold.defaults)))
-    return joined(contest.traces, parts)
+            parts.append((own, play(spec, own, evaluation.cost, seeds, **fold.defaults)))
+    return joined(evaluation.traces, parts)
 
 
 def is_learned(spec: str) -> bool:

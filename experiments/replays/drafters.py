@@ -95,7 +95,7 @@ def places(cells: Sequence[Cell]) -> list[list[Cell]]:
     for cell in cells:
         found.setdefault((names(cell)[0], cell.cost, cell.level), []).append(cell)
     for group in found.values():
-        prompts = [[(t.prompt_id, len(t)) for t in cell.contest.traces] for cell in group]
+        prompts = [[(t.prompt_id, len(t)) for t in cell.evaluation.traces] for cell in group]
         if any(own != prompts[0] for own in prompts):
             raise UserError(
                 f"{group[0].pair} and others of its pair hold other outputs at {group[0].level}: collect one and "
@@ -106,7 +106,7 @@ def places(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 def best_of_any(group: Sequence[Cell]) -> Score:
     """Return the best fixed gamma of any drafter, in hindsight."""
-    return max((cell.contest.best for cell in group), key=lambda score: score.goodput)
+    return max((cell.evaluation.best for cell in group), key=lambda score: score.goodput)
 
 
 def as_document(cells: Sequence[Cell], facts: dict[str, Any]) -> str:
@@ -170,7 +170,7 @@ def _cells(groups: Sequence[Sequence[Cell]]) -> Iterator[str]:
             if drafter not in found:
                 line.append("– | –")
                 continue
-            best, score = found[drafter].contest.best, found[drafter].scores[first]
+            best, score = found[drafter].evaluation.best, found[drafter].scores[first]
             ratio = score.goodput / best.goodput
             line.append(f"{best.goodput:.2f} ({best.note}) | {score.goodput:.2f} ({ratio:.3f})")
         last = group[-1]

@@ -42,33 +42,33 @@ def mean(values: Sequence[float]) -> float:
 
 def over_best(cell: Cell, score: Score) -> float:
     """Goodput over that of the best fixed gamma in hindsight."""
-    return score.goodput / cell.contest.best.goodput
+    return score.goodput / cell.evaluation.best.goodput
 
 
 def over_threshold(cell: Cell, score: Score) -> float:
     """Goodput over that of the best threshold rule tuned in hindsight."""
-    return score.goodput / cell.contest.thresholds[0].goodput
+    return score.goodput / cell.evaluation.thresholds[0].goodput
 
 
 def over_four(cell: Cell, score: Score) -> float:
     """Goodput over that of the customary gamma of 4."""
-    return score.goodput / cell.contest.fixed(4).goodput
+    return score.goodput / cell.evaluation.fixed(4).goodput
 
 
 def over_plain(cell: Cell, score: Score) -> float:
     """Goodput over that of decoding without a draft."""
-    return score.goodput / cell.contest.plain.goodput
+    return score.goodput / cell.evaluation.plain.goodput
 
 
 def over_any(cell: Cell, score: Score) -> float:
     """Goodput over the best fixed gamma of the drafter or of lookups alone."""
-    best, lookup = cell.contest.best, cell.contest.best_lookup
+    best, lookup = cell.evaluation.best, cell.evaluation.best_lookup
     return score.goodput / max(best.goodput, 0.0 if lookup is None else lookup.goodput)
 
 
 def gap_closed(cell: Cell, score: Score) -> float:
     """Share of the way from the best fixed gamma to the clairvoyant bound, both of hindsight."""
-    best, bound = cell.contest.best.goodput, cell.contest.clairvoyant.goodput
+    best, bound = cell.evaluation.best.goodput, cell.evaluation.clairvoyant.goodput
     return (score.goodput - best) / (bound - best) if bound > best else math.nan
 
 
@@ -107,14 +107,14 @@ def as_json(cells: Sequence[Cell], learned: Sequence[str], facts: dict[str, Any]
     """Return everything as plain data."""
     rows = []
     for cell in cells:
-        about = {"pair": cell.pair, "cost": cell.cost, "level": cell.level, "prompts": len(cell.contest.traces)}
+        about = {"pair": cell.pair, "cost": cell.cost, "level": cell.level, "prompts": len(cell.evaluation.traces)}
         for spec, score in _rows(cell):
-            best = score.over(cell.contest.best)
+            best = score.over(cell.evaluation.best)
             rows.append(
                 about
                 | {"policy": spec, "kind": score.kind, "note": score.note, "goodput": score.goodput}
-                | {"over_plain": asdict(score.over(cell.contest.plain)), "over_best_fixed": asdict(best)}
-                | {"of_clairvoyant": score.goodput / cell.contest.clairvoyant.goodput}
+                | {"over_plain": asdict(score.over(cell.evaluation.plain)), "over_best_fixed": asdict(best)}
+                | {"of_clairvoyant": score.goodput / cell.evaluation.clairvoyant.goodput}
                 | {"orders": score.orders.tolist(), "steps": score.steps, "faults": score.faults}
                 | {name: getattr(score, name) for name in ("drafted", "accepted", "proposed")}
             )
@@ -155,7 +155,7 @@ def _traces(cells: Sequence[Cell]) -> dict[str, list[Trace]]:
     """Traces by pair."""
     found: dict[str, list[Trace]] = {}
     for cell in cells:
-        found.setdefault(cell.pair, []).extend(cell.contest.traces)
+        found.setdefault(cell.pair, []).extend(cell.evaluation.traces)
     return found
 
 
@@ -187,7 +187,7 @@ def _overall(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _rows(cell: Cell) -> list[tuple[str, Score]]:
     """All rows of a cell; names of hindsight rows do not depend on what was chosen."""
-    return [*cell.scores.items(), *((s.name, s) for s in cell.contest.hindsight())]
+    return [*cell.scores.items(), *((s.name, s) for s in cell.evaluation.hindsight())]
 
 
 def _cells(cells: Sequence[Cell]) -> Iterator[str]:
@@ -204,8 +204,8 @@ def _cells(cells: Sequence[Cell]) -> Iterator[str]:
         line = []
         for cell, found in zip(cells, rows, strict=True):
             score = found[name]
-            share = score.goodput / cell.contest.clairvoyant.goodput
+            share = score.goodput / cell.evaluation.clairvoyant.goodput
             note = f" ({score.note})" if score.note else ""
-            line.append(f"{score.goodput:.2f}{note} | {score.over(cell.contest.best).text(3)} | {share:.2f}")
+            line.append(f"{score.goodput:.2f}{note} | {score.over(cell.evaluation.best).text(3)} | {share:.2f}")
         mark = "" if rows[0][name].kind == "policy" else " *hindsight*"
         yield f"| `{name}`{mark} | " + " | ".join(line) + " |"

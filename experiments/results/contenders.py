@@ -152,7 +152,7 @@ class Bench:
         drafter: Any = pair.drafter
         if other:
             rows = None if drafter.head_ids is None else torch.tensor(drafter.head_ids)
-            drafter = parse_drafter(other).build(drafter.model, pair.target.config.vocab_size, rows, drafter.quick)
+            drafter = parse_drafter(other).build(drafter.model, pair.target.config.vocab_size, rows, drafter.compiled)
         policy = self.policies.get(name)  # one that has decoded an earlier round goes on
         if policy is None:
             policy = self.policies[name] = make_policy(spec, seed=self.config.seed)

@@ -31,7 +31,7 @@ def where_measured(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: facts[key] for key in MEASURED if key in facts}
 
 
-class Ledger:
+class RunManifest:
     """Keeps the manifest of a run up to date, and ends the run: with its report, and an exit code that tells the truth.
 
     Parameters

@@ -25,13 +25,13 @@ SINGLES, PAIRS = 4096, 8192
 SHAPE = (2, SINGLES + PAIRS)
 #: A bucket's acceptance counts n / (n + SHRINK) after n tested drafts: of the last token, of the last two.
 SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
-#: Features: 1 or -1 for the longest suffix seen, and both excesses, see :meth:`TokenHistory.look`.
+#: Features: 1 or -1 for the longest suffix seen, and both excesses, see :meth:`TokenHistory.look_up`.
 FEATURES = TAIL + 2
 
 Tail = tuple[int, ...]
 #: Where a token's history is kept: the tokens that it follows, the latest first, and its buckets.
 Place = tuple[Tail, int, int]
-#: What is known of drafts there, see :meth:`TokenHistory.look`.
+#: What is known of drafts there, see :meth:`TokenHistory.look_up`.
 Seen = tuple[int, float, float]
 
 
@@ -113,7 +113,7 @@ class TokenHistory:
         if self._weight > 1e6:
             self._fade(1.0)
 
-    def look(self, memory: dict[Any, Any], place: Place) -> Seen:
+    def look_up(self, memory: dict[Any, Any], place: Place) -> Seen:
         """Return what is known of drafts at a place; all zero where no token comes before.
 
         That is the length of the longest suffix seen before in this sequence, negative if the latest draft after it was
@@ -127,14 +127,14 @@ class TokenHistory:
                 break
             longest += 1
             latest, node = found
-        weight, (tested, accepted, totals) = self._weight, self._counts
+        weight, (labelled, accepted, totals) = self._weight, self._counts
         mean = totals[1] / totals[0] if totals[0] else 0.0
         one = two = 0.0
         if i >= 0:
-            n = tested[i]
+            n = labelled[i]
             one = (accepted[i] - mean * n) / (n + SHRINK_SINGLE * weight)
         if j >= 0:
-            n = tested[j]
+            n = labelled[j]
             two = (accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
         return longest if latest else -longest, one, two
 
@@ -149,15 +149,15 @@ class TokenHistory:
             else:
                 found[0] = hit
             node = found[1]
-        weight, (tested, accepted, totals) = self._weight, self._counts
+        weight, (labelled, accepted, totals) = self._weight, self._counts
         if i >= 0:
-            tested[i] += weight
+            labelled[i] += weight
             totals[0] += weight
             if hit:
                 accepted[i] += weight
                 totals[1] += weight
         if j >= 0:
-            tested[j] += weight
+            labelled[j] += weight
             if hit:
                 accepted[j] += weight
 
@@ -201,8 +201,8 @@ class TokenHistory:
 
 
 def _opened(table: np.ndarray) -> tuple[array[float], array[float], list[float]]:
-    tested, accepted = (array("d", row.tobytes()) for row in table)
-    return tested, accepted, table[:, :SINGLES].sum(axis=1).tolist()
+    labelled, accepted = (array("d", row.tobytes()) for row in table)
+    return labelled, accepted, table[:, :SINGLES].sum(axis=1).tolist()
 
 
 def _read(delta: State) -> tuple[np.ndarray, np.ndarray, float]:

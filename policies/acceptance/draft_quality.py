@@ -27,9 +27,9 @@ SHIFT, ALARM = 2.0, 10.0
 DOUBT = 0.01
 
 
-def quality(accepted: float, tested: float) -> float:
-    """Return m of a draft of which ``accepted`` of ``tested`` tokens were right, for training."""
-    p = (accepted + 5.0) / (tested + 10.0)
+def quality(accepted: float, labelled: float) -> float:
+    """Return m of a draft of which ``accepted`` of ``labelled`` tokens were right, for training."""
+    p = (accepted + 5.0) / (labelled + 10.0)
     return float(np.log(p / (1.0 - p))) / 3.0
 
 

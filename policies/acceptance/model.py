@@ -44,7 +44,7 @@ def prior_means() -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-class Hazard:
+class AcceptanceModel:
     """The two heads, their data, and their files.
 
     Parameters
@@ -106,13 +106,13 @@ class Hazard:
             found = self._known[level] = min(self.heads[0].steps, self.quality.information(level))
         return found
 
-    def add(self, step: Step, tested: int, accepted: int) -> None:
+    def add(self, step: Step, labelled: int, accepted: int) -> None:
         """Note a step: how many of its tokens, all described, were tested and accepted."""
         surplus = variance = 0.0
         (numbers, labels), note, memory = self._tested, self.history.note, step.memory
         count = len(labels)
         for j, where, p, about in step.asked:
-            if j >= tested:
+            if j >= labelled:
                 break
             numbers += about
             hit = j < accepted

@@ -11,7 +11,7 @@ from policies.base import Context, Draft, Outcome
 
 
 class AcceptanceWeights(Protocol):
-    """What a step needs of an acceptance model (:class:`policies.acceptance.model.Hazard`)."""
+    """What a step needs of an acceptance model (:class:`policies.acceptance.model.AcceptanceModel`)."""
 
     history: TokenHistory
 
@@ -69,14 +69,14 @@ class Step:
         "survival",
     )
 
-    def __init__(self, context: Context, hazard: AcceptanceWeights) -> None:
-        self._hazard = hazard
+    def __init__(self, context: Context, acceptance_model: AcceptanceWeights) -> None:
+        self._hazard = acceptance_model
         # Copies of a policy may share a context, each with acceptances of its own.
-        self.memory = context.memory.setdefault(hazard.history, {})
+        self.memory = context.memory.setdefault(acceptance_model.history, {})
         self.level = context.level
         self._acceptance, self._whole, odds, entropy = start_features(context)
         self._lagged: Token = (odds, entropy, 0.0, 0.0, 0.0)
-        self._before, self._after = hazard.weights(context.level)
+        self._before, self._after = acceptance_model.weights(context.level)
         self.asked: list[Asked] = []
         self.survival = [1.0]
         self.expected = 1.0
@@ -99,7 +99,7 @@ class Step:
         j, ids = len(self._tokens), self._ids
         at = self._known + j
         here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
-        seen = longest, one, two = self._hazard.history.look(self.memory, here)
+        seen = longest, one, two = self._hazard.history.look_up(self.memory, here)
         # The sums over `rows`, zeros left out: this is asked for every token.
         w, acceptance, whole = self._before, self._acceptance, self._whole
         eta = w[0] + w[6] * acceptance + w[7] * whole + w[14] * one + w[15] * two
@@ -163,8 +163,8 @@ class Step:
             eta += w[12] + w[13] * differ + w[14] * odds + w[15] * entropy
         return 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0
 
-    def note(self, tested: int, accepted: int) -> None:
+    def note(self, labelled: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""
         for j, where, _, _ in self.asked:
-            if j < tested:
+            if j < labelled:
                 self._hazard.history.note(self.memory, where, j < accepted)

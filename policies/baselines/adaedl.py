@@ -42,7 +42,7 @@ class AdaEdl(Policy):
         self.rate = target
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
+        return Decision(self.new_id(), min(self.cap, context.max_gamma), ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         entropy = max(draft.signals.item(draft.drafted - 1, ENTROPY), 0.0) * LN2

@@ -47,8 +47,8 @@ class Leviathan(CostAware):
 
     def alpha(self, level: str) -> float:
         """Acceptance per tested token at a level."""
-        accepted, tested = self.counts.get(level, (10.0 * self.start, 10.0))
-        return accepted / tested
+        accepted, labelled = self.counts.get(level, (10.0 * self.start, 10.0))
+        return accepted / labelled
 
     def decide(self, context: Context) -> Decision:
         tokens = expected_tokens(self.alpha(context.level), self.gammas)
@@ -60,10 +60,10 @@ class Leviathan(CostAware):
         if not self.first_time(decision.id):
             return
         self.costs.observe(outcome)
-        if outcome.tested:
-            accepted, tested = self.counts.get(outcome.level, (10.0 * self.start, 10.0))
+        if outcome.labelled:
+            accepted, labelled = self.counts.get(outcome.level, (10.0 * self.start, 10.0))
             keep = self.keep
-            self.counts[outcome.level] = [keep * accepted + outcome.accepted, keep * tested + outcome.tested]
+            self.counts[outcome.level] = [keep * accepted + outcome.accepted, keep * labelled + outcome.labelled]
 
     def state_dict(self) -> State:
         return super().state_dict() | {f"counts.{level}": np.array(row) for level, row in self.counts.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from policies.acceptance.model import Hazard
+from policies.acceptance.model import AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import Context, Decision, Draft, Outcome, Policy, PolicyError, State
 
@@ -47,10 +47,10 @@ class SpecDecPlusPlus(Policy):
         if not 0 <= threshold <= 1 or not 0 <= least <= cap:
             raise PolicyError(f"need threshold from 0 to 1 and 0 <= least <= cap, got {threshold}, {least}, {cap}")
         self.threshold, self.least, self.cap, self.train = threshold, least, cap, train
-        self.hazard = Hazard(acceptance, discount=1.0)
+        self.acceptance_model = AcceptanceModel(acceptance, discount=1.0)
 
     def decide(self, context: Context) -> Decision:
-        features = Step(context, self.hazard)
+        features = Step(context, self.acceptance_model)
         return Decision(self.new_id(), min(self.cap, context.max_gamma), True, 1.0, self.version, features)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
@@ -60,22 +60,22 @@ class SpecDecPlusPlus(Policy):
         return drafted < self.least or 1.0 - step.survival[drafted] <= self.threshold
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id) or not self.train or decision.features is None or not outcome.tested:
+        if not self.first_time(decision.id) or not self.train or decision.features is None or not outcome.labelled:
             return
-        decision.features.extend(outcome.tested, outcome)
-        self.hazard.add(decision.features, outcome.tested, outcome.accepted)
-        if self.hazard.pending >= 16:
-            self.hazard.refresh()
+        decision.features.extend(outcome.labelled, outcome)
+        self.acceptance_model.add(decision.features, outcome.labelled, outcome.accepted)
+        if self.acceptance_model.pending >= 16:
+            self.acceptance_model.refresh()
             self.version += 1
 
     def state_dict(self) -> State:
-        return self.hazard.state()
+        return self.acceptance_model.state()
 
     def load_state_dict(self, state: State) -> None:
-        self.hazard.load(state)
+        self.acceptance_model.load(state)
 
     def take_delta(self) -> State:
-        return self.hazard.take_delta()
+        return self.acceptance_model.take_delta()
 
     def merge(self, delta: State) -> None:
-        self.hazard.merge(delta)
+        self.acceptance_model.merge(delta)

@@ -36,7 +36,7 @@ class Svip(Policy):
         self._limit = threshold * threshold / (scale * LN2)  # the same rule on entropy in bits
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
+        return Decision(self.new_id(), min(self.cap, context.max_gamma), ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return bool(draft.signals.item(draft.drafted - 1, ENTROPY) <= self._limit)

@@ -83,7 +83,7 @@ class CostAware(Policy):
         if not self.first_time(decision.id):
             return
         self.costs.observe(outcome)
-        if decision.features is not None and outcome.tested:
+        if decision.features is not None and outcome.labelled:
             self.teach(decision, outcome)
             if self.drift is not None and self.drift.add(outcome):
                 self.forget()

@@ -35,16 +35,16 @@ class Drift:
 
     def add(self, outcome: Outcome) -> bool:
         """Note a step; True where a batch of them shows a change."""
-        self._waiting.append((outcome.level, outcome.accepted, outcome.tested))
+        self._waiting.append((outcome.level, outcome.accepted, outcome.labelled))
         return len(self._waiting) >= BATCH and self._check()
 
     def _check(self) -> bool:
         found = False
-        for level, accepted, tested in self._waiting:
+        for level, accepted, labelled in self._waiting:
             detector = self._detectors.get(level)
             if detector is None:
                 detector = self._detectors[level] = self._make(delta=self.delta)
-            for j in range(tested):
+            for j in range(labelled):
                 detector.update(float(j < accepted))
                 found |= bool(detector.drift_detected)
         self._waiting.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from policies.base import Outcome
-from policies.guards.sleep import Nap
+from policies.guards.sleep import SleepSchedule
 
 #: Weight that the counts of a review keep until the next one.
 KEEP = 0.98
@@ -44,7 +44,7 @@ class Ledger:
         self.forwards = self.offered = 1.0
         # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
         self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
-        self.nap = Nap()
+        self.sleep = SleepSchedule()
         self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
 
     def forget(self) -> None:
@@ -86,13 +86,13 @@ class Ledger:
         """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
         n, k, gamma = outcome.accepted, outcome.drafted, self.gamma
         known = float(n if n < gamma else gamma)
-        if outcome.tested == n and k < gamma and not outcome.exhausted:  # all of a shorter draft was accepted
+        if outcome.labelled == n and k < gamma and not outcome.exhausted:  # all of a shorter draft was accepted
             r = gamma - n - 1
             known += self.more[r] / self.seen[r]
-        if 0 <= stop <= n and stop < outcome.tested:
+        if 0 <= stop <= n and stop < outcome.labelled:
             extra = n - stop
             for r in range(1, len(self.seen) + 1):
-                if r <= extra or outcome.tested > n or outcome.exhausted:
+                if r <= extra or outcome.labelled > n or outcome.exhausted:
                     self.seen[r - 1] += 1.0
                     self.more[r - 1] += min(extra, r)
         # Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.

@@ -26,6 +26,7 @@ is the better baseline, and count for nothing here: neither do they fill the bud
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -40,6 +41,7 @@ from policies.guards.fault import Wrapper, whole
 from policies.guards.ledger import CLOSE, FAR, OWN, PROBE, SHARE, Ledger
 from policies.guards.sleep import NUMBERS, STRETCH
 
+log = logging.getLogger(__name__)
 REVIEW_EVERY = 16
 
 
@@ -71,20 +73,20 @@ class SafetyGuard(Wrapper):
         Share of the baseline's goodput that may be given up.
     burn_in : float
         Tokens that may be lost before the policy is held back.
-    naps : bool
+    sleeps : bool
         Whether to decode plainly without asking the policy where asking it does not pay, see
         :mod:`policies.guards.sleep`.
     """
 
     def __init__(
-        self, policy: Policy, gamma: int = 4, epsilon: float = 0.05, burn_in: float = 50.0, naps: bool = True
+        self, policy: Policy, gamma: int = 4, epsilon: float = 0.05, burn_in: float = 50.0, sleeps: bool = True
     ) -> None:
         super().__init__(policy)
         if not 1 <= gamma <= MAX_GAMMA:
             raise PolicyError(f"the safety gamma must be from 1 to {MAX_GAMMA}, got {gamma}")
         if not 0 < epsilon < 1 or not 0 < burn_in < float("inf"):
             raise PolicyError(f"epsilon must be between 0 and 1 and burn_in above zero, got {epsilon} and {burn_in}")
-        self.gamma, self.epsilon, self.burn_in, self.naps = gamma, epsilon, burn_in, naps
+        self.gamma, self.epsilon, self.burn_in, self.sleeps = gamma, epsilon, burn_in, sleeps
         own = getattr(policy, "costs", None)
         self.model = own if own is not None else CostModel()
         self._shared = own is not None
@@ -92,7 +94,7 @@ class SafetyGuard(Wrapper):
         # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
         self._taken: dict[int, int] = {}
         # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
-        self._turned: dict[int, int] = {}
+        self._switched: dict[int, int] = {}
 
     def ledger(self, level: str) -> Ledger:
         """Return a level's ledger, made on first use."""
@@ -107,7 +109,7 @@ class SafetyGuard(Wrapper):
         level = context.level
         ledger = self.ledger(level)
         plain = self.model.level(level).seconds.item(0)
-        asleep = self.naps and ledger.nap.start(plain, ledger.baseline == 0)
+        asleep = self.sleeps and ledger.sleep.start(plain, ledger.baseline == 0)
         found = context.memory[self] = level, context.position + STRETCH, asleep, ledger
         return found
 
@@ -120,7 +122,7 @@ class SafetyGuard(Wrapper):
             return Decision(self.policy.new_id(), 0, policy_version=self.policy.version, features=Asleep())
         decision = self.policy.decide(context)
         if decision.drafter and decision.drafter not in context.drafters[:1]:
-            self._turn(decision, 0)
+            self._switch(decision, 0)
         ledger.steps += 1
         limit = context.max_gamma
         if type(decision.gamma) is not int and (gamma := whole(decision.gamma)) >= 0:
@@ -143,23 +145,23 @@ class SafetyGuard(Wrapper):
         """Return a decision to play ``gamma`` instead; features stay, so that the policy learns from the step."""
         if len(self._taken) >= 1024:  # decisions whose outcomes never came
             self._taken.clear()
-        own = self._turned.pop(decision.id, decision.gamma)
+        own = self._switched.pop(decision.id, decision.gamma)
         self._taken[decision.id] = min(own, gamma)
         # The rule is deterministic, so gamma was certain. A policy that stops by itself is asked on, for its opinion.
         return replace(decision, gamma=gamma, propensity=1.0, drafter="")
 
-    def _turn(self, decision: Decision, drafted: int) -> None:
+    def _switch(self, decision: Decision, drafted: int) -> None:
         """Note that the policy goes on with another drafter than the fixed gamma would."""
-        if len(self._turned) >= 1024:
-            self._turned.clear()
-        self._turned[decision.id] = drafted
+        if len(self._switched) >= 1024:
+            self._switched.clear()
+        self._switched[decision.id] = drafted
 
     def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         taken = self._taken.get(decision.id)
         if taken is None:
             answer = self.policy.proceed(decision, draft)
             if type(answer) is str:
-                self._turn(decision, draft.drafted)
+                self._switch(decision, draft.drafted)
             return answer
         if draft.drafted < taken:
             answer = self.policy.proceed(decision, draft)
@@ -186,14 +188,14 @@ class SafetyGuard(Wrapper):
             self.model.observe(outcome)
         level, forwards = outcome.level, outcome.forwards
         ledger, costs = self._ledgers.get(level) or self.ledger(level), self.model.level(level)
-        stop, nap = self._taken.pop(decision.id, -1), ledger.nap
+        stop, sleep = self._taken.pop(decision.id, -1), ledger.sleep
         seconds = costs.spent(outcome.drafted, forwards)
         reading = costs.catch_up * outcome.caught_up if forwards else 0.0
         if outcome.drafted == 0:
             self._postpone(ledger, 0)
         # What another drafter than the fixed gamma's proposed tells nothing of that one's.
-        turned = self._turned.pop(decision.id, -1)
-        own = outcome if turned < 0 else _before(outcome, turned)
+        switched = self._switched.pop(decision.id, -1)
+        own = outcome if switched < 0 else _before(outcome, switched)
         ledger.count(own, stop)
         k = own.drafted
         short = own.exhausted and k < ledger.gamma  # the fixed gamma would have drafted no more
@@ -204,9 +206,9 @@ class SafetyGuard(Wrapper):
         if k:
             ledger.forwards += SHARE * ((forwards / k if forwards < k else 1.0) - ledger.forwards)
         if outcome.policy_seconds:
-            nap.spent(outcome.policy_seconds)
-        nap.tokens += outcome.produced
-        nap.seconds += seconds + reading
+            sleep.spent(outcome.policy_seconds)
+        sleep.tokens += outcome.produced
+        sleep.seconds += seconds + reading
         if ledger.baseline == 0:  # the fixed gamma would have had to read as much
             seconds += reading
         budget, most = ledger.budget + outcome.produced - ledger.rate * seconds, self.burn_in
@@ -245,13 +247,16 @@ class SafetyGuard(Wrapper):
         found = self.policy.state_dict()
         for level, x in self._ledgers.items():
             found[f"safety.{level}"] = np.array(x.row())
-            found[f"safety_nap.{level}"] = np.array(x.nap.row())
+            found[f"safety_sleep.{level}"] = np.array(x.sleep.row())
         if not self._shared:
             found |= self.model.state()
         return found
 
     def load_state_dict(self, state: State) -> None:
-        own = {k for k in state if k.startswith(("safety.", "safety_nap."))}
+        if any(key.startswith("safety_nap.") for key in state):
+            log.warning("a state of version 0.1: its sleep schedules are read under their former name")
+            state = {key.replace("safety_nap.", "safety_sleep."): value for key, value in state.items()}
+        own = {k for k in state if k.startswith(("safety.", "safety_sleep."))}
         if not self._shared:
             own |= {k for k in state if k.startswith("cost.")}
             self.model.load(state)
@@ -266,22 +271,26 @@ class SafetyGuard(Wrapper):
             level = key.removeprefix("safety.")
             ledger = self.ledger(level)
             ledger.fill(row.tolist())
-            if (key := f"safety_nap.{level}") in state:
+            if (key := f"safety_sleep.{level}") in state:
                 row = check_array(state, key, (NUMBERS,)).astype(float)
                 try:
-                    ledger.nap.fill(row.tolist())
+                    ledger.sleep.fill(row.tolist())
                 except ValueError as error:
-                    raise PolicyError(f"the state's '{key}' is no account of naps: {error}") from None
+                    raise PolicyError(f"the state's '{key}' is no account of a sleep schedule: {error}") from None
             self._review(ledger, self.model.level(level))
 
     def info(self) -> dict[str, Any]:
         held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
-        slept = {f"{level}.slept": ledger.nap.slept for level, ledger in self._ledgers.items() if ledger.nap.slept}
+        slept = {f"{level}.slept": ledger.sleep.slept for level, ledger in self._ledgers.items() if ledger.sleep.slept}
         return self.policy.info() | held | slept
 
 
 def _before(outcome: Outcome, drafted: int) -> Outcome:
     """Return what an outcome tells the ledger of its first ``drafted`` tokens."""
-    k, n, tested = outcome.drafted, outcome.accepted, outcome.tested
-    k, n, tested = k if k < drafted else drafted, n if n < drafted else drafted, tested if tested < drafted else drafted
-    return Outcome(k, n, tested, outcome.produced, signals=outcome.signals)
+    k, n, labelled = outcome.drafted, outcome.accepted, outcome.labelled
+    k, n, labelled = (
+        k if k < drafted else drafted,
+        n if n < drafted else drafted,
+        labelled if labelled < drafted else drafted,
+    )
+    return Outcome(k, n, labelled, outcome.produced, signals=outcome.signals)

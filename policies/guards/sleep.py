@@ -26,7 +26,7 @@ LATEST, STALL = 0.02, 10.0
 NUMBERS = 9
 
 
-class Nap:
+class SleepSchedule:
     """One level's account of being awake, and when to sleep.
 
     Attributes

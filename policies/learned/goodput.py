@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from policies.acceptance.model import WAITING, Hazard
+from policies.acceptance.model import WAITING, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
 from policies.costs.cost_aware import CostAware
@@ -131,8 +131,8 @@ class Goodput(CostAware):
     Parameters
     ----------
     acceptance : str
-        An npz of acceptance weights, see :class:`~policies.acceptance.model.Hazard`; the shipped ones by default,
-        ``none`` for a cold start.
+        An npz of acceptance weights, see :class:`~policies.acceptance.model.AcceptanceModel`; the shipped ones by
+        default, ``none`` for a cold start.
     strength : float
         How many tested tokens the prior is worth at most.
     discount : float
@@ -167,7 +167,7 @@ class Goodput(CostAware):
             wanted = f"refresh must be from 1 to {WAITING - 1} and cap from 0 to {MAX_GAMMA}"
             raise PolicyError(f"{wanted}, got {refresh} and {cap}")
         self.every, self.cap, self.lookups = refresh, cap, lookups
-        self.hazard = Hazard(acceptance, strength, discount)
+        self.acceptance_model = AcceptanceModel(acceptance, strength, discount)
         self._rules: dict[str, Rule] = {}
 
     def _rule(self, level: str) -> Rule:
@@ -181,10 +181,10 @@ class Goodput(CostAware):
             self._rules[level] = found
         return found
 
-    def _pays(self, k: int, step: Step, offer: float) -> bool | str:
+    def _pays(self, k: int, step: Step, lookup_alternative: float) -> bool | str:
         """Whether to draft on after k tokens of a step; by name, if as another drafter.
 
-        ``offer`` is how sure the drafter is of the lookup that the next token could be instead.
+        ``lookup_alternative`` is how sure the drafter is of the lookup that the next token could be instead.
         """
         if not self.timed:
             return True
@@ -197,15 +197,15 @@ class Goodput(CostAware):
         p, kind = step.chance(), FORWARD if forwards else FIRST
         # `local`, written out: this is asked for every token.
         here = sqrt((step.expected + survival * p) / (rule.plain[k + 1] + rule.draft * (forwards + 1) + rule.first))
-        if not offer or not self.lookups:
+        if not lookup_alternative or not self.lookups:
             return rule.pays(k, kind, left, p, survival / here)
         told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
         asked = told * here * rule.worth(k, kind, left, p, survival / here)
-        here = rule.local(step.expected + survival * offer, k + 1, forwards)
-        return LOOKUP if here * rule.worth(k, FREE, left, offer, survival / here) > asked else asked > 0.0
+        here = rule.local(step.expected + survival * lookup_alternative, k + 1, forwards)
+        return LOOKUP if here * rule.worth(k, FREE, left, lookup_alternative, survival / here) > asked else asked > 0.0
 
     def decide(self, context: Context) -> Decision:
-        step = Step(context, self.hazard)
+        step = Step(context, self.acceptance_model)
         step.rule = self._rule(context.level)
         gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
         pays = self._pays(0, step, context.lookup_alternative) if gamma else False
@@ -235,34 +235,34 @@ class Goodput(CostAware):
         step: Step = decision.features
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
         if outcome.forwards > step.forwards:
-            step.extend(outcome.tested, outcome)
-        self.hazard.add(step, outcome.tested, outcome.accepted)
+            step.extend(outcome.labelled, outcome)
+        self.acceptance_model.add(step, outcome.labelled, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.
-        pending = self.hazard.pending
-        if pending >= self.every or pending >= 1 + self.hazard.known(step.level) // 2:
-            self.hazard.refresh()
+        pending = self.acceptance_model.pending
+        if pending >= self.every or pending >= 1 + self.acceptance_model.known(step.level) // 2:
+            self.acceptance_model.refresh()
             self.version += 1
 
     def forget(self) -> None:
-        self.hazard.forget()
+        self.acceptance_model.forget()
         self.version += 1
 
     def state_dict(self) -> State:
-        return {"goodput.format": np.array(STATE_FORMAT)} | self.hazard.state() | super().state_dict()
+        return {"goodput.format": np.array(STATE_FORMAT)} | self.acceptance_model.state() | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
         if int(check_array(state, "goodput.format", ())) != STATE_FORMAT:
             raise PolicyError(f"the state is not of format {STATE_FORMAT} of goodput: it was saved by another version")
-        self.hazard.load(state)
+        self.acceptance_model.load(state)
         super().load_state_dict(state)
         self._rules.clear()
         self.version += 1
 
     def take_delta(self) -> State:
-        return self.hazard.take_delta() | super().take_delta()
+        return self.acceptance_model.take_delta() | super().take_delta()
 
     def merge(self, delta: State) -> None:
-        self.hazard.merge(delta)
+        self.acceptance_model.merge(delta)
         super().merge(delta)
         self.version += 1

@@ -132,10 +132,10 @@ class Online(CostAware):
     def _fold(self) -> None:
         if not self._waiting:
             return
-        levels, xs, starts, stops, ys = zip(*self._waiting, strict=True)
+        levels, xs, starts, ask_per_token, ys = zip(*self._waiting, strict=True)
         self._waiting.clear()
         arm = np.arange(len(self.arms))
-        taught = (arm >= np.array(starts)[:, None]) & (arm < np.array(stops)[:, None])
+        taught = (arm >= np.array(starts)[:, None]) & (arm < np.array(ask_per_token)[:, None])
         phi = self.net.phi(levels, np.array(xs))[taught]
         self.head.add(phi, np.array(ys)[taught], taught.sum(axis=1).tolist())
 

@@ -146,7 +146,7 @@ def take_step(policy: Policy, context: Context, text: Text, at: int = 0) -> tupl
     while k < decision.gamma:
         signals[k] = text.signals[at + k]
         k += 1
-        if decision.stops and k < decision.gamma:
+        if decision.ask_per_token and k < decision.gamma:
             answer = policy.proceed(decision, Draft(k, signals[:k]))
             if isinstance(answer, str):
                 assert answer in context.drafters, f"proceed answered {answer!r}, not one of {context.drafters}"
@@ -155,7 +155,7 @@ def take_step(policy: Policy, context: Context, text: Text, at: int = 0) -> tupl
                 if not answer:
                     break
     forwards = k
-    if k and (decision.stops or decision.trims):
+    if k and (decision.ask_per_token or decision.ask_at_submit):
         kept = policy.submit(decision, Draft(k, signals[:k]))
         k = _whole(kept)
         assert 0 <= k <= forwards, f"submit answered {kept!r} with {forwards} tokens drafted"
@@ -197,8 +197,8 @@ def _advance(context: Context, outcome: Outcome) -> None:
     context.position += outcome.produced
     context.context_length += outcome.produced
     context.last_drafted, context.last_accepted = outcome.drafted, outcome.accepted
-    if outcome.tested:
-        context.acceptance += WEIGHT * (outcome.accepted / outcome.tested - context.acceptance)
+    if outcome.labelled:
+        context.acceptance += WEIGHT * (outcome.accepted / outcome.labelled - context.acceptance)
     context.idle += 1
     if outcome.drafted:
         context.idle = 0

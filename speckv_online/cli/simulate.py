@@ -45,7 +45,7 @@ def run(arguments: Any) -> None:
     from speckv_online.io.run_directory import check_writable
     from speckv_online.simulate.cost_table import load_cost
     from speckv_online.simulate.hindsight import by_level
-    from speckv_online.simulate.replay_scores import Contest, Score, play
+    from speckv_online.simulate.replay_scores import ReplayEvaluation, Score, play
     from speckv_online.traces.trace import load_traces
 
     if arguments.seeds < 1 or not arguments.policies:
@@ -58,12 +58,14 @@ def run(arguments: Any) -> None:
     cost = load_cost(_cost_file(arguments.traces) if arguments.cost == MEASURED else arguments.cost)
     if arguments.out:
         check_writable(Path(arguments.out))
-    contests: list[tuple[Contest, list[Score]]] = [(Contest(group, cost), []) for group in by_level(traces).values()]
-    for contest, scores in contests:
+    contests: list[tuple[ReplayEvaluation, list[Score]]] = [
+        (ReplayEvaluation(group, cost), []) for group in by_level(traces).values()
+    ]
+    for evaluation, scores in contests:
         for spec in arguments.policies:
-            say(f"{contest.level}: {spec}, {arguments.seeds} x {len(contest.traces)} traces")
-            scores.append(play(spec, contest.traces, cost, range(arguments.seeds)))
-    rows = [row for contest, scores in contests for row in _rows(contest, scores)]
+            say(f"{evaluation.level}: {spec}, {arguments.seeds} x {len(evaluation.traces)} traces")
+            scores.append(play(spec, evaluation.traces, cost, range(arguments.seeds)))
+    rows = [row for evaluation, scores in contests for row in _rows(evaluation, scores)]
     facts = {"seconds": "modelled", "cost": {"name": cost.name, "source": cost.source}, "seeds": arguments.seeds}
     document = json.dumps(facts | {"traces": len(traces), "rows": rows})
     table = [HEAD, *(_cells(row) for row in rows)]
@@ -98,14 +100,14 @@ def _title(facts: dict[str, Any], traces: int) -> str:
     )
 
 
-def _rows(contest: Any, scores: Sequence[Any]) -> list[dict[str, Any]]:
+def _rows(evaluation: Any, scores: Sequence[Any]) -> list[dict[str, Any]]:
     found = []
-    for s in (*scores, *contest.hindsight()):
-        row = {"level": contest.level, "policy": s.name, "kind": s.kind, "note": s.note, "prompts": len(s.tokens)}
+    for s in (*scores, *evaluation.hindsight()):
+        row = {"level": evaluation.level, "policy": s.name, "kind": s.kind, "note": s.note, "prompts": len(s.tokens)}
         row |= {"goodput": s.goodput, "tokens": s.tokens.sum(), "steps": s.steps, "drafted": s.drafted}
         row |= {"accepted": s.accepted, "proposed": s.proposed, "faults": s.faults, "orders": s.orders.tolist()}
-        row |= {"over_plain": asdict(s.over(contest.plain)), "over_best_fixed": asdict(s.over(contest.best))}
-        found.append(finite(row | {"of_clairvoyant": s.goodput / contest.clairvoyant.goodput}))
+        row |= {"over_plain": asdict(s.over(evaluation.plain)), "over_best_fixed": asdict(s.over(evaluation.best))}
+        found.append(finite(row | {"of_clairvoyant": s.goodput / evaluation.clairvoyant.goodput}))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from speckv_online.cpu_engine.batched_forward import batch_of
 from speckv_online.cpu_engine.notes import notes_of
-from speckv_online.cpu_engine.target_forward import quick_of, read_on
+from speckv_online.cpu_engine.target_forward import compiled_of, try_compiled_forward
 from speckv_online.modeling.engine import EngineStatus
 from speckv_online.modeling.forward_backend import BatchReader, PlainForward
 from speckv_online.modeling.kv_cache import KVCache
@@ -26,12 +26,12 @@ class CompiledForward(PlainForward):
         self, tokens: Sequence[int], cache: KVCache, keep: int, more: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
-        if more is None and (logits := read_on(self.model, tokens, cache, keep)) is not None:
+        if more is None and (logits := try_compiled_forward(self.model, tokens, cache, keep)) is not None:
             return logits
         return super().forward(tokens, cache, keep, more)
 
     def batch(self, prompts: list[list[int]], capacity: int, last_id: int | None = None) -> BatchReader:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
-        quick = quick_of(self.model)
-        program = None if quick is None or quick.whole_prompts else quick.program
+        compiled = compiled_of(self.model)
+        program = None if compiled is None or compiled.whole_prompts else compiled.program
         return batch_of(self.model, prompts, capacity, program, last_id)

@@ -17,7 +17,7 @@ from speckv_online.modeling.batched_model import BatchModel
 from speckv_online.modeling.kv_cache import KVCache
 
 
-class QuickBatch:
+class CompiledBatch:
     """Sequences that a program reads.
 
     Parameters
@@ -56,8 +56,8 @@ def batch_of(
     capacity: int,
     program: LlamaProgram | None,
     last_id: int | None = None,
-) -> BatchModel | QuickBatch:
+) -> BatchModel | CompiledBatch:
     """Return what reads sequences that begin with these prompts: the quick one, unless a prompt is too long for it."""
     if program is not None and max(map(len, prompts)) <= MOST_ROWS * MOST_PIECES and capacity <= program.most:
-        return QuickBatch(program, len(prompts), capacity, last_id)
+        return CompiledBatch(program, len(prompts), capacity, last_id)
     return BatchModel(model, len(prompts), capacity, last_id)

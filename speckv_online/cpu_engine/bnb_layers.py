@@ -5,7 +5,7 @@ another, an autograd function, half precision that the processor lacks, boolean 
 kernels read the weights once per few rows. Here a layer is one or two calls of a kernel of
 :mod:`speckv_online.cpu_engine.kernels.bnb` with the same arithmetic (LLM.int8, Dettmers et al., 2022; the 4-bit types
 as bitsandbytes multiplies them in bf16), for processors on which bitsandbytes takes its own quick paths. Layers take
-this way by :func:`speckv_online.cpu_engine.layer_overrides.lighten`.
+this way by :func:`speckv_online.cpu_engine.layer_patches.patch_layers`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Return what a ``Linear8bitLt`` layer gives for ``x``, shape (..., out_features)."""
     if layer.state.CB is None or not _plain(x):
         return _stock(layer, x)
-    weights, scales, sums, threshold, (outputs, inputs) = layer._light
+    weights, scales, sums, threshold, (outputs, inputs) = layer._patched
     rows = x.reshape(-1, inputs).contiguous()
     count, kernels = len(rows), compiled()
     numbers, tops = torch.empty((count, inputs), dtype=torch.uint8), torch.empty(count)
@@ -49,7 +49,7 @@ def four_bit_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if not _plain(x):
         return _stock(layer, x)
     # Our own references: bitsandbytes puts the weights back into another layout when a state is asked for.
-    weights, scales, codes, (outputs, inputs), block = layer._light
+    weights, scales, codes, (outputs, inputs), block = layer._patched
     rows = x.reshape(-1, inputs).contiguous().to(torch.bfloat16).float()  # the type that bitsandbytes multiplies in
     out = torch.empty((len(rows), outputs))
     pointers = rows.data_ptr(), weights.data_ptr(), out.data_ptr()
@@ -80,7 +80,7 @@ def ready_int8(layer: Any) -> bool:
     blocks = lay_out_int8(weight)
     sums = weight.sum(1, dtype=torch.int32) * 128
     threshold = layer.state.threshold if layer.state.threshold > 0.0 else float("inf")
-    layer._light = blocks, layer.state.SCB.float().contiguous(), sums, double(threshold), (outputs, inputs)
+    layer._patched = blocks, layer.state.SCB.float().contiguous(), sums, double(threshold), (outputs, inputs)
     return True
 
 
@@ -95,5 +95,5 @@ def ready_four_bit(layer: Any) -> bool:
     if outputs % 32 or inputs % block:
         return False
     codes = state.code.to(torch.bfloat16).float().contiguous()
-    layer._light = weight, state.absmax.to(torch.bfloat16).contiguous(), codes, (outputs, inputs), block
+    layer._patched = weight, state.absmax.to(torch.bfloat16).contiguous(), codes, (outputs, inputs), block
     return True

@@ -32,14 +32,15 @@ from speckv_online.modeling.kv_cache import KVCache
 
 #: Most tokens that are read at once.
 _ROWS = 60
-_KERNELS = ("embed", "norm", "linear", "turn", "attend_i8", "gate_i8", "look")
+_KERNELS = ("embed", "norm", "linear", "turn", "attend_i8", "gate_i8", "signals")
 #: Largest error of the logits, relative to their spread, that passes for rounding to 8 bits. With the shipped draft it
 #: is 0.024 to 0.043. It can only make drafts worse: what is decoded is the target's.
 _TOLERANCE = 0.1
 
 
-class QuickDraft:
-    """The forward of a Llama draft over a :class:`~speckv_online.modeling.kv_cache.KVCache`; made by :func:`quicken`.
+class Int8Draft:
+    """The forward of a Llama draft over a :class:`~speckv_online.modeling.kv_cache.KVCache`; made by
+    :func:`compile_forward`.
 
     It is a :class:`~speckv_online.modeling.forward_backend.ForwardBackend`.
 
@@ -72,7 +73,7 @@ class QuickDraft:
             ]  # fmt: skip
         head = model.lm_head.weight * body.norm.weight
         p.finish(steps, [norm, self._times(head, 0)], len(head))
-        self._look, self._seen, self._lock = p.kernels["look"], np.empty(5, dtype=np.float32), Lock()
+        self._draft_signals, self._seen, self._lock = p.kernels["signals"], np.empty(5, dtype=np.float32), Lock()
         self._scratch = torch.empty(3, form.lanes)
         self._to = self._seen.ctypes.data, self._scratch.data_ptr()
 
@@ -101,17 +102,17 @@ class QuickDraft:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
         return batch_of(self.model, prompts, capacity, self.program, last_id)
 
-    def look(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
-        """Return what :func:`speckv_online.drafters.look` finds in what :meth:`read` returned."""
+    def draft_signals(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
+        """Return what :func:`speckv_online.drafters.draft_signals` finds in what :meth:`read` returned."""
         with self._lock:
-            self._look(logits.data_ptr(), *self._to, len(logits))
+            self._draft_signals(logits.data_ptr(), *self._to, len(logits))
             first, second, row, total, weighed = self._seen.tolist()
         if not total > 0.0 or weighed != weighed:
             return 0, math.nan, math.nan, math.nan, math.nan
         return int(row), first, second, max(math.log(total) - weighed / total, 0.0), 1.0 / total
 
 
-def quicken(model: PreTrainedModel) -> QuickDraft | None:
+def compile_forward(model: PreTrainedModel) -> Int8Draft | None:
     """Return the quick form of a draft, or None where there is none or it would not pay.
 
     It takes a plain Llama (default rotary embedding, no biases) in fp32 on a CPU that there are kernels for. Where they
@@ -121,8 +122,8 @@ def quicken(model: PreTrainedModel) -> QuickDraft | None:
 
 
 @torch.inference_mode()
-def int8_form(model: PreTrainedModel) -> tuple[QuickDraft | None, str]:
-    """Do what :func:`quicken` does, and say why there is no quick form."""
+def int8_form(model: PreTrainedModel) -> tuple[Int8Draft | None, str]:
+    """Do what :func:`compile_forward` does, and say why there is no quick form."""
     width = lanes()
     if width is None:
         return None, "no kernels for this processor, or no llvmlite"
@@ -133,12 +134,12 @@ def int8_form(model: PreTrainedModel) -> tuple[QuickDraft | None, str]:
         return None, "its weights are not in fp32"
     ids = torch.arange(1, 32) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
-        quick = QuickDraft(model, width)
-        found = quick.read(ids.tolist(), KVCache(quick.layers, 4))
+        compiled = Int8Draft(model, width)
+        found = compiled.read(ids.tolist(), KVCache(compiled.layers, 4))
     except UNUSABLE as error:
         return None, describe(error)
     expected = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1]
     off = float((found - expected).std() / expected.std())
     if not off <= _TOLERANCE:
         return None, f"its logits are off by {off:.3g} of their standard deviation, {_TOLERANCE:g} is allowed"
-    return quick, ""
+    return compiled, ""

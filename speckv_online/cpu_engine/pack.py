@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from speckv_online.cpu_engine.backend import CompiledForward
 from speckv_online.cpu_engine.kernels.linear import Shape, compiled, lay_out, shape
-from speckv_online.cpu_engine.layer_overrides import lighten
+from speckv_online.cpu_engine.layer_patches import patch_layers
 from speckv_online.cpu_engine.notes import EngineNotes, describe
-from speckv_online.cpu_engine.target_forward import quicken
-from speckv_online.cpu_engine.weight_version import mark
+from speckv_online.cpu_engine.target_forward import compile_forward
+from speckv_online.cpu_engine.weight_version import weight_version
 from speckv_online.modeling.grouped_attention import group
 
 #: Most rows for which the kernels are the quicker ones: more are a prompt.
@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
 
     def _lay_out(self) -> None:
         # Not buffers: neither saved nor hashed.
-        self._made_of = mark(self)
+        self._made_of = weight_version(self)
         self._packed = lay_out(self.weight.detach(), self._use)
         self._kernel = compiled(self._use)[self._packed[0].dtype]
 
@@ -72,7 +72,7 @@ class PackedLinear(nn.Linear):
         plain = x.dtype == torch.float32 and x.is_contiguous() and x.is_cpu and not torch.is_grad_enabled()
         if not plain or not 0 < rows <= MOST_ROWS:
             return nn.functional.linear(x, self.weight, self.bias)
-        if self._made_of != mark(self):
+        if self._made_of != weight_version(self):
             self._lay_out()
         weight, scales = self._packed
         out = x.new_empty(*x.shape[:-1], self.out_features)
@@ -109,14 +109,14 @@ def why_not(use: Shape) -> str:
 def pack(model: nn.Module) -> int:
     """Pack the fp32 linear layers of a model on the CPU, in place; return how many.
 
-    Other layers take a short way where there is one, see :mod:`speckv_online.cpu_engine.layer_overrides`, and so do
+    Other layers take a short way where there is one, see :mod:`speckv_online.cpu_engine.layer_patches`, and so do
     attention, see :mod:`speckv_online.modeling.grouped_attention`, and the whole forward, see
     :mod:`speckv_online.cpu_engine.target_forward`. Linear layers stay where packing does not work, and in a model whose
     weights are too large to be kept twice. Logits change by rounding only. A model whose weights change later need not
     be packed again, unless they change through ``weight.data``.
     """
     notes = model._engine_notes = EngineNotes(type(model).__name__)  # type: ignore[assignment]
-    notes.patched = lighten(model, notes)
+    notes.patched = patch_layers(model, notes)
     if isinstance(model, PreTrainedModel):
         model._forward_backend = CompiledForward(model)  # type: ignore[assignment]
         if model.device.type == "cpu":
@@ -129,7 +129,7 @@ def pack(model: nn.Module) -> int:
     else:
         count = notes.packed = _pack_linears(model, use, notes)
         if "packed linear layers" not in notes.missing:
-            quicken(model)
+            compile_forward(model)
     notes.report()
     return count
 

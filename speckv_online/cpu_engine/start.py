@@ -6,7 +6,7 @@ import logging
 
 from transformers import PreTrainedModel
 
-from speckv_online.cpu_engine.int8_draft import QuickDraft, int8_form
+from speckv_online.cpu_engine.int8_draft import Int8Draft, int8_form
 from speckv_online.cpu_engine.notes import notes_of
 from speckv_online.cpu_engine.pack import pack
 from speckv_online.modeling.engine import EngineStatus, choose_engine
@@ -34,13 +34,13 @@ def start_engine(model: PreTrainedModel, engine: str | None = None) -> EngineSta
     return notes_of(model).status
 
 
-def int8_draft(model: PreTrainedModel, engine: str | None = None) -> QuickDraft | None:
+def int8_draft(model: PreTrainedModel, engine: str | None = None) -> Int8Draft | None:
     """Return the int8 form of a draft, None where there is none or the engine is off; log once why."""
     if choose_engine(engine) == "off":
         return None
-    quick, reason = int8_form(model)
-    if quick is None:
+    compiled, reason = int8_form(model)
+    if compiled is None:
         # On other devices than a CPU nothing is missing.
         level = logging.WARNING if model.device.type == "cpu" else logging.INFO
         log.log(level, "%s: the draft has no int8 form: %s", type(model).__name__, reason)
-    return quick
+    return compiled

@@ -24,11 +24,11 @@ from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.kernels.llvm import double
-from speckv_online.cpu_engine.layer_overrides import stock_layers
+from speckv_online.cpu_engine.layer_patches import stock_layers
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
 from speckv_online.cpu_engine.logit_check import what_is_wrong
 from speckv_online.cpu_engine.notes import describe, notes_of
-from speckv_online.cpu_engine.weight_version import Mark, mark
+from speckv_online.cpu_engine.weight_version import WeightVersion, weight_version
 from speckv_online.modeling.fingerprint import remember_fingerprint
 from speckv_online.modeling.kv_cache import KVCache
 
@@ -82,7 +82,7 @@ class _FourBit:
     to = "bfloat"
 
     def __init__(self, layers: list[Any]) -> None:
-        weights, scales, codes, sizes, blocks = zip(*(layer._light for layer in layers), strict=True)
+        weights, scales, codes, sizes, blocks = zip(*(layer._patched for layer in layers), strict=True)
         self.inputs, self.outputs, self.block = sizes[0][1], sum(outputs for outputs, _ in sizes), blocks[0]
         if len(set(blocks)) > 1 or any(not torch.equal(code, codes[0]) for code in codes):
             raise ValueError("weights of several types")
@@ -103,7 +103,7 @@ class _Int8:
     to = "float"
 
     def __init__(self, layers: list[Any]) -> None:
-        weights, scales, sums, thresholds, sizes = zip(*(layer._light for layer in layers), strict=True)
+        weights, scales, sums, thresholds, sizes = zip(*(layer._patched for layer in layers), strict=True)
         self.inputs, self.outputs, self.threshold = sizes[0][1], sum(outputs for outputs, _ in sizes), thresholds[0]
         if len(set(thresholds)) > 1:
             raise ValueError("weights of several types")
@@ -131,8 +131,8 @@ def _together(*layers: Any) -> Any:
     return _KINDS[kinds.pop()](list(layers))
 
 
-class QuickTarget:
-    """The forward of a Llama over a :class:`~speckv_online.modeling.kv_cache.KVCache`; made by :func:`quicken`.
+class CompiledTarget:
+    """The forward of a Llama over a :class:`~speckv_online.modeling.kv_cache.KVCache`; made by :func:`compile_forward`.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ class QuickTarget:
         to = "bfloat" if any(type(m).__name__ == "Linear4bit" for m in model.modules()) else "float"
         names = "embed", "turn", f"attend_{to}", f"gate_{to}", "add", "shorten"
         self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
-        self.made_of = _marks(model)
+        self.made_of = _weight_versions(model)
         body, scale = model.model, double(float(model.model.layers[0].self_attn.scaling))
         widest = max(p.hidden, p.form.heads * p.form.size, p.inner)
         self._x, self._more, room = torch.empty(MOST_ROWS, widest), torch.empty(MOST_ROWS, p.hidden), _Room(widest)
@@ -172,7 +172,7 @@ class QuickTarget:
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
         self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuickTarget:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTarget:
         return self  # the steps point at this one's memory
 
     def _normed(self, norm: Any, product: Any) -> list[Step]:
@@ -194,86 +194,86 @@ class QuickTarget:
         return self.program.read(ids, cache, keep)
 
 
-def _marks(model: Any) -> list[Mark]:
+def _weight_versions(model: Any) -> list[WeightVersion]:
     """Return the marks of all weights of a Llama."""
     found = [model.model.embed_tokens, model.model.norm, model.lm_head]
     for layer in model.model.layers:
         a, f = layer.self_attn, layer.mlp
         found += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
         found += [layer.input_layernorm, layer.post_attention_layernorm]
-    return list(map(mark, found))
+    return list(map(weight_version, found))
 
 
-def quick_of(model: nn.Module) -> QuickTarget | None:
+def compiled_of(model: nn.Module) -> CompiledTarget | None:
     """Return a model's quick forward, if it has one, as of its weights now: made anew where they were changed."""
-    quick: QuickTarget | None = model.__dict__.get("_quick")
-    if quick is None:
+    compiled: CompiledTarget | None = model.__dict__.get("_compiled")
+    if compiled is None:
         return None
     try:
-        same = quick.made_of == _marks(model)
+        same = compiled.made_of == _weight_versions(model)
     except AttributeError:  # a part was put in place that has other parts
         same = False
     if same:
-        return quick
-    return model._quick if quicken(model) else None  # type: ignore[return-value]
+        return compiled
+    return model._compiled if compile_forward(model) else None  # type: ignore[return-value]
 
 
 @wraps(LlamaForCausalLM.forward)  # transformers reads the signature
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
     ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
-    whole = len(model.model.layers) == model._quick.program.layers  # none was taken out since
+    whole = len(model.model.layers) == model._compiled.program.layers  # none was taken out since
     known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
     if whole and isinstance(cache, KVCache) and len(cache) == 0:  # a new text
-        known = known and quick_of(model) is not None
+        known = known and compiled_of(model) is not None
     if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
-        count, room = ids.shape[-1], model._quick.room(cache)
+        count, room = ids.shape[-1], model._compiled.room(cache)
         # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
         drafts = keep - 1 if 0 < keep <= count else 0
-        if usable and model._quick.whole_prompts and len(cache) == 0 and count - drafts > 1:
+        if usable and model._compiled.whole_prompts and len(cache) == 0 and count - drafts > 1:
             prompt, rest = ids.split([count - drafts, drafts], 1)
             out = type(model).forward(model, input_ids=prompt, past_key_values=cache, logits_to_keep=keep - drafts)
             if drafts:
                 out.logits = torch.cat((out.logits, model(input_ids=rest, past_key_values=cache).logits), 1)
             return out
         if usable and 0 < count <= room:
-            logits = model._quick.read(ids[0].tolist(), cache, min(keep, count) or count)
+            logits = model._compiled.read(ids[0].tolist(), cache, min(keep, count) or count)
             return CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
     return type(model).forward(model, *args, **kwargs)
 
 
-def read_on(model: nn.Module, tokens: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor | None:
+def try_compiled_forward(model: nn.Module, tokens: Sequence[int], cache: KVCache, keep: int) -> torch.Tensor | None:
     """Read more tokens of a text as a model's forward would, without what is around it in transformers and torch.
 
     Returns
     -------
     Tensor or None
-        As :meth:`QuickTarget.read`; None where the model has no quick forward, or where somebody wants to know of its
-        calls: then call the model. So does the text's beginning, when weights are looked at.
+        As :meth:`CompiledTarget.read`; None where the model has no quick forward, or where somebody wants to know of
+        its calls: then call the model. So does the text's beginning, when weights are looked at.
     """
-    quick: QuickTarget | None = model.__dict__.get("_quick")
-    if quick is None or len(cache) == 0 or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
+    compiled: CompiledTarget | None = model.__dict__.get("_compiled")
+    if compiled is None or len(cache) == 0 or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
         return None
     if model._forward_hooks or model._forward_pre_hooks or _has_any_global_hook() or model._compiled_call_impl:
         return None
-    if len(tokens) > quick.room(cache) or len(model.model.layers) != quick.program.layers:  # type: ignore[arg-type, union-attr]
+    if len(tokens) > compiled.room(cache) or len(model.model.layers) != compiled.program.layers:  # type: ignore[arg-type, union-attr]
         return None
-    return quick.read(tokens, cache, keep)
+    return compiled.read(tokens, cache, keep)
 
 
 @torch.inference_mode()
-def quicken(model: nn.Module) -> bool:
+def compile_forward(model: nn.Module) -> bool:
     """Let a packed model on the CPU read few tokens in one call where it can; return True if it does.
 
     It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
     are not the model's up to rounding (:mod:`speckv_online.cpu_engine.logit_check`), the model stays as it is. The
     reason then stands in the model's notes.
     """
-    if model.__dict__.pop("_quick", None) is not None:
+    if model.__dict__.pop("_compiled", None) is not None:
         del model.forward
     notes = notes_of(model)
-    notes.compiled, quick = False, None
+    notes.compiled, compiled = False, None
     width = lanes()
     if width is None:
         reason, failed = "no kernels for this processor, or no llvmlite", True
@@ -282,12 +282,12 @@ def quicken(model: nn.Module) -> bool:
     elif sum(weight.nbytes for m in _quantized(model) for weight in m.parameters()) > MOST_BYTES:
         reason, failed = "its weights are too large to be kept twice", False
     else:
-        quick, reason, failed = _checked(model, width)
-    if quick is None:
+        compiled, reason, failed = _checked(model, width)
+    if compiled is None:
         notes.lacks("compiled forward", reason, failed)
         return False
     notes.missing.pop("compiled forward", None)
-    notes.compiled, model._quick = True, quick  # type: ignore[assignment]
+    notes.compiled, model._compiled = True, compiled  # type: ignore[assignment]
     model.forward = MethodType(_forward, model)
     return True
 
@@ -296,7 +296,7 @@ def _quantized(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
 
 
-def _checked(model: LlamaForCausalLM, width: int) -> tuple[QuickTarget | None, str, bool]:
+def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None, str, bool]:
     """Return a model's quick forward, or why there is none, and whether that is a failure."""
     remember_fingerprint(model)
     # No special tokens, whose states magnify the rounding of LLM.int8.
@@ -304,12 +304,12 @@ def _checked(model: LlamaForCausalLM, width: int) -> tuple[QuickTarget | None, s
     for _ in range(2):  # layers find their short ways
         model(input_ids=ids[None, :1], past_key_values=KVCache(int(model.config.num_hidden_layers), 4))
     try:
-        quick = QuickTarget(model, width)
-        states, logits = quick.program.trace(ids.tolist(), quick.ends)
+        compiled = CompiledTarget(model, width)
+        states, logits = compiled.program.trace(ids.tolist(), compiled.ends)
         with stock_layers(model):
             wrong = what_is_wrong(model, ids, states, logits)
     except ValueError as error:  # layers of other kinds or sizes
         return None, str(error), False
     except UNUSABLE as error:
         return None, describe(error), True
-    return (None, wrong, True) if wrong else (quick, "", False)
+    return (None, wrong, True) if wrong else (compiled, "", False)

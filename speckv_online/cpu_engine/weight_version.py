@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import nn
 
 #: Which parameter, where its numbers lie, and how often they were written.
-Mark = tuple[int, int, int]
+WeightVersion = tuple[int, int, int]
 
 
-def mark(layer: nn.Module) -> Mark:
+def weight_version(layer: nn.Module) -> WeightVersion:
     """Return the mark of a layer's weight."""
     weight = layer._parameters.get("weight")
     if weight is None:

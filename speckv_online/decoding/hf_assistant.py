@@ -100,6 +100,8 @@ class PolicyAssistant:
 
 #: Logits between the best two tokens that signals show at most.
 MOST_MARGIN = 40.0
+#: More tokens than any cache holds.
+ALL = 1 << 62
 
 
 class PolicyCandidates(AssistedCandidateGenerator):
@@ -119,7 +121,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.row.out = owner.begin()
         self.proposer = Unknown()
         self.ngrams = NgramIndex(tokens)
-        self.forwards = 0
+        self.forwards, self.valid = 0, ALL
         self.row.begin()
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -129,7 +131,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.started = perf_counter()
         self.num_assistant_tokens = step.decide(max(0, min(MAX_GAMMA, remaining - 1)), remaining, self.proposer)
         past: Any = self.assistant_kwargs.get("past_key_values")
-        self.lag = length - (past.get_seq_length() if past is not None else 0)
+        self.lag = length - (min(past.get_seq_length(), self.valid) if past is not None else 0)
         found: tuple[Any, Any] = super().get_candidates(input_ids, **kwargs)
         ids, logits = found
         self._note(ids, logits, length)
@@ -141,6 +143,12 @@ class PolicyCandidates(AssistedCandidateGenerator):
         return ids, logits
 
     def _update_past_and_masks(self, input_ids: Any, *args: Any, **kwargs: Any) -> bool:
+        past: Any = self.assistant_kwargs.get("past_key_values")
+        if past is not None:
+            surplus = past.get_seq_length() - min(self.valid, input_ids.shape[1] - 2)
+            if surplus > 0:
+                past.crop(-surplus)
+        self.valid = ALL
         has_past = super()._update_past_and_masks(input_ids, *args, **kwargs)
         if not has_past:  # steps without drafting came before the first draft, which the base class does not expect
             length, mine = input_ids.shape[1], self.assistant_kwargs
@@ -151,7 +159,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
 
     def _prepare_generation_args(self, input_ids: Any, min_new_tokens: int, max_new_tokens: int) -> dict[str, Any]:
         arguments = super()._prepare_generation_args(input_ids, min_new_tokens, max_new_tokens)
-        if self.row.step.decision.stops:
+        if self.row.step.decision.ask_per_token:
             arguments["stopping_criteria"] = StoppingCriteriaList([_Stop(self, input_ids.shape[1])])
         return arguments
 
@@ -196,10 +204,12 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.ngrams.extend(tokens)
 
     def _forget(self, length: int) -> None:
-        """Drop rejected drafts from the assistant's cache; the base class counts on every step drafting something."""
-        past: Any = self.assistant_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > length:
-            past.crop(length - past.get_seq_length())
+        """Note how much of the assistant's cache is of the text: rejected drafts go when the next draft begins.
+
+        The base class counts on every step drafting something. Cropping here and there would crop twice, which caches
+        with a sliding window do not take.
+        """
+        self.valid = min(self.valid, length)
 
 
 class _Stop(StoppingCriteria):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from policies.base import MAX_GAMMA, Outcome, Policy
 from speckv_online.decoding.generation import Generation, Totals
 from speckv_online.decoding.inputs import as_drafter, as_policy
-from speckv_online.decoding.propose import draft, draft_ahead, judge_ahead
+from speckv_online.decoding.propose import draft, draft_async, judge_async
 from speckv_online.decoding.row import Row
 from speckv_online.decoding.sequence import TokenSequence
 from speckv_online.decoding.timing import StepClock
@@ -191,16 +191,16 @@ class DecodingLoop:
         room = min(self.max_length, self.drafter.max_length, self.rope.end(context_length)) - context_length
         return max(0, min(self.max_gamma, remaining - 1, room))
 
-    def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
-        """Run the target over ``tokens`` and the drafts of ``ahead``; return the last ``keep`` rows of logits."""
-        return backend_of(self.target).forward(tokens, cache, keep, None if ahead is None else ahead[:, 0])
+    def _forward(self, tokens: list[int], cache: KVCache, keep: int, pending: torch.Tensor | None) -> torch.Tensor:
+        """Run the target over ``tokens`` and the drafts of ``pending``; return the last ``keep`` rows of logits."""
+        return backend_of(self.target).forward(tokens, cache, keep, None if pending is None else pending[:, 0])
 
     def _step(self, row: Row, cache: KVCache, on_logits: Callable[[torch.Tensor], None] | None) -> list[int]:
         """Draft, verify and commit once; return the new tokens."""
         started, lag = perf_counter(), 1 if self.drafter is None else self.drafter.lag
-        ahead, asked = self._draft(row)
-        unread, n, following = self._verify(row, cache, ahead, on_logits)
-        tokens, outcome = self._commit(row, cache, lag, asked, ahead is not None, n, following)
+        pending, asked = self._draft(row)
+        unread, n, following = self._verify(row, cache, pending, on_logits)
+        tokens, outcome = self._commit(row, cache, lag, asked, pending is not None, n, following)
         # A forward that read the prompt too says nothing of what a step takes.
         row.learn(outcome, perf_counter() - started, typical=unread == 1)
         return tokens
@@ -210,18 +210,18 @@ class DecodingLoop:
         step, drafter = row.step, self.drafter
         step.decide(self.limit(row.remaining, row.history.context_length), row.remaining, drafter)
         self._clock.draft()
-        deciding, ahead = row.policy.deciding, None
+        deciding, pending = row.policy.deciding, None
         if drafter is not None:
-            ahead = draft_ahead(step, drafter)
-            if ahead is None:
+            pending = draft_async(step, drafter)
+            if pending is None:
                 draft(step, drafter)
-        return ahead, row.policy.deciding - deciding
+        return pending, row.policy.deciding - deciding
 
     def _verify(
         self,
         row: Row,
         cache: KVCache,
-        ahead: torch.Tensor | None,
+        pending: torch.Tensor | None,
         on_logits: Callable[[torch.Tensor], None] | None,
     ) -> tuple[int, int, int]:
         """Read the drafts with the target: return how many of the text's tokens it read, n, and what follows."""
@@ -229,12 +229,12 @@ class DecodingLoop:
         clock.verify()
         self.rope.restart(cache, row.history.context_length)
         unread = row.sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
-        width = step.gamma if ahead is not None else len(step.tokens)
-        logits = self._forward([*unread, *step.tokens], cache, 1 + width, ahead)
+        width = step.gamma if pending is not None else len(step.tokens)
+        logits = self._forward([*unread, *step.tokens], cache, 1 + width, pending)
         if on_logits is not None:
             on_logits(logits)
-        if ahead is not None:
-            n, following = judge_ahead(step, logits, ahead, cast(ModelDrafter, drafter), clock)
+        if pending is not None:
+            n, following = judge_async(step, logits, pending, cast(ModelDrafter, drafter), clock)
         else:
             clock.launched()
             proposals = drafter.proposals[: len(step.tokens)] if drafter is not None else ()

@@ -12,35 +12,35 @@ from speckv_online.drafters.model import ModelDrafter
 from speckv_online.speculation import Speculation
 
 
-def draft_ahead(step: Speculation, drafter: Drafter) -> torch.Tensor | None:
+def draft_async(step: Speculation, drafter: Drafter) -> torch.Tensor | None:
     """Draft the step's ``gamma`` tokens on the drafter's device, if nothing has to be known of them beforehand.
 
-    Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.ahead` does, or None where the
+    Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.pending` does, or None where the
     policy wants to see every token, tokens are drawn, or the drafter is no plain model; its quick form is on the host.
     """
     if (
         not step.gamma
-        or step.decision.stops
-        or not step.trims
+        or step.decision.ask_per_token
+        or not step.may_drop
         or type(drafter) is not ModelDrafter
-        or drafter.quick is not None
+        or drafter.compiled is not None
     ):
         return None
-    return None if drafter.kind == LOOKUP else drafter.ahead(step.gamma)
+    return None if drafter.kind == LOOKUP else drafter.draft_async(step.gamma)
 
 
-def judge_ahead(
-    step: Speculation, logits: torch.Tensor, ahead: torch.Tensor, drafter: ModelDrafter, clock: StepClock
+def judge_async(
+    step: Speculation, logits: torch.Tensor, pending: torch.Tensor, drafter: ModelDrafter, clock: StepClock
 ) -> tuple[int, int]:
-    """Fetch what :func:`draft_ahead` gave into the step, and judge it by the target's ``logits``.
+    """Fetch what :func:`draft_async` gave into the step, and judge it by the target's ``logits``.
 
     Returns how many drafts agree, and the token that follows them.
     """
-    found = torch.cat((logits.argmax(-1).float(), ahead.to(logits.device).flatten()))
+    found = torch.cat((logits.argmax(-1).float(), pending.to(logits.device).flatten()))
     clock.launched()
-    numbers, count = found.tolist(), len(ahead)  # the one transfer of the step
+    numbers, count = found.tolist(), len(pending)  # the one transfer of the step
     rows = [numbers[i : i + 5] for i in range(count + 1, len(numbers), 5)]
-    step.extend(drafter.take_ahead(rows, step.signals), [0.0] * count)
+    step.extend(drafter.take_async(rows, step.signals), [0.0] * count)
     return matching(step.tokens, [int(c) for c in numbers[: count + 1]])
 
 

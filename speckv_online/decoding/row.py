@@ -62,7 +62,9 @@ class Row:
         self.sequence, self.budget, self.number, self.sampled = sequence, budget, number, sampled
         self.history = History(level, task, len(sequence.tokens), sequence.tokens, drafters)
         self.policy, self._begin = PolicyTimer(policy), policy.begin
-        self.step = Speculation(self.policy, self.history, np.zeros((max(max_gamma, 1), N_SIGNALS)), trims=not sampled)
+        self.step = Speculation(
+            self.policy, self.history, np.zeros((max(max_gamma, 1), N_SIGNALS)), may_drop=not sampled
+        )
         self.out = Generation()
 
     def begin(self) -> None:
@@ -120,7 +122,7 @@ def record_of(row: Row, outcome: Outcome) -> StepRecord:
     decision = row.step.decision
     return StepRecord(
         step=row.history.step - 1, gamma=decision.gamma, drafted=outcome.drafted, accepted=outcome.accepted,
-        tested=outcome.tested, produced=outcome.produced, mean_draft_entropy=mean_h, mean_draft_confidence=mean_c,
+        labelled=outcome.labelled, produced=outcome.produced, mean_draft_entropy=mean_h, mean_draft_confidence=mean_c,
         max_draft_entropy=max_h, min_draft_confidence=min_c, context_length=outcome.context_length,
         propensity=decision.propensity, policy_version=decision.policy_version, decision_id=decision.id,
         decide_seconds=0.0, draft_seconds=outcome.draft_seconds, verify_seconds=outcome.verify_seconds,

@@ -61,7 +61,7 @@ class Drafter(Protocol):
         """Append tokens that the target settled on to the context."""
 
 
-def look(logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
+def draft_signals(logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
     """Return for each of some logits, shape (n, rows of the head), what their signals are made of.
 
     Each is the likeliest row, its logit, the second largest one, the entropy in nats and the confidence.
@@ -73,14 +73,14 @@ def look(logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
     return [(int(row), *rest) for row, *rest in wanted.tolist()]
 
 
-def write_looked(found: Sequence[float], signals: np.ndarray) -> None:
+def write_draft_signals(found: Sequence[float], signals: np.ndarray) -> None:
     """Write a model's (N_SIGNALS,) signals, but for the n-gram's.
 
     Parameters
     ----------
     found : sequence of float
-        As from :func:`look`: the two largest logits, the entropy in nats and the confidence. Where they are no numbers,
-        as of a model whose logits overflow, the signals are those of one that knows nothing.
+        As from :func:`draft_signals`: the two largest logits, the entropy in nats and the confidence. Where they are no
+        numbers, as of a model whose logits overflow, the signals are those of one that knows nothing.
     signals : ndarray
         To write to.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.drafters.base import NO_PROPOSAL, Drafter, write_looked
+from speckv_online.drafters.base import NO_PROPOSAL, Drafter, write_draft_signals
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import chance_of
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
@@ -182,14 +182,14 @@ class ModelRows:
             feed[row] = context[have:] + self.drafted[row][max(have - len(context), 0) :]
         logits = self.model.feed(feed, last=True)[rows, 0, : self.drafter.rows].float()
         tokens = []
-        for i, (index, *found) in enumerate(self.drafter.look(logits)):
+        for i, (index, *found) in enumerate(self.drafter.draft_signals(logits)):
             row, head_ids, sampler = rows[i], self.drafter.head_ids, self.samplers[rows[i]]
             token = index if head_ids is None else head_ids[index]
             proposal = None
             if sampler is not None:
                 prefix = [*self.contexts[row], *self.drafted[row]]
                 token, proposal = sampler.propose(self.drafter.whole(logits[i]), prefix)
-            write_looked(found, signals[i])
+            write_draft_signals(found, signals[i])
             signals[i][NGRAM] = self.ngrams[row].signal(self.drafted[row], token)
             self.drafted[row].append(token)
             self.drawn[row].append(proposal)

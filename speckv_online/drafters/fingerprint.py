@@ -24,7 +24,7 @@ def drafter_fingerprint(drafter: Drafter) -> str:
     kind = type(drafter)
     found = [] if kind in _OURS else [f"{kind.__module__}.{kind.__qualname__}"]
     if isinstance(drafter, ModelDrafter):
-        found.append(fingerprint(drafter.model) + ("" if drafter.quick is None else "-w8a8"))
+        found.append(fingerprint(drafter.model) + ("" if drafter.compiled is None else "-w8a8"))
         if isinstance(drafter, HybridDrafter):
             found.append(f"gate-{drafter.gate.digest}-skip-{drafter.skip:g}")
     elif isinstance(drafter, NgramDrafter):

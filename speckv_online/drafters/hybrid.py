@@ -11,7 +11,7 @@ from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import Gate, gate_features
 from speckv_online.lookup.ngram_index import Proposal, write_signals
-from speckv_online.modeling.forward_backend import QuickForward
+from speckv_online.modeling.forward_backend import CompiledForward
 from speckv_online.modeling.sampling import Sampler
 
 
@@ -48,13 +48,13 @@ class HybridDrafter(ModelDrafter):
         model: PreTrainedModel,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickForward | None = None,
+        compiled: CompiledForward | None = None,
         *,
         gate: Gate | None = None,
         online: bool = False,
         skip: float | None = None,
     ) -> None:
-        super().__init__(model, vocab_size, head_ids, quick)
+        super().__init__(model, vocab_size, head_ids, compiled)
         gate = gate or Gate.load()
         self.gate = gate.copy() if online else gate
         self.skip = self.gate.skip if skip is None else skip

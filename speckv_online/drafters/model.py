@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.drafters.base import NO_PROPOSAL, look, write_looked
+from speckv_online.drafters.base import NO_PROPOSAL, draft_signals, write_draft_signals
 from speckv_online.lookup.gate import chance_of, shipped_chances
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
-from speckv_online.modeling.forward_backend import ForwardBackend, QuickForward, backend_of
+from speckv_online.modeling.forward_backend import CompiledForward, ForwardBackend, backend_of
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.sampling import Sampler
 
@@ -36,7 +36,7 @@ class ModelDrafter:
         Size of the target's vocabulary: ids beyond it (padding of a larger embedding) are never proposed.
     head_ids : Tensor, shape (rows,), optional
         Where the model's head covers only some tokens: the token id of each of its rows.
-    quick : QuickForward, optional
+    compiled : QuickForward, optional
         The model's quick form, which then reads and drafts in its place.
 
     Attributes
@@ -54,9 +54,9 @@ class ModelDrafter:
         model: PreTrainedModel,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickForward | None = None,
+        compiled: CompiledForward | None = None,
     ) -> None:
-        self.model, self.vocab_size, self.quick = model, vocab_size, quick
+        self.model, self.vocab_size, self.compiled = model, vocab_size, compiled
         self.rows = vocab_size if head_ids is None else len(head_ids)
         self._head_ids = None if head_ids is None else head_ids.to(model.device)
         self.head_ids = None if head_ids is None else head_ids.tolist()
@@ -81,7 +81,7 @@ class ModelDrafter:
     @property
     def backend(self) -> ForwardBackend:
         """What runs the model: its quick form, or its own backend."""
-        return backend_of(self.model) if self.quick is None else self.quick
+        return backend_of(self.model) if self.compiled is None else self.compiled
 
     @property
     def lag(self) -> int:
@@ -93,13 +93,13 @@ class ModelDrafter:
         self.kind = name if name in self.names else self.names[0]
         return self.kind
 
-    def ahead(self, count: int) -> torch.Tensor:
+    def draft_async(self, count: int) -> torch.Tensor:
         """Draft ``count`` tokens in greedy decoding without telling the host: for policies that need not see them.
 
         Returns
         -------
         Tensor, shape (count, 5), fp32, on the model's device
-            Token, two best logits, entropy in nats and confidence of each draft, for :meth:`take_ahead`.
+            Token, two best logits, entropy in nats and confidence of each draft, for :meth:`take_async`.
         """
         logits, found = self.logits(), list[torch.Tensor]()
         while True:
@@ -113,11 +113,11 @@ class ModelDrafter:
             logits = self._head(self.backend.forward([], self.cache, 1, self.known(token.view(1))))
         return torch.stack(found)
 
-    def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
-        """Take note of what :meth:`ahead` drafted, now that it is on the host, and return the tokens."""
+    def take_async(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
+        """Take note of what :meth:`draft_async` drafted, now that it is on the host, and return the tokens."""
         tokens = [int(row[0]) for row in rows]  # whole numbers below 2**24 are exact in fp32
         for i, (_, *found) in enumerate(rows):
-            write_looked(found, signals[i])
+            write_draft_signals(found, signals[i])
             signals[i, NGRAM] = self.ngrams.signal(tokens[:i], tokens[i])
         self.drafted += tokens
         self.proposals += [None] * len(tokens)
@@ -177,13 +177,13 @@ class ModelDrafter:
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
         logits = self.logits()
-        ((row, *found),) = self.look(logits[None])
-        write_looked(found, signals)
+        ((row, *found),) = self.draft_signals(logits[None])
+        write_draft_signals(found, signals)
         return row if self.head_ids is None else self.head_ids[row], logits
 
-    def look(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
-        """Do what :func:`look` does, by the quick form's kernel if there is one."""
-        return look(logits) if self.quick is None else [self.quick.look(row) for row in logits]
+    def draft_signals(self, logits: torch.Tensor) -> list[tuple[int, float, float, float, float]]:
+        """Do what :func:`draft_signals` does, by the quick form's kernel if there is one."""
+        return draft_signals(logits) if self.compiled is None else [self.compiled.draft_signals(row) for row in logits]
 
     def settle(self, token: int, logits: torch.Tensor) -> int:
         """Return the token to propose, the likeliest or a draw, and note the distribution that it was drawn from."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from speckv_online.drafters.base import Drafter
-    from speckv_online.modeling.forward_backend import QuickForward
+    from speckv_online.modeling.forward_backend import CompiledForward
 
 GROUP = "speckv_online.drafters"
 KINDS = ("model", "ngram", "hybrid")
@@ -32,7 +32,7 @@ HELP = (
     "plug-in's NAME:OPTION=VALUE"
 )
 #: What a plug-in's constructor is given besides its options, if it needs a model.
-_GIVEN = ("model", "vocab_size", "head_ids", "quick")
+_GIVEN = ("model", "vocab_size", "head_ids", "compiled")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DrafterSpec:
         model: PreTrainedModel | None,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickForward | None = None,
+        compiled: CompiledForward | None = None,
     ) -> Drafter:
         """Return the drafter; ``model`` and the rest as for :class:`~speckv_online.drafters.ModelDrafter`.
 
@@ -94,7 +94,7 @@ class DrafterSpec:
         if model is None and self.needs_model:
             raise ValueError(f"the {self.kind} drafter needs a model")
         if self.plugin is not None:
-            given = (model, vocab_size, head_ids, quick) if self.needs_model else ()
+            given = (model, vocab_size, head_ids, compiled) if self.needs_model else ()
             try:
                 return self.plugin(*given, **self.options)
             except UserError:
@@ -112,9 +112,9 @@ class DrafterSpec:
             return NgramDrafter()
         assert model is not None
         if self.kind == "model":
-            return ModelDrafter(model, vocab_size, head_ids, quick)
+            return ModelDrafter(model, vocab_size, head_ids, compiled)
         gate = Gate.load(self.gate or None)
-        return HybridDrafter(model, vocab_size, head_ids, quick, gate=gate, online=self.online, skip=self.skip)
+        return HybridDrafter(model, vocab_size, head_ids, compiled, gate=gate, online=self.online, skip=self.skip)
 
 
 def parse_drafter(text: str) -> DrafterSpec:

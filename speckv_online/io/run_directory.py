@@ -282,6 +282,8 @@ def read_from(path: str | Path, start: int = 0) -> Iterator[tuple[UnitResult | N
             else:
                 key = (row["level"], row["policy"], row["prompt"], row["seed"])
                 row.setdefault("forwards", -1)  # schema 1 lacks it
+                row.setdefault("learn_seconds", 0.0)  # up to schema 2 in decide_seconds
+                row["labelled"] = row.pop("tested", row.get("labelled"))  # its name up to schema 2
                 pending.setdefault(key, []).append(StepRecord(**{name: row[name] for name in _STEP_FIELDS}))
         except UserError:
             raise

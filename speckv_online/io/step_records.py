@@ -14,7 +14,7 @@ class StepRecord:
 
     ``gamma`` is what the policy asked for, cut to what the step allowed, ``drafted`` what was drafted and submitted,
     ``accepted`` n, ``produced`` the tokens added to the output. The signal summaries are over the drafted tokens of
-    this very step (zero where nothing was drafted), ``tested`` is the number of positions whose label is known.
+    this very step (zero where nothing was drafted), ``labelled`` is the number of positions whose label is known.
     ``forwards`` counts the tokens that took a forward of the draft model, dropped ones included; where it is not known
     (schema 1), all of ``drafted``. ``decide_seconds`` is what the policy took to decide, to stop and to submit,
     ``learn_seconds`` what it took to learn from this step; up to schema 2 the former held both.
@@ -24,7 +24,7 @@ class StepRecord:
     gamma: int
     drafted: int
     accepted: int
-    tested: int
+    labelled: int
     produced: int
     mean_draft_entropy: float
     mean_draft_confidence: float

@@ -66,7 +66,7 @@ class Gate:
         # A small ridge keeps directions that the training data never showed from moving without bound.
         self._covariance = np.linalg.inv(PRIOR_RECORDS * self.information + 0.1 * np.eye(n))
 
-    def sure(self, found: Proposal) -> float:
+    def lookup_confidence(self, found: Proposal) -> float:
         """Return the probability that the lookup's proposal is right, whatever the model says."""
         return chance_of(found, self.sure_weights)
 

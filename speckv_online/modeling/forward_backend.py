@@ -66,11 +66,11 @@ class ForwardBackend(Protocol):
         """
 
 
-class QuickForward(ForwardBackend, Protocol):
+class CompiledForward(ForwardBackend, Protocol):
     """A draft in another form than its model's, on the host. It finds what signals are made of by itself."""
 
-    def look(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
-        """Return what :func:`speckv_online.drafters.base.look` finds in one row of logits."""
+    def draft_signals(self, logits: torch.Tensor) -> tuple[int, float, float, float, float]:
+        """Return what :func:`speckv_online.drafters.base.draft_signals` finds in one row of logits."""
 
 
 class PlainForward:

@@ -212,7 +212,7 @@ def load_pair(
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
     big = load_target(source, level, device, engine)
-    small, head_ids, quick = None, None, None
+    small, head_ids, compiled = None, None, None
     if not spec.needs_model:
         draft_revision = spec.kind
     elif draft is not None:
@@ -221,13 +221,13 @@ def load_pair(
     else:
         small, head_ids, digest = load_shipped_draft(Path(source), where)
         draft_revision = f"{pair}:sha256:{digest[:16]}"
-        quick = int8_draft(small, engine)
-        if quick is not None:
+        compiled = int8_draft(small, engine)
+        if compiled is not None:
             draft_revision += ":w8a8"
         start_engine(small, engine)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
-    return LoadedPair(big, spec.build(small, vocabulary, head_ids, quick), tokenizer, level, where, revision)
+    return LoadedPair(big, spec.build(small, vocabulary, head_ids, compiled), tokenizer, level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:

@@ -56,7 +56,7 @@ def draft_table(
         )
     if getattr(drafter, "online", False):
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
-    if not isinstance(drafter, ModelDrafter) or drafter.quick is not None:
+    if not isinstance(drafter, ModelDrafter) or drafter.compiled is not None:
         drafts, table = _one_by_one(drafter, prompt, tokens, gamma)
         if type(drafter) is not ModelDrafter:
             return drafts, table[:, :, :LOOKUP], table[:, :, LOOKUP]
@@ -75,8 +75,8 @@ def draft_table(
     wrong = np.append(np.flatnonzero(first[:length] != np.asarray(tokens)), length)
     batches = np.array_split(wrong, -(-len(wrong) // BATCH))
     text = [*prompt, *tokens]
-    tails = [_roll_out(drafter, cache, text, start + w, first[w], gamma - 1) for w in batches]
-    tail_tokens, tail_signals = (np.concatenate(part) for part in zip(*tails, strict=True))
+    switch = [_roll_out(drafter, cache, text, start + w, first[w], gamma - 1) for w in batches]
+    tail_tokens, tail_signals = (np.concatenate(part) for part in zip(*switch, strict=True))
 
     drafts, table = _fill(wrong, first, first_signals, tail_tokens, tail_signals, gamma)
     if isinstance(drafter, HybridDrafter):
@@ -129,7 +129,7 @@ def _one_by_one(
     length = len(tokens)
     first = np.empty(length + 1, dtype=np.int64)
     first_signals = np.zeros((length + 1, ROW))
-    wrong, tails, tail_signals = [], [], []
+    wrong, switch, tail_signals = [], [], []
     drafter.begin(list(prompt), len(prompt) + length + gamma + 1)
     for t in range(length + 1):
         drafter.use("")
@@ -143,12 +143,12 @@ def _one_by_one(
                 tail[j] = token = drafter.draft(signals[j])
                 j += 1
             wrong.append(t)
-            tails.append(tail)
+            switch.append(tail)
             tail_signals.append(signals)
         drafter.end(0)
         if t < length:
             drafter.extend([int(tokens[t])])
-    return _fill(np.array(wrong), first, first_signals, np.array(tails), np.array(tail_signals), gamma)
+    return _fill(np.array(wrong), first, first_signals, np.array(switch), np.array(tail_signals), gamma)
 
 
 def _choose(drafter: ModelDrafter, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -125,9 +125,9 @@ def reliability(groups: Mapping[tuple[str, str], Sequence[UnitResult]], bins: in
     for level in dict.fromkeys(level for level, _ in groups):
         rows = np.array(
             [
-                (s.mean_draft_confidence, s.accepted, s.tested)
+                (s.mean_draft_confidence, s.accepted, s.labelled)
                 for (own, _), results in groups.items() if own == level
-                for r in results for s in r.steps if s.tested
+                for r in results for s in r.steps if s.labelled
             ]
         ).reshape(-1, 3)  # fmt: skip
         where = np.minimum((rows[:, 0] * bins).astype(int), bins - 1)

@@ -64,7 +64,7 @@ def clairvoyant(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     return found
 
 
-def fastest(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
+def dynamic_programming_bound(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
     """Replay, per level, the sequence of k that takes the least modelled time of all, by dynamic programming.
 
     A true bound: unlike :func:`clairvoyant` it also weighs where a step leaves off, and what the draft has to read.
@@ -79,11 +79,11 @@ def fastest(traces: Iterable[Trace], cost: CostTable) -> dict[str, Replay]:
 class _Steps:
     """What a step at one position may do: arrays with an entry for each way.
 
-    ``k`` tokens are drafted, ``n`` of them right; those from ``turn`` on are lookups in place of the drafter's choice.
-    """
+    ``k`` tokens are drafted, ``n`` of them right; those from ``switch_at`` on are lookups in place of the drafter's
+    choice."""
 
     k: np.ndarray
-    turn: np.ndarray
+    switch_at: np.ndarray
     n: np.ndarray
     tokens: np.ndarray
     paid: np.ndarray
@@ -94,15 +94,15 @@ def _steps(trace: Trace, t: int, cost: LevelCost, most: int) -> _Steps:
     """Return all drafts of up to ``most`` tokens at position t, and all right ones that end in lookups."""
     limit, right = min(MAX_GAMMA, trace.budget - t - 1), int(trace.accepted[t])
     ways = [(k, k, min(k, right)) for k in range(min(most, limit) + 1)]
-    if trace.tails is not None:
-        for turn in range(min(right, limit, trace.gamma - 1) + 1):
-            if trace.tails.offer(t, turn):
-                tail = min(trace.tails.turned(t, turn).accepted, limit)
-                ways += [(k, turn, k) for k in range(turn + 1, tail + 1)]
-    k, turns, n = np.array(ways).T
-    paid, context = trace.forwards[t, turns], len(trace.prompt) + t
+    if trace.switch is not None:
+        for switch_at in range(min(right, limit, trace.gamma - 1) + 1):
+            if trace.switch.lookup_alternative(t, switch_at):
+                tail = min(trace.switch.switched(t, switch_at).accepted, limit)
+                ways += [(k, switch_at, k) for k in range(switch_at + 1, tail + 1)]
+    k, switches, n = np.array(ways).T
+    paid, context = trace.forwards[t, switches], len(trace.prompt) + t
     seconds = [cost.seconds(j, context, forwards) for j, forwards in zip(k.tolist(), paid.tolist(), strict=True)]
-    return _Steps(k, turns, n, np.minimum(n + 1, len(trace) - t), paid, np.array(seconds))
+    return _Steps(k, switches, n, np.minimum(n + 1, len(trace) - t), paid, np.array(seconds))
 
 
 def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:
@@ -110,7 +110,7 @@ def _oracle(trace: Trace, cost: LevelCost, rate: float) -> Replay:
     while t < len(trace):
         steps = _steps(trace, t, cost, int(trace.accepted[t]))
         best = int(np.argmax(steps.tokens - rate * steps.seconds))
-        choice[t] = int(steps.k[best]), int(steps.turn[best])
+        choice[t] = int(steps.k[best]), int(steps.switch_at[best])
         t += int(steps.tokens[best])
     return _replay(trace, choice, cost)
 
@@ -127,8 +127,8 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     for t in range(length - 1, -1, -1):
         # Rejected tokens, too: a wider verification may be the cheaper one.
         steps = _steps(trace, t, cost, int(trace.available[t]))
-        after, read, asked = t + steps.tokens, trace.read[t, steps.turn], steps.paid > 0
-        ways = list(zip(steps.k.tolist(), steps.turn.tolist(), steps.tokens.tolist(), strict=True))
+        after, read, asked = t + steps.tokens, trace.read[t, steps.switch_at], steps.paid > 0
+        ways = list(zip(steps.k.tolist(), steps.switch_at.tolist(), steps.tokens.tolist(), strict=True))
         total = np.where(asked, np.inf, steps.seconds + without[after])
         best = int(np.argmin(total))
         without[t], best_without[t] = total[best], ways[best]
@@ -141,8 +141,8 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     choice, t = {}, 0
     more = using[0] + c * len(trace.prompt) < without[0]
     while t < length:
-        k, turn, tokens = (best_using if more else best_without)[t]
-        choice[t] = k, turn
+        k, switch_at, tokens = (best_using if more else best_without)[t]
+        choice[t] = k, switch_at
         more = more and not last[t]
         t += tokens
     return _replay(trace, choice, cost)
@@ -150,6 +150,6 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
 
 def _replay(trace: Trace, choice: dict[int, tuple[int, int]], cost: LevelCost) -> Replay:
     """Steps that draft so many tokens at position t, lookups from the second number on."""
-    plan, turns = np.zeros((2, len(trace)), dtype=int)
-    plan[list(choice)], turns[list(choice)] = zip(*choice.values(), strict=True)
-    return replay_plan(trace, plan, plan, cost, turns)
+    plan, switches = np.zeros((2, len(trace)), dtype=int)
+    plan[list(choice)], switches[list(choice)] = zip(*choice.values(), strict=True)
+    return replay_plan(trace, plan, plan, cost, switches)

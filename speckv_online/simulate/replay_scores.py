@@ -19,7 +19,7 @@ from policies.guards.fault import FaultGuard
 from policies.registry import make_policy
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import CostTable
-from speckv_online.simulate.hindsight import best_fixed, clairvoyant, fastest
+from speckv_online.simulate.hindsight import best_fixed, clairvoyant, dynamic_programming_bound
 from speckv_online.simulate.simulator import Replay, Simulator, replay_fixed, replay_plan
 from speckv_online.simulate.threshold_oracles import tuned
 from speckv_online.stats import Estimate, goodput, paired_ratio
@@ -155,7 +155,7 @@ def joined(traces: Sequence[Trace], parts: Sequence[tuple[Sequence[Trace], Score
     return Score(found[0].name, POLICY, tokens, seconds, orders=rates, learns=found[0].learns, **sums)
 
 
-class Contest:
+class ReplayEvaluation:
     """Traces of one level with what hindsight knows of them.
 
     Parameters
@@ -203,7 +203,7 @@ class Contest:
     @cached_property
     def best_lookup(self) -> Score | None:
         """The best fixed gamma of lookups alone in hindsight; None where the traces' drafter offers none."""
-        if any(t.tails is None for t in self.traces):
+        if any(t.switch is None for t in self.traces):
             return None
         table, found = self.cost.level(self.level), []
         for gamma in range(1, MAX_GAMMA + 1):
@@ -236,9 +236,9 @@ class Contest:
         return self._bound("clairvoyant", clairvoyant(self.traces, self.cost)[self.level])
 
     @cached_property
-    def fastest(self) -> Score:
+    def dynamic_programming_bound(self) -> Score:
         """The least modelled time over all sequences of decisions."""
-        return self._bound("dynamic programming", fastest(self.traces, self.cost)[self.level])
+        return self._bound("dynamic programming", dynamic_programming_bound(self.traces, self.cost)[self.level])
 
     def _bound(self, name: str, replay: Replay) -> Score:
         return score(name, BOUND, [replay.split()])
@@ -246,4 +246,11 @@ class Contest:
     def hindsight(self) -> list[Score]:
         """All that only hindsight knows."""
         lookup = [] if self.best_lookup is None else [self.best_lookup]
-        return [self.best, *lookup, self.task_oracle, *self.thresholds, self.clairvoyant, self.fastest]
+        return [
+            self.best,
+            *lookup,
+            self.task_oracle,
+            *self.thresholds,
+            self.clairvoyant,
+            self.dynamic_programming_bound,
+        ]

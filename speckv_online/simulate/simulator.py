@@ -48,7 +48,7 @@ class Replay:
     gamma: np.ndarray
     drafted: np.ndarray
     accepted: np.ndarray
-    tested: np.ndarray
+    labelled: np.ndarray
     produced: np.ndarray
     proposed: np.ndarray
     seconds: np.ndarray
@@ -140,7 +140,7 @@ class Simulator:
         first, reads = cost.first_draft_seconds, trace.reads
         output, forwards, read = trace.rows.tokens, trace.rows.forwards, trace.rows.read
         tokens = trace.prompt.tolist()
-        names = () if trace.tails is None else (trace.meta["drafter"], LOOKUP)
+        names = () if trace.switch is None else (trace.meta["drafter"], LOOKUP)
         history = History(trace.level, trace.task, len(tokens), tokens, names)
         step = Speculation(policy, history, trace.rows.signals[0])
         proposer = TraceProposer(trace, step)
@@ -155,7 +155,7 @@ class Simulator:
             k, context_length = step.submit(), history.context_length
             n = proposer.accepted if proposer.accepted < k else k
             produced = n + 1 if t + n < end else n  # fewer if the draft held the end-of-sequence token
-            asked = proposed if proposed < proposer.turn else proposer.turn
+            asked = proposed if proposed < proposer.switch_at else proposer.switch_at
             paid, reached = forwards[t][asked], read[t][asked]
             draft_seconds = first + t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
             verify_seconds = t_v[k] + slope * (context_length - usual)
@@ -167,7 +167,7 @@ class Simulator:
                 verify_seconds, seconds,
             )  # fmt: skip
             policy.learn(step.decision, outcome)
-            yield t, step.decision.gamma, k, n, outcome.tested, produced, proposed, seconds
+            yield t, step.decision.gamma, k, n, outcome.labelled, produced, proposed, seconds
             # The draft's cache keeps what it has read of the accepted tokens; the target's token comes on top.
             if reads:
                 lag = n + 1 - (reached if reached < n else n) if paid else lag + produced
@@ -195,23 +195,23 @@ class TraceProposer:
         How many tokens the drafter that the step began with has to propose.
     accepted : int
         How many of them the target agrees with.
-    turn : int
+    switch_at : int
         After how many tokens the step went on with lookups; ``size`` if it did not.
     size : int
         Most tokens that the trace has at a position.
     """
 
     def __init__(self, trace: Trace, step: Speculation) -> None:
-        rows, tails = trace.rows, trace.tails
-        self._rows, self._tails, self._step = rows, tails, step
-        self._lookups = rows.lookups if tails is None else tails.lookups
+        rows, switch = trace.rows, trace.switch
+        self._rows, self._tails, self._step = rows, switch, step
+        self._lookups = rows.lookups if switch is None else switch.lookups
         self.size = trace.gamma
 
     def move(self, t: int) -> None:
         """Begin a step at position t."""
         rows = self._rows
         there = self.there = rows.available[t]
-        self.t, self.turn, self.accepted = t, self.size, rows.accepted[t]
+        self.t, self.switch_at, self.accepted = t, self.size, rows.accepted[t]
         self.ids = rows.drafts[t] if there == self.size else rows.drafts[t][:there]
         self.signals = self._step.signals = rows.signals[t]
         self._known: Sequence[float] = self._lookups[t] if self._lookups else ()
@@ -226,22 +226,22 @@ class TraceProposer:
         if self._tails is None:
             return 0.0
         j = len(self._step.tokens)
-        return self._tails.offer(self.t, j) if j < self.turn else 0.0
+        return self._tails.lookup_alternative(self.t, j) if j < self.switch_at else 0.0
 
     def use(self, name: str) -> str:
         """Go on with lookups if asked to; a trace has nothing else to go on with."""
-        if name == LOOKUP and self._tails is not None and self.turn == self.size:
-            self.turn = len(self._step.tokens)
-            self.ids, self.signals, self._known, self.accepted = self._tails.turned(self.t, self.turn)
+        if name == LOOKUP and self._tails is not None and self.switch_at == self.size:
+            self.switch_at = len(self._step.tokens)
+            self.ids, self.signals, self._known, self.accepted = self._tails.switched(self.t, self.switch_at)
             self._step.signals = self.signals
-            if not self.turn:  # the step begins with the lookup
+            if not self.switch_at:  # the step begins with the lookup
                 self.there = len(self.ids)
         return name
 
     def draft(self, gamma: int) -> int:
         """Draft up to ``gamma`` tokens, as many as the policy wants; return how many."""
         step, j = self._step, 0
-        if gamma and not step.decision.stops:
+        if gamma and not step.decision.ask_per_token:
             there = len(self.ids)
             j = gamma if gamma < there else there
             following = self._known[1 : j + 1]
@@ -262,7 +262,7 @@ def replay_fixed(trace: Trace, gamma: int, cost: LevelCost, max_gamma: int = MAX
 
 
 def replay_plan(
-    trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost: LevelCost, turns: np.ndarray | None = None
+    trace: Trace, proposed: np.ndarray, submitted: np.ndarray, cost: LevelCost, switches: np.ndarray | None = None
 ) -> Replay:
     """Replay one trace under a rule that does not learn, and so is a table over positions.
 
@@ -275,17 +275,17 @@ def replay_plan(
         budget ends, and where the drafter has nothing more to propose.
     cost : LevelCost
         Where the seconds come from.
-    turns : ndarray of int, shape (L,), optional
+    switches : ndarray of int, shape (L,), optional
         After how many tokens a step goes on with the lookup alone; from ``proposed`` up, never.
     """
     length = len(trace)
     limit = trace.budget - 1 - np.arange(length)
     gamma = np.minimum(proposed, limit)
     available, accepted = trace.available, trace.accepted
-    if turns is not None and trace.tails is not None:
+    if switches is not None and trace.switch is not None:
         available, accepted = available.copy(), accepted.copy()
-        for t in np.flatnonzero(turns < proposed).tolist():
-            tail = trace.tails.turned(t, int(turns[t]))
+        for t in np.flatnonzero(switches < proposed).tolist():
+            tail = trace.switch.switched(t, int(switches[t]))
             available[t], accepted[t] = len(tail.drafts), tail.accepted
     limit = np.minimum(limit, available)
     k = np.minimum(submitted, limit)
@@ -297,8 +297,8 @@ def replay_plan(
         t = following[t]
     at = np.array(starts)
     j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
-    n, tested = judged_at_once(k, n, produced)
-    asked = j if turns is None else np.minimum(j, turns[at])
+    n, labelled = judged_at_once(k, n, produced)
+    asked = j if switches is None else np.minimum(j, switches[at])
     paid, read = trace.forwards[at, asked], trace.read[at, asked]
     verify = np.array(cost.verify_seconds)[k]
     seconds = cost.draft_seconds * paid + cost.first_draft_seconds * (paid > 0) + cost.overhead_seconds
@@ -307,7 +307,7 @@ def replay_plan(
     )
     if cost.catch_up_seconds and trace.reads:
         seconds += cost.catch_up_seconds * np.array(_behind(len(trace.prompt), paid, read, n, produced))
-    return Replay(at, gamma[at], k, n, tested, produced, j, seconds)
+    return Replay(at, gamma[at], k, n, labelled, produced, j, seconds)
 
 
 def _behind(

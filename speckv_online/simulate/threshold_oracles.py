@@ -55,7 +55,7 @@ def tuned(traces: Sequence[Trace], cost: CostTable) -> list[Tuned]:
     return list(best.values())
 
 
-def stops(below: np.ndarray) -> np.ndarray:
+def ask_per_token(below: np.ndarray) -> np.ndarray:
     """Return how many tokens are drafted if a step stops after the first True of each row, shape (L,)."""
     return np.where(below.any(axis=1), below.argmax(axis=1) + 1, below.shape[1])
 
@@ -63,12 +63,12 @@ def stops(below: np.ndarray) -> np.ndarray:
 def _static(traces: Sequence[Trace], cost: CostTable) -> Iterator[Tuned]:
     for threshold in CONFIDENCES:
         below = [t.signals[:, :MAX_GAMMA, CONFIDENCE].astype(float) < threshold for t in traces]
-        plans = [(stops(b), stops(b) - b.any(axis=1)) for b in below]
+        plans = [(ask_per_token(b), ask_per_token(b) - b.any(axis=1)) for b in below]
         for kind, withhold in (("confidence", 0), ("llamacpp", 1)):
             yield Tuned(kind, f"{threshold:g}", _replay(traces, [(p[0], p[withhold]) for p in plans], cost))
     for threshold in SVIP_THRESHOLDS:
         limit = threshold * threshold / (0.15 * LN2)
-        drafted = [stops(t.signals[:, :MAX_GAMMA, ENTROPY].astype(float) > limit) for t in traces]
+        drafted = [ask_per_token(t.signals[:, :MAX_GAMMA, ENTROPY].astype(float) > limit) for t in traces]
         yield Tuned("svip", f"{threshold:g}", _replay(traces, [(d, d) for d in drafted], cost))
 
 

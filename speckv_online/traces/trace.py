@@ -23,8 +23,8 @@ from policies.base import LOOKUP, N_SIGNALS, reason
 from speckv_online.errors import UserError
 from speckv_online.io.files import UNREADABLE, write_atomically
 from speckv_online.lookup.gate import LOOKUP_FEATURES
-from speckv_online.traces.lookup_tails import LookupTails
 from speckv_online.traces.rows import Rows
+from speckv_online.traces.switch_to_lookup import SwitchToLookup
 
 FORMAT, VERSION = "speckv-trace", 1
 #: Entry of a drafts table where the drafter has nothing to propose.
@@ -110,12 +110,12 @@ class Trace:
         return np.pad(np.maximum.accumulate(before, axis=1), ((0, 0), (1, 0)))
 
     @cached_property
-    def tails(self) -> LookupTails | None:
+    def switch(self) -> SwitchToLookup | None:
         """What the drafter would go on with if a policy left its model within a step; None where it has no choice."""
         weights = self.meta.get("lookup_weights")
         if weights is None:
             return None
-        return LookupTails(self.prompt.tolist(), self.rows, weights, self.meta.get("drafter") == "hybrid")
+        return SwitchToLookup(self.prompt.tolist(), self.rows, weights, self.meta.get("drafter") == "hybrid")
 
     @cached_property
     def rows(self) -> Rows:

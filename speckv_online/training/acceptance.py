@@ -18,7 +18,7 @@ import numpy as np
 from policies.acceptance.context_table import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES
 from policies.acceptance.draft_quality import quality
 from policies.acceptance.features import rows
-from policies.acceptance.model import HEADS, Hazard, prior_means
+from policies.acceptance.model import HEADS, AcceptanceModel, prior_means
 from policies.acceptance.step import Step
 from policies.base import Context, Decision, Draft, Outcome
 from speckv_online.errors import UserError
@@ -42,24 +42,24 @@ class _Starts(Schedule):
 
     def __init__(self, gammas: Sequence[int], *, seed: int = 0) -> None:
         super().__init__(gammas, seed=seed)
-        self.hazard = Hazard("none")  # what it predicts plays no part
+        self.acceptance_model = AcceptanceModel("none")  # what it predicts plays no part
         self.tokens = _Rows()
 
     def decide(self, context: Context) -> Decision:
         trace, t = self.trace, context.position
         accepted = int(trace.accepted[t])
         # What the budget would have cut off is no label, and nothing follows an accepted end or what a lookup knows.
-        tested = min(accepted + 1, int(trace.available[t]), trace.budget - t - 1, len(trace) - t)
-        step = Step(context, self.hazard)
+        labelled = min(accepted + 1, int(trace.available[t]), trace.budget - t - 1, len(trace) - t)
+        step = Step(context, self.acceptance_model)
         lookups = () if trace.lookups is None else trace.lookups[t].tolist()
-        step.extend(tested, Draft(tested, trace.signals[t], trace.drafts[t].tolist(), lookups))
-        self.tokens.add(step, tested, accepted, trace.prompt_id, (draft_of(trace), trace.level))
+        step.extend(labelled, Draft(labelled, trace.signals[t], trace.drafts[t].tolist(), lookups))
+        self.tokens.add(step, labelled, accepted, trace.prompt_id, (draft_of(trace), trace.level))
         decision = super().decide(context)
         decision.features = step
         return decision
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        decision.features.note(outcome.tested, outcome.accepted)
+        decision.features.note(outcome.labelled, outcome.accepted)
 
     def run(self, trace: Trace) -> None:
         """Replay one trace."""
@@ -77,10 +77,10 @@ class _Rows:
         self.buckets: list[tuple[int, int]] = []
         self.group: list[tuple[str, str]] = []
 
-    def add(self, step: Step, tested: int, accepted: int, prompt: str, group: tuple[str, str]) -> None:
+    def add(self, step: Step, labelled: int, accepted: int, prompt: str, group: tuple[str, str]) -> None:
         # A lookup's proposals have no rows: how sure the drafter is of them is all that a policy goes by.
         for j, where, _, about in step.asked:
-            if j < tested:
+            if j < labelled:
                 self.numbers.append(about)
                 self.y.append(j < accepted)
                 self.prompt.append(prompt)
@@ -146,9 +146,9 @@ class Tokens:
 def excess(table: np.ndarray, buckets: np.ndarray) -> np.ndarray:
     """Return the last two features of :meth:`policies.acceptance.context_table.TokenHistory.look` for buckets (N,
     2)."""
-    tested, accepted = table[0][buckets], table[1][buckets]
+    labelled, accepted = table[0][buckets], table[1][buckets]
     mean = table[1, :SINGLES].sum() / max(table[0, :SINGLES].sum(), 1e-9)
-    shrunk = (accepted - mean * tested) / (tested + np.array([SHRINK_SINGLE, SHRINK_PAIR]))
+    shrunk = (accepted - mean * labelled) / (labelled + np.array([SHRINK_SINGLE, SHRINK_PAIR]))
     return np.where(buckets >= 0, shrunk, 0.0)
 
 
@@ -220,7 +220,7 @@ def lines(x: np.ndarray, m: np.ndarray) -> np.ndarray:
 
 
 def train_acceptance(tokens: Tokens, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return the arrays of a file of acceptance weights, see :class:`policies.acceptance.model.Hazard`."""
+    """Return the arrays of a file of acceptance weights, see :class:`policies.acceptance.model.AcceptanceModel`."""
     own = str(tokens.group[0, 0])
     table = tokens[tokens.group[:, 0] == own].counts()
     rng, m = np.random.default_rng(seed), tokens.quality()

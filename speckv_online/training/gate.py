@@ -113,12 +113,14 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def choose(gate: Gate, data: Positions, skip: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Return, per row, whether the hybrid's proposal is right, and whether the model was asked."""
-    skipped = data.found & (sureness(gate, data) >= skip) if skip < 1.0 else np.zeros(len(data.found), dtype=bool)
+    skipped = (
+        data.found & (lookup_confidences(gate, data) >= skip) if skip < 1.0 else np.zeros(len(data.found), dtype=bool)
+    )
     prefers = skipped | data.differ & (data.features @ gate.weights > 0)
     return np.where(prefers, data.lookup, data.model), ~skipped
 
 
-def sureness(gate: Gate, data: Positions) -> np.ndarray:
+def lookup_confidences(gate: Gate, data: Positions) -> np.ndarray:
     """Return the probability that the lookup is right; it means nothing in rows without a proposal."""
     return 1.0 / (1.0 + np.exp(-data.features[:, : len(LOOKUP_FEATURES)] @ gate.sure_weights))
 

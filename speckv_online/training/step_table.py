@@ -49,7 +49,7 @@ class StepRow:
     position: int = 0
     context_length: int = 0
     drafted: int = 0
-    tested: int = 0
+    labelled: int = 0
     last_drafted: int = 0
     last_accepted: int = 0
     acceptance: float = 0.5
@@ -133,7 +133,7 @@ def replay_rows(trace: Trace, schedule: Schedule, name: str = "") -> list[StepRo
             StepRow(
                 trace.level, int(replay.gamma[i]), trace.task, i, n, n / k if k else float("nan"),
                 int(replay.produced[i]), mean_h, mean_c, max_h, min_c, trace.prompt_id, trace.split, name,
-                int(position), int(context), k, int(replay.tested[i]), int(last), int(hit), rate, *lagged,
+                int(position), int(context), k, int(replay.labelled[i]), int(last), int(hit), rate, *lagged,
             )
         )  # fmt: skip
     return rows

@@ -15,7 +15,7 @@ from torch import nn
 
 from speckv_online.cpu_engine.kernels.bnb import four_bit_ways, quickest
 from speckv_online.cpu_engine.kernels.llvm import Kernel, features
-from speckv_online.cpu_engine.layer_overrides import WAYS, lighten
+from speckv_online.cpu_engine.layer_patches import WAYS, patch_layers
 from speckv_online.cpu_engine.pack import pack
 from speckv_online.modeling.fingerprint import fingerprint
 from tests.support.engine import needs_level
@@ -40,7 +40,7 @@ def layer(kind: str, bias: bool = False) -> Any:
 def lightened(kind: str, bias: bool = False) -> Any:
     needs_level(kind)
     model = nn.Sequential(layer(kind, bias))
-    assert lighten(model) == 1
+    assert patch_layers(model) == 1
     with torch.inference_mode():
         model[0](torch.ones(2, 128))
     assert "forward" in vars(model[0])
@@ -122,7 +122,7 @@ def test_another_arithmetic_is_noticed(kind: str, monkeypatch: pytest.MonkeyPatc
     ready, forward = WAYS[name]
     monkeypatch.setitem(WAYS, name, (ready, lambda own, x: forward(own, x) * (1 + 1e-6)))
     model, stock = nn.Sequential(layer(kind)), layer(kind)
-    lighten(model)
+    patch_layers(model)
     x = torch.ones(2, 128)
     with torch.inference_mode():
         assert torch.equal(model(x), stock(x))
@@ -144,7 +144,7 @@ def test_packing_a_model_does_it_and_keeps_its_fingerprint() -> None:
 def test_the_quicker_kernel_is_chosen_though_it_is_held_up_at_first() -> None:
     calls = {"quick": 0, "slow": 0}
 
-    def quick(*arguments: int) -> None:
+    def compiled(*arguments: int) -> None:
         calls["quick"] += 1
         time.sleep(0.004 if calls["quick"] <= 50 else 0.0)
 
@@ -152,7 +152,7 @@ def test_the_quicker_kernel_is_chosen_though_it_is_held_up_at_first() -> None:
         calls["slow"] += 1
         time.sleep(0.002)
 
-    for ways in ([quick, slow], [slow, quick]):
+    for ways in ([compiled, slow], [slow, compiled]):
         calls |= {"quick": 0, "slow": 0}
-        assert quickest(ways) is quick  # type: ignore[arg-type, comparison-overlap]
+        assert quickest(ways) is compiled  # type: ignore[arg-type, comparison-overlap]
     assert calls["quick"] == calls["slow"]

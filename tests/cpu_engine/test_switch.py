@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from speckv_online.cpu_engine import layer_overrides, llama_program, target_forward
+from speckv_online.cpu_engine import layer_patches, llama_program, target_forward
 from speckv_online.cpu_engine import pack as packed
 from speckv_online.cpu_engine.backend import CompiledForward
-from speckv_online.cpu_engine.int8_draft import QuickDraft
+from speckv_online.cpu_engine.int8_draft import Int8Draft
 from speckv_online.cpu_engine.logit_check import LOGITS, UPDATE
 from speckv_online.cpu_engine.pack import pack
 from speckv_online.cpu_engine.start import int8_draft, start_engine
-from speckv_online.cpu_engine.target_forward import QuickTarget
+from speckv_online.cpu_engine.target_forward import CompiledTarget
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.drafters.ngram import NgramDrafter
@@ -81,7 +81,7 @@ def test_off_means_plain_transformers(
         assert not any(type(m).__module__.startswith("speckv_online") for m in model.modules())
         assert model.config._attn_implementation == "sdpa"
         assert type(backend_of(model)) is PlainForward
-    assert pair.drafter.quick is None
+    assert pair.drafter.compiled is None
     assert decoder.engine == EngineStatus(False, "switched off")
     assert pair.engine == {"target": decoder.engine, "draft": decoder.engine}
 
@@ -153,8 +153,8 @@ def test_a_layer_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog
     def broken(layer: Any, x: torch.Tensor) -> torch.Tensor:
         raise OSError("no kernel")
 
-    ready, _ = layer_overrides.WAYS["LlamaRMSNorm"]
-    monkeypatch.setitem(layer_overrides.WAYS, "LlamaRMSNorm", (ready, broken))
+    ready, _ = layer_patches.WAYS["LlamaRMSNorm"]
+    monkeypatch.setitem(layer_patches.WAYS, "LlamaRMSNorm", (ready, broken))
     model = small_llama()
     assert "no short way for LlamaRMSNorm: OSError: no kernel" in start_engine(model, "auto").reason
     with torch.inference_mode():
@@ -213,7 +213,7 @@ def test_a_compiled_forward_that_is_slightly_wrong_is_refused(
     at = iter(range(100))
     monkeypatch.setitem(target_forward._KINDS, kind, lambda layers: (wrong if next(at) == 7 else real[kind])(layers))
     status = start_engine(model, "auto")
-    assert not isinstance(model.__dict__.get("_quick"), QuickTarget)
+    assert not isinstance(model.__dict__.get("_compiled"), CompiledTarget)
     assert "no compiled forward: " in status.reason
     assert f"{UPDATE if level in ('int8', 'nf4', 'fp4') else LOGITS['float']:g} is allowed" in status.reason
     assert said(caplog, logging.WARNING) == [f"LlamaForCausalLM: the CPU engine is {status}"]
@@ -274,10 +274,10 @@ def test_every_backend_reads_the_same(tiny_pair: TinyPair) -> None:
     """Tokens given as a list, as a tensor, and in both ways; one by one and in a batch."""
     stock, engine, draft = small_llama(), small_llama(), small_llama()
     start_engine(engine, "auto")
-    quick = int8_draft(draft, "auto")
-    assert isinstance(quick, QuickDraft)
-    assert quick.status.on
-    for backend, tolerance in ((backend_of(stock), 1e-5), (backend_of(engine), 1e-4), (quick, 0.1)):
+    compiled = int8_draft(draft, "auto")
+    assert isinstance(compiled, Int8Draft)
+    assert compiled.status.on
+    for backend, tolerance in ((backend_of(stock), 1e-5), (backend_of(engine), 1e-4), (compiled, 0.1)):
         expected = stock(input_ids=TEXT[None, :9]).logits[0]
         cache = KVCache(2, 20)
         parts = [

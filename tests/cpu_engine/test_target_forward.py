@@ -15,10 +15,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from experiments.drift.stage import first_layers
 from speckv_online.cpu_engine import llama_program
-from speckv_online.cpu_engine.batched_forward import QuickBatch, batch_of
-from speckv_online.cpu_engine.int8_draft import quicken
+from speckv_online.cpu_engine.batched_forward import CompiledBatch, batch_of
+from speckv_online.cpu_engine.int8_draft import compile_forward
 from speckv_online.cpu_engine.pack import pack
-from speckv_online.cpu_engine.target_forward import MOST_PIECES, MOST_ROWS, QuickTarget, read_on
+from speckv_online.cpu_engine.target_forward import MOST_PIECES, MOST_ROWS, CompiledTarget, try_compiled_forward
 from speckv_online.decoding.batch import decode_batch
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.model import ModelDrafter
@@ -36,10 +36,10 @@ TEXT = torch.from_numpy(np.random.default_rng(2).integers(0, VOCABULARY, 390))
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    stock, quick = llama(), llama()
-    pack(quick)
-    assert isinstance(quick._quick, QuickTarget)
-    return stock, quick
+    stock, compiled = llama(), llama()
+    pack(compiled)
+    assert isinstance(compiled._compiled, CompiledTarget)
+    return stock, compiled
 
 
 @torch.inference_mode()
@@ -48,10 +48,10 @@ def pair() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
 def test_logits_are_the_models_and_have_the_same_bits_at_every_width(
     pair: tuple[LlamaForCausalLM, LlamaForCausalLM], widths: list[int], junk: int
 ) -> None:
-    stock, quick = pair
+    stock, compiled = pair
     length = min(sum(widths), MOST_ROWS * MOST_PIECES)
     expected = stock(input_ids=TEXT[None, :length]).logits[0]
-    whole = quick(input_ids=TEXT[None, :length], past_key_values=KVCache(LAYERS, 4)).logits[0]
+    whole = compiled(input_ids=TEXT[None, :length], past_key_values=KVCache(LAYERS, 4)).logits[0]
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     cache, at = KVCache(LAYERS, 7), 0
     for width in widths:
@@ -59,19 +59,19 @@ def test_logits_are_the_models_and_have_the_same_bits_at_every_width(
         if not some.numel():
             break
         keep = 1 + (width + junk) % some.shape[1]
-        found = quick(input_ids=some, past_key_values=cache, logits_to_keep=keep, use_cache=True).logits[0]
+        found = compiled(input_ids=some, past_key_values=cache, logits_to_keep=keep, use_cache=True).logits[0]
         at += some.shape[1]
         assert torch.equal(found, whole[at - keep : at])
         if junk:  # a draft that is rejected
-            quick(input_ids=TEXT[None, -junk:], past_key_values=cache, logits_to_keep=1)
+            compiled(input_ids=TEXT[None, -junk:], past_key_values=cache, logits_to_keep=1)
             cache.truncate(at)
 
 
 @torch.inference_mode()
 def test_texts_in_turns_copies_and_growth(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     """Where a cache's keys and values are is remembered: a copy has its own, and so has one that grew meanwhile."""
-    stock, quick = pair
-    program, ids = quick._quick, TEXT.tolist()
+    stock, compiled = pair
+    program, ids = compiled._compiled, TEXT.tolist()
     expected = stock(input_ids=TEXT[None, :60]).logits[0]
 
     def near(found: torch.Tensor, at: int) -> None:
@@ -93,20 +93,20 @@ def test_texts_in_turns_copies_and_growth(pair: tuple[LlamaForCausalLM, LlamaFor
 
 @torch.inference_mode()
 def test_reading_on_without_the_model_around(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
-    stock, quick = pair
+    stock, compiled = pair
     cache, ids, calls = KVCache(LAYERS, 64), TEXT.tolist(), []
-    assert read_on(quick, ids[:4], cache, 1) is None  # the beginning, when weights are looked at
-    assert read_on(stock, ids[:4], cache, 1) is None
-    whole = quick(input_ids=TEXT[None, :30], past_key_values=KVCache(LAYERS, 64)).logits[0]
-    quick(input_ids=TEXT[None, :10], past_key_values=cache)
-    found = read_on(quick, ids[10:16], cache, 3)
+    assert try_compiled_forward(compiled, ids[:4], cache, 1) is None  # the beginning, when weights are looked at
+    assert try_compiled_forward(stock, ids[:4], cache, 1) is None
+    whole = compiled(input_ids=TEXT[None, :30], past_key_values=KVCache(LAYERS, 64)).logits[0]
+    compiled(input_ids=TEXT[None, :10], past_key_values=cache)
+    found = try_compiled_forward(compiled, ids[10:16], cache, 3)
     assert found is not None
     assert torch.equal(found, whole[13:16])
-    assert read_on(quick, [1] * (MOST_ROWS * MOST_PIECES + 1), cache, 1) is None
-    note = quick.register_forward_hook(lambda *_: calls.append(1))
+    assert try_compiled_forward(compiled, [1] * (MOST_ROWS * MOST_PIECES + 1), cache, 1) is None
+    note = compiled.register_forward_hook(lambda *_: calls.append(1))
     try:
-        assert read_on(quick, ids[16:18], cache, 1) is None
-        decoder = SpeculativeDecoder(None, policy="autoregressive", target=quick)
+        assert try_compiled_forward(compiled, ids[16:18], cache, 1) is None
+        decoder = SpeculativeDecoder(None, policy="autoregressive", target=compiled)
         heard = decoder.generate(ids[:8], 6).tokens
     finally:
         note.remove()
@@ -118,11 +118,11 @@ def test_reading_on_without_the_model_around(pair: tuple[LlamaForCausalLM, Llama
 @torch.inference_mode()
 def test_a_processor_with_short_registers(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     stock, packed = pair
-    quick, cache = QuickTarget(packed, 8), KVCache(LAYERS, 4)
+    compiled, cache = CompiledTarget(packed, 8), KVCache(LAYERS, 4)
     expected = stock(input_ids=TEXT[None, :90]).logits[0]
-    whole = quick.read(TEXT[:90].tolist(), KVCache(LAYERS, 4), 90)
+    whole = compiled.read(TEXT[:90].tolist(), KVCache(LAYERS, 4), 90)
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    parts = [quick.read(part.tolist(), cache, len(part)) for part in TEXT[:90].split([1, 6, 20, 63])]
+    parts = [compiled.read(part.tolist(), cache, len(part)) for part in TEXT[:90].split([1, 6, 20, 63])]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -138,7 +138,7 @@ def test_every_level_gives_a_token_the_same_bits_at_every_width(level: str, tmp_
     stock, model = (load_target(tmp_path, level, "cpu") for _ in range(2))
     before = fingerprint(load_target(tmp_path, level, "cpu"))
     pack(model)
-    assert isinstance(model._quick, QuickTarget)
+    assert isinstance(model._compiled, CompiledTarget)
     assert fingerprint(model) == before
     caches = [KVCache(LAYERS, 60) for _ in range(3)]
     parts = TEXT[:60].split(1)
@@ -201,7 +201,7 @@ def replace_part(model: LlamaForCausalLM) -> None:
 def write_unseen(model: LlamaForCausalLM) -> None:
     model.model.norm.weight.data.mul_(0.5)
     model.model.layers[0].self_attn.o_proj.weight.data.mul_(0.5)
-    if hasattr(model, "_quick"):
+    if hasattr(model, "_compiled"):
         pack(model)
 
 
@@ -210,7 +210,7 @@ def test_changed_weights_are_decoded_with(change: Any) -> None:
     """Whatever changes a packed model, its next text is that of the model as it is then, and its copies stay."""
     stock, model = llama(), llama()
     pack(model)
-    quick, before = model._quick, copy.deepcopy(model)
+    compiled, before = model._compiled, copy.deepcopy(model)
     short, one = {"input_ids": TEXT[None, :9]}, {"input_ids": TEXT[None, 9:10]}
     changed, tokens = list[torch.Tensor](), list[list[int]]()
     for some in (stock, model):
@@ -226,11 +226,11 @@ def test_changed_weights_are_decoded_with(change: Any) -> None:
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert tokens[0] == tokens[1]
     assert not torch.allclose(first, changed[2])
-    assert hasattr(model, "_quick") == (change not in (replace_layer, replace_part))  # parts that it does not know
+    assert hasattr(model, "_compiled") == (change not in (replace_layer, replace_part))  # parts that it does not know
     with torch.inference_mode():
         same = before(**short, past_key_values=KVCache(LAYERS, 20)).logits
     assert torch.equal(same, first)
-    assert before._quick is not quick  # of its own weights
+    assert before._compiled is not compiled  # of its own weights
 
 
 @torch.inference_mode()
@@ -252,7 +252,9 @@ def test_a_batch_says_what_each_prompt_alone_does(pair: tuple[LlamaForCausalLM, 
     target, draft = pair[1], llama()
     with torch.no_grad():
         draft.lm_head.weight.add_(0.02 * torch.randn_like(draft.lm_head.weight))
-    decoder = SpeculativeDecoder(ModelDrafter(draft, VOCABULARY, quick=quicken(draft)), policy=policy, target=target)
+    decoder = SpeculativeDecoder(
+        ModelDrafter(draft, VOCABULARY, compiled=compile_forward(draft)), policy=policy, target=target
+    )
     prompts = [TEXT[a:b].tolist() for a, b in ((0, 1), (3, 40), (40, 42), (50, 160), (200, 231))]
     alone = [decoder.generate(p, 24, eos_ids=[7]) for p in prompts]
     together = decode_batch(decoder, prompts, 24, eos_ids=[7])
@@ -263,30 +265,30 @@ def test_a_batch_says_what_each_prompt_alone_does(pair: tuple[LlamaForCausalLM, 
         signals = [[s.mean_draft_entropy for s in g.steps] for g in together]
         np.testing.assert_array_equal(signals[1], [s.mean_draft_entropy for s in alone[1].steps])
     long = [TEXT.tolist()[: MOST_ROWS * MOST_PIECES + 1], [5, 6]]
-    assert isinstance(batch_of(target, long, 300, target._quick.program), BatchModel)
-    assert isinstance(batch_of(target, prompts, 300, target._quick.program), QuickBatch)
+    assert isinstance(batch_of(target, long, 300, target._compiled.program), BatchModel)
+    assert isinstance(batch_of(target, prompts, 300, target._compiled.program), CompiledBatch)
 
 
 @torch.inference_mode()
 def test_what_it_does_not_know_is_the_models(pair: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
-    stock, quick = pair
+    stock, compiled = pair
     ids, batch = TEXT[None, :9], TEXT[:18].view(2, 9)
     for arguments in (
         {"input_ids": ids},
-        {"input_ids": ids, "past_key_values": DynamicCache(config=quick.config)},
+        {"input_ids": ids, "past_key_values": DynamicCache(config=compiled.config)},
         {"input_ids": batch, "past_key_values": KVCache(LAYERS, 20)},
         {"input_ids": ids, "past_key_values": KVCache(LAYERS, 20), "attention_mask": torch.ones_like(ids)},
         {"input_ids": TEXT[None, : MOST_ROWS * MOST_PIECES + 1], "past_key_values": KVCache(LAYERS, 20)},
     ):
         expected = stock(arguments["input_ids"]).logits
-        torch.testing.assert_close(quick(**arguments).logits, expected, rtol=1e-4, atol=1e-3)
-    wide = quick(input_ids=ids, past_key_values=KVCache(LAYERS, 20), output_hidden_states=True)
+        torch.testing.assert_close(compiled(**arguments).logits, expected, rtol=1e-4, atol=1e-3)
+    wide = compiled(input_ids=ids, past_key_values=KVCache(LAYERS, 20), output_hidden_states=True)
     assert len(wide.hidden_states) == LAYERS + 1
     # Past the end of its table of positions.
     cache = KVCache(LAYERS, 20)
     for part in TEXT.split(MOST_ROWS * MOST_PIECES):
-        quick(input_ids=part[None], past_key_values=cache)
-    assert quick(input_ids=TEXT[None, :30], past_key_values=cache).logits.shape == (1, 30, VOCABULARY)
+        compiled(input_ids=part[None], past_key_values=cache)
+    assert compiled(input_ids=TEXT[None, :30], past_key_values=cache).logits.shape == (1, 30, VOCABULARY)
     assert len(cache) == len(TEXT) + 30
 
 
@@ -324,7 +326,7 @@ def test_gradients_are_the_models(pair: tuple[LlamaForCausalLM, LlamaForCausalLM
 def test_other_llamas_stay(changes: dict[str, Any]) -> None:
     model = llama(**changes)
     pack(model)
-    assert not hasattr(model, "_quick")
+    assert not hasattr(model, "_compiled")
 
 
 def test_without_kernels_or_with_wrong_ones_a_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,5 +343,5 @@ def test_without_kernels_or_with_wrong_ones_a_model_stays(monkeypatch: pytest.Mo
         model = llama()
         monkeypatch.setattr(llama_program, "compiled", kernels)
         pack(model)
-        assert not hasattr(model, "_quick")
+        assert not hasattr(model, "_compiled")
         assert model(input_ids=TEXT[None, :5], past_key_values=KVCache(LAYERS, 20)).logits.shape[1] == 5

@@ -39,7 +39,7 @@ class Ragged(Policy):
     def decide(self, context: Context) -> Decision:
         gamma = (3 * context.step + 5 * context.tokens[-1]) % (self.most + 1)
         self.seen.append((context.level, context.position))
-        return Decision(self.new_id(), gamma, stops=context.step % 3 == 1)
+        return Decision(self.new_id(), gamma, ask_per_token=context.step % 3 == 1)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         drafted, signals = draft.drafted, draft.signals
@@ -78,7 +78,7 @@ def test_rows_are_as_if_alone(tiny_pair: TinyPair, kind: str) -> None:
         assert sum(s.produced for s in out.steps) == len(out.tokens)
         assert out.steps[0].context_length == len(prompt)
         for s in out.steps:
-            assert s.accepted <= s.tested <= s.drafted
+            assert s.accepted <= s.labelled <= s.drafted
             assert s.seconds >= s.draft_seconds + s.verify_seconds > 0
     assert len(policy.outcomes) == sum(len(out.steps) for out in found)
     assert policy.seen[0] == ("fp32@8", 0)
@@ -251,8 +251,8 @@ def test_a_row_that_drafts_by_itself_pays_for_itself(tiny_pair: TinyPair) -> Non
     prompts = [[7, 8] * 6, [9, 10] * 6]
     found = decoder.decode_batch(prompts, 16, eos_ids=())
     assert [g.tokens for g in found] == [plain(tiny_pair.target, p, 16) for p in prompts]
-    slow, quick = ([s.draft_seconds for s in g.steps if s.drafted] for g in found)
-    assert min(slow) > np.median(quick)
+    slow, compiled = ([s.draft_seconds for s in g.steps if s.drafted] for g in found)
+    assert min(slow) > np.median(compiled)
     assert decoder.generate(prompts[0], 16, eos_ids=()).tokens == plain(tiny_pair.target, prompts[0], 16)
 
 

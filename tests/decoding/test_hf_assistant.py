@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from policies.base import NGRAM
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.decoding.hf_assistant import PolicyAssistant
 from tests.support.decoding import Scripted, plain, prompt_of
-from tests.support.tiny_models import TinyPair
+from tests.support.tiny_models import TinyPair, perturbed
 
 
 def run(pair: TinyPair, policy: Any, prompt: list[int], draft: Any = None, **options: Any) -> Any:
@@ -39,8 +40,8 @@ def test_the_policy_sets_gamma(tiny_pair: TinyPair, gammas: list[int]) -> None:
     # The decoder of this package, at the same gammas, takes the same steps.
     other = Scripted(gammas)
     SpeculativeDecoder(tiny_pair.draft, policy=other, target=tiny_pair.target).generate(prompt, 30)
-    steps = [(o.drafted, o.accepted, o.tested, o.produced, o.caught_up) for o in other.outcomes]
-    assert [(o.drafted, o.accepted, o.tested, o.produced) for o in policy.outcomes] == [s[:4] for s in steps]
+    steps = [(o.drafted, o.accepted, o.labelled, o.produced, o.caught_up) for o in other.outcomes]
+    assert [(o.drafted, o.accepted, o.labelled, o.produced) for o in policy.outcomes] == [s[:4] for s in steps]
     for mine, reference in zip(policy.outcomes, other.outcomes, strict=True):
         assert mine.signals[:, :NGRAM] == pytest.approx(reference.signals[:, :NGRAM], rel=1e-3, abs=1e-3)
         assert mine.signals[:, NGRAM].tolist() == reference.signals[:, NGRAM].tolist()
@@ -53,7 +54,7 @@ def test_the_policy_sets_gamma(tiny_pair: TinyPair, gammas: list[int]) -> None:
 
 def test_stopping_policies(tiny_pair: TinyPair) -> None:
     prompt = prompt_of(10, 3)
-    policy, other = Scripted([12], stops=True), Scripted([12], stops=True)
+    policy, other = Scripted([12], ask_per_token=True), Scripted([12], ask_per_token=True)
     tokens, assistant = run(tiny_pair, policy, prompt)
     assert tokens == plain(tiny_pair.target, prompt, 30)
     SpeculativeDecoder(tiny_pair.draft, policy=other, target=tiny_pair.target).generate(prompt, 30)
@@ -104,3 +105,24 @@ def test_the_model_is_left_as_it_was(tiny_pair: TinyPair) -> None:
         tiny_pair.target.generate(ids, assistant_model=tiny_pair.draft, do_sample=False, max_new_tokens=6)
     assert (len(assistant.last.tokens), inner.last.tokens) == (6, [])
     assert "_get_candidate_generator" not in vars(tiny_pair.target)
+
+
+@pytest.mark.parametrize("gammas", [[4], [4, 0, 7, 2]], ids=str)
+def test_an_assistant_with_a_sliding_window(gammas: list[int]) -> None:
+    """Past its window a cache cannot be cropped twice in a step."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=8, eos_token_id=None, bos_token_id=None,
+        pad_token_id=0, tie_word_embeddings=False, initializer_range=0.15,
+    )  # fmt: skip
+    target = MistralForCausalLM(config).eval()
+    for scale in (0.003, 0.02):
+        draft, prompt = perturbed(target, scale), prompt_of(20, 4)
+        ids, policy = torch.tensor([prompt]), Scripted(gammas)
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 24}
+        wanted = target.generate(ids, **options)
+        with PolicyAssistant(policy).attached_to(target) as assistant:
+            out = target.generate(ids, assistant_model=draft, **options)
+        assert out.tolist() == wanted.tolist()
+        assert not assistant.policy.faults

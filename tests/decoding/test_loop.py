@@ -68,7 +68,7 @@ def test_outcomes_and_records(tiny_pair: TinyPair) -> None:
         assert (step, at, context_length) == (record.step, position, len(prompt) + position)
         assert (remaining, max_gamma) == (40 - position, min(16, 39 - position))
         assert record.drafted == min(record.gamma, max_gamma) == outcome.drafted
-        assert record.accepted <= record.tested <= record.drafted
+        assert record.accepted <= record.labelled <= record.drafted
         assert outcome.rejected == (record.accepted < record.drafted)
         assert record.produced == record.accepted + 1
         assert outcome.signals.shape == (record.drafted, N_SIGNALS)
@@ -107,10 +107,10 @@ def test_outcomes_hold_the_policys_own_time(tiny_pair: TinyPair) -> None:
 def test_while_the_policy_sleeps_the_draft_reads_nothing(tiny_pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(tiny_pair.drafter(), policy="goodput", target=tiny_pair.target, level="fp32")
     ledger, forwards = decoder.policy.ledger("fp32"), []
-    nap, ledger.baseline = ledger.nap, 0
+    sleep, ledger.baseline = ledger.sleep, 0
     for _ in range(8):
-        nap.tokens, nap.seconds = 64.0, 1e6
-        nap.start(0.1, allowed=True)
+        sleep.tokens, sleep.seconds = 64.0, 1e6
+        sleep.start(0.1, allowed=True)
     note = tiny_pair.draft.register_forward_hook(lambda *_: forwards.append(1))
     try:
         out = decoder.generate(prompt_of(12), 30)
@@ -140,21 +140,21 @@ def test_the_draft_catches_up_in_one_forward(tiny_pair: TinyPair) -> None:
     assert widths[0] + widths[1] == last.context_length
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("ask_per_token", [False, True])
 def test_the_prompt_is_read_with_the_first_drafts(
-    tiny_pair: TinyPair, stops: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: TinyPair, ask_per_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One forward of the target for each step and none besides; its times are no policy's business."""
     widths: list[tuple[int, int]] = []
     forward = SpeculativeDecoder._forward
 
-    def counted(self: SpeculativeDecoder, tokens: list[int], cache: KVCache, keep: int, ahead: Any) -> torch.Tensor:
-        logits = forward(self, tokens, cache, keep, ahead)
-        widths.append((len(tokens) + (0 if ahead is None else len(ahead)), len(logits)))
+    def counted(self: SpeculativeDecoder, tokens: list[int], cache: KVCache, keep: int, pending: Any) -> torch.Tensor:
+        logits = forward(self, tokens, cache, keep, pending)
+        widths.append((len(tokens) + (0 if pending is None else len(pending)), len(logits)))
         return logits
 
     monkeypatch.setattr(SpeculativeDecoder, "_forward", counted)
-    policy = Scripted([3, 0, 5], stops=stops)
+    policy = Scripted([3, 0, 5], ask_per_token=ask_per_token)
     decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
     for length in (1, 30):
         widths.clear()
@@ -198,7 +198,7 @@ def test_signals_are_the_drafts_own(tiny_pair: TinyPair) -> None:
 
 
 def test_stopping_policies_and_trimmed_drafts(tiny_pair: TinyPair) -> None:
-    policy = Scripted([12], stops=True)
+    policy = Scripted([12], ask_per_token=True)
     decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
     prompt = prompt_of(10, 3)
     assert decoder.generate(prompt, 60).tokens == plain(tiny_pair.target, prompt, 60)
@@ -311,15 +311,15 @@ def test_check_greedy_finds_a_wrong_token(tiny_pair: TinyPair) -> None:
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-@pytest.mark.parametrize("quick", [True, False])
-def test_a_draft_whose_logits_are_no_numbers(tiny_pair: TinyPair, broken: float, quick: bool) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_draft_whose_logits_are_no_numbers(tiny_pair: TinyPair, broken: float, compiled: bool) -> None:
     """It is as good as one that knows nothing: the target's own tokens, and records that hold numbers."""
     draft = perturbed(tiny_pair.draft, 0.0)
     with torch.no_grad():
         draft.model.norm.weight.fill_(broken)
     drafter = ModelDrafter(draft, tiny_pair.target.config.vocab_size)
-    if not quick:
-        drafter.quick = None
+    if not compiled:
+        drafter.compiled = None
     policy = Scripted([3, 0, 5])
     decoder = SpeculativeDecoder(drafter, policy=policy, target=tiny_pair.target)
     for prompt in ([5, 17, 101, 44], [33, 7]):

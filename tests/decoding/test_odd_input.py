@@ -107,8 +107,8 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     """Both models on the GPU, the draft alone on the CPU, alone, in a batch and sampled; times come from events."""
     target = tiny_llama().to("cuda", dtype)
     for draft in (perturbed(target, 0.03), perturbed(target, 0.03).to("cpu", torch.float32)):
-        for stops in (False, True):
-            policy = Scripted([4, 0, 7], stops=stops)
+        for ask_per_token in (False, True):
+            policy = Scripted([4, 0, 7], ask_per_token=ask_per_token)
             decoder = SpeculativeDecoder(ModelDrafter(draft, 260), policy=policy, target=target)
             prompt = prompt_of(12)
             out = decoder.generate(prompt, 24)

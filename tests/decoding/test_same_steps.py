@@ -49,7 +49,7 @@ class Notes(Wrapper):
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         o = outcome
-        self.told.append((o.drafted, o.accepted, o.tested, o.produced, o.context_length, list(o.tokens), o.forwards))
+        self.told.append((o.drafted, o.accepted, o.labelled, o.produced, o.context_length, list(o.tokens), o.forwards))
         o.seconds = o.draft_seconds = o.verify_seconds = o.policy_seconds = 0.0
         self.policy.learn(decision, o)
 
@@ -108,7 +108,7 @@ def test_what_a_policy_does_to_its_arguments_changes_no_token(tiny_pair: TinyPai
             with pytest.raises(AttributeError):
                 context.tokens.append(1)  # type: ignore[attr-defined]
             context.tokens[:].clear()  # type: ignore[attr-defined]
-            self.last = Decision(self.new_id(), min(6, limit), stops=True)
+            self.last = Decision(self.new_id(), min(6, limit), ask_per_token=True)
             return self.last
 
         def proceed(self, decision: Decision, draft: Draft) -> bool:

@@ -154,7 +154,7 @@ def test_processors_temperature_and_cuts_at_every_position(top: dict[str, float]
 
 def test_drafts_are_not_trimmed_when_sampled(tiny_pair: TinyPair) -> None:
     """Dropping a drawn token for what it is would bias the output."""
-    policy = Scripted([6], stops=True)
+    policy = Scripted([6], ask_per_token=True)
     decoder = SpeculativeDecoder(tiny_pair.drafter(), policy=policy, target=tiny_pair.target)
     policy.submit = lambda *_: pytest.fail("submit was asked in sampled decoding")  # type: ignore[method-assign]
     decoder.generate(prompt_of(8), 20, sampler=Sampler(1.0))
@@ -169,7 +169,7 @@ def test_stop_condition_cuts_inside_a_draft(tiny_pair: TinyPair) -> None:
         decoder = SpeculativeDecoder(ModelDrafter(tiny_pair.target, 260), policy=policy, target=tiny_pair.target)
         out = decoder.generate(prompt, 30, should_stop=lambda ids, at=at: len(ids) == 8 + at)
         assert (out.tokens, out.finish) == (reference[:at], "stop")
-        assert policy.outcomes[-1].produced <= policy.outcomes[-1].tested + 1
+        assert policy.outcomes[-1].produced <= policy.outcomes[-1].labelled + 1
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(-1, 0, 1), (float("nan"), 0, 1), (1, -1, 1), (1, 0, 0)])

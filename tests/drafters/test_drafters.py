@@ -144,10 +144,10 @@ def test_an_ngram_drafter_proposes_nothing_where_nothing_repeats(tiny_pair: Tiny
     assert drafter.proposals == [None] * 3
     assert (signals[:, CONFIDENCE] < 1).all()
     assert (signals[:, [ENTROPY, MARGIN]] >= 0).all()
-    policy = Scripted([6], stops=True)
+    policy = Scripted([6], ask_per_token=True)
     decoder = SpeculativeDecoder(NgramDrafter(), policy=policy, target=tiny_pair.target)
     assert decoder.generate([1, 2, 3], 12).tokens == plain(tiny_pair.target, [1, 2, 3], 12)
-    assert policy.outcomes[0].drafted == policy.outcomes[0].tested == 0
+    assert policy.outcomes[0].drafted == policy.outcomes[0].labelled == 0
 
 
 def test_hybrid_takes_whichever_the_gate_prefers(tiny_pair: TinyPair) -> None:

@@ -26,7 +26,15 @@ from speckv_online.profiling.trace_collection import collect_trace
 from speckv_online.simulate.simulator import Replay, Simulator, replay_fixed
 from speckv_online.traces.trace import Trace, agreement
 from speckv_online.training.acceptance import tokens_from_traces, train_acceptance
-from speckv_online.training.gate import choose, cross_fit, fit_gate, fixed_goodput, positions, sureness, tune_skip
+from speckv_online.training.gate import (
+    choose,
+    cross_fit,
+    fit_gate,
+    fixed_goodput,
+    lookup_confidences,
+    positions,
+    tune_skip,
+)
 from tests.support.drafting import one_by_one
 from tests.support.lookups import REPEATING, gate_that
 from tests.support.replays import COST, POLICIES, compare
@@ -87,7 +95,7 @@ class FollowsLookups(Policy):
     """Drafts as long as it is free, and one token more."""
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), 9 if context.lookup_confidence else context.step % 3, stops=True)
+        return Decision(self.new_id(), 9 if context.lookup_confidence else context.step % 3, ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return draft.lookups[draft.drafted - 1] > 0.0
@@ -109,7 +117,7 @@ class Notes(Policy):
         self.told: list[tuple[int, int, bool]] = []
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), context.step % 7, stops=context.step % 2 > 0)
+        return Decision(self.new_id(), context.step % 7, ask_per_token=context.step % 2 > 0)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         drafted = draft.drafted
@@ -165,10 +173,10 @@ def test_a_table_replay_is_that_of_the_policy(traced: tuple[Drafter, list[Trace]
         for gamma in (1, 16):
             slow = Simulator(POLICIES[f"fixed:{gamma}"](), COST)
             rows = np.array(list(slow._steps(trace, COST.level("fp32"))))
-            quick = replay_fixed(trace, gamma, COST.level("fp32"))
-            np.testing.assert_array_equal(rows[:, 0], quick.position)
-            np.testing.assert_array_equal(rows[:, 2], quick.drafted)
-            np.testing.assert_allclose(rows[:, 7], quick.seconds)
+            compiled = replay_fixed(trace, gamma, COST.level("fp32"))
+            np.testing.assert_array_equal(rows[:, 0], compiled.position)
+            np.testing.assert_array_equal(rows[:, 2], compiled.drafted)
+            np.testing.assert_allclose(rows[:, 7], compiled.seconds)
 
 
 def test_a_drafter_that_learns_is_not_traced(tiny_pair: TinyPair) -> None:
@@ -218,7 +226,7 @@ def test_the_fit_prefers_what_is_right(model_traces: list[Trace]) -> None:
     skip = tune_skip(data)
     assert cross_fit(data, skip)[0].mean() >= cross_fit(data)[0].mean() - 0.002
     assert cross_fit(data, skip)[1].mean() < 1 or skip == 1
-    p = sureness(gate, data)[data.found]
+    p = lookup_confidences(gate, data)[data.found]
     assert p[data.lookup[data.found]].mean() > p[~data.lookup[data.found]].mean() + 0.3
     assert abs(p.mean() - data.lookup[data.found].mean()) < 0.05
 

@@ -39,18 +39,18 @@ class Watching(Policy):
 
     def decide(self, context: Context) -> Decision:
         self.told.append([context.lookup_confidence])
-        return Decision(self.new_id(), 4, stops=True, drafter=self.drafter, features=len(self.told) - 1)
+        return Decision(self.new_id(), 4, ask_per_token=True, drafter=self.drafter, features=len(self.told) - 1)
 
-    def look(self, decision: Decision, draft: Draft) -> None:
+    def draft_signals(self, decision: Decision, draft: Draft) -> None:
         assert len(draft.lookups) == draft.drafted + 1
         self.told[decision.features] = list(draft.lookups)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
-        self.look(decision, draft)
+        self.draft_signals(decision, draft)
         return True
 
     def submit(self, decision: Decision, draft: Draft) -> int:
-        self.look(decision, draft)
+        self.draft_signals(decision, draft)
         return min(draft.drafted, 2)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
@@ -134,7 +134,7 @@ def test_the_next_token_is_priced_by_who_proposes_it() -> None:
 
 def test_only_what_the_model_proposed_is_learnt_of_it() -> None:
     table = np.array([SURE, UNSURE] * 8)
-    fresh = Goodput(acceptance="none").hazard.weights("nf4")
+    fresh = Goodput(acceptance="none").acceptance_model.weights("nf4")
     for lookups, same in (([0.9] * 4, True), ([0.9, 0.8, 0.0, 0.6], False)):
         policy = policy_of(CostPrior(0.001, (0.1, 0.1)))
         for _ in range(3):
@@ -142,8 +142,8 @@ def test_only_what_the_model_proposed_is_learnt_of_it() -> None:
             policy.submit(decision, Draft(3, table[:3], lookups=lookups))
             outcome = Outcome(3, 2, 3, 3, 0.1, 0.0, 0.1, "nf4", 50, 0, table[:3], forwards=lookups[:3].count(0.0))
             policy.learn(decision, outcome)
-        policy.hazard.refresh()
-        assert (policy.hazard.weights("nf4") == fresh) == same
+        policy.acceptance_model.refresh()
+        assert (policy.acceptance_model.weights("nf4") == fresh) == same
 
 
 def test_the_guard_charges_what_was_paid() -> None:

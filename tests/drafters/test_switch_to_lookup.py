@@ -27,7 +27,7 @@ from speckv_online.modeling.sampling import Sampler
 from speckv_online.models.pairs import LoadedPair, chat_prompt
 from speckv_online.profiling.trace_collection import collect_trace, redraft
 from speckv_online.simulate.cost_table import CostTable, LevelCost
-from speckv_online.simulate.hindsight import clairvoyant, fastest
+from speckv_online.simulate.hindsight import clairvoyant, dynamic_programming_bound
 from speckv_online.simulate.simulator import Simulator
 from speckv_online.traces.trace import Trace
 from tests.support.lookups import REPEATING, gate_that
@@ -48,27 +48,27 @@ class Turner(Policy):
     def __init__(self, seed: int = 0, always: bool = False) -> None:
         super().__init__(seed=seed)
         self.always, self.told, self.outcomes = always, list[tuple](), list[Outcome]()
-        self.turned = set[int]()
+        self.switched = set[int]()
 
     def note(self, drafted: int, lookups: Sequence[float], alternative: float) -> None:
         self.told.append((drafted, [round(p, 5) for p in lookups], round(alternative, 5)))
 
-    def turns(self) -> bool:
+    def switches(self) -> bool:
         return self.always or self.rng.random() < 0.3
 
     def decide(self, context: Context) -> Decision:
         self.note(0, [context.lookup_confidence], context.lookup_alternative)
-        turns = context.lookup_alternative > 0.0 and self.turns()
+        switches = context.lookup_alternative > 0.0 and self.switches()
         gamma = int(self.rng.integers(0, context.max_gamma + 1))
-        asks = not turns or bool(self.rng.random() < 0.5)
-        drafter = LOOKUP if turns else ""
-        return Decision(self.new_id(), gamma, stops=asks, drafter=drafter, trims=not asks)
+        asks = not switches or bool(self.rng.random() < 0.5)
+        drafter = LOOKUP if switches else ""
+        return Decision(self.new_id(), gamma, ask_per_token=asks, drafter=drafter, ask_at_submit=not asks)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         self.note(draft.drafted, draft.lookups, draft.lookup_alternative)
-        assert decision.id not in self.turned
-        if draft.lookup_alternative and self.turns():
-            self.turned.add(decision.id)
+        assert decision.id not in self.switched
+        if draft.lookup_alternative and self.switches():
+            self.switched.add(decision.id)
             return LOOKUP
         return bool(self.rng.random() < 0.9)
 
@@ -98,7 +98,7 @@ KINDS = ("model", "always asked", "sometimes asked", "lookups preferred", "as sh
 
 def facts(outcome: Outcome) -> tuple:
     o = outcome
-    return o.drafted, o.accepted, o.tested, o.produced, o.forwards, o.exhausted
+    return o.drafted, o.accepted, o.labelled, o.produced, o.forwards, o.exhausted
 
 
 def traced(pair: TinyPair, drafter: Drafter) -> list[Trace]:
@@ -108,7 +108,7 @@ def traced(pair: TinyPair, drafter: Drafter) -> list[Trace]:
 def turns_alike(target: PreTrainedModel, drafter: Drafter, traces: list[Trace]) -> None:
     real, replayed = Turner(seed=3), Turner(seed=3)
     decoder = SpeculativeDecoder(drafter, policy=real, target=target, level="fp32")
-    simulator, turns = Simulator(replayed, DEAR), 0
+    simulator, switches = Simulator(replayed, DEAR), 0
     for trace in traces:
         out = decoder.generate(trace.prompt.tolist(), trace.budget, task="chat", eos_ids=())
         replay = simulator.replay(trace)
@@ -118,10 +118,10 @@ def turns_alike(target: PreTrainedModel, drafter: Drafter, traces: list[Trace]) 
         for one, other in zip(real.outcomes, replayed.outcomes, strict=True):
             assert facts(one) == facts(other)
             np.testing.assert_allclose(one.signals, other.signals, atol=1e-3, rtol=1e-4)
-        turns += sum(0 < o.forwards < o.drafted or o.drafter == LOOKUP for o in real.outcomes)
+        switches += sum(0 < o.forwards < o.drafted or o.drafter == LOOKUP for o in real.outcomes)
     assert not decoder.policy.faults
     assert not simulator.policy.faults
-    assert turns > 5
+    assert switches > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +203,7 @@ def test_sampling_with_turns_follows_the_target(kind: str) -> None:
         seen[a, b] += 1
         a, b = truth.generate(prompt, 2, eos_ids=(), sampler=Sampler(seed=1000 + i)).tokens
         plain[a, b] += 1
-    assert policy.turned > n / 2
+    assert policy.switched > n / 2
     both = seen + plain
     chi2 = ((seen - plain) ** 2 / np.maximum(both, 1.0)).sum()
     assert chi2 < 24 + 5 * np.sqrt(48)  # mean 24, standard deviation √48 where both are drawn alike
@@ -212,13 +212,13 @@ def test_sampling_with_turns_follows_the_target(kind: str) -> None:
 class Middle(Policy):
     """Drafts two tokens, the second by the lookup."""
 
-    turned = 0
+    switched = 0
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), 2, stops=True, features=context)
+        return Decision(self.new_id(), 2, ask_per_token=True, features=context)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool | str:
-        self.turned += 1
+        self.switched += 1
         return LOOKUP
 
 
@@ -235,13 +235,13 @@ def test_nothing_is_offered_where_there_is_no_choice(tiny_pair: TinyPair) -> Non
             [REPEATING, PROMPTS[1]], 20, eos_ids=(), samplers=None if sampler is None else [drawn, drawn]
         )
         assert policy.told
-        assert not any(offer for _, _, offer in policy.told)
+        assert not any(lookup_alternative for _, _, lookup_alternative in policy.told)
 
 
 def test_an_unknown_drafter_within_a_step_is_a_fault_and_ends_the_draft(tiny_pair: TinyPair) -> None:
     class Lost(Policy):
         def decide(self, context: Context) -> Decision:
-            return Decision(self.new_id(), 4, stops=True)
+            return Decision(self.new_id(), 4, ask_per_token=True)
 
         def proceed(self, decision: Decision, draft: Draft) -> bool | str:
             return "oracle"
@@ -262,11 +262,11 @@ def policy_of(draft: float, verify: tuple[float, ...]) -> Goodput:
 
 
 def test_goodput_turns_where_a_forward_does_not_pay() -> None:
-    for draft, offer, gamma, drafter in (
+    for draft, lookup_alternative, gamma, drafter in (
         (0.2, 0.0, 0, ""), (0.2, 0.3, 16, LOOKUP), (0.2, 0.01, 0, ""), (0.001, 0.1, 16, ""), (0.001, 0.9, 16, LOOKUP),
     ):  # fmt: skip
-        decision = policy_of(draft, (0.1, 0.105)).decide(Context(level="nf4", lookup_alternative=offer))
-        assert (decision.gamma, decision.drafter) == (gamma, drafter), (draft, offer)
+        decision = policy_of(draft, (0.1, 0.105)).decide(Context(level="nf4", lookup_alternative=lookup_alternative))
+        assert (decision.gamma, decision.drafter) == (gamma, drafter), (draft, lookup_alternative)
 
 
 def test_goodput_turns_within_a_step_and_prices_what_follows() -> None:
@@ -293,15 +293,15 @@ def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
         learns = True
 
         def decide(self, context: Context) -> Decision:
-            return Decision(self.new_id(), 16, stops=True)
+            return Decision(self.new_id(), 16, ask_per_token=True)
 
         def proceed(self, decision: Decision, draft: Draft) -> bool | str:
             drafted = draft.drafted
             return LOOKUP if drafted == 2 else True
 
     context = Context(level="nf4", drafters=("hybrid", "model", LOOKUP))
-    tails, stops = (SafetyGuard(Inner(), naps=False) for _ in range(2))
-    for guard, (k, n, tested) in ((tails, (9, 2, 3)), (stops, (2, 2, 2))):
+    switch, ask_per_token = (SafetyGuard(Inner(), sleeps=False) for _ in range(2))
+    for guard, (k, n, labelled) in ((switch, (9, 2, 3)), (ask_per_token, (2, 2, 2))):
         guard.set_costs = None  # type: ignore[attr-defined]
         for step in range(12):
             context.step = step
@@ -313,20 +313,20 @@ def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
                 guard.learn(decision, Outcome(4, 1, 2, 2, 0.2, 0.05, 0.1, "nf4", 10, 0, np.ones((4, 4))))
                 continue
             for j in range(1, 10):
-                if guard.proceed(decision, Draft(j, np.ones((16, 4))[:j])) == LOOKUP and guard is stops:
+                if guard.proceed(decision, Draft(j, np.ones((16, 4))[:j])) == LOOKUP and guard is ask_per_token:
                     break
-            guard.learn(decision, Outcome(k, n, tested, n + 1, 0.2, 0.05, 0.1, "nf4", 10, 0, np.ones((k, 4)), "", 2))
-    ours, theirs = tails.ledger("nf4"), stops.ledger("nf4")
+            guard.learn(decision, Outcome(k, n, labelled, n + 1, 0.2, 0.05, 0.1, "nf4", 10, 0, np.ones((k, 4)), "", 2))
+    ours, theirs = switch.ledger("nf4"), ask_per_token.ledger("nf4")
     assert ours.tokens == theirs.tokens
     assert ours.fixed_steps == pytest.approx(theirs.fixed_steps)
     assert ours.seen == theirs.seen
     assert ours.forwards == theirs.forwards == 1.0
     assert ours.probes == theirs.probes
-    assert not tails._turned
+    assert not switch._switched
 
 
 def test_a_probe_is_drafted_by_the_default_drafter() -> None:
-    guard = SafetyGuard(Turner(always=True), naps=False)
+    guard = SafetyGuard(Turner(always=True), sleeps=False)
     context = Context(level="nf4", drafters=("hybrid", "model", LOOKUP), lookup_alternative=0.4)
     for step in range(200):
         context.step = step
@@ -334,7 +334,7 @@ def test_a_probe_is_drafted_by_the_default_drafter() -> None:
         assert decision.drafter == ("" if decision.id in guard._taken else LOOKUP)
         if decision.id in guard._taken:
             assert guard._taken[decision.id] == 0  # where it would have left the model
-    assert len(guard._turned) <= 1024
+    assert len(guard._switched) <= 1024
 
 
 def test_a_step_of_best_drafter_begins_with_the_drafter_it_chose() -> None:
@@ -358,10 +358,10 @@ def test_hindsight_knows_of_turns(tiny_pair: TinyPair) -> None:
     drafter = drafters(tiny_pair)["always asked"]
     traces = traced(tiny_pair, drafter)
     without = [replace(t, meta={k: v for k, v in t.meta.items() if k != "lookup_weights"}) for t in traces]
-    for bound in (clairvoyant, fastest):
+    for bound in (clairvoyant, dynamic_programming_bound):
         assert bound(traces, DEAR)["fp32"].goodput > bound(without, DEAR)["fp32"].goodput
-    turned = Simulator(Turner(seed=1, always=True), DEAR).run(traces)
-    assert fastest(traces, DEAR)["fp32"].seconds.sum() <= turned.seconds.sum()
+    switched = Simulator(Turner(seed=1, always=True), DEAR).run(traces)
+    assert dynamic_programming_bound(traces, DEAR)["fp32"].seconds.sum() <= switched.seconds.sum()
     assert clairvoyant(traces, DEAR)["fp32"].tokens == sum(len(t) for t in traces)
 
 
@@ -371,20 +371,23 @@ def test_traces_without_weights_offer_nothing_and_bad_ones_are_refused(tiny_pair
     assert trace.meta["lookup_weights"] == Gate.load().sure_weights
     again = Trace.load(trace.save(tmp_path / "a.npz"))
     assert again.meta == trace.meta
-    assert again.tails is not None
+    assert again.switch is not None
     points = [(t, j) for t in range(len(trace)) for j in range(trace.gamma)]
-    assert trace.tails is not None
-    forth, back = [again.tails.offer(t, j) for t, j in points], [trace.tails.offer(t, j) for t, j in reversed(points)]
+    assert trace.switch is not None
+    forth, back = (
+        [again.switch.lookup_alternative(t, j) for t, j in points],
+        [trace.switch.lookup_alternative(t, j) for t, j in reversed(points)],
+    )
     assert forth == back[::-1]  # in whatever order they are asked for
     old = replace(trace, meta={"drafter": "hybrid"})
-    assert old.tails is None
+    assert old.switch is None
     policy = Turner()
     Simulator(policy, DEAR).replay(old)
-    assert not any(offer for _, _, offer in policy.told)
+    assert not any(lookup_alternative for _, _, lookup_alternative in policy.told)
     for weights in ([1.0, 2.0], [float("nan")] * 5, "abc", [True] * 5, None):
         bad = replace(trace, meta=trace.meta | {"lookup_weights": weights}).save(tmp_path / "bad.npz")
         with pytest.raises(UserError, match="lookup_weights"):
             Trace.load(bad)
     lookup = redraft(NgramDrafter(), trace, task="", prompt_id="p", split="")
-    assert lookup.tails is None
+    assert lookup.switch is None
     assert lookup.gamma == MAX_GAMMA

@@ -15,7 +15,7 @@ from experiments.runtime.display import Display
 from experiments.runtime.learner import Key, Learner, checkpoint_name, read_checkpoint
 from experiments.runtime.local_runner import run_local
 from experiments.runtime.ray_runner import connect
-from experiments.runtime.run_manifest import Ledger
+from experiments.runtime.run_manifest import RunManifest
 from experiments.runtime.schedule import Node, plan
 from experiments.runtime.settings import CompareConfig
 from experiments.runtime.work_queue import Event, Job, Work, blocks
@@ -320,7 +320,7 @@ def test_a_manifest_says_where_its_figures_were_measured(
 
 def test_a_level_keeps_the_facts_of_all_its_workers(config: CompareConfig, tmp_path: Path) -> None:
     """Whichever is ready first."""
-    ledger = Ledger(RunDir.open(tmp_path / "run", {}), {}, Display(config, 1))
+    ledger = RunManifest(RunDir.open(tmp_path / "run", {}), {}, Display(config, 1))
     for worker in (1, 0):
         ledger.note(Event("fp16", "ready", worker, facts={"device": f"gpu {worker}"}))
     ledger.note(Event("fp16", "finished", 1, facts={"finished": "now", "faults": {}}))

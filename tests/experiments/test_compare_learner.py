@@ -187,8 +187,10 @@ def play(policy: Policy, rng: np.random.Generator) -> None:
     """One step of a text of few words."""
     tokens, k = rng.integers(0, 9, 16).tolist(), int(rng.integers(1, 5))
     n = int(rng.integers(0, k + 1))
-    context = Context(level="nf4", tokens=tokens[:8], drafts=tokens[8 : 8 + k])
-    outcome = Outcome(k, n, min(n + 1, k), n + 1, 0.1, 0.02, 0.07, "nf4", signals=rng.random((k, 4)))
+    context = Context(level="nf4", tokens=tokens[:8])
+    outcome = Outcome(
+        k, n, min(n + 1, k), n + 1, 0.1, 0.02, 0.07, "nf4", signals=rng.random((k, 4)), tokens=tokens[8 : 8 + k]
+    )
     policy.learn(policy.decide(context), outcome)
 
 

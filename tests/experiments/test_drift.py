@@ -122,7 +122,7 @@ def test_alarms_come_after_a_change_and_not_without_one() -> None:
     rng = np.random.default_rng(0)
 
     def prompts(rate: float, count: int) -> list[list]:
-        return [[replace(STEP, accepted=int(rng.random() < rate), tested=1) for _ in range(50)] for _ in range(count)]
+        return [[replace(STEP, accepted=int(rng.random() < rate), labelled=1) for _ in range(50)] for _ in range(count)]
 
     calm = prompts(0.7, 20)
     assert find_alarms(calm, [0] * 20, 10.0) == []
@@ -130,7 +130,7 @@ def test_alarms_come_after_a_change_and_not_without_one() -> None:
     assert {a.detector for a in alarms} == {"ADWIN", "Page-Hinkley"}
     assert all(a.phase == 1 for a in alarms)
     assert all(1000 < a.step <= 1200 for a in {a.detector: a for a in reversed(alarms)}.values())
-    idle = [[replace(STEP, drafted=0, accepted=0, tested=0)] * 500]
+    idle = [[replace(STEP, drafted=0, accepted=0, labelled=0)] * 500]
     assert find_alarms(idle, [0], 10.0) == []
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.replays import drafters as replays_drafters
 from speckv_online.simulate.cost_table import CostTable, LevelCost, load_cost
-from speckv_online.simulate.replay_scores import Contest
+from speckv_online.simulate.replay_scores import ReplayEvaluation
 from speckv_online.traces.trace import load_traces
 from tests.support.random_traces import random_traces, save
 
@@ -36,14 +36,14 @@ def test_both_rivals_are_those_of_hindsight(flags: list[str], tmp_path: Path) ->
     assert replays_drafters.main([*flags, *more]) == 0
     text = document.read_text()
     cost = load_cost(str(tmp_path / "cost.json"))
-    contests = [Contest(load_traces(tmp_path / name), cost) for name in ("model", "free")]
-    model, free = (contest.best.goodput for contest in contests)
+    contests = [ReplayEvaluation(load_traces(tmp_path / name), cost) for name in ("model", "free")]
+    model, free = (evaluation.best.goodput for evaluation in contests)
     assert free > model
     row = next(line for line in text.splitlines() if line.startswith("| `autoregressive`"))
     plain = contests[0].plain.goodput
     wanted = [f"{plain / own:.3f} ({plain / own:.3f}) | {plain / free:.3f}" for own in (model, free)]
     assert row == f"| `autoregressive` | {' | '.join(wanted)} |"
-    two = [contest.fixed(2).goodput for contest in contests]
+    two = [evaluation.fixed(2).goodput for evaluation in contests]
     cell = next(line for line in text.splitlines() if line.startswith("| own, `test`, nf4"))
     assert f"| {two[0]:.2f} ({two[0] / model:.3f}) |" in cell
     assert re.search(rf"\| {two[1]:.2f} .* \| {two[1] / free:.3f} \[", cell)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import signals
 from policies.acceptance.features import AFTER, BEFORE
-from policies.acceptance.model import Hazard
+from policies.acceptance.model import AcceptanceModel
 from speckv_online.simulate.cost_table import CostTable, LevelCost
 from speckv_online.training.acceptance import tokens_from_traces
 from tests.support.made_traces import made_trace
@@ -24,8 +24,8 @@ def test_every_column_is_in_one_group() -> None:
 def test_signals_left_out_stay_at_zero(tmp_path: Path) -> None:
     tokens = tokens_from_traces([made_trace(p, "nf4") for p in range(2)])
     np.savez(tmp_path / "w.npz", **signals.fit(tokens, ({0, 1, 9}, {0, 1})))
-    hazard = Hazard(tmp_path / "w.npz")
-    before, after = hazard.weights("nf4")
+    acceptance_model = AcceptanceModel(tmp_path / "w.npz")
+    before, after = acceptance_model.weights("nf4")
     assert {i for i, w in enumerate(before) if abs(w) > 1e-6} <= {0, 1, 9}
     assert abs(after[1]) > 0.1
     assert {i for i, w in enumerate(after) if abs(w) > 1e-6} <= {0, 1}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.common.folds import split
+from experiments.common.cross_validation import split
 from experiments.replays import __main__ as replays
 from experiments.streams import __main__ as replays_streams
 from experiments.streams.drift import Drift, as_rows, drift
@@ -193,8 +193,8 @@ def test_the_commands_fill_a_document(tmp_path: Path, folders: str, capsys: pyte
     assert (tmp_path / "streams" / "merge.png").stat().st_size > 1000
     document.write_text(head)
     capsys.readouterr()
-    quick = ["--levels", "nf4", "--policies", "fixed:4", "--orders", "1", "--out", str(tmp_path / "replays")]
-    assert replays.main([*common, *quick]) == 2
+    compiled = ["--levels", "nf4", "--policies", "fixed:4", "--orders", "1", "--out", str(tmp_path / "replays")]
+    assert replays.main([*common, *compiled]) == 2
     assert "lacks the lines <!-- replays: begin -->" in capsys.readouterr().err
 
 

@@ -55,9 +55,9 @@ def stops_after(policy: Policy, signals: np.ndarray, limit: int = 16) -> tuple[i
     k = 0
     while k < decision.gamma:
         k += 1
-        if decision.stops and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
+        if decision.ask_per_token and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
             break
-    return k, policy.submit(decision, Draft(k, signals[:k])) if decision.stops and k else k
+    return k, policy.submit(decision, Draft(k, signals[:k])) if decision.ask_per_token and k else k
 
 
 def test_heuristic() -> None:

@@ -133,10 +133,10 @@ def test_with_one_drafter_it_is_the_inner_policy(tiny_pair: TinyPair) -> None:
 
 def test_defaults_reach_the_inner_policies() -> None:
     """A comparison names weights of its own folds for every policy that takes any; a spec's own come first."""
-    cold = make_policy("goodput", acceptance="none").hazard.weights("nf4")
+    cold = make_policy("goodput", acceptance="none").acceptance_model.weights("nf4")
     for spec in ("best-drafter", "best-drafter:policy=goodput/acceptance=none"):
         policy = make_policy(spec, acceptance="none" if spec == "best-drafter" else "no such file")
-        assert policy._copy("ngram").hazard.weights("nf4") == cold
+        assert policy._copy("ngram").acceptance_model.weights("nf4") == cold
     with pytest.raises(PolicyError, match="no npz"):
         make_policy("best-drafter", acceptance="no such file")
 

@@ -28,7 +28,7 @@ class Good(Policy):
 
     def decide(self, context: Context) -> Decision:
         gamma = int(self.mean[0] / self.mean[1]) + int(self.rng.integers(2))
-        return Decision(self.new_id(), min(gamma, context.max_gamma), stops=True)
+        return Decision(self.new_id(), min(gamma, context.max_gamma), ask_per_token=True)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if self.first_time(decision.id):

@@ -33,31 +33,31 @@ def test_the_longest_suffix_seen_before_counts() -> None:
         ((1, 2, 3, 4), 4, [0, 0, 0, 1]), ((0, 0, 3, 4), -2, [0, -1, 0, 0]), ((0, 0, 0, 8), 1, [1, 0, 0, 0]),
         ((4, 3, 2, 1), 0, [0, 0, 0, 0]), ((8,), 1, [1, 0, 0, 0]),
     ):  # fmt: skip
-        seen = history.look(memory, place(tail))
+        seen = history.look_up(memory, place(tail))
         assert seen[0] == longest
         assert rows(np.array([[0.0] * 12 + [*seen, 3.0]]))[0, 0, 10:].tolist() == [*spread, *seen[1:]]
-    assert history.look({}, place((1, 2, 3, 4)))[0] == 0
-    assert history.look(memory, place(())) == (0, 0.0, 0.0)
+    assert history.look_up({}, place((1, 2, 3, 4)))[0] == 0
+    assert history.look_up(memory, place(())) == (0, 0.0, 0.0)
 
 
 def test_the_table_holds_shrunk_excess_acceptance() -> None:
     history = TokenHistory()
     note(history, [((1, 2), True)] * 3 + [((7, 2), False)] + [((3, 4), False)] * 4)
     mean = 3 / 8
-    assert history.look({}, place((1, 2)))[1] == pytest.approx((3 - mean * 4) / (4 + SHRINK_SINGLE))
-    assert history.look({}, place((1, 2)))[2] == pytest.approx((3 - mean * 3) / (3 + SHRINK_PAIR))
+    assert history.look_up({}, place((1, 2)))[1] == pytest.approx((3 - mean * 4) / (4 + SHRINK_SINGLE))
+    assert history.look_up({}, place((1, 2)))[2] == pytest.approx((3 - mean * 3) / (3 + SHRINK_PAIR))
     table = history.table()
     rows = np.array([buckets((1, 2)), buckets((3, 4)), buckets((2,))])
-    want = [history.look({}, place(tail))[1:] for tail in ((1, 2), (3, 4), (2,))]
+    want = [history.look_up({}, place(tail))[1:] for tail in ((1, 2), (3, 4), (2,))]
     np.testing.assert_allclose(excess(table, rows), want)
 
 
 def test_what_is_old_counts_less() -> None:
     history = TokenHistory(discount=0.9)
     note(history, [((1, 2), True)] * 30 + [((5, 6), False)] * 300)
-    tested = history.table()[0]
-    assert tested[buckets((1, 2))[0]] == pytest.approx(sum(0.9 ** (i + 300) for i in range(1, 31)), abs=1e-9)
-    assert tested[buckets((5, 6))[0]] == pytest.approx(9.0)
+    labelled = history.table()[0]
+    assert labelled[buckets((1, 2))[0]] == pytest.approx(sum(0.9 ** (i + 300) for i in range(1, 31)), abs=1e-9)
+    assert labelled[buckets((5, 6))[0]] == pytest.approx(9.0)
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.99])
@@ -149,6 +149,6 @@ def test_a_text_remembers_the_latest_draft_after_every_suffix(rows: list[tuple[t
         suffixes = [tail[-n:] for n in range(1, len(tail) + 1)]
         longest = max((len(s) for s in suffixes if s in plain), default=0)
         want = longest if longest == 0 or plain[tail[-longest:]] else -longest
-        assert history.look(memory, place(tail))[0] == want
+        assert history.look_up(memory, place(tail))[0] == want
         history.note(memory, place(tail), hit)
         plain |= dict.fromkeys(suffixes, hit)

@@ -48,7 +48,7 @@ def test_complete_example_learns_and_stops_by_itself(examples: Path) -> None:
     )
     replay = simulator.run(made_up())
     assert not simulator.policy.faults
-    assert simulator.policy.info()["labelled"] == replay.tested.sum()
+    assert simulator.policy.info()["labelled"] == replay.labelled.sum()
     assert replay.goodput > 1.2 * plain.run(made_up()).goodput
     assert len(np.unique(replay.proposed)) > 4  # not a fixed length
     assert (replay.drafted < replay.proposed).any()  # what submit withheld
@@ -79,7 +79,7 @@ def test_complete_example_counts_an_outcome_once(examples: Path) -> None:
     signals = np.tile([1.0, 0.75, 2.0, 0.0], (3, 1))
     decision = policy.decide(Context())
     for _ in range(2):
-        policy.learn(decision, Outcome(drafted=3, accepted=1, tested=2, produced=2, signals=signals))
+        policy.learn(decision, Outcome(drafted=3, accepted=1, labelled=2, produced=2, signals=signals))
     assert policy.state_dict()["calibrated.counts"][:, 7].tolist() == [1.0, 2.0]
 
 

@@ -10,7 +10,7 @@ import pytest
 from policies.acceptance.context_table import SHAPE
 from policies.acceptance.draft_quality import HOPE, MEAN, PRECISION, DraftQuality, quality
 from policies.acceptance.features import AFTER, BEFORE, rows, token_features
-from policies.acceptance.model import HEADS, Hazard
+from policies.acceptance.model import HEADS, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import CONFIDENCE, MARGIN, Context, Outcome, PolicyError
 
@@ -25,47 +25,49 @@ def prior(path: Path, slope: float = 3.0) -> Path:
     return path
 
 
-def feed(hazard: Hazard, level: str, rate: float, steps: int, seed: int = 0) -> None:
+def feed(acceptance_model: AcceptanceModel, level: str, rate: float, steps: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     signals = np.zeros((4, 4))
     signals[:, CONFIDENCE], signals[:, MARGIN] = 0.5, 1.0
     for _ in range(steps):
         n = int(np.argmin(np.append(rng.random(4) < rate, False)))
         outcome = Outcome(4, n, min(n + 1, 4), n + 1, signals=signals, level=level)
-        step = Step(Context(level=level), hazard)
-        step.extend(outcome.tested, outcome)
-        hazard.add(step, outcome.tested, outcome.accepted)
-        hazard.refresh()
+        step = Step(Context(level=level), acceptance_model)
+        step.extend(outcome.labelled, outcome)
+        acceptance_model.add(step, outcome.labelled, outcome.accepted)
+        acceptance_model.refresh()
 
 
 @pytest.mark.parametrize("rate", [0.4, 0.85])
 def test_finds_the_quality_that_explains_the_acceptances(tmp_path: Path, rate: float) -> None:
-    hazard = Hazard(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
-    feed(hazard, "nf4", rate, 600)
-    assert hazard.quality.value("nf4") == pytest.approx(np.log(rate / (1 - rate)) / 3, abs=0.06)
-    step = Step(Context(level="nf4"), hazard)
+    acceptance_model = AcceptanceModel(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
+    feed(acceptance_model, "nf4", rate, 600)
+    assert acceptance_model.quality.value("nf4") == pytest.approx(np.log(rate / (1 - rate)) / 3, abs=0.06)
+    step = Step(Context(level="nf4"), acceptance_model)
     assert step.chance() == pytest.approx(rate, abs=0.04)
     # A level that was never met starts from there, less sure of it.
-    assert hazard.quality.value("fp16") - hazard.quality.value("nf4") == pytest.approx(HOPE * PRECISION**-0.5, abs=0.05)
+    assert acceptance_model.quality.value("fp16") - acceptance_model.quality.value("nf4") == pytest.approx(
+        HOPE * PRECISION**-0.5, abs=0.05
+    )
     assert DraftQuality(0.9).value("fp16") == pytest.approx(MEAN + HOPE * PRECISION**-0.5)
 
 
 @pytest.mark.parametrize(("rate", "then"), [(0.9, 0.3), (0.3, 0.9)])
 def test_another_draft_is_noticed(tmp_path: Path, rate: float, then: float) -> None:
-    hazard = Hazard(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
+    acceptance_model = AcceptanceModel(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
     known = 0.0
     for seed in range(20):  # the same draft all the time: nothing that is known of it is dropped
-        feed(hazard, "nf4", rate, 50, seed)
-        feed(hazard, "fp16", rate, 5, seed)
-        assert hazard.quality.information("nf4") > known
-        known = hazard.quality.information("nf4")
-    other = hazard.quality.information("fp16")
-    feed(hazard, "nf4", then, 60)
-    assert hazard.quality.information("nf4") < known / 3
-    assert hazard.quality.value("nf4") == pytest.approx(np.log(then / (1 - then)) / 3, abs=0.25)
-    assert hazard.quality.information("fp16") == other
+        feed(acceptance_model, "nf4", rate, 50, seed)
+        feed(acceptance_model, "fp16", rate, 5, seed)
+        assert acceptance_model.quality.information("nf4") > known
+        known = acceptance_model.quality.information("nf4")
+    other = acceptance_model.quality.information("fp16")
+    feed(acceptance_model, "nf4", then, 60)
+    assert acceptance_model.quality.information("nf4") < known / 3
+    assert acceptance_model.quality.value("nf4") == pytest.approx(np.log(then / (1 - then)) / 3, abs=0.25)
+    assert acceptance_model.quality.information("fp16") == other
     # Nothing of the first draft is handed out any more.
-    assert hazard.take_delta()["quality.nf4"][0] == pytest.approx(hazard.quality.information("nf4"))
+    assert acceptance_model.take_delta()["quality.nf4"][0] == pytest.approx(acceptance_model.quality.information("nf4"))
 
 
 def test_what_was_surprising_so_far_is_saved() -> None:

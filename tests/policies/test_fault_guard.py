@@ -55,7 +55,7 @@ def test_impossible_decisions_fall_back(gamma: Any, caplog: pytest.LogCaptureFix
         decisions = [guard.decide(Context()) for _ in range(5)]
     assert [d.gamma for d in decisions] == [3] * 5
     assert len({d.id for d in decisions}) == 5
-    assert all(d.id < 0 and not d.stops for d in decisions)
+    assert all(d.id < 0 and not d.ask_per_token for d in decisions)
     assert guard.faults.total() == 5
     assert len(caplog.records) == 1
     assert "Odd" in caplog.text

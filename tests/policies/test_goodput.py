@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from policies.acceptance.features import AFTER, rows
-from policies.acceptance.model import Hazard
+from policies.acceptance.model import AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Draft, Outcome, PolicyError
 from policies.costs.cost_model import CostPrior
@@ -29,13 +29,13 @@ def signals(rng: np.random.Generator, k: int) -> np.ndarray:
     return found
 
 
-def described(hazard: Hazard, outcome: Outcome) -> Step:
-    step = Step(Context(), hazard)
-    step.extend(outcome.tested, outcome)
+def described(acceptance_model: AcceptanceModel, outcome: Outcome) -> Step:
+    step = Step(Context(), acceptance_model)
+    step.extend(outcome.labelled, outcome)
     return step
 
 
-def feed(hazard: Hazard, steps: int, seed: int = 0) -> list[Outcome]:
+def feed(acceptance_model: AcceptanceModel, steps: int, seed: int = 0) -> list[Outcome]:
     """Steps whose tokens are accepted with probability confidence squared."""
     rng, found = np.random.default_rng(seed), []
     for i in range(steps):
@@ -44,21 +44,21 @@ def feed(hazard: Hazard, steps: int, seed: int = 0) -> list[Outcome]:
         hits = rng.random(k) < s[:, CONFIDENCE] ** 2
         n = k if hits.all() else int(hits.argmin())
         outcome = Outcome(k, n, min(n + 1, k), n + 1, signals=s)
-        hazard.add(described(hazard, outcome), outcome.tested, outcome.accepted)
+        acceptance_model.add(described(acceptance_model, outcome), outcome.labelled, outcome.accepted)
         found.append(outcome)
         if i % 16 == 15:
-            hazard.refresh()
-    hazard.refresh()
+            acceptance_model.refresh()
+    acceptance_model.refresh()
     return found
 
 
 def test_learns_acceptance_to_within_a_batch_fit() -> None:
     """Close to the maximum-likelihood fit of the same rows, in log loss, though it sees each row once."""
-    hazard = Hazard("none", strength=50, discount=1.0)
+    acceptance_model = AcceptanceModel("none", strength=50, discount=1.0)
     x, y = [], []
-    for o in feed(hazard, 1500):
-        x += list(rows(np.array([about for *_, about in described(hazard, o).asked]))[1])
-        y += [float(j < o.accepted) for j in range(o.tested)]
+    for o in feed(acceptance_model, 1500):
+        x += list(rows(np.array([about for *_, about in described(acceptance_model, o).asked]))[1])
+        y += [float(j < o.accepted) for j in range(o.labelled)]
     phi, label, w = np.array(x), np.array(y), np.zeros(AFTER)
     for _ in range(30):
         p = 1 / (1 + np.exp(-phi @ w))
@@ -68,14 +68,14 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
         p = 1 / (1 + np.exp(-phi @ weights))
         return float(-(label * np.log(p) + (1 - label) * np.log(1 - p)).mean())
 
-    assert loss(np.array(hazard.weights(LEVEL)[1])) < loss(w) + 0.005
-    assert loss(np.array(hazard.weights(LEVEL)[1])) < 0.9 * loss(
+    assert loss(np.array(acceptance_model.weights(LEVEL)[1])) < loss(w) + 0.005
+    assert loss(np.array(acceptance_model.weights(LEVEL)[1])) < 0.9 * loss(
         np.array([math.log(label.mean() / (1 - label.mean()))] + [0.0] * (AFTER - 1))
     )
 
 
 def test_the_prior_is_the_draft_s_own_belief() -> None:
-    step = Step(Context(acceptance=0.7), Hazard("none"))
+    step = Step(Context(acceptance=0.7), AcceptanceModel("none"))
     assert step.chance() == pytest.approx(1 / (1 + math.exp(-1.2)))
     step.extend(1, Draft(1, np.array([[1.0, 0.8, 2.0, 0.0]])))
     assert step.survival == [1.0, pytest.approx(0.8)]
@@ -83,9 +83,9 @@ def test_the_prior_is_the_draft_s_own_belief() -> None:
 
 def test_chances_are_those_of_the_features() -> None:
     """The decision leaves the zeros out; what is learnt from are the whole rows."""
-    hazard, rng, whole = Hazard(), np.random.default_rng(3), set()
-    feed(hazard, 200)
-    before, after = hazard.weights(LEVEL)
+    acceptance_model, rng, whole = AcceptanceModel(), np.random.default_rng(3), set()
+    feed(acceptance_model, 200)
+    before, after = acceptance_model.weights(LEVEL)
     memory: dict = {}
     for i in range(60):
         tokens = rng.integers(0, 3, 5).tolist()
@@ -93,7 +93,7 @@ def test_chances_are_those_of_the_features() -> None:
         context = Context(LEVEL, step=i, idle=i % 3, last_drafted=i % 2, last_accepted=1, tokens=tokens, memory=memory,
                           **lagged)  # fmt: skip
         drafts, lookups = rng.integers(0, 3, 10).tolist(), [0.0, 0.0, 0.7, *[0.0] * 8]
-        step, table = Step(context, hazard), signals(rng, 10)
+        step, table = Step(context, acceptance_model), signals(rng, 10)
         chances = []
         for k in range(10):
             chances.append(step.confidence or step.chance())
@@ -108,19 +108,23 @@ def test_chances_are_those_of_the_features() -> None:
             assert chances[j] == pytest.approx(1 / (1 + math.exp(-np.dot(before, x))))
             assert ratio == pytest.approx(1 / (1 + math.exp(-np.dot(after, y))))
             whole |= set(np.flatnonzero(x)) | {100 + n for n in np.flatnonzero(y)}
-        hazard.add(step, 10, int(rng.integers(10)))
+        acceptance_model.add(step, 10, int(rng.integers(10)))
     assert len(whole) == len(before) + len(after)  # every feature had its turn
 
 
 def test_merging_adds_up() -> None:
     """Steps linearised at the same weights: merged sums are one process's to the last digits."""
-    alone, learner, workers = Hazard("none"), Hazard("none"), [Hazard("none") for _ in range(4)]
+    alone, learner, workers = (
+        AcceptanceModel("none"),
+        AcceptanceModel("none"),
+        [AcceptanceModel("none") for _ in range(4)],
+    )
     rng = np.random.default_rng(1)
     for i in range(40):
         s = signals(rng, 4)
         outcome = Outcome(4, 2, 3, 3, signals=s)
-        for hazard in (alone, workers[i // 10]):
-            hazard.add(described(hazard, outcome), 3, 2)
+        for acceptance_model in (alone, workers[i // 10]):
+            acceptance_model.add(described(acceptance_model, outcome), 3, 2)
     for worker in workers:
         learner.merge(worker.take_delta())
     alone.refresh()
@@ -129,23 +133,26 @@ def test_merging_adds_up() -> None:
 
 
 def test_saved_priors_are_read_back(tmp_path: Path) -> None:
-    hazard = Hazard("none", discount=1.0)
-    feed(hazard, 600)
-    hazard.save_prior(tmp_path / "prior.npz")
-    strong, weak = Hazard(tmp_path / "prior.npz", strength=1e9), Hazard(tmp_path / "prior.npz", strength=10)
-    assert strong.weights(LEVEL)[1] == pytest.approx(hazard.weights(LEVEL)[1])
+    acceptance_model = AcceptanceModel("none", discount=1.0)
+    feed(acceptance_model, 600)
+    acceptance_model.save_prior(tmp_path / "prior.npz")
+    strong, weak = (
+        AcceptanceModel(tmp_path / "prior.npz", strength=1e9),
+        AcceptanceModel(tmp_path / "prior.npz", strength=10),
+    )
+    assert strong.weights(LEVEL)[1] == pytest.approx(acceptance_model.weights(LEVEL)[1])
     feed(strong, 50, seed=9)
     feed(weak, 50, seed=9)
     assert (
-        np.abs(np.array(strong.weights(LEVEL)[1]) - hazard.weights(LEVEL)[1]).max()
-        < np.abs(np.array(weak.weights(LEVEL)[1]) - hazard.weights(LEVEL)[1]).max()
+        np.abs(np.array(strong.weights(LEVEL)[1]) - acceptance_model.weights(LEVEL)[1]).max()
+        < np.abs(np.array(weak.weights(LEVEL)[1]) - acceptance_model.weights(LEVEL)[1]).max()
     )
     np.savez(tmp_path / "bad.npz", before=np.zeros(3), after=np.zeros(AFTER))
     with pytest.raises(PolicyError, match="'before' has shape"):
-        Hazard(tmp_path / "bad.npz")
+        AcceptanceModel(tmp_path / "bad.npz")
     (tmp_path / "x.npz").write_bytes(b"nothing")
     with pytest.raises(PolicyError, match="no npz"):
-        Hazard(tmp_path / "x.npz")
+        AcceptanceModel(tmp_path / "x.npz")
 
 
 def test_one_step_rule_by_hand() -> None:
@@ -181,7 +188,7 @@ def test_stops_where_survival_no_longer_pays() -> None:
     sure, unsure = [0.1, 0.97, 9.0, 3.0], [5.0, 0.03, 0.1, -3.0]
     table = np.array([sure, sure, unsure] + [sure] * 13)
     decision = policy.decide(Context(level="nf4", acceptance=0.8, step=1, last_drafted=1))
-    assert decision.stops
+    assert decision.ask_per_token
     assert [policy.proceed(decision, Draft(k, table[:k])) for k in (1, 2, 3)] == [True, True, False]
 
 

@@ -150,7 +150,7 @@ def test_imputed_labels_add_a_run_at_the_sequence_s_acceptance() -> None:
 
 
 def test_an_accepted_end_of_sequence_says_nothing_of_longer_drafts() -> None:
-    cut = Outcome(drafted=6, accepted=4, tested=4, produced=4)
+    cut = Outcome(drafted=6, accepted=4, labelled=4, produced=4)
     for mode in MODES:
         start, stop, y = ArmLabels(ARMS, mode)(cut, 0.5)
         assert (ARMS[start:stop], y[start:stop].tolist()) == ((1, 2, 4), [1, 1, 1])

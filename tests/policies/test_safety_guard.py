@@ -20,7 +20,7 @@ class Timid(Stubborn):
     """Wants 16 tokens, but stops after the first."""
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), min(16, context.max_gamma), stops=True)
+        return Decision(self.new_id(), min(16, context.max_gamma), ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return False
@@ -156,7 +156,7 @@ def test_drafts_that_were_withheld_are_paid_for() -> None:
         guard.model.set_prior("fp16", prior)
         decision = guard.decide(Context())
         guard.learn(decision, Outcome(k, 0, k, 1, caught_up=50, forwards=4))
-        spent.append(guard.ledger("fp16").nap.seconds)
+        spent.append(guard.ledger("fp16").sleep.seconds)
     assert spent == pytest.approx([0.05 + 0.04 + 0.004 + 0.05] * 2)
 
 
@@ -205,7 +205,7 @@ def test_probes_of_a_stopping_policy_draft_on_and_ask_its_opinion() -> None:
     guard = told(SafetyGuard(Timid(0)), "nf4")
     for _ in range(2):
         decision = guard.decide(Context(level="nf4"))
-    assert (decision.gamma, decision.stops) == (4, True)
+    assert (decision.gamma, decision.ask_per_token) == (4, True)
     signals = np.zeros((16, 4))
     assert guard.proceed(decision, Draft(1, signals[:1]))
     assert guard.submit(decision, Draft(4, signals[:4])) == 4

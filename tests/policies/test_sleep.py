@@ -10,46 +10,46 @@ import pytest
 from policies.base import Context, Decision, Outcome, PolicyError
 from policies.costs.cost_model import CostPrior
 from policies.guards.safety import Asleep, SafetyGuard
-from policies.guards.sleep import KEEP, LONGEST, PRIOR, SPREAD, STRETCH, Nap
+from policies.guards.sleep import KEEP, LONGEST, PRIOR, SPREAD, STRETCH, SleepSchedule
 from policies.registry import make_policy
 from speckv_online.context import History
 from tests.support.guarded import Stubborn, told
 from tests.support.tapes import make_tapes, play
 
 
-def stretch(nap: Nap, tokens: float, seconds: float, plain: float = 0.1) -> bool:
+def stretch(sleep: SleepSchedule, tokens: float, seconds: float, plain: float = 0.1) -> bool:
     """One stretch awake, then the start of the next."""
-    nap.tokens, nap.seconds = tokens, seconds
-    return nap.start(plain, allowed=True)
+    sleep.tokens, sleep.seconds = tokens, seconds
+    return sleep.start(plain, allowed=True)
 
 
 def test_the_bound_by_hand() -> None:
     """Three stretches at 100 ms a plain step: 64 tokens in 7.2 s lose 8, as many in 6.4 nothing, 65 gain 1."""
-    nap = Nap()
-    assert nap.bound() == float("inf")
-    assert not nap.start(0.1, allowed=True)
-    stretch(nap, 64, 7.2)
-    stretch(nap, 64, 6.4)
-    assert nap.bound() == float("inf")
-    stretch(nap, 65, 6.4)
+    sleep = SleepSchedule()
+    assert sleep.bound() == float("inf")
+    assert not sleep.start(0.1, allowed=True)
+    stretch(sleep, 64, 7.2)
+    stretch(sleep, 64, 6.4)
+    assert sleep.bound() == float("inf")
+    stretch(sleep, 65, 6.4)
     weights, gains = (64 * KEEP**2, 64 * KEEP, 65.0), (-8.0 * KEEP**2, 0.0, 1.0)
     total, mean = sum(weights), sum(gains) / sum(weights)
     count = total**2 / (64**2 * KEEP**2 + 64**2 * KEEP + 65**2)
     spread = (64 * KEEP**2 * (8 / 64) ** 2 + 65 * (1 / 65) ** 2) / total - mean**2
     variance = (PRIOR * SPREAD**2 + count * spread) / (PRIOR + count)
     everything = KEEP**3 + KEEP**2 + KEEP + 1
-    assert nap.bound() == pytest.approx(mean + sqrt(2 * variance * log(1 + everything) / count))
+    assert sleep.bound() == pytest.approx(mean + sqrt(2 * variance * log(1 + everything) / count))
 
 
 def test_the_clearer_the_loss_the_longer_the_sleep_but_never_for_good() -> None:
     """Of 1,000 stretches one that loses a tenth is awake for a few; one that breaks even or gains for nearly all."""
 
     def awake(gain: float, noise: float = 0.05) -> list[int]:
-        nap, rng, found = Nap(), np.random.default_rng(1), []
+        sleep, rng, found = SleepSchedule(), np.random.default_rng(1), []
         for i in range(1000):
-            if not nap.start(0.1, allowed=True):
+            if not sleep.start(0.1, allowed=True):
                 found.append(i)
-                nap.tokens, nap.seconds = 64.0, 6.4 * (1.0 - gain + noise * rng.normal())
+                sleep.tokens, sleep.seconds = 64.0, 6.4 * (1.0 - gain + noise * rng.normal())
         return found
 
     clear, slight = awake(-0.1), awake(-0.02)
@@ -62,28 +62,28 @@ def test_the_clearer_the_loss_the_longer_the_sleep_but_never_for_good() -> None:
 
 
 def test_a_gain_that_comes_later_wakes_the_policy() -> None:
-    nap, rng, awake = Nap(), np.random.default_rng(2), []
+    sleep, rng, awake = SleepSchedule(), np.random.default_rng(2), []
     for i in range(500):
-        if not nap.start(0.1, allowed=True):
+        if not sleep.start(0.1, allowed=True):
             awake.append(i)
-            nap.tokens = 64.0
-            nap.seconds = 6.4 * (1.1 if i < 300 else 0.8) + 0.3 * rng.normal()
+            sleep.tokens = 64.0
+            sleep.seconds = 6.4 * (1.1 if i < 300 else 0.8) + 0.3 * rng.normal()
     assert len([i for i in awake if 200 <= i < 300]) < 20
     assert len([i for i in awake if 300 + LONGEST <= i < 400]) > 50
 
 
 def test_no_sleep_where_the_fixed_gamma_is_better() -> None:
-    nap = Nap()
+    sleep = SleepSchedule()
     for _ in range(20):
-        stretch(nap, 64, 20.0)
-    assert nap.bound() < 0
-    assert nap.start(0.1, allowed=True)
-    assert not nap.start(0.1, allowed=False)
+        stretch(sleep, 64, 20.0)
+    assert sleep.bound() < 0
+    assert sleep.start(0.1, allowed=True)
+    assert not sleep.start(0.1, allowed=False)
 
 
 def test_the_policys_own_time_counts() -> None:
     """Plain steps of 100 ms of which the policy takes 20: it keeps pace with those of 100, not with those of 80."""
-    idle, slow = Nap(), Nap()
+    idle, slow = SleepSchedule(), SleepSchedule()
     slow.spent(5.0)  # the first step, and a stall, count for little
     for _ in range(200):
         slow.spent(0.02)
@@ -92,9 +92,9 @@ def test_the_policys_own_time_counts() -> None:
     assert any(stretch(slow, 64, 6.4) for _ in range(20))
 
 
-def played(naps: bool, texts: int = 120) -> tuple[SafetyGuard, float]:
+def played(sleeps: bool, texts: int = 120) -> tuple[SafetyGuard, float]:
     """Goodput of a policy that always drafts one token, where hardly any is right."""
-    guard = told(SafetyGuard(Stubborn(1), epsilon=0.5, naps=naps), "nf4")
+    guard = told(SafetyGuard(Stubborn(1), epsilon=0.5, sleeps=sleeps), "nf4")
     return guard, play(guard, make_tapes(61, texts, length=64, ease=-4.0), "nf4", noise=0.0).goodput
 
 
@@ -117,10 +117,10 @@ def test_nobody_is_asked_or_taught_in_a_sleep() -> None:
     policy = Counting(2)
     guard = told(SafetyGuard(policy), "nf4")
     ledger = guard.ledger("nf4")
-    nap, ledger.baseline = ledger.nap, 0
+    sleep, ledger.baseline = ledger.sleep, 0
     for _ in range(20):
-        stretch(nap, 64, 64.0)
-    nap.latest = 0
+        stretch(sleep, 64, 64.0)
+    sleep.latest = 0
     history = History("nf4", "", 5)
     for _ in range(STRETCH):
         decision = guard.decide(history.context())
@@ -140,8 +140,8 @@ def test_state() -> None:
     guard, _ = played(True, 40)
     again = told(SafetyGuard(Stubborn(1), epsilon=0.5), "nf4")
     again.load_state_dict(guard.state_dict())
-    assert again.ledger("nf4").nap.row() == guard.ledger("nf4").nap.row()
-    assert again.ledger("nf4").nap.bound() == guard.ledger("nf4").nap.bound()
+    assert again.ledger("nf4").sleep.row() == guard.ledger("nf4").sleep.row()
+    assert again.ledger("nf4").sleep.bound() == guard.ledger("nf4").sleep.bound()
     older = {key: value for key, value in guard.state_dict().items() if not key.startswith("safety_nap")}
     again.load_state_dict(older)
     for wrong in (np.zeros(3), np.full(9, np.nan), np.full(9, -1.0)):
@@ -153,10 +153,10 @@ def test_naps_are_an_option() -> None:
     on, off = make_policy("goodput"), make_policy("goodput:naps=off")
     assert isinstance(on, SafetyGuard)
     assert isinstance(off, SafetyGuard)
-    assert (on.naps, off.naps) == (True, False)
+    assert (on.sleeps, off.sleeps) == (True, False)
     off.model.set_prior("nf4", CostPrior(0.01, (0.1, 0.1)))
-    nap = off.ledger("nf4").nap
+    sleep = off.ledger("nf4").sleep
     for _ in range(4):
-        stretch(nap, 64, 64.0)
-    assert nap.bound() < 0
+        stretch(sleep, 64, 64.0)
+    assert sleep.bound() < 0
     assert type(off.decide(Context(level="nf4")).features) is not Asleep

@@ -47,7 +47,7 @@ print(text)
 
 
 def test_totals_over_steps() -> None:
-    some = [*steps(3), replace(STEP, gamma=0, drafted=0, accepted=0, tested=0, produced=1)]
+    some = [*steps(3), replace(STEP, gamma=0, drafted=0, accepted=0, labelled=0, produced=1)]
     assert totals(some, fallbacks=2) == {
         "drafts": 3, "steps": 4, "drafted_tokens": 12, "accepted_tokens": 6, "produced_tokens": 10,
         "decoding_seconds": pytest.approx(4 * 0.071), "fallbacks": 2,

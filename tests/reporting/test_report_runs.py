@@ -28,7 +28,7 @@ def made_run(path: Path, speeds: dict[str, float], prompts: int = 6, level: str 
         for policy, seconds in speeds.items():
             drafted = 0 if policy == BASELINE else 1
             step = replace(
-                STEP, gamma=drafted, drafted=drafted, accepted=drafted, tested=drafted, produced=1 + drafted,
+                STEP, gamma=drafted, drafted=drafted, accepted=drafted, labelled=drafted, produced=1 + drafted,
                 forwards=drafted, seconds=seconds * (1 + 0.01 * i), mean_draft_confidence=0.75,
             )  # fmt: skip
             writer.write(Unit(level, policy, f"p{i}", "chat", 0), [replace(step, step=j) for j in range(8)])

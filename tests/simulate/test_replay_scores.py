@@ -15,9 +15,9 @@ from policies.baselines.svip import Svip
 from speckv_online.cli.app import main
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import CostTable, LevelCost
-from speckv_online.simulate.replay_scores import Contest, joined, play, prepared
+from speckv_online.simulate.replay_scores import ReplayEvaluation, joined, play, prepared
 from speckv_online.simulate.simulator import Simulator, replay_plan
-from speckv_online.simulate.threshold_oracles import stops, tuned
+from speckv_online.simulate.threshold_oracles import ask_per_token, tuned
 from speckv_online.traces.trace import Trace
 from tests.support.random_traces import random_trace, random_traces, save
 
@@ -36,15 +36,15 @@ def test_threshold_rules_are_replayed_as_the_policies_would_be(threshold: float,
     for seed in range(3):
         trace = random_trace(seed, finish=finish)
         below = trace.signals[:, :, 1].astype(float) < threshold
-        withheld = stops(below), stops(below) - below.any(axis=1)
+        withheld = ask_per_token(below), ask_per_token(below) - below.any(axis=1)
         limit = threshold**2 / (0.15 * np.log(2))
-        entropy = stops(trace.signals[:, :, 0].astype(float) > limit)
+        entropy = ask_per_token(trace.signals[:, :, 0].astype(float) > limit)
         rule = LlamaCpp(p_min=threshold, n_max=MAX_GAMMA)
         cases = [(rule, withheld), (Svip(threshold=threshold), (entropy, entropy))]
         for policy, plan in cases:
             want = Simulator(policy, COST).replay(trace)
             got = replay_plan(trace, *plan, COST.level("nf4"))
-            for name in ("position", "drafted", "accepted", "tested", "produced", "proposed", "seconds"):
+            for name in ("position", "drafted", "accepted", "labelled", "produced", "proposed", "seconds"):
                 np.testing.assert_allclose(getattr(got, name), getattr(want, name), err_msg=name)
 
 
@@ -60,17 +60,17 @@ def test_tuned_rules_are_the_best_of_their_kind(traces: list[Trace]) -> None:
 
 
 def test_hindsight_ranks_as_it_must(traces: list[Trace]) -> None:
-    contest = Contest(traces, COST)
-    best, oracle = contest.best, contest.task_oracle
+    evaluation = ReplayEvaluation(traces, COST)
+    best, oracle = evaluation.best, evaluation.task_oracle
     for gamma in range(MAX_GAMMA + 1):
-        assert contest.fixed(gamma).goodput <= best.goodput * (1 + 1e-12)
-    assert best.goodput <= oracle.goodput * (1 + 1e-12) <= contest.clairvoyant.goodput * (1 + 1e-9)
-    assert contest.clairvoyant.goodput <= contest.fastest.goodput * (1 + 1e-12)
-    assert contest.thresholds[0].goodput <= contest.clairvoyant.goodput
-    assert contest.clairvoyant.tokens.tolist() == [len(t) for t in traces]
+        assert evaluation.fixed(gamma).goodput <= best.goodput * (1 + 1e-12)
+    assert best.goodput <= oracle.goodput * (1 + 1e-12) <= evaluation.clairvoyant.goodput * (1 + 1e-9)
+    assert evaluation.clairvoyant.goodput <= evaluation.dynamic_programming_bound.goodput * (1 + 1e-12)
+    assert evaluation.thresholds[0].goodput <= evaluation.clairvoyant.goodput
+    assert evaluation.clairvoyant.tokens.tolist() == [len(t) for t in traces]
     assert best.over(best).value == 1
     with pytest.raises(UserError, match="one level"):
-        Contest(random_traces(2, ("nf4", "int8")), COST)
+        ReplayEvaluation(random_traces(2, ("nf4", "int8")), COST)
 
 
 def test_learning_policies_meet_the_prompts_in_seeded_orders(traces: list[Trace]) -> None:
@@ -94,14 +94,14 @@ def test_a_policy_is_told_the_costs(traces: list[Trace]) -> None:
 def test_what_is_no_contest_is_refused_at_once(traces: list[Trace]) -> None:
     nf4 = [t for t in traces if t.level == "nf4"]
     with pytest.raises(UserError, match="no level 'nf4'; it has int8: give --levels"):
-        Contest(nf4, CostTable("test", {"int8": LEVEL}))
+        ReplayEvaluation(nf4, CostTable("test", {"int8": LEVEL}))
     with pytest.raises(UserError, match="has no level 'nf4'; it has none at all"):
-        Contest(nf4, CostTable("test", {}))
+        ReplayEvaluation(nf4, CostTable("test", {}))
     with pytest.raises(UserError, match="traces of a prompt more than once at nf4"):
-        Contest([*nf4, nf4[0]], COST)
+        ReplayEvaluation([*nf4, nf4[0]], COST)
     other = replace(nf4[0], meta={"draft_fingerprint": "another"})
     with pytest.raises(UserError, match="traces of 2 drafts at nf4"):
-        Contest([*nf4[1:], other], COST)
+        ReplayEvaluation([*nf4[1:], other], COST)
 
 
 def test_scores_of_disjoint_prompts_join(traces: list[Trace]) -> None:

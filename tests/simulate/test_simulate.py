@@ -19,7 +19,7 @@ from speckv_online.io.step_records import StepRecord
 from speckv_online.models.pairs import LoadedPair, chat_prompt
 from speckv_online.profiling.trace_collection import collect_trace
 from speckv_online.simulate.cost_table import RTX3090_RELEASE, CostTable, LevelCost, fit_level, load_cost
-from speckv_online.simulate.hindsight import best_fixed, clairvoyant, fastest
+from speckv_online.simulate.hindsight import best_fixed, clairvoyant, dynamic_programming_bound
 from speckv_online.simulate.simulator import Simulator, replay_fixed, replay_plan
 from speckv_online.traces.trace import Trace
 from tests.support.replays import COST, LEVEL, POLICIES, compare, made
@@ -137,7 +137,7 @@ def test_the_least_time_of_all_sequences(catch_up: float) -> None:
     plain = 0
     for _ in range(8):
         trace = made(np.minimum(rng.integers(0, 4, 5), np.arange(5, 0, -1)).tolist())
-        found = fastest([trace], CostTable("test", {"fp32": cost}))["fp32"]
+        found = dynamic_programming_bound([trace], CostTable("test", {"fp32": cost}))["fp32"]
         assert found.seconds.sum() == pytest.approx(brute_force(trace, cost))
         plain += not found.drafted.any()
     assert plain < 8
@@ -150,7 +150,7 @@ def test_wrong_tokens_may_be_worth_drafting() -> None:
     for cost in (LevelCost(0.001, (0.05, 0.09, 0.08, 0.02)), LevelCost(0.002, (0.05, 0.051), catch_up_seconds=0.008)):
         for _ in range(6):
             trace = made(np.minimum(rng.integers(0, 3, 5), np.arange(5, 0, -1)).tolist())
-            found = fastest([trace], CostTable("test", {"fp32": cost}))["fp32"]
+            found = dynamic_programming_bound([trace], CostTable("test", {"fp32": cost}))["fp32"]
             assert found.seconds.sum() == pytest.approx(brute_force(trace, cost))
             assert found.tokens == len(trace)
             wasteful += bool((found.drafted > found.accepted).any())
@@ -164,7 +164,7 @@ def test_hindsight_bounds() -> None:
     left = np.arange(40, 0, -1).clip(max=16)
     traces = [made(np.minimum(rng.geometric(0.4, 40) - 1, left).tolist()) for _ in range(8)]
     fixed, oracle = best_fixed(traces, table)["fp32"], clairvoyant(traces, table)["fp32"]
-    bound = fastest(traces, table)["fp32"]
+    bound = dynamic_programming_bound(traces, table)["fp32"]
     rates = {g: Simulator(Fixed(gamma=g), table).run(traces).goodput for g in range(17)}
     assert fixed.gamma == max(rates, key=rates.__getitem__)
     assert fixed.goodput == pytest.approx(max(rates.values()))
@@ -180,7 +180,7 @@ def test_hindsight_bounds() -> None:
 
 def step(k: int, context: int, draft: float, verify: float, rest: float = 0.003) -> StepRecord:
     return StepRecord(
-        step=1, gamma=k, drafted=k, accepted=0, tested=min(1, k), produced=1, mean_draft_entropy=0.0,
+        step=1, gamma=k, drafted=k, accepted=0, labelled=min(1, k), produced=1, mean_draft_entropy=0.0,
         mean_draft_confidence=0.0, max_draft_entropy=0.0, min_draft_confidence=0.0, context_length=context,
         propensity=1.0, policy_version=0, decision_id=0, decide_seconds=0.0, draft_seconds=draft, verify_seconds=verify,
         seconds=draft + verify + rest,
@@ -215,7 +215,9 @@ def test_a_step_takes_time_however_short_the_context() -> None:
         np.testing.assert_allclose(replay.seconds, least)
         np.testing.assert_allclose(replay_fixed(trace, gamma, cost).seconds, least)
     assert cost.seconds(1, context=10) == pytest.approx(0.002 + 0.01 + 0.006)
-    assert clairvoyant([trace], table)["fp32"].goodput <= fastest([trace], table)["fp32"].goodput * (1 + 1e-12)
+    assert clairvoyant([trace], table)["fp32"].goodput <= dynamic_programming_bound([trace], table)["fp32"].goodput * (
+        1 + 1e-12
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ _PLAIN: dict[tuple[PreTrainedModel, tuple[int, ...], int], list[int]] = {}
 class Scripted(Policy):
     """Asks for the gammas of a list, over and over, and records what it is told."""
 
-    def __init__(self, gammas: list[int], stops: bool = False, **options: int) -> None:
+    def __init__(self, gammas: list[int], ask_per_token: bool = False, **options: int) -> None:
         super().__init__(**options)
-        self.gammas, self.stops = gammas, stops
+        self.gammas, self.ask_per_token = gammas, ask_per_token
         self.contexts: list[tuple[int, ...]] = []
         self.outcomes: list[Outcome] = []
 
     def decide(self, context: Context) -> Decision:
         c = context
         self.contexts.append((c.step, c.position, c.context_length, c.max_gamma, c.remaining))
-        return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)], stops=self.stops)
+        return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)], ask_per_token=self.ask_per_token)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         drafted, signals = draft.drafted, draft.signals

@@ -30,7 +30,7 @@ class Picky(Policy):
         self.threshold = 0.3
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), 3 if context.step % 3 == 1 else MAX_GAMMA, stops=True)
+        return Decision(self.new_id(), 3 if context.step % 3 == 1 else MAX_GAMMA, ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         drafted, signals = draft.drafted, draft.signals
@@ -55,7 +55,7 @@ POLICIES = {
 
 
 def summary(steps: list[StepRecord]) -> list[tuple[int, ...]]:
-    return [(s.gamma, s.drafted, s.accepted, s.tested, s.produced) for s in steps]
+    return [(s.gamma, s.drafted, s.accepted, s.labelled, s.produced) for s in steps]
 
 
 def compare(
@@ -68,7 +68,9 @@ def compare(
     for trace in traces:
         real = decoder.generate(trace.prompt.tolist(), trace.budget, task="chat", eos_ids=eos_ids)
         replay = simulator.replay(trace)
-        modelled = list(zip(replay.gamma, replay.drafted, replay.accepted, replay.tested, replay.produced, strict=True))
+        modelled = list(
+            zip(replay.gamma, replay.drafted, replay.accepted, replay.labelled, replay.produced, strict=True)
+        )
         assert summary(real.steps) == modelled
         assert real.tokens == trace.tokens.tolist()
         assert not decoder.policy.faults

@@ -102,10 +102,10 @@ def step(policy: Policy, context: Context, tape: Tape, t: int) -> tuple[Decision
     while k < decision.gamma:
         signals[k] = tape.signals[t + k]
         k += 1
-        if decision.stops and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
+        if decision.ask_per_token and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
             break
     drafted = k
-    if decision.stops and k:
+    if decision.ask_per_token and k:
         k = policy.submit(decision, Draft(k, signals[:k]))
         assert 0 <= k <= drafted
     n = tape.accepted(t, k)

@@ -214,8 +214,8 @@ def test_acceptance_rows_are_the_tested_tokens() -> None:
     trace = made_trace(6, length=12)
     tokens = tokens_from_traces([trace])
     # Every schedule starts at position 0, where what is tested is known by hand.
-    tested = min(int(trace.accepted[0]) + 1, 11)
-    assert tokens.y[:tested].tolist() == [1.0] * (tested - 1) + [0.0 if trace.accepted[0] < 11 else 1.0]
+    labelled = min(int(trace.accepted[0]) + 1, 11)
+    assert tokens.y[:labelled].tolist() == [1.0] * (labelled - 1) + [0.0 if trace.accepted[0] < 11 else 1.0]
     assert (tokens.before.shape, tokens.after.shape) == ((len(tokens), 16), (len(tokens), 16))
     own = token_features(trace.signals[0, 0].tolist())
     np.testing.assert_allclose(tokens.after[0, 1:4], own[:3])

@@ -31,7 +31,7 @@ class Patient(Policy):
         self.wanted, self.step, self.threshold = wanted, step, 0.5
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), context.max_gamma, stops=True)
+        return Decision(self.new_id(), context.max_gamma, ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return bool(draft.signals[-1, CONFIDENCE] >= self.threshold)
@@ -40,7 +40,7 @@ class Patient(Policy):
         if not self.first_time(decision.id):
             return
         # At the wanted rate the expected moves up and down are equal.
-        up = (outcome.tested - outcome.accepted) * self.wanted
+        up = (outcome.labelled - outcome.accepted) * self.wanted
         down = outcome.accepted * (1.0 - self.wanted)
         self.threshold = min(max(self.threshold + self.step * (up - down), 0.0), 1.0)
 

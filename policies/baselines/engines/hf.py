@@ -100,7 +100,7 @@ class Confidence(Policy):
         self._forget()
 
     def decide(self, context: Context) -> Decision:
-        return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
+        return Decision(self.new_id(), min(self.cap, context.max_gamma), ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.threshold)
@@ -108,7 +108,7 @@ class Confidence(Policy):
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):
             return
-        confidence = outcome.signals[: outcome.tested, CONFIDENCE]
+        confidence = outcome.signals[: outcome.labelled, CONFIDENCE]
         for i, q in enumerate(confidence.tolist()):
             at = int(np.searchsorted(-self._probs, -q))
             self._probs = np.insert(self._probs, at, q)

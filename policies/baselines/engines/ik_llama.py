@@ -100,7 +100,7 @@ class IkAutotune(Policy):
         gamma = min(int(n_max), context.max_gamma)
         propensity = min(float(self.pmf(context)[gamma - 1]), 1.0) if gamma else 1.0  # sums round up
         features = chosen, p_min, min(n_min, n_max)
-        return Decision(self.new_id(), gamma, stops=True, propensity=propensity, features=features)
+        return Decision(self.new_id(), gamma, ask_per_token=True, propensity=propensity, features=features)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= decision.features[1])

@@ -41,7 +41,7 @@ class LlamaCpp(Policy):
         gamma = min(self.n_max, context.max_gamma)
         if gamma < self.n_min:  # too short whatever is drafted, as near a budget's end
             gamma = 0
-        return Decision(self.new_id(), gamma, stops=True)
+        return Decision(self.new_id(), gamma, ask_per_token=True)
 
     def proceed(self, decision: Decision, draft: Draft) -> bool:
         return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.p_min)

@@ -74,7 +74,7 @@ class Controller:
         if k != self.k or not (isfinite(seconds) and seconds > 0.0 and outcome.produced > 0):
             return
         here = self.estimates[k]
-        here.update(outcome.produced, seconds, outcome.accepted / outcome.tested)
+        here.update(outcome.produced, seconds, outcome.accepted / outcome.labelled)
         if self.origin:
             self.probed += 1
             before = self.estimates[self.origin].throughput
@@ -136,7 +136,7 @@ class OnnxGenAi(Policy):
         return Decision(self.new_id(), min(k, context.max_gamma), features=(controller, k))
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if not self.first_time(decision.id) or decision.features is None or not outcome.tested:
+        if not self.first_time(decision.id) or decision.features is None or not outcome.labelled:
             return
         controller, k = decision.features
         if self.cooldown:

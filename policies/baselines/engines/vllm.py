@@ -83,7 +83,7 @@ class VllmAdaptive(CostAware):
         costs = self.costs.level(context.level)
         seconds = np.maximum.accumulate(costs.verify)
         features = context.memory, self.weights, seconds, costs.first, costs.draft
-        return Decision(self.new_id(), min(self.gamma, context.max_gamma), features=features, stops=True)
+        return Decision(self.new_id(), min(self.gamma, context.max_gamma), features=features, ask_per_token=True)
 
     def submit(self, decision: Decision, draft: Draft) -> int:
         memory, weights, verify, first, each = decision.features
@@ -108,7 +108,7 @@ class VllmAdaptive(CostAware):
     def _step(self, step: list[tuple[Decision, Outcome]]) -> None:
         """Take in what one step of the engine graded, by the predictions made when it was drafted."""
         for decision, outcome in step:
-            graded = min(outcome.tested, self.gamma)
+            graded = min(outcome.labelled, self.gamma)
             confidence = outcome.signals[:graded, CONFIDENCE]
             x, p = log_odds(confidence), self.probabilities(confidence, decision.features and decision.features[1])
             weight = p * (1.0 - p)

@@ -1,8 +1,7 @@
 """Kernels of a Llama's forward other than its matrices, for the few rows of a step.
 
-They are steps of a :class:`~speckv_online.cpu_engine.kernels.llvm.Program`; argument 3 of each but :func:`look` is the
-number of rows. What a row's results are depends on that row alone, to the last bit.
-"""
+They are steps of a :class:`~speckv_online.cpu_engine.kernels.llvm.Program`; argument 3 of each but
+:func:`signals` is the number of rows. What a row's results are depends on that row alone, to the last bit."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from functools import cache
 
 from speckv_online.cpu_engine.kernels import int8_blocks as kernels_q8
 from speckv_online.cpu_engine.kernels import vector as vector_code
+from speckv_online.cpu_engine.kernels.draft_signals import signals
 from speckv_online.cpu_engine.kernels.int8_blocks import BLOCK, Form, block_of, linear, norm, round_block
 from speckv_online.cpu_engine.kernels.llvm import Kernel, Library
-from speckv_online.cpu_engine.kernels.look import look
 from speckv_online.cpu_engine.kernels.vector import VectorCode, splat
 
 #: The score of a position that there is not.
@@ -238,7 +237,7 @@ def gate(form: Form, to: str) -> str:
 
 
 _KERNELS: dict[str, Callable[..., str]] = {
-    kernel.__name__: kernel for kernel in (embed, norm, linear, turn, attend, gate, add, shorten, look)
+    kernel.__name__: kernel for kernel in (embed, norm, linear, turn, attend, gate, add, shorten, signals)
 }
 
 
@@ -252,4 +251,4 @@ def compiled(form: Form, names: tuple[str, ...], cpu: str | None = None) -> dict
     texts = [_KERNELS[kernel](form, *([to] if to else [])) for kernel, _, to in parts]
     declared = vector_code.declarations(form.lanes) + kernels_q8.declarations(form.lanes)
     library = Library(declared + "".join(texts), cpu)
-    return {name: library.function(name, parallel=name != "look") for name in names}
+    return {name: library.function(name, parallel=name != "signals") for name in names}

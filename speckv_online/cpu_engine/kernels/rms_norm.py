@@ -88,7 +88,7 @@ def norm_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous() or torch.is_grad_enabled():
         found: torch.Tensor = type(layer).forward(layer, x)
         return found
-    return normed(x, *layer._light)
+    return normed(x, *layer._patched)
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: int) -> torch.Tensor:
@@ -107,5 +107,5 @@ def ready(layer: Any) -> bool:
     usable = weight.dtype == torch.float32 and weight.is_contiguous() and weight.dim() == 1
     if not usable or len(weight) % _LANES or len(weight) >= _LONGEST:
         return False
-    layer._light = weight, double(layer.variance_epsilon)
+    layer._patched = weight, double(layer.variance_epsilon)
     return True

@@ -44,9 +44,9 @@ def draft(policy: Policy, decision: Decision, signals: np.ndarray) -> int:
     k = 0
     while k < decision.gamma:
         k += 1
-        if decision.stops and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
+        if decision.ask_per_token and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
             break
-    return policy.submit(decision, Draft(k, signals[:k])) if decision.stops and k else k
+    return policy.submit(decision, Draft(k, signals[:k])) if decision.ask_per_token and k else k
 
 
 @pytest.mark.parametrize("gamma", [1, 4, 7])

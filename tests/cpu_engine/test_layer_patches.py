@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from speckv_online.cpu_engine import layer_overrides as lighten_module
-from speckv_online.cpu_engine.layer_overrides import lighten
+from speckv_online.cpu_engine import layer_patches
+from speckv_online.cpu_engine.layer_patches import patch_layers
 from speckv_online.modeling.grouped_attention import GROUPED, group
 from speckv_online.modeling.kv_cache import KVCache
 from tests.support.engine import SUPPORTED
@@ -30,7 +30,7 @@ def lightened(layer: Any) -> Any:
     if not SUPPORTED:
         pytest.skip("the engine has no kernels for this processor")
     model = nn.Sequential(layer)
-    assert lighten(model) == 1
+    assert patch_layers(model) == 1
     with torch.inference_mode():
         model[0](torch.ones(2, len(layer.weight)))
     assert "forward" in vars(model[0])
@@ -60,7 +60,7 @@ def test_norms_leave_to_transformers_what_is_not_theirs() -> None:
         turned = torch.randn(64, 3).t()
         assert torch.equal(light(turned), stock(turned))
     odd, plain = norm(60), norm(60)  # not a multiple of the lanes
-    lighten(nn.Sequential(odd))
+    patch_layers(nn.Sequential(odd))
     y = torch.randn(2, 60)
     with torch.inference_mode():
         assert torch.equal(odd(y), plain(y))
@@ -75,7 +75,7 @@ def test_a_norm_with_another_formula_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
     LlamaRMSNorm2.__name__ = "LlamaRMSNorm"
     layer = LlamaRMSNorm2(64)
-    assert lighten(nn.Sequential(layer)) == 1
+    assert patch_layers(nn.Sequential(layer)) == 1
     x = torch.randn(2, 64)
     with torch.inference_mode():
         first = layer(x)
@@ -88,10 +88,10 @@ def test_without_a_compiler_layers_stay(monkeypatch: pytest.MonkeyPatch, error: 
     def broken(layer: Any, x: torch.Tensor) -> torch.Tensor:
         raise error("no compiler")
 
-    ready, _ = lighten_module.WAYS["LlamaRMSNorm"]
-    monkeypatch.setitem(lighten_module.WAYS, "LlamaRMSNorm", (ready, broken))
+    ready, _ = layer_patches.WAYS["LlamaRMSNorm"]
+    monkeypatch.setitem(layer_patches.WAYS, "LlamaRMSNorm", (ready, broken))
     layer, x = norm(64), torch.randn(2, 64)
-    lighten(nn.Sequential(layer))
+    patch_layers(nn.Sequential(layer))
     with torch.inference_mode():
         assert torch.equal(layer(x), norm(64)(x))
     assert "forward" not in vars(layer)

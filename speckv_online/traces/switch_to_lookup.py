@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from speckv_online.traces.rows import Rows
 
 
-class Turned(NamedTuple):
+class SwitchedDraft(NamedTuple):
     """A draft with a tail of lookups.
 
     Attributes
@@ -37,7 +37,7 @@ class Turned(NamedTuple):
     accepted: int
 
 
-class LookupTails:
+class SwitchToLookup:
     """Lookups at every point of a trace's drafts.
 
     Parameters
@@ -56,12 +56,12 @@ class LookupTails:
         self.prompt, self.rows, self.weights, self.counts = prompt, rows, weights, counts
         none = [0.0] * (len(rows.drafts[0]) if rows.drafts else 0)
         self.lookups = rows.lookups or [none] * len(rows.drafts)  # of the trace's own drafts
-        self._turned: dict[tuple[int, int], Turned] = {}
+        self._switched: dict[tuple[int, int], SwitchedDraft] = {}
         # Worked out where a replay comes by: it sees a small part of all drafts.
         self._offers: list[list[float | None]] = [[None] * len(drafts) for drafts in rows.drafts]
         self._at, self._context = 0, NgramIndex(prompt)  # of the prompt and so many tokens
 
-    def offer(self, t: int, j: int) -> float:
+    def lookup_alternative(self, t: int, j: int) -> float:
         """Return how sure the drafter is of the lookup after j tokens of the draft from position t.
 
         0 where the trace's next token is a lookup itself.
@@ -94,21 +94,21 @@ class LookupTails:
             self._context.push(drafted)
         return self._context
 
-    def turned(self, t: int, j: int) -> Turned:
+    def switched(self, t: int, j: int) -> SwitchedDraft:
         """Return the draft from position t that leaves the trace's after j tokens."""
-        found = self._turned.get((t, j))
+        found = self._switched.get((t, j))
         if found is None:
-            found = self._turned[t, j] = self._turn(t, j)
+            found = self._switched[t, j] = self._switch(t, j)
         return found
 
-    def _turn(self, t: int, j: int) -> Turned:
+    def _switch(self, t: int, j: int) -> SwitchedDraft:
         rows = self.rows
         drafts, lookups, signals = rows.drafts[t][:j], self.lookups[t][:j], rows.signals[t]
         if self.counts and 0 < j <= rows.accepted[t] and t + j < len(rows.tokens):  # as if the step had begun there
-            tail, left = self.turned(t + j, 0), len(signals) - j
+            tail, left = self.switched(t + j, 0), len(signals) - j
             signals = np.concatenate((signals[:j], tail.signals[:left]))
             n = min(tail.accepted, left)
-            return Turned([*drafts, *tail.drafts[:left]], signals, [*lookups, *tail.lookups[: left + 1]], j + n)
+            return SwitchedDraft([*drafts, *tail.drafts[:left]], signals, [*lookups, *tail.lookups[: left + 1]], j + n)
         index, signals = self._index(t, drafts), signals.copy()
         while (found := self._propose(index, drafts)) is not None and len(drafts) < len(signals):
             write_signals(found, signals[len(drafts)])
@@ -119,4 +119,4 @@ class LookupTails:
         index.undo()
         agree = [drafted == token for drafted, token in zip(drafts, rows.tokens[t:], strict=False)]
         accepted = agree.index(False) if False in agree else len(agree)
-        return Turned(drafts, signals[: len(drafts)], [*lookups, self._sure(found)], accepted)
+        return SwitchedDraft(drafts, signals[: len(drafts)], [*lookups, self._sure(found)], accepted)

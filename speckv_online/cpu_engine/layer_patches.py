@@ -19,7 +19,7 @@ from torch import nn
 from speckv_online.cpu_engine import bnb_layers as bnb_cpu
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.notes import EngineNotes, describe
-from speckv_online.cpu_engine.weight_version import mark
+from speckv_online.cpu_engine.weight_version import weight_version
 
 #: By the name of a layer's class: whether it can take the short way, and that way.
 WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch.Tensor]]] = {
@@ -29,7 +29,7 @@ WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch
 }
 
 
-def lighten(model: nn.Module, notes: EngineNotes | None = None) -> int:
+def patch_layers(model: nn.Module, notes: EngineNotes | None = None) -> int:
     """Let a model's layers on the CPU take short ways in inference; return how many may. They stay what they are.
 
     Why a layer does not take its way is known at its first forward, and then noted.
@@ -74,7 +74,7 @@ def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
             elif not torch.equal(forward(layer, x), answer):
                 layer._notes.lacks(part, "its results are not the layer's", failed=True)
             else:
-                layer._way, layer._made_of = forward, mark(layer)
+                layer._way, layer._made_of = forward, weight_version(layer)
                 layer.forward = MethodType(_short_forward, layer)
         # Another version of a library, or none; a processor that lacks an instruction.
         except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -83,7 +83,7 @@ def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _short_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    if layer._made_of != mark(layer):
+    if layer._made_of != weight_version(layer):
         return _first_forward(layer, x)
     answer: torch.Tensor = layer._way(layer, x)
     return answer

@@ -7,13 +7,13 @@ from speckv_online.cpu_engine.kernels.llvm import single
 from speckv_online.cpu_engine.kernels.vector import VectorCode
 
 
-def look(form: Form) -> str:
-    """Return the kernel ``look(logits, out, scratch, count)`` for one thread: what a draft's signals are made of.
+def signals(form: Form) -> str:
+    """Return the kernel ``signals(logits, out, scratch, count)`` for one thread: what a draft's signals are made of.
 
     ``out`` has room for five floats: the largest logit, the second, the row of the first, and with ``e`` the power of
     each logit minus the largest, the sum of ``e`` and that of ``e`` times this difference. ``scratch`` has 3 registers.
     """
-    c = VectorCode("look", form.lanes)
+    c = VectorCode("signals", form.lanes)
     n, wide, whole, bits = form.lanes, c.wide, c.ints, f"<{form.lanes} x i1>"
     logits, out, scratch, count = (c.argument(i, kind) for i, kind in enumerate(("ptr", "ptr", "ptr", "i64")))
     never = f"splat (float {single(float('-inf'))})"
