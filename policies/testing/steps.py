@@ -144,9 +144,9 @@ def take_step(policy: Policy, context: Context, text: Text, at: int = 0) -> tupl
                     break
     forwards = k
     if k and (decision.stops or decision.trims):
-        answer = policy.submit(decision, k, signals)
-        k = _whole(answer)
-        assert 0 <= k <= forwards, f"submit answered {answer!r} with {forwards} tokens drafted"
+        submitted = policy.submit(decision, k, signals)
+        k = _whole(submitted)
+        assert 0 <= k <= forwards, f"submit answered {submitted!r} with {forwards} tokens drafted"
     assert np.array_equal(signals[:forwards], text.signals[at : at + forwards]), "the policy changed the signals"
     n = text.accepted(at, k)
     draft, first, further = COSTS.get(context.level, COSTS["nf4"])

@@ -96,7 +96,7 @@ class DrafterSpec:
         if self.plugin is not None:
             given = (model, vocab_size, head_ids, quick) if self.needs_model else ()
             try:
-                return self.plugin(*given, **self.options)  # type: ignore[no-any-return]
+                return self.plugin(*given, **self.options)
             except UserError:
                 raise
             except Exception as e:  # anybody's constructor
