@@ -10,6 +10,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+# What `make test` runs once more on plain transformers modules.
+WITHOUT_ENGINE := tests/decoding tests/drafters tests/models tests/simulate
 CODE := docs experiments policies speckv_online tests
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Where the parts of `make results` are kept, each resumable: remove a part to have it made anew.
@@ -39,8 +41,11 @@ test: setup
 	@echo "== tests that need neither the real models nor Ray, two processes at a time"
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" --cov --cov-report= $(ARGS) || test $$? -eq 5
 	@$(BIN)/python -m tests.support.coverage_summary
+	@echo "== the quick tests of what decodes once more, on plain transformers modules"
+	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(WITHOUT_ENGINE) $(ARGS) || test $$? -eq 5
 	@echo "== tests with the real models and a real Ray"
 	@$(BIN)/python -m pytest -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none of them was asked for
+
 
 results: results-measured results-modelled
 

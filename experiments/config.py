@@ -120,6 +120,8 @@ def _checked(f: Field[Any], value: Any, where: str) -> Any:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UserError(f"{where}: {f.name} must be a list of names")
+    if f.name == "engine" and value is False:  # what YAML makes of off
+        return "off"
     if f.name == "prompts" and isinstance(f.default, str) and type(value) is int:  # a count needs no quotes in YAML
         return str(value)
     wanted = f.metadata.get("type") or (str if f.default is None else type(f.default))

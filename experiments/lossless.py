@@ -1,8 +1,9 @@
 """Check on real models that speculation changes no token: ``python -m experiments.lossless``.
 
-Every policy decodes the same prompts at every level, and each answer is compared with plain greedy decoding of the same
-model, one token a forward. At fp32 every token must be the same. Below it, kernels may round differently for one token
-than for several; there a token may differ only where the target's two best logits are closer than the level's epsilon
+Every policy decodes the same prompts at every level, and each answer is compared with plain greedy decoding, one token
+a forward, by a second target of plain transformers modules without the CPU engine. At fp32 every token must be the
+same. Below it, kernels may round differently for one token than for several, and the engine's differently from others.
+There a token may differ only where the target's two best logits are closer than the level's epsilon
 (:data:`EPSILON`), and the comparison goes on from that prefix. Exit code 1 if anything else differs.
 """
 
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from experiments.common.bundled_prompts import bundled
 from experiments.config import launch, option
@@ -25,8 +27,10 @@ from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.decoding.greedy_check import check_greedy
 from speckv_online.errors import UserError
 from speckv_online.io.prompts import Prompt, choose
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 from speckv_online.models.levels import get_level
-from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair
+from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair, load_target, prepare
 from speckv_online.models.quiet import quiet_libraries
 
 #: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32
@@ -50,9 +54,11 @@ class LosslessConfig:
     seed: int = option(0, "seed of the prompt choice and the policies")
     threads: int = option(0, "CPU threads (0: as torch chooses)")
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     json: bool = option(False, "print JSON instead of text")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         if not self.levels or not self.policies:
             raise UserError("--levels and --policies must name at least one each")
         if min(self.prompts, self.max_new_tokens) < 1 or self.seed < 0 or not 0 <= self.threads <= 1024:
@@ -65,8 +71,10 @@ class LosslessConfig:
             make_policy(spec)
 
 
-def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair: LoadedPair) -> list[dict[str, Any]]:
-    """Check every policy at one level; return a row per policy."""
+def check_level(
+    config: LosslessConfig, level: str, prompts: list[Prompt], pair: LoadedPair, plain: PreTrainedModel
+) -> list[dict[str, Any]]:
+    """Check every policy at one level against a plain target; return a row per policy."""
     rows = []
     reference: dict[str, list[int]] = {}
     for spec in ("autoregressive", *config.policies):
@@ -84,7 +92,7 @@ def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair:
             short += not ended and len(out.tokens) < room
             # Equal to an answer that was found plain already: no need to run the model again.
             if reference.get(prompt.id) != out.tokens:
-                check = check_greedy(pair.target, ids, out.tokens, decoder.eos_ids)
+                check = check_greedy(plain, ids, out.tokens, decoder.eos_ids)
                 ties += [gap for _, gap in check.ties]
                 differing += not check.identical
                 if check.identical:
@@ -94,6 +102,7 @@ def check_level(config: LosslessConfig, level: str, prompts: list[Prompt], pair:
             {
                 "level": level, "policy": spec, "prompts": len(prompts), "tokens": tokens, "differing": differing,
                 "ties": len(ties), "largest_gap": largest, "epsilon": EPSILON.get(level, 0.0),
+                "engine": asdict(decoder.engine),
                 "faults": sum(decoder.policy.faults.values()), "short": short,
                 "ok": not short and (not ties or largest < EPSILON.get(level, 0.0)),
             }
@@ -110,9 +119,13 @@ def lossless(config: LosslessConfig) -> int:
     prompts = choose(bundled(), config.prompts, config.seed)
     rows: list[dict[str, Any]] = []
     for level in config.levels:
-        pair = load_pair(config.pair, level=level, device=config.device, target=config.target, draft=config.draft)
-        rows += check_level(config, level, prompts, pair)
-        say(f"[{monotonic() - started:6.1f} s] {level} done")
+        pair = load_pair(
+            config.pair, level=level, device=config.device, target=config.target, draft=config.draft,
+            engine=config.engine,
+        )  # fmt: skip
+        plain = load_target(config.target or prepare(config.pair), level, config.device, engine="off")
+        rows += check_level(config, level, prompts, pair, plain)
+        say(f"[{monotonic() - started:6.1f} s] {level} done, CPU engine {pair.engine['target']}")
     if config.json:
         print(json.dumps({"rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}))
     else:

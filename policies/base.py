@@ -1,8 +1,9 @@
 """The interface between a policy and whatever runs it: the decoder on real models, or the simulator on traces.
 
-A step goes: ``decide(context)``, then, if the decision asked for it, ``proceed(...)`` after each drafted token and
-``submit(...)`` once all are there, then verification, and some time later (in batches, out of order, perhaps twice)
-``learn(decision, outcome)``. A policy sees only what exists at the time of each call.
+A step goes: ``decide(context)``, then, if the decision asked for it, ``proceed(decision, draft)`` after each drafted
+token and ``submit(decision, draft)`` once all are there, then verification, and some time later (in batches, out of
+order, perhaps twice) ``learn(decision, outcome)``. A policy sees only what exists at the time of each call. All that it
+is given is its own: nothing that it writes there reaches the decoder.
 
 Units: times are seconds, entropies bits, confidences probabilities, margins logits, lengths tokens.
 """
@@ -13,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -79,15 +80,15 @@ class Context:
         Lagged signals (bits, probability).
     drafters : tuple of str
         Names that ``Decision.drafter`` may take, the default one first; empty where there is no choice.
-    tokens, drafts : sequence of int
-        Ids of the tokens in the target's context, and of those drafted so far in this step: live views, to be read and
-        not kept. Empty where the caller does not tell.
-    lookups : sequence of float
-        For each token drafted so far in this step, and for the next one: how sure the drafter is of it where it takes
-        no forward of a model (a lookup's proposal), 0 where it does. A live view; empty where the caller does not tell.
-    offer : float
-        Where the next token takes a forward: how sure the drafter is of the lookup that it could have instead, by going
-        on as the drafter ``ngram`` (:attr:`Decision.drafter`, :meth:`Policy.proceed`); 0 where it has none.
+    tokens : sequence of int
+        Ids of the tokens in the target's context, read-only; it grows as the text does. Empty where the caller does not
+        tell.
+    lookup_confidence : float
+        How sure the drafter is of its first token in this step if that is a lookup's proposal, which takes no forward
+        of a model; 0 if it takes one.
+    lookup_alternative : float
+        If the first token takes a forward: how sure the drafter is of the lookup that it could have instead, by going
+        on as the drafter ``ngram`` (:attr:`Decision.drafter`, :meth:`Policy.proceed`); 0 if it has none.
     memory : dict
         Scratch space of the policy for this sequence; new for every prompt.
     """
@@ -109,10 +110,35 @@ class Context:
     min_confidence: float = 0.25
     drafters: tuple[str, ...] = ()
     tokens: Sequence[int] = ()
-    drafts: Sequence[int] = ()
-    lookups: Sequence[float] = ()
-    offer: float = 0.0
+    lookup_confidence: float = 0.0
+    lookup_alternative: float = 0.0
     memory: dict[Any, Any] = field(default_factory=dict)
+
+
+class Draft(NamedTuple):
+    """What has been drafted so far in a step: what :meth:`Policy.proceed` and :meth:`Policy.submit` are shown.
+
+    Attributes
+    ----------
+    drafted : int
+        How many tokens.
+    signals : ndarray, shape (drafted, N_SIGNALS)
+        Their signals, read-only.
+    tokens : sequence of int
+        Their ids; empty where the caller does not tell.
+    lookups : sequence of float
+        For each of them, and for the next one: how sure the drafter is of it if it is a lookup's proposal, 0 if it
+        takes a forward of a model. Empty where the caller does not tell.
+    lookup_alternative : float
+        If the next token takes a forward: how sure the drafter is of the lookup that it could have instead; 0 if it has
+        none, and in :meth:`Policy.submit`.
+    """
+
+    drafted: int
+    signals: np.ndarray
+    tokens: Sequence[int] = ()
+    lookups: Sequence[float] = ()
+    lookup_alternative: float = 0.0
 
 
 @dataclass(slots=True)
@@ -186,6 +212,11 @@ class Outcome:
     policy_seconds : float
         What the policy itself took of ``seconds``: to decide, and to learn from the step before. Zero where nobody
         looked at a clock, as in replays.
+    tokens : sequence of int
+        Ids of the drafted tokens; empty where the caller does not tell.
+    lookups : sequence of float
+        For each drafted token at least: how sure the drafter was of it if it was a lookup's proposal, else 0. Empty
+        where the caller does not tell.
     """
 
     drafted: int
@@ -203,6 +234,8 @@ class Outcome:
     forwards: int = -1
     policy_seconds: float = 0.0
     exhausted: bool = False
+    tokens: Sequence[int] = ()
+    lookups: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if self.forwards < 0:
@@ -252,27 +285,31 @@ class Policy(ABC):
             self._learnt.discard(self._order.popleft())
         return True
 
+    def has_learnt(self, id: int) -> bool:
+        """Return whether :meth:`first_time` has seen an id."""
+        return id in self._learnt
+
     def begin(self, context: Context) -> None:
         """Start a new prompt; per-sequence state is reset here."""
 
     @abstractmethod
     def decide(self, context: Context) -> Decision:
-        """Choose what to do in a step. The context object is reused by the caller: copy what must be kept."""
+        """Choose what to do in a step. Each step has a context object of its own."""
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
-        """Return whether to draft another token, given the signals of the ``drafted`` ones (rows of ``signals``).
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+        """Return whether to draft another token, given those drafted so far.
 
         One of ``context.drafters``, by name, means to go on as that drafter until the step ends. Lookups alone take
         next to nothing: in greedy decoding they are then drafted to the end unasked, and :meth:`submit` sees them all.
         """
         return True
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
         """Return how many of the drafted tokens to send to the target.
 
         Asked in greedy decoding only, of a decision that ``stops`` or ``trims``.
         """
-        return drafted
+        return draft.drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         """Take in the outcome of a decision; a second call with the same id changes nothing."""

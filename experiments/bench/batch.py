@@ -26,6 +26,8 @@ from speckv_online.decoding.batch import MAX_BATCH
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.io.prompts import choose
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair
 from speckv_online.models.quiet import quiet_libraries
 
@@ -48,9 +50,11 @@ class BatchConfig:
     max_new_tokens: int = option(32, "tokens to decode per prompt")
     threads: int = option(0, "CPU threads (0: as torch chooses)")
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     json: bool = option(False, "print JSON instead of a table")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         if not self.sizes or not all(n.isdecimal() and 1 <= int(n) <= MAX_BATCH for n in self.sizes):
             raise UserError(f"--sizes must be from 1 to {MAX_BATCH}, got {','.join(self.sizes)}")
         if min(self.prompts, self.max_new_tokens) < 1 or not 0 <= self.threads <= 1024 or not self.policies:
@@ -73,7 +77,14 @@ def transformers_batch(pair: LoadedPair, prompts: list[list[int]], new: int) -> 
 
 def measure(config: BatchConfig) -> list[dict[str, Any]]:
     """Return a row for every size and policy: tokens per second of each way."""
-    pair = load_pair(config.pair, level=config.level, device=config.device, target=config.target, draft=config.draft)
+    pair = load_pair(
+        config.pair,
+        level=config.level,
+        device=config.device,
+        target=config.target,
+        draft=config.draft,
+        engine=config.engine,
+    )
     prompts = [chat_prompt(pair.tokenizer, p.text) for p in choose(bundled(), config.prompts)]
     new, rows = config.max_new_tokens, list[dict[str, Any]]()
     transformers_batch(pair, prompts[:1], 2)  # warm-up is no data

@@ -24,6 +24,8 @@ from experiments.common.bundled_prompts import bundled
 from experiments.config import launch, option
 from speckv_online.errors import UserError
 from speckv_online.io.prompts import choose
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 from speckv_online.stats import goodput, paired_ratio
 
 WIDTHS = (1, 2, 3, 5, 9, 17)
@@ -42,9 +44,11 @@ class BenchConfig:
     max_new_tokens: int = option(40, "tokens to decode per prompt")
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     json: bool = option(False, "print JSON instead of tables")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         if not self.gammas or not all(g.isdecimal() and 1 <= int(g) <= 16 for g in self.gammas):
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
         if self.prompts < 1 or self.max_new_tokens < 1 or not 0 <= self.threads <= 1024 or not self.levels:
@@ -87,7 +91,7 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     import torch
 
     from experiments.results.transformers_baseline import Schedule, Stock
-    from speckv_online.cpu_engine.pack import pack
+    from speckv_online.cpu_engine.start import start_engine
     from speckv_online.decoding.decoder import SpeculativeDecoder
     from speckv_online.drafters.model import ModelDrafter
     from speckv_online.io.manifest import cores
@@ -98,11 +102,11 @@ def bench_level(config: BenchConfig, level: str) -> dict[str, Any]:
     quiet_libraries()
     torch.set_num_threads(config.threads or cores())
     stock = Stock(config.pair, level, config.device)
-    ours = load_pair(config.pair, level=level, device=config.device)
+    ours = load_pair(config.pair, level=level, device=config.device, engine=config.engine)
     whole = load_shipped_draft(prepare(config.pair), ours.device, full_head=True)[0]
     widths = {"target": {"stock": forward_seconds(stock.target), "ours": forward_seconds(ours.target)}}
     widths["draft"] = {"stock": forward_seconds(whole)}
-    pack(whole)
+    start_engine(whole, config.engine)
     widths["draft"]["ours"] = forward_seconds(whole)
     shipped: Any = ours.drafter
     widths["shipped draft"] = {"ours": forward_seconds(shipped.model)}

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from experiments.config import launch, option
 from experiments.runtime.learner import Key
 from experiments.runtime.patches import Patch, Reply, patched
 from experiments.runtime.serialization import LearnerActor, RemoteSync
-from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, State
+from policies.base import MAX_GAMMA, N_SIGNALS, Draft, Outcome, State
 from policies.registry import make_policy
 from speckv_online.context import History
 from speckv_online.errors import UserError
@@ -137,19 +137,19 @@ def made_up_delta(policy: str, outcomes: int, seed: int = 0) -> State:
     """
     learner, rng = make_policy(policy, seed=seed), np.random.default_rng(seed)
     history = History("nf4", "", 100)
-    context, common = history.context, 1.0 / np.arange(1, VOCABULARY + 1)
+    common = 1.0 / np.arange(1, VOCABULARY + 1)
     words = rng.choice(VOCABULARY, (outcomes, 2 * MAX_GAMMA), p=common / common.sum()).tolist()
-    learner.begin(context)
+    learner.begin(history.context())
     for row in words:
-        context.tokens, context.drafts = row[:MAX_GAMMA], row[MAX_GAMMA:]
-        decision = learner.decide(context)
+        decision = learner.decide(replace(history.context(), tokens=row[:MAX_GAMMA]))
         k = min(decision.gamma, MAX_GAMMA)
         signals = rng.random((MAX_GAMMA, N_SIGNALS))
         if decision.stops and k:
-            k = learner.submit(decision, k, signals)
+            k = learner.submit(decision, Draft(k, signals[:k], row[MAX_GAMMA : MAX_GAMMA + k]))
         right = rng.random(k) < 0.6
         n = int(np.argmin(right)) if not right.all() else k
         outcome = Outcome(k, n, min(n + 1, k), n + 1, 0.05 + 0.01 * k, 0.01 * k, 0.05, "nf4", 100, 0, signals[:k])
+        outcome.tokens = row[MAX_GAMMA : MAX_GAMMA + k]
         learner.learn(decision, outcome)
         history.update(outcome)
     delta = learner.take_delta()

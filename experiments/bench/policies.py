@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 
 from experiments.config import launch, option
-from policies.base import MAX_GAMMA, N_SIGNALS, Context, Outcome, Policy
+from policies.base import MAX_GAMMA, N_SIGNALS, Context, Draft, Outcome, Policy
 from policies.guards.fault import FaultGuard
 from policies.registry import BUILTIN, make_policy
 from speckv_online.context import History
@@ -59,10 +59,10 @@ class Timed:
         """Take some steps, a new sequence after every 64 tokens."""
         policy, rng = self.policy, self.rng
         for _ in range(steps):
-            if self.history.context.position >= 64:
+            if self.history.position >= 64:
                 self.history = History("nf4", "", 100)
-                policy.begin(self.history.context)
-            context = self.history.context
+                policy.begin(self.history.context())
+            context = self.history.context()
             confidence = rng.beta(1.5, 0.8, MAX_GAMMA)
             rows = np.column_stack([5 * (1 - confidence), confidence, 8 * confidence, rng.integers(-4, 5, MAX_GAMMA)])
             hits = rng.random(MAX_GAMMA) < confidence
@@ -78,19 +78,20 @@ class Timed:
             signals[k] = rows[k]
             k += 1
             if decision.stops and k < decision.gamma:
+                draft = Draft(k, signals[:k])
                 clock = perf_counter()
-                go_on = policy.proceed(decision, k, signals)
+                go_on = policy.proceed(decision, draft)
                 self.proceed.append(perf_counter() - clock)
                 if not go_on:
                     break
         drafted = k
         if decision.stops and k:
-            k = policy.submit(decision, k, signals)
+            k = policy.submit(decision, Draft(k, signals[:k]))
         n = k if hits[:k].all() else int(hits[:k].argmin())
-        draft, verify, length = 0.009 * drafted, 0.16 + 0.01 * k, context.context_length
-        seconds = draft + verify + 0.001
+        drafting, verify, length = 0.009 * drafted, 0.16 + 0.01 * k, context.context_length
+        seconds = drafting + verify + 0.001
         outcome = Outcome(
-            k, n, min(n + 1, k), n + 1, seconds, draft, verify, "nf4", length, 0, rows[:k], forwards=drafted
+            k, n, min(n + 1, k), n + 1, seconds, drafting, verify, "nf4", length, 0, rows[:k], forwards=drafted
         )
         clock = perf_counter()
         policy.learn(decision, outcome)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from experiments.config import option
 from speckv_online.errors import UserError
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 
 #: One stage of the stream: tasks, level, draft.
 PHASES = ("code+math@fp16", "chat@fp16", "chat@nf4", "chat+code@nf4@layers:4", "code+math@nf4", "code+math@fp16@ngram")
@@ -47,6 +49,7 @@ class DriftConfig:
     seed: int = option(0, "seed of the prompts and the policies")
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     threshold: float = option(10.0, "Page-Hinkley: summed change of the acceptance that is an alarm")
     doc: str = option("", "document to put the tables into, between its markers")
     plot: str = option("", "where the plot goes besides the run directory, e.g. docs/img/drift-measured.png")
@@ -58,6 +61,7 @@ class DriftConfig:
     EXTRA = ("prompts_sha256",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         if not self.phases or not self.policies or len(set(self.policies)) < len(self.policies):
             raise UserError("--phases and --policies must name at least one each, and no policy twice")
         for name in ("per_phase", "max_new_tokens"):

@@ -80,7 +80,7 @@ class Stage:
         """Load a level once; policies are told its calibration with the pair's own draft, and no other."""
         if level not in self.pairs:
             c = self.config
-            pair = load_pair(c.pair, level=level, device=c.device, target=c.target, draft=c.draft)
+            pair = load_pair(c.pair, level=level, device=c.device, target=c.target, draft=c.draft, engine=c.engine)
             cost = calibrate(pair.target, pair.drafter, level, chat_prompt(pair.tokenizer, WARM_UP))
             for policy in self.policies.values():
                 FaultGuard(policy).set_costs(level, cost)
@@ -89,6 +89,7 @@ class Stage:
                 "threads": torch.get_num_threads(),
                 "device": str(pair.device),
                 "arithmetic": pair.level.arithmetic(pair.device),
+                "engine": {role: asdict(status) for role, status in pair.engine.items()},
                 "models": pair.revision,
                 "calibration": asdict(cost),
             }

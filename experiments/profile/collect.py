@@ -18,6 +18,8 @@ from speckv_online.drafters.spec import HELP as DRAFTERS
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.errors import UserError
 from speckv_online.io.prompts import Prompt, choose, read_prompts
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 
 if TYPE_CHECKING:
     from speckv_online.traces.trace import Trace
@@ -44,10 +46,12 @@ class ProfileConfig:
     seed: int = option(0, "seed of the prompt choice and of the schedules")
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     ray: bool = option(False, "collect each level in a Ray task, on the cluster of RAY_ADDRESS or a Ray of its own")
     out: str = option("runs/profile", "directory of the traces")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         if self.split not in ("train", "test", "all"):
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
         for name, least in (("max_new_tokens", 1), ("threads", 0), ("limit", 0), ("seed", 0)):
@@ -155,6 +159,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         draft=config.draft,
         draft_level=config.draft_level or None,
         drafter=config.drafter,
+        engine=config.engine,
     )
     meta: dict[str, Any] = {
         "target": pair.revision["target"],
@@ -164,6 +169,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
         "max_new_tokens": config.max_new_tokens,
         "request": request(config),
         "arithmetic": pair.level.arithmetic(pair.device),
+        "engine": {role: str(status) for role, status in pair.engine.items()},
         "software": software(),
     }
     check_same(out / level, meta)

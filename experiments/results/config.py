@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from experiments.config import option
 from speckv_online.errors import UserError
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 
 if TYPE_CHECKING:
     pass
@@ -44,6 +46,7 @@ class ResultsConfig:
     seed: int = option(0, "seed of the prompt choice and of the policies")
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     doc: str = option("", "document to put the tables into, between its markers")
     readme: str = option("", "document to put the short table into, between its markers")
     plot: str = option("", "PNG file of the plot (default: results.png in --out)")
@@ -53,6 +56,7 @@ class ResultsConfig:
     VOLATILE = (*PLACES, "prompts", "some", "round", "leading", "others", "levels")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         for name in ("levels", "leading", "others"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

@@ -95,7 +95,7 @@ class Bench:
         c = self.config
         quiet_libraries()
         torch.set_num_threads(c.threads or cores())
-        self.pair = pair = load_pair(c.pair, level=self.level, device=c.device)
+        self.pair = pair = load_pair(c.pair, level=self.level, device=c.device, engine=c.engine)
         warm = chat_prompt(pair.tokenizer, WARM_UP)
         cost = calibrate(pair.target, pair.drafter, self.level, warm)  # also warms up, so it runs at every load
         if peers:
@@ -108,6 +108,7 @@ class Bench:
         self.facts |= {
             "threads": torch.get_num_threads(),
             "arithmetic": pair.level.arithmetic(pair.device),
+            "engine": {role: asdict(status) for role, status in pair.engine.items()},
             "models": dict(pair.revision),
         }
 

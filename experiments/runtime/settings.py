@@ -8,6 +8,8 @@ from experiments.config import option
 from speckv_online.drafters.spec import HELP as DRAFTERS
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class CompareConfig:
         metadata={"help": "workers, threads and gpus by level; `default` for the rest", "of": Resources},
     )
     device: str = option("auto", "auto, cpu or cuda")
+    engine: str | None = option(None, ENGINE)
     out: str = option("", "run directory, continued if it holds the same run (default: runs/compare__SEED__TIME)")
     address: str = option("", "Ray cluster (default: RAY_ADDRESS or that of the surrounding job, else one of its own)")
     local: bool = option(False, "run in this process, without Ray")
@@ -67,6 +70,7 @@ class CompareConfig:
     EXTRA = ("prompts_sha256",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", choose_engine(self.engine))
         for name in ("levels", "policies"):
             values = getattr(self, name)
             if not values:

@@ -92,7 +92,15 @@ class Worker:
         started = now()
         clock = perf_counter()
         c = self.config
-        pair = load_pair(c.pair, level=self.level, device=c.device, target=c.target, draft=c.draft, drafter=c.drafter)
+        pair = load_pair(
+            c.pair,
+            level=self.level,
+            device=c.device,
+            target=c.target,
+            draft=c.draft,
+            drafter=c.drafter,
+            engine=c.engine,
+        )
         self.pair = pair
         self.ids = [self._tokenize(prompt) for prompt in self.prompts]
         loaded = perf_counter() - clock
@@ -107,6 +115,7 @@ class Worker:
             "threads": torch.get_num_threads(),
             "device": str(pair.device),
             "arithmetic": pair.level.arithmetic(pair.device),
+            "engine": {role: asdict(status) for role, status in pair.engine.items()},
             "models": models,
             "load_seconds": round(loaded, 2),
             "calibration": asdict(self.cost),

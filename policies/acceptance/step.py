@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import exp
 from typing import Any, Protocol
 
-import numpy as np
-
 from policies.acceptance.context_table import TAIL, Place, Seen, TokenHistory, place
 from policies.acceptance.features import Asked, Token, start_features, token_features
-from policies.base import Context
+from policies.base import Context, Draft, Outcome
 
 
 class AcceptanceWeights(Protocol):
@@ -40,6 +37,8 @@ class Step:
         How many of the tokens so far took a forward of the draft model.
     left : int
         How many accepted tokens end the text, with the target's own: drafting more is of no use.
+    confidence : float
+        How sure the drafter is of the next token if that is a lookup's proposal, 0 if it takes a forward.
     expected : float
         Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
     rule : object
@@ -51,17 +50,16 @@ class Step:
         "_after",
         "_before",
         "_chance",
-        "_context",
         "_hazard",
         "_ids",
         "_known",
         "_lagged",
         "_next",
-        "_number",
         "_signals",
         "_tokens",
         "_whole",
         "asked",
+        "confidence",
         "expected",
         "forwards",
         "left",
@@ -72,7 +70,7 @@ class Step:
     )
 
     def __init__(self, context: Context, hazard: AcceptanceWeights) -> None:
-        self._context, self._number, self._hazard = context, context.step, hazard
+        self._hazard = hazard
         # Copies of a policy may share a context, each with acceptances of its own.
         self.memory = context.memory.setdefault(hazard.history, {})
         self.level = context.level
@@ -91,17 +89,8 @@ class Step:
         self._known = len(self._ids)
         self._next: tuple[Place, Seen, Token] | None = None
         self._chance = 0.0
+        self.confidence = context.lookup_confidence
         self.rule: Any = None
-
-    def lookups(self) -> tuple[float, float]:
-        """How sure the drafter is of the next token if that takes no forward of a model, else 0; and of the lookup that
-        it could be instead, 0 if there is none."""
-        context = self._context
-        lookups, offer = context.lookups, context.offer
-        if not (lookups or offer) or context.step != self._number:
-            return 0.0, 0.0
-        j = len(self._tokens)
-        return lookups[j] if j < len(lookups) else 0.0, offer
 
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
@@ -130,17 +119,15 @@ class Step:
         self._next, self._chance = (here, seen, previous), p
         return p
 
-    def extend(self, drafted: int, signals: np.ndarray) -> None:
-        """Take in the signals of the first ``drafted`` tokens, and their ids while the context has them."""
-        tokens, context = self._tokens, self._context
+    def extend(self, drafted: int, draft: Draft | Outcome) -> None:
+        """Take in the first ``drafted`` tokens of a draft, or of what came of it."""
+        tokens, lookups, signals = self._tokens, draft.lookups, draft.signals
         j = len(tokens)
         if j >= drafted:
             return
-        lookups: Sequence[float] = ()
-        if context.step == self._number:
-            lookups, ids, known = context.lookups, self._ids, self._known
-            if known:
-                ids += context.drafts[len(ids) - known : drafted]
+        ids, known = self._ids, self._known
+        if known:
+            ids += draft.tokens[len(ids) - known : drafted]
         self._signals, told = signals, len(lookups)
         survivals, survival, expected = self.survival, self.survival[j], self.expected
         while j < drafted:
@@ -163,6 +150,7 @@ class Step:
             expected += survival
             j += 1
         self.expected = expected
+        self.confidence = lookups[drafted] if drafted < told else 0.0
 
     def _own_chance(self, own: Token, previous: Token, j: int) -> float:
         """Chance of the j-th token (from 0) once it is drafted."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.base import ENTROPY, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import ENTROPY, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.baselines.svip import LN2
 from policies.estimators.bayesian_linear import check_array
 
@@ -44,8 +44,8 @@ class AdaEdl(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        entropy = max(signals.item(drafted - 1, ENTROPY), 0.0) * LN2
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        entropy = max(draft.signals.item(draft.drafted - 1, ENTROPY), 0.0) * LN2
         return 1.0 - math.sqrt(0.2 * entropy) >= self.threshold
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.base import CONFIDENCE, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import CONFIDENCE, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.estimators.bayesian_linear import check_array
 
 
@@ -94,8 +94,8 @@ class Confidence(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return bool(signals.item(drafted - 1, CONFIDENCE) >= self.threshold)
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.threshold)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
-from policies.base import CONFIDENCE, MAX_GAMMA, Context, Decision, Policy, PolicyError
+from policies.base import CONFIDENCE, MAX_GAMMA, Context, Decision, Draft, Policy, PolicyError
 
 
 class LlamaCpp(Policy):
@@ -39,9 +37,9 @@ class LlamaCpp(Policy):
             gamma = 0
         return Decision(self.new_id(), gamma, stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return bool(signals.item(drafted - 1, CONFIDENCE) >= self.p_min)
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        return bool(draft.signals.item(draft.drafted - 1, CONFIDENCE) >= self.p_min)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        kept = drafted - (signals.item(drafted - 1, CONFIDENCE) < self.p_min)
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        kept = draft.drafted - (draft.signals.item(draft.drafted - 1, CONFIDENCE) < self.p_min)
         return kept if kept >= self.draft_min else 0

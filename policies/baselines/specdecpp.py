@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
 from policies.acceptance.model import Hazard
 from policies.acceptance.step import Step
-from policies.base import Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import Context, Decision, Draft, Outcome, Policy, PolicyError, State
 
 
 class SpecDecPlusPlus(Policy):
@@ -55,15 +53,16 @@ class SpecDecPlusPlus(Policy):
         features = Step(context, self.hazard)
         return Decision(self.new_id(), min(self.cap, context.max_gamma), True, 1.0, self.version, features)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
         step: Step = decision.features
-        step.extend(drafted, signals)
+        drafted = draft.drafted
+        step.extend(drafted, draft)
         return drafted < self.least or 1.0 - step.survival[drafted] <= self.threshold
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id) or not self.train or decision.features is None or not outcome.tested:
             return
-        decision.features.extend(outcome.tested, outcome.signals)
+        decision.features.extend(outcome.tested, outcome)
         self.hazard.add(decision.features, outcome.tested, outcome.accepted)
         if self.hazard.pending >= 16:
             self.hazard.refresh()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import numpy as np
-
-from policies.base import ENTROPY, Context, Decision, Policy, PolicyError
+from policies.base import ENTROPY, Context, Decision, Draft, Policy, PolicyError
 
 LN2 = math.log(2.0)
 
@@ -40,5 +38,5 @@ class Svip(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), min(self.cap, context.max_gamma), stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return bool(signals.item(drafted - 1, ENTROPY) <= self._limit)
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        return bool(draft.signals.item(draft.drafted - 1, ENTROPY) <= self._limit)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import MARGIN, MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
+from policies.base import MARGIN, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
 from policies.costs.cost_aware import CostAware
 from policies.estimators.bayesian_linear import check_array
 
@@ -55,13 +55,13 @@ class VllmAdaptive(CostAware):
             decision.features = costs.verify + costs.overhead + costs.first, costs.draft
         return decision
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
         if decision.features is None:
-            return drafted
-        survival = np.cumprod(self.probabilities(signals[:drafted, MARGIN]))
+            return draft.drafted
+        survival = np.cumprod(self.probabilities(draft.signals[:, MARGIN]))
         tokens = 1.0 + np.concatenate(([0.0], np.cumsum(survival)))
-        seconds, draft = decision.features
-        return int((tokens / (seconds[: drafted + 1] + draft * drafted)).argmax())
+        (seconds, each), drafted = decision.features, draft.drafted
+        return int((tokens / (seconds[: drafted + 1] + each * drafted)).argmax())
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):

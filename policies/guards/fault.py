@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
+from dataclasses import replace
 from math import isfinite
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.costs.prior import CostPrior
 
 log = logging.getLogger(__name__)
@@ -45,17 +46,20 @@ class Wrapper(Policy):
     def first_time(self, id: int) -> bool:
         return self.policy.first_time(id)
 
+    def has_learnt(self, id: int) -> bool:
+        return self.policy.has_learnt(id)
+
     def begin(self, context: Context) -> None:
         self.policy.begin(context)
 
     def decide(self, context: Context) -> Decision:
         return self.policy.decide(context)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
-        return self.policy.proceed(decision, drafted, signals)
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+        return self.policy.proceed(decision, draft)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        return self.policy.submit(decision, drafted, signals)
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        return self.policy.submit(decision, draft)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         self.policy.learn(decision, outcome)
@@ -126,9 +130,10 @@ class FaultGuard(Wrapper):
             fine = type(gamma) is int and 0 <= gamma <= context.max_gamma and 0.0 < decision.propensity <= 1.0
             if decision.drafter and decision.drafter not in context.drafters:
                 self._fault("unknown drafter", f"asked for the drafter {decision.drafter!r}, not of {context.drafters}")
-                decision.drafter = ""
+                decision = replace(decision, drafter="")
             if not fine:
-                fine = self._repair(decision, context)
+                repaired = self._repaired(decision, context)
+                decision, fine = repaired or decision, repaired is not None
         except Exception as error:
             self._fault("decide raised", error)
             return self._fallback(context)
@@ -137,25 +142,24 @@ class FaultGuard(Wrapper):
             self._stall(f"deciding took longer than {self.stall_seconds} s")
         return decision if fine else self._fallback(context)
 
-    def _repair(self, decision: Decision, context: Context) -> bool:
-        """Clip a usable gamma in place and return True; count a fault and return False for any other."""
+    def _repaired(self, decision: Decision, context: Context) -> Decision | None:
+        """Return the decision with a usable gamma clipped; count a fault and return None for any other."""
         gamma = whole(decision.gamma)
         if not 0 <= gamma <= MAX_GAMMA:
             self._fault("impossible gamma", f"decided on gamma {decision.gamma!r}")
-            return False
+            return None
         if not 0.0 < decision.propensity <= 1.0 + 1e-9:
             self._fault("impossible propensity", f"gave propensity {decision.propensity!r}")
-            return False
-        decision.gamma = min(gamma, context.max_gamma)
-        return True
+            return None
+        return replace(decision, gamma=min(gamma, context.max_gamma))
 
     def _fallback(self, context: Context) -> Decision:
         self._own_id -= 1
         return Decision(self._own_id, min(self.fallback_gamma, context.max_gamma))
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         try:
-            answer = self.policy.proceed(decision, drafted, signals)
+            answer = self.policy.proceed(decision, draft)
             if answer is True or answer is False:
                 return answer
             if isinstance(answer, np.bool_):
@@ -167,15 +171,15 @@ class FaultGuard(Wrapper):
             self._fault("proceed raised", error)
         return False
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
         try:
-            answer = operator.index(self.policy.submit(decision, drafted, signals))
-            if 0 <= answer <= drafted:
+            answer = operator.index(self.policy.submit(decision, draft))
+            if 0 <= answer <= draft.drafted:
                 return answer
-            self._fault("impossible answer", f"submits {answer} of {drafted} drafted tokens")
+            self._fault("impossible answer", f"submits {answer} of {draft.drafted} drafted tokens")
         except Exception as error:
             self._fault("submit raised", error)
-        return drafted
+        return draft.drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if decision.id < 0:

@@ -26,118 +26,25 @@ is the better baseline, and count for nothing here: neither do they fill the bud
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel
 from policies.costs.level_costs import LevelCosts
 from policies.estimators.bayesian_linear import check_array
 from policies.guards.fault import Wrapper, whole
-from policies.guards.sleep import NUMBERS, STRETCH, Nap
+from policies.guards.ledger import CLOSE, FAR, OWN, PROBE, SHARE, Ledger
+from policies.guards.sleep import NUMBERS, STRETCH
 
 REVIEW_EVERY = 16
-#: Weight that the counts of a review keep until the next one.
-KEEP = 0.98
-#: The j-th probe of a baseline comes at step PROBE * j^2; later by the square of how many times CLOSE of the best rate
-#: it is behind, up to FAR times, as so many fewer probes tell the two rates apart.
-PROBE, CLOSE, FAR = 16, 0.1, 4.0
-#: Weight of the latest step in the local mean of the fixed gamma's tokens per step, and in the shares of its tokens
-#: that take a forward, and that the drafter has at all.
-LOCAL, SHARE = 0.2, 0.02
-#: Share of its estimated tokens that the fixed gamma should make.
-FAIR = 0.75
-#: Numbers of a ledger's row that do not depend on the fixed gamma.
-OWN = 12
-
-
-class _Ledger:
-    """One level's budget, what the fixed gamma would have done, and the probing schedule."""
-
-    def __init__(self, gamma: int, budget: float) -> None:
-        self.full = self.gamma = gamma
-        # Most tokens that a step was allowed to draft; a fixed gamma beyond them comes down to them.
-        self.most = 0
-        self.steps, self.budget = 0, budget
-        self.interventions = 0
-        # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
-        # Worth two steps at acceptance one half before there is data.
-        self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
-        self.forget()
-        # Share of drafted tokens that took a forward of the draft model; of the fixed gamma's that the drafter has.
-        self.forwards = self.offered = 1.0
-        # Probes of gamma 0 and of the fixed gamma: how many there were, and the step of the next one.
-        self.probes, self.due, self.spacing = [0, 0], [0, 0], [PROBE, PROBE]
-        self.nap = Nap()
-        self.baseline, self.rate = 0, 0.0  # the better baseline, and (1 - epsilon) of its tokens per second
-
-    def forget(self) -> None:
-        """Judge the fixed gamma by the latest steps only."""
-        self.tokens, self.fixed_steps, self.short = 2.0 * self.local, 2.0, 0.0
-        # By r = 1..gamma: steps that drafted at least r tokens past the point where the policy would have stopped (or
-        # met a rejection there), and how many of the first r were accepted in all.
-        self.seen = [2.0] * self.full
-        self.more = [2.0 * sum(0.5**i for i in range(1, r + 1)) for r in range(1, self.full + 1)]
-
-    def allow(self, limit: int) -> None:
-        """Note how many tokens a step may draft, more than ever before."""
-        self.most = limit
-        self.gamma = limit if 0 < limit < self.full else self.full
-
-    def disproved(self, allowance: float) -> bool:
-        """Whether the fixed gamma has fallen far short of its estimate, which is forgotten then."""
-        if self.short <= allowance:
-            return False
-        self.forget()
-        return True
-
-    def row(self) -> list[float]:
-        """Everything that is saved."""
-        counts = [float(x) for x in (self.steps, self.budget, self.interventions, *self.probes, *self.due)]
-        return [*counts, self.local, self.tokens, self.fixed_steps, self.forwards, self.short, *self.seen, *self.more,
-                self.offered]  # fmt: skip
-
-    def fill(self, row: list[float]) -> None:
-        """Restore :meth:`row`."""
-        self.steps, self.interventions = int(row[0]), int(row[2])
-        self.budget = row[1]
-        self.probes, self.due = [int(v) for v in row[3:5]], [int(v) for v in row[5:7]]
-        self.local, self.tokens, self.fixed_steps, self.forwards, self.short = row[7:OWN]
-        self.seen, self.more = row[OWN : OWN + self.full], row[OWN + self.full : OWN + 2 * self.full]
-        self.offered = row[-1] if len(row) > OWN + 2 * self.full else 1.0  # older states lack it
-
-    def count(self, outcome: Outcome, stop: int) -> None:
-        """Count a step; ``stop`` is where the policy would have stopped if it was taken over, else -1."""
-        n, k, gamma = outcome.accepted, outcome.drafted, self.gamma
-        known = float(n if n < gamma else gamma)
-        if outcome.tested == n and k < gamma and not outcome.exhausted:  # all of a shorter draft was accepted
-            r = gamma - n - 1
-            known += self.more[r] / self.seen[r]
-        if 0 <= stop <= n and stop < outcome.tested:
-            extra = n - stop
-            for r in range(1, len(self.seen) + 1):
-                if r <= extra or outcome.tested > n or outcome.exhausted:
-                    self.seen[r - 1] += 1.0
-                    self.more[r - 1] += min(extra, r)
-        # Page's cumulative sum (Biometrika, 1954): tokens missing from three quarters of what was expected.
-        short = self.short + FAIR * self.tokens / self.fixed_steps - 1.0 - known
-        self.short = short if short > 0.0 else 0.0
-        self.local += LOCAL * (1.0 + known - self.local)
-        self.tokens += outcome.produced
-        self.fixed_steps += outcome.produced / self.local
-
-    def fade(self) -> None:
-        """Let old counts fade; probes get rarer, so theirs more slowly."""
-        self.tokens *= KEEP
-        self.fixed_steps *= KEEP
-        self.seen = [KEEP**0.25 * x for x in self.seen]
-        self.more = [KEEP**0.25 * x for x in self.more]
 
 
 #: Level, position where it ends, whether to sleep through it, the level's ledger.
-_Stretch: TypeAlias = tuple[str, int, bool, _Ledger]
+_Stretch: TypeAlias = tuple[str, int, bool, Ledger]
 
 
 class Asleep:
@@ -181,17 +88,17 @@ class SafetyGuard(Wrapper):
         own = getattr(policy, "costs", None)
         self.model = own if own is not None else CostModel()
         self._shared = own is not None
-        self._ledgers: dict[str, _Ledger] = {}
+        self._ledgers: dict[str, Ledger] = {}
         # Steps that the guard has taken over and not learnt from yet: id -> where the policy would have stopped.
         self._taken: dict[int, int] = {}
         # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
         self._turned: dict[int, int] = {}
 
-    def ledger(self, level: str) -> _Ledger:
+    def ledger(self, level: str) -> Ledger:
         """Return a level's ledger, made on first use."""
         found = self._ledgers.get(level)
         if found is None:
-            found = self._ledgers[level] = _Ledger(self.gamma, self.burn_in)
+            found = self._ledgers[level] = Ledger(self.gamma, self.burn_in)
             self._review(found, self.model.level(level))
         return found
 
@@ -217,7 +124,7 @@ class SafetyGuard(Wrapper):
         ledger.steps += 1
         limit = context.max_gamma
         if type(decision.gamma) is not int and (gamma := whole(decision.gamma)) >= 0:
-            decision.gamma = gamma
+            decision = replace(decision, gamma=gamma)
         if type(decision.gamma) is not int or not 0 <= decision.gamma <= MAX_GAMMA:
             return decision  # for the fault guard around this one
         if limit > ledger.most:
@@ -233,14 +140,13 @@ class SafetyGuard(Wrapper):
         return decision
 
     def _take(self, decision: Decision, gamma: int) -> Decision:
-        """Play ``gamma`` instead; features stay, so that the policy learns from the step."""
+        """Return a decision to play ``gamma`` instead; features stay, so that the policy learns from the step."""
         if len(self._taken) >= 1024:  # decisions whose outcomes never came
             self._taken.clear()
         own = self._turned.pop(decision.id, decision.gamma)
-        self._taken[decision.id], decision.drafter = min(own, gamma), ""
+        self._taken[decision.id] = min(own, gamma)
         # The rule is deterministic, so gamma was certain. A policy that stops by itself is asked on, for its opinion.
-        decision.gamma, decision.propensity = gamma, 1.0
-        return decision
+        return replace(decision, gamma=gamma, propensity=1.0, drafter="")
 
     def _turn(self, decision: Decision, drafted: int) -> None:
         """Note that the policy goes on with another drafter than the fixed gamma would."""
@@ -248,31 +154,31 @@ class SafetyGuard(Wrapper):
             self._turned.clear()
         self._turned[decision.id] = drafted
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         taken = self._taken.get(decision.id)
         if taken is None:
-            answer = self.policy.proceed(decision, drafted, signals)
+            answer = self.policy.proceed(decision, draft)
             if type(answer) is str:
-                self._turn(decision, drafted)
+                self._turn(decision, draft.drafted)
             return answer
-        if drafted < taken:
-            answer = self.policy.proceed(decision, drafted, signals)
+        if draft.drafted < taken:
+            answer = self.policy.proceed(decision, draft)
             if not answer or type(answer) is str:
-                self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
+                self._taken[decision.id] = self.policy.submit(decision, draft)
         return True
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
         taken = self._taken.get(decision.id)
         if taken is None:
-            return self.policy.submit(decision, drafted, signals)
-        if taken >= drafted:  # it would have gone on to the end
-            self._taken[decision.id] = self.policy.submit(decision, drafted, signals)
-        return drafted
+            return self.policy.submit(decision, draft)
+        if taken >= draft.drafted:  # it would have gone on to the end
+            self._taken[decision.id] = self.policy.submit(decision, draft)
+        return draft.drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if type(decision.features) is Asleep:
             return
-        seen = decision.id in self.policy._learnt
+        seen = self.policy.has_learnt(decision.id)
         self.policy.learn(decision, outcome)
         if seen:
             return
@@ -317,13 +223,13 @@ class SafetyGuard(Wrapper):
                 ledger.fade()
 
     @staticmethod
-    def _postpone(ledger: _Ledger, which: int) -> None:
+    def _postpone(ledger: Ledger, which: int) -> None:
         """The policy played by itself what a probe is for: count it as the next probe if that is due."""
         if ledger.steps >= ledger.spacing[which] * ledger.probes[which] ** 2:
             ledger.probes[which] += 1
             ledger.due[which] = ledger.spacing[which] * ledger.probes[which] ** 2
 
-    def _review(self, ledger: _Ledger, costs: LevelCosts) -> None:
+    def _review(self, ledger: Ledger, costs: LevelCosts) -> None:
         """Find the better baseline anew."""
         plain = 1.0 / float(costs.seconds[0])
         free = (1.0 - ledger.forwards) * ledger.gamma * costs.draft

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import LOOKUP, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import LOOKUP, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.costs.prior import CostPrior
 from policies.estimators.bayesian_linear import check_array
 from policies.guards.fault import Wrapper
@@ -118,11 +118,11 @@ class BestDrafter(Policy):
         if self._fresh:
             self._name, self._left = self._choose(context), self.block
         self._left -= 1
-        if self._name != context.drafters[0]:
-            context.lookups = ()  # they tell of the default drafter
-        context.offer = 0.0  # a step begins with the drafter that was chosen; a copy may leave it later
-        decision = self._copy(self._name).decide(context)
-        decision.drafter = self._name
+        # What is told of lookups is of the default drafter. A step begins with the drafter that was chosen; a copy may
+        # leave it later.
+        confidence = context.lookup_confidence if self._name == context.drafters[0] else 0.0
+        told = replace(context, lookup_confidence=confidence, lookup_alternative=0.0)
+        decision = replace(self._copy(self._name).decide(told), drafter=self._name)
         if self._fresh:
             self._skip(decision.id)
         return decision
@@ -144,11 +144,11 @@ class BestDrafter(Policy):
                 best, name = drawn, drafter
         return name
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
-        return self._copy(decision.drafter).proceed(decision, drafted, signals)
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+        return self._copy(decision.drafter).proceed(decision, draft)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        return self._copy(decision.drafter).submit(decision, drafted, signals)
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        return self._copy(decision.drafter).submit(decision, draft)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         self._copy(decision.drafter).learn(decision, outcome)

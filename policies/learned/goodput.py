@@ -28,7 +28,7 @@ import numpy as np
 
 from policies.acceptance.model import WAITING, Hazard
 from policies.acceptance.step import Step
-from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Outcome, PolicyError, State
+from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
 from policies.costs.cost_aware import CostAware
 from policies.estimators.bayesian_linear import check_array
 
@@ -181,13 +181,16 @@ class Goodput(CostAware):
             self._rules[level] = found
         return found
 
-    def _pays(self, k: int, step: Step) -> bool | str:
-        """Whether to draft on after k tokens of a step; by name, if as another drafter."""
+    def _pays(self, k: int, step: Step, offer: float) -> bool | str:
+        """Whether to draft on after k tokens of a step; by name, if as another drafter.
+
+        ``offer`` is how sure the drafter is of the lookup that the next token could be instead.
+        """
         if not self.timed:
             return True
         rule: Rule = step.rule
         forwards, left, survival = step.forwards, step.left, step.survival[k]
-        sure, offer = step.lookups()
+        sure = step.confidence
         if sure:
             here = rule.local(step.expected + survival * sure, k + 1, forwards)
             return rule.pays(k, FREE, left, sure, survival / here)
@@ -205,7 +208,7 @@ class Goodput(CostAware):
         step = Step(context, self.hazard)
         step.rule = self._rule(context.level)
         gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
-        pays = self._pays(0, step) if gamma else False
+        pays = self._pays(0, step, context.lookup_alternative) if gamma else False
         if not pays:
             return Decision(self.new_id(), 0, False, 1.0, self.version, step)
         if pays is True:
@@ -213,14 +216,15 @@ class Goodput(CostAware):
         # Lookups are drafted to the end, and what is not worth its verification is dropped then.
         return Decision(self.new_id(), gamma, False, 1.0, self.version, step, LOOKUP, True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         step: Step = decision.features
-        step.extend(drafted, signals)
-        return self._pays(drafted, step)
+        step.extend(draft.drafted, draft)
+        return self._pays(draft.drafted, step, draft.lookup_alternative)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
         step: Step = decision.features
-        step.extend(drafted, signals)
+        drafted = draft.drafted
+        step.extend(drafted, draft)
         if not self.timed:
             return drafted
         rule: Rule = step.rule
@@ -231,7 +235,7 @@ class Goodput(CostAware):
         step: Step = decision.features
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
         if outcome.forwards > step.forwards:
-            step.extend(outcome.tested, outcome.signals)
+            step.extend(outcome.tested, outcome)
         self.hazard.add(step, outcome.tested, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.

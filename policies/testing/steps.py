@@ -8,7 +8,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM, Context, Decision, Outcome, Policy
+from policies.base import (
+    CONFIDENCE,
+    ENTROPY,
+    MARGIN,
+    MAX_GAMMA,
+    N_SIGNALS,
+    NGRAM,
+    Context,
+    Decision,
+    Draft,
+    Outcome,
+    Policy,
+)
 
 #: Level -> seconds of a drafted token, of verifying one token, and of each further one.
 COSTS = {"fp16": (0.010, 0.050, 0.017), "int8": (0.010, 0.250, 0.004), "nf4": (0.010, 0.160, 0.010)}
@@ -135,7 +147,7 @@ def take_step(policy: Policy, context: Context, text: Text, at: int = 0) -> tupl
         signals[k] = text.signals[at + k]
         k += 1
         if decision.stops and k < decision.gamma:
-            answer = policy.proceed(decision, k, signals)
+            answer = policy.proceed(decision, Draft(k, signals[:k]))
             if isinstance(answer, str):
                 assert answer in context.drafters, f"proceed answered {answer!r}, not one of {context.drafters}"
             else:
@@ -144,9 +156,9 @@ def take_step(policy: Policy, context: Context, text: Text, at: int = 0) -> tupl
                     break
     forwards = k
     if k and (decision.stops or decision.trims):
-        submitted = policy.submit(decision, k, signals)
-        k = _whole(submitted)
-        assert 0 <= k <= forwards, f"submit answered {submitted!r} with {forwards} tokens drafted"
+        kept = policy.submit(decision, Draft(k, signals[:k]))
+        k = _whole(kept)
+        assert 0 <= k <= forwards, f"submit answered {kept!r} with {forwards} tokens drafted"
     assert np.array_equal(signals[:forwards], text.signals[at : at + forwards]), "the policy changed the signals"
     n = text.accepted(at, k)
     draft, first, further = COSTS.get(context.level, COSTS["nf4"])

@@ -19,6 +19,8 @@ from speckv_online.drafters.spec import HELP as DRAFTERS
 from speckv_online.errors import UserError
 from speckv_online.evaluation.command import add_arguments as evaluation_arguments
 from speckv_online.evaluation.command import run as evaluate
+from speckv_online.modeling.engine import HELP as ENGINE
+from speckv_online.modeling.engine import choose_engine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens (default: 64)")
     add.add_argument("--task", default="", help="task label that the policy may use")
     add.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add.add_argument("--engine", help=ENGINE)
     add.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     add.add_argument("--seed", type=int, default=0, help="seed of the policy (default: %(default)s)")
     add.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
@@ -105,6 +108,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if not 0 <= arguments.threads <= 1024:
         raise UserError(f"--threads must be from 1 to 1024, or 0 for torch's choice, got {arguments.threads}")
+    engine = choose_engine(arguments.engine)
     try:
         text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     except UnicodeDecodeError as e:
@@ -134,6 +138,7 @@ def generate(arguments: argparse.Namespace) -> None:
             target=arguments.target,
             draft=arguments.draft,
             drafter=arguments.drafter,
+            engine=engine,
         )
     decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -58,14 +59,15 @@ def as_json(result: Generation, pair: LoadedPair, level: str, policy: str) -> di
         "draft": sum(s.draft_seconds for s in steps),
         "verify": sum(s.verify_seconds for s in steps),
         "decide": sum(s.decide_seconds for s in steps),
+        "learn": sum(s.learn_seconds for s in steps),
     }
     return {
         "text": decode(pair.tokenizer, result.tokens),
         "tokens": len(result.tokens),
         "steps": len(steps),
         "accepted_per_step": [s.accepted for s in steps],
-        "gamma_per_step": [s.gamma for s in steps],
-        "drafted_per_step": [s.drafted for s in steps],
+        "gamma_per_step": [s.drafted for s in steps],
+        "allowed_per_step": [s.gamma for s in steps],
         "seconds": parts | {"decode": result.decode_seconds, "total": result.seconds},
         "tokens_per_second": result.goodput,
         "kind": "measured",
@@ -75,12 +77,13 @@ def as_json(result: Generation, pair: LoadedPair, level: str, policy: str) -> di
         "arithmetic": pair.level.arithmetic(pair.device),
         "policy": policy,
         "models": pair.revision,
+        "engine": {role: asdict(status) for role, status in pair.engine.items()},
     }
 
 
 def summary(facts: dict[str, Any]) -> str:
     """Return a generation's figures in one line."""
-    seconds, drafted, accepted = facts["seconds"], sum(facts["drafted_per_step"]), sum(facts["accepted_per_step"])
+    seconds, drafted, accepted = facts["seconds"], sum(facts["gamma_per_step"]), sum(facts["accepted_per_step"])
     return (
         f"[{facts['tokens']} tokens in {facts['steps']} steps, {facts['tokens_per_second']:.1f} tokens/s (measured); "
         f"accepted {accepted} of {drafted} drafted; draft {seconds['draft']:.2f} s, verify {seconds['verify']:.2f} s, "

@@ -8,7 +8,8 @@ RMS norms (:mod:`speckv_online.cpu_engine.kernels.rms_norm`). docs/performance.m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from speckv_online.cpu_engine import bnb_layers as bnb_cpu
 from speckv_online.cpu_engine.kernels import rms_norm as norms
+from speckv_online.cpu_engine.notes import EngineNotes, describe
 from speckv_online.cpu_engine.weight_version import mark
 
 #: By the name of a layer's class: whether it can take the short way, and that way.
@@ -27,26 +29,56 @@ WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch
 }
 
 
-def lighten(model: nn.Module) -> int:
-    """Let a model's layers on the CPU take short ways in inference; return how many may. They stay what they are."""
+def lighten(model: nn.Module, notes: EngineNotes | None = None) -> int:
+    """Let a model's layers on the CPU take short ways in inference; return how many may. They stay what they are.
+
+    Why a layer does not take its way is known at its first forward, and then noted.
+    """
+    notes = EngineNotes(type(model).__name__, logged=True) if notes is None else notes
     found: list[Any] = [m for m in model.modules() if type(m).__name__ in WAYS and m.weight.device.type == "cpu"]
     for layer in found:
-        layer.forward = MethodType(_first_forward, layer)
+        layer.forward, layer._notes = MethodType(_first_forward, layer), notes
     return len(found)
+
+
+@contextmanager
+def stock_layers(model: nn.Module) -> Iterator[None]:
+    """Let all layers of a model take their own forward, not ours, for a while."""
+    ours, kept = (_first_forward, _short_forward), list[tuple[nn.Module, Any]]()
+    for layer in model.modules():
+        if type(layer).__name__ == "PackedLinear":
+            kept.append((layer, None))
+            layer.forward = MethodType(nn.Linear.forward, layer)
+        elif getattr(own := layer.__dict__.get("forward"), "__func__", None) in ours:
+            kept.append((layer, own))
+            del layer.forward
+    try:
+        yield
+    finally:
+        for layer, own in kept:
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
 
 
 def _first_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     answer: torch.Tensor = type(layer).forward(layer, x)
     if x.dtype == torch.float32 and x.numel() > 0 and not torch.is_grad_enabled():
         del layer.forward
-        ready, forward = WAYS[type(layer).__name__]
+        kind = type(layer).__name__
+        part, (ready, forward) = f"short way for {kind}", WAYS[kind]
         try:
-            if ready(layer) and torch.equal(forward(layer, x), answer):
+            if not ready(layer):
+                layer._notes.lacks(part, "not for this processor, or a layer of this size or type")
+            elif not torch.equal(forward(layer, x), answer):
+                layer._notes.lacks(part, "its results are not the layer's", failed=True)
+            else:
                 layer._way, layer._made_of = forward, mark(layer)
                 layer.forward = MethodType(_short_forward, layer)
         # Another version of a library, or none; a processor that lacks an instruction.
-        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError):
-            pass
+        except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            layer._notes.lacks(part, describe(error), failed=True)
     return answer
 
 

@@ -129,17 +129,50 @@ class LlamaProgram:
         if count > self.rows:
             return self.read_all([ids], [cache], keep)
         self._check(ids, start + count)
-        addresses, capacity = cache.claim(count, self.form.groups, self.form.size)
         logits = torch.empty(keep, self._outputs)
         with self._lock:
-            self._make_room(start + count)
-            if self._filled is not addresses:
-                self._addresses[:], self._filled = addresses[:, :, None], addresses
-            places = self._places
-            places[:count, 0], places[:count, 1] = range(start, start + count), capacity
-            self._ids[:count] = ids
+            self._place(ids, cache)
             self._run(count, range(count - keep, count), logits)
         return logits
+
+    def trace(self, ids: Sequence[int], ends: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a text, at most :attr:`rows` tokens; return what the rows' states are after some of the steps.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        ends : sequence of int
+            How many steps are done by then, the embedding counted; the last one is all but those of ``last``.
+
+        Returns
+        -------
+        states : Tensor, shape (ends, tokens, hidden)
+        logits : Tensor, shape (tokens, rows of the head)
+        """
+        count, at, states = len(ids), 0, list[torch.Tensor]()
+        self._check(ids, count)
+        cache, logits = KVCache(self.layers, count), torch.empty(count, self._outputs)
+        with self._lock:
+            self._place(ids, cache)
+            self._body[:, 3], self._last[:, 3], self._counts = count, count, (count, count)
+            self._last[0, 0], self._last[-1, 2] = self._states, logits.data_ptr()
+            for end in ends:
+                self._steps.run(at, end)
+                states.append(self.state[:count].clone())
+                at = end
+            self._steps.run(at)
+        return torch.stack(states), logits
+
+    def _place(self, ids: Sequence[int], cache: KVCache) -> None:
+        """Set tokens, their places, and where the cache's keys and values are."""
+        count, start = len(ids), len(cache)
+        addresses, capacity = cache.claim(count, self.form.groups, self.form.size)
+        self._make_room(start + count)
+        if self._filled is not addresses:
+            self._addresses[:], self._filled = addresses[:, :, None], addresses
+        places = self._places
+        places[:count, 0], places[:count, 1] = range(start, start + count), capacity
+        self._ids[:count] = ids
 
     def _check(self, ids: Sequence[int], longest: int) -> None:
         """Refuse tokens that are none of the model's, and texts that it cannot hold: kernels do not look."""

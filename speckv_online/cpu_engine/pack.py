@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from speckv_online.cpu_engine.backend import CompiledForward
 from speckv_online.cpu_engine.kernels.linear import Shape, compiled, lay_out, shape
 from speckv_online.cpu_engine.layer_overrides import lighten
+from speckv_online.cpu_engine.notes import EngineNotes, describe
 from speckv_online.cpu_engine.target_forward import quicken
 from speckv_online.cpu_engine.weight_version import mark
 from speckv_online.modeling.grouped_attention import group
@@ -57,6 +59,13 @@ class PackedLinear(nn.Linear):
         self._packed = lay_out(self.weight.detach(), self._use)
         self._kernel = compiled(self._use)[self._packed[0].dtype]
 
+    @torch.inference_mode()
+    def agrees(self, rows: int = 3) -> bool:
+        """Return True if the kernel's results for random rows are those of ``nn.Linear`` up to rounding."""
+        x = torch.randn(rows, self.in_features, generator=torch.Generator().manual_seed(0))
+        found, expected = self(x), nn.functional.linear(x, self.weight, self.bias)
+        return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T + bias``, shape (..., out_features)."""
         rows = x.numel() // self.in_features
@@ -72,11 +81,16 @@ class PackedLinear(nn.Linear):
         return out if self.bias is None else out.add_(self.bias)
 
 
-@cache
 def can_pack(use: Shape) -> bool:
     """Return True if the kernels can be compiled here and agree with ``nn.Linear`` for weights of each type."""
+    return not why_not(use)
+
+
+@cache
+def why_not(use: Shape) -> str:
+    """Return why no linear layer can be packed here, empty if it can."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 96, generator=generator) for rows in (use.rows + 2, 160))
+    weight = torch.randn(160, 96, generator=generator)
     whole = (weight * 40).round().clamp(-127, 127)
     whole[:, ::32] = 127.0
     with torch.inference_mode():
@@ -84,13 +98,12 @@ def can_pack(use: Shape) -> bool:
             linear = nn.Linear(96, 160)
             linear.weight = nn.Parameter(kept)
             try:
-                y = PackedLinear(linear, use)(x)
-            except (AttributeError, ImportError, OSError, RuntimeError):  # no llvmlite, another torch or LLVM
-                return False
-            expected = linear(x)
-            if not bool((y - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
-                return False
-    return True
+                right = PackedLinear(linear, use).agrees(use.rows + 2)
+            except (AttributeError, ImportError, OSError, RuntimeError) as error:  # no llvmlite, another torch or LLVM
+                return describe(error)
+            if not right:
+                return "its results are not those of nn.Linear"
+    return ""
 
 
 def pack(model: nn.Module) -> int:
@@ -102,12 +115,28 @@ def pack(model: nn.Module) -> int:
     weights are too large to be kept twice. Logits change by rounding only. A model whose weights change later need not
     be packed again, unless they change through ``weight.data``.
     """
-    lighten(model)
-    if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
-        group(model)
-    use = shape()
-    if use is None:
-        return 0
+    notes = model._engine_notes = EngineNotes(type(model).__name__)  # type: ignore[assignment]
+    notes.patched = lighten(model, notes)
+    if isinstance(model, PreTrainedModel):
+        model._forward_backend = CompiledForward(model)  # type: ignore[assignment]
+        if model.device.type == "cpu":
+            group(model)
+    use, count = shape(), 0
+    if isinstance(model, PreTrainedModel) and model.device.type != "cpu":
+        notes.lacks("engine", f"the model is on {model.device.type}, the engine is for CPUs")
+    elif use is None:
+        notes.lacks("compiled kernels", "none for this processor, or no llvmlite", failed=True)
+    else:
+        count = notes.packed = _pack_linears(model, use, notes)
+        if "packed linear layers" not in notes.missing:
+            quicken(model)
+    notes.report()
+    return count
+
+
+def _pack_linears(model: nn.Module, use: Shape, notes: EngineNotes) -> int:
+    """Pack a model's linear layers and return how many; note why where they stay."""
+    part = "packed linear layers"
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -117,9 +146,16 @@ def pack(model: nn.Module) -> int:
         if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
         if child.out_features % use.features == 0 and child.in_features % use.lanes == 0
     ]
-    if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES or not can_pack(use):
+    if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES:
+        notes.lacks(part, f"they have more than {MOST_BYTES >> 30} GiB, which would be kept twice")
         return 0
-    for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child, use))
-    quicken(model)
+    if reason := why_not(use):
+        notes.lacks(part, reason, failed=True)
+        return 0
+    made = [(parent, name, PackedLinear(child, use)) for parent, name, child in found]
+    if wrong := [name for _, name, layer in made if not layer.agrees()]:
+        notes.lacks(part, f"the results of {wrong[0]} are not the layer's", failed=True)
+        return 0
+    for parent, name, layer in made:
+        setattr(parent, name, layer)
     return len(found)

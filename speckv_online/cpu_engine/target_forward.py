@@ -24,7 +24,10 @@ from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.kernels.llvm import double
+from speckv_online.cpu_engine.layer_overrides import stock_layers
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
+from speckv_online.cpu_engine.logit_check import what_is_wrong
+from speckv_online.cpu_engine.notes import describe, notes_of
 from speckv_online.cpu_engine.weight_version import Mark, mark
 from speckv_online.modeling.fingerprint import remember_fingerprint
 from speckv_online.modeling.kv_cache import KVCache
@@ -33,8 +36,6 @@ from speckv_online.modeling.kv_cache import KVCache
 MOST_ROWS, MOST_PIECES = 64, 4
 #: Most bytes of bitsandbytes' weights that are kept twice.
 MOST_BYTES = 2 << 30
-#: Largest error of the logits, relative to their spread, that passes for rounding: bf16 and 8 bits round a lot.
-_TOLERANCE = 0.1
 #: Arguments of a forward that it knows.
 _KNOWN = {"input_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -152,6 +153,8 @@ class QuickTarget:
         self._kept: list[Any] = [room]  # what the steps point at
         state, x, y, more = (t.data_ptr() for t in (p.state, self._x, p.y, self._more))
         add, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
+        #: Steps of the program before each layer, and before the head.
+        self.ends = [1]
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
             together, out = _together(a.q_proj, a.k_proj, a.v_proj), _together(a.o_proj)
@@ -163,6 +166,7 @@ class QuickTarget:
                 *self._normed(layer.post_attention_layernorm, gated), *gated.steps(x, y, room),
                 (p.kernels[f"gate_{down.to}"], y, x, p.inner, 0), *down.steps(x, more, room), add,
             ]  # fmt: skip
+            self.ends.append(1 + len(steps))
         head = _Packed([model.lm_head])
         p.finish(steps, [*self._normed(body.norm, head), *head.steps(x, 0, room)], head.outputs)
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
@@ -263,28 +267,49 @@ def quicken(model: nn.Module) -> bool:
     """Let a packed model on the CPU read few tokens in one call where it can; return True if it does.
 
     It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
-    are not the model's up to rounding, the model stays as it is.
+    are not the model's up to rounding (:mod:`speckv_online.cpu_engine.logit_check`), the model stays as it is. The
+    reason then stands in the model's notes.
     """
     if model.__dict__.pop("_quick", None) is not None:
         del model.forward
+    notes = notes_of(model)
+    notes.compiled, quick = False, None
     width = lanes()
-    if width is None or not plain(model):
+    if width is None:
+        reason, failed = "no kernels for this processor, or no llvmlite", True
+    elif not plain(model):
+        reason, failed = f"{type(model).__name__} is no plain Llama on a CPU", False
+    elif sum(weight.nbytes for m in _quantized(model) for weight in m.parameters()) > MOST_BYTES:
+        reason, failed = "its weights are too large to be kept twice", False
+    else:
+        quick, reason, failed = _checked(model, width)
+    if quick is None:
+        notes.lacks("compiled forward", reason, failed)
         return False
-    kept = (m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
-    if sum(weight.nbytes for m in kept for weight in m.parameters()) > MOST_BYTES:
-        return False
-    remember_fingerprint(model)
-    # One by one, as LLM.int8 depends on the width; no special tokens, whose states magnify its rounding.
-    ids, layers = torch.arange(1, 12) * (model.config.vocab_size // 12), int(model.config.num_hidden_layers)
-    cache = KVCache(layers, 16)
-    expected = torch.cat([model(input_ids=one[None], past_key_values=cache).logits[0] for one in ids.split(1)])
-    try:
-        quick = QuickTarget(model, width)
-        error = quick.read(ids.tolist(), KVCache(layers, 4), len(ids)) - expected
-    except UNUSABLE:
-        return False
-    if not bool(error.std() <= _TOLERANCE * expected.std()):
-        return False
-    model._quick = quick  # type: ignore[assignment]
+    notes.missing.pop("compiled forward", None)
+    notes.compiled, model._quick = True, quick  # type: ignore[assignment]
     model.forward = MethodType(_forward, model)
     return True
+
+
+def _quantized(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+
+
+def _checked(model: LlamaForCausalLM, width: int) -> tuple[QuickTarget | None, str, bool]:
+    """Return a model's quick forward, or why there is none, and whether that is a failure."""
+    remember_fingerprint(model)
+    # No special tokens, whose states magnify the rounding of LLM.int8.
+    ids = torch.arange(1, 12) * (model.config.vocab_size // 12)
+    for _ in range(2):  # layers find their short ways
+        model(input_ids=ids[None, :1], past_key_values=KVCache(int(model.config.num_hidden_layers), 4))
+    try:
+        quick = QuickTarget(model, width)
+        states, logits = quick.program.trace(ids.tolist(), quick.ends)
+        with stock_layers(model):
+            wrong = what_is_wrong(model, ids, states, logits)
+    except ValueError as error:  # layers of other kinds or sizes
+        return None, str(error), False
+    except UNUSABLE as error:
+        return None, describe(error), True
+    return (None, wrong, True) if wrong else (quick, "", False)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.candidate_generator import (
@@ -22,13 +21,14 @@ from transformers.generation.candidate_generator import (
     _prepare_token_type_ids,
 )
 
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM, Decision, Outcome, Policy
-from speckv_online.context import History
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, NGRAM, Policy
 from speckv_online.decoding.generation import Generation, Totals
 from speckv_online.decoding.inputs import as_policy
-from speckv_online.decoding.sequence import record_of, untimed
+from speckv_online.decoding.row import Row
+from speckv_online.decoding.sequence import TokenSequence
 from speckv_online.lookup.ngram_index import NgramIndex
 from speckv_online.modeling.introspection import level_of
+from speckv_online.speculation import Unknown
 
 
 class PolicyAssistant:
@@ -111,43 +111,32 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.assistant_generation_config.num_assistant_tokens_schedule = "constant"
         self.assistant_generation_config.assistant_confidence_threshold = 0.0
         self.generation_config.assistant_confidence_threshold = 0.0
-        self.policy, self.out = owner.policy, owner.begin()
-        self.sampled = bool(self.generation_config.do_sample)
-        tokens = input_ids[0].tolist()
-        self.history = History(level, owner.task, len(tokens))
-        self.history.context.tokens = self.tokens = tokens
+        sampled, tokens = bool(self.generation_config.do_sample), input_ids[0].tolist()
+        self.row = Row(
+            owner.policy, TokenSequence(tokens, ()), level=level, task=owner.task, budget=self.main_model_max_length,
+            max_gamma=MAX_GAMMA, sampled=sampled,
+        )  # fmt: skip
+        self.row.out = owner.begin()
+        self.proposer = Unknown()
         self.ngrams = NgramIndex(tokens)
-        self.signals = np.zeros((MAX_GAMMA, N_SIGNALS))
-        self.drafts: list[int] = []
-        self.forwards, self.learning = 0, 0.0
-        self.decision = Decision(0, 0)
-        self.policy.begin(self.history.context)
+        self.forwards = 0
+        self.row.begin()
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Decide, and draft as many tokens; see the base class."""
-        context = self.history.context
-        length = input_ids.shape[1]
-        context.remaining = self.main_model_max_length - length
-        context.max_gamma = max(0, min(MAX_GAMMA, context.remaining - 1))
-        self.drafts = []
-        context.drafts = self.drafts
+        step, length = self.row.step, input_ids.shape[1]
+        remaining = self.main_model_max_length - length
         self.started = perf_counter()
-        self.decision = self.policy.decide(context)
-        self.asked = perf_counter() - self.started
-        self.num_assistant_tokens = min(self.decision.gamma, context.max_gamma)
+        self.num_assistant_tokens = step.decide(max(0, min(MAX_GAMMA, remaining - 1)), remaining, self.proposer)
         past: Any = self.assistant_kwargs.get("past_key_values")
         self.lag = length - (past.get_seq_length() if past is not None else 0)
         found: tuple[Any, Any] = super().get_candidates(input_ids, **kwargs)
         ids, logits = found
         self._note(ids, logits, length)
-        self.forwards = len(self.drafts)
-        if (self.decision.stops or self.decision.trims) and self.drafts and not self.sampled:
-            t = perf_counter()
-            kept = self.policy.submit(self.decision, len(self.drafts), self.signals)
-            self.asked += perf_counter() - t
-            if kept < len(self.drafts):
-                del self.drafts[kept:]
-                ids, logits = ids[:, : length + kept], logits[:, :kept] if kept and logits is not None else None
+        self.forwards = drafted = len(step.tokens)
+        kept = step.submit()
+        if kept < drafted:
+            ids, logits = ids[:, : length + kept], logits[:, :kept] if kept and logits is not None else None
         self.drafted_at = perf_counter()
         return ids, logits
 
@@ -162,62 +151,49 @@ class PolicyCandidates(AssistedCandidateGenerator):
 
     def _prepare_generation_args(self, input_ids: Any, min_new_tokens: int, max_new_tokens: int) -> dict[str, Any]:
         arguments = super()._prepare_generation_args(input_ids, min_new_tokens, max_new_tokens)
-        if self.decision.stops:
+        if self.row.step.decision.stops:
             arguments["stopping_criteria"] = StoppingCriteriaList([_Stop(self, input_ids.shape[1])])
         return arguments
 
-    def _note(self, ids: torch.Tensor, logits: torch.Tensor | None, length: int) -> None:
-        """Write the signals of drafts that have none yet.
+    def _note(self, ids: torch.Tensor, logits: torch.Tensor | None, length: int) -> bool:
+        """Take in the drafts that are not known yet; return whether to draft on.
 
         ``logits`` are the assistant's scores, shape (1, k, vocab), with temperature, cuts and penalties applied:
         those of the model alone are not handed out.
         """
-        new = ids[0, length:].tolist()
-        for i in range(len(self.drafts), min(len(new), MAX_GAMMA)):
+        step, new, go_on = self.row.step, ids[0, length:].tolist(), True
+        for i in range(len(step.tokens), min(len(new), MAX_GAMMA)):
             assert logits is not None
             row = logits[0, i].float()
             top = row.topk(2).values
             p = row.softmax(-1)
             margin = (top[0] - top[1]).clamp(max=MOST_MARGIN)  # infinite where cuts leave one token
             wanted = torch.stack((torch.special.entr(p).sum() / math.log(2), p.amax(), margin)).tolist()
-            self.signals[i, [ENTROPY, CONFIDENCE, MARGIN]] = wanted
-            self.signals[i, NGRAM] = self.ngrams.signal(self.drafts, new[i])
-            self.drafts.append(new[i])
+            step.signals[i, [ENTROPY, CONFIDENCE, MARGIN]] = wanted
+            step.signals[i, NGRAM] = self.ngrams.signal(step.tokens, new[i])
+            go_on = step.add(new[i])
+        return go_on
 
-    def proceed(self, ids: torch.Tensor, scores: Any, length: int) -> bool:
-        """Ask the policy whether to draft on, after the assistant's tokens so far."""
-        t = perf_counter()
-        self._note(ids, torch.stack(tuple(scores), dim=1), length)
-        wanted = len(self.drafts) < self.num_assistant_tokens  # the last one is asked of nobody
-        go_on = wanted and self.policy.proceed(self.decision, len(self.drafts), self.signals)
-        self.asked += perf_counter() - t
-        return bool(go_on)
+    def go_on(self, ids: torch.Tensor, scores: Any, length: int) -> bool:
+        """Return whether to draft on after the assistant's tokens so far."""
+        return self._note(ids, torch.stack(tuple(scores), dim=1), length)
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: Any) -> None:
         """Teach the policy what the step was; see the base class."""
-        now, n, k = perf_counter(), int(num_matches), len(self.drafts)
-        tokens = input_ids[0, len(self.tokens) :].tolist()
-        ended = len(tokens) <= k and n < k and tokens[-1] == self.drafts[n]  # an end of sequence was among the drafts
-        n += ended  # which transformers does not count as a match
-        context = self.history.context
-        outcome = Outcome(
-            drafted=k, accepted=n, tested=n if ended else min(n + 1, k), produced=len(tokens),
-            seconds=now - self.started + self.learning, draft_seconds=self.drafted_at - self.started - self.asked,
-            verify_seconds=now - self.drafted_at, level=context.level, context_length=context.context_length,
-            caught_up=max(self.lag - 1, 0) if self.forwards else 0, signals=self.signals[:k].copy(),
-            forwards=self.forwards, policy_seconds=self.asked + self.learning,
+        now, n, row, step = perf_counter(), int(num_matches), self.row, self.row.step
+        tokens = input_ids[0, len(row.sequence.tokens) :].tolist()
+        # transformers does not count an end of sequence among the drafts as a match.
+        n += len(tokens) <= len(step.tokens) and n < len(step.tokens) and tokens[-1] == step.tokens[n]
+        first = not row.out.steps
+        outcome = row.commit(
+            tokens, n, forwards=self.forwards, lag=self.lag, exhausted=False,
+            draft_seconds=self.drafted_at - self.started - row.policy.deciding, verify_seconds=now - self.drafted_at,
         )  # fmt: skip
-        self._forget(outcome.context_length + n)
+        self._forget(outcome.context_length + outcome.accepted)
         # The first verification reads the prompt too: its time is no usual step's.
-        self.policy.learn(self.decision, outcome if self.out.steps else untimed(outcome))
-        taken, self.learning = now - self.started, perf_counter() - now
-        self.out.steps.append(
-            record_of(context, self.decision, outcome, self.asked + self.learning, taken + self.learning)
-        )
-        self.out.tokens += tokens
-        self.tokens += tokens
+        row.learn(outcome, now - self.started, typical=not first)
+        row.sequence.tokens += tokens
         self.ngrams.extend(tokens)
-        self.history.update(outcome)
 
     def _forget(self, length: int) -> None:
         """Drop rejected drafts from the assistant's cache; the base class counts on every step drafting something."""
@@ -233,5 +209,5 @@ class _Stop(StoppingCriteria):
         self.candidates, self.length = candidates, length
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        done = not self.candidates.proceed(input_ids, scores, self.length)
+        done = not self.candidates.go_on(input_ids, scores, self.length)
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)

@@ -11,26 +11,26 @@ from collections.abc import Callable, Collection, Sequence
 from time import perf_counter
 from typing import cast
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from policies.base import MAX_GAMMA, N_SIGNALS, Outcome, Policy
-from speckv_online.context import History
-from speckv_online.cpu_engine.target_forward import read_on
+from policies.base import MAX_GAMMA, Outcome, Policy
 from speckv_online.decoding.generation import Generation, Totals
 from speckv_online.decoding.inputs import as_drafter, as_policy
-from speckv_online.decoding.propose import draft, draft_ahead, is_exhausted, judge_ahead
-from speckv_online.decoding.sequence import TokenSequence, record_of, untimed
+from speckv_online.decoding.propose import draft, draft_ahead, judge_ahead
+from speckv_online.decoding.row import Row
+from speckv_online.decoding.sequence import TokenSequence
 from speckv_online.decoding.timing import StepClock
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.errors import UserError
-from speckv_online.io.step_records import StepRecord
+from speckv_online.modeling.engine import EngineStatus
+from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.modeling.introspection import check_model, eos_of, level_of, text_config
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.longrope import RopeSwitch
 from speckv_online.modeling.sampling import Sampler
+from speckv_online.speculation import is_exhausted
 
 
 class DecodingLoop:
@@ -54,7 +54,6 @@ class DecodingLoop:
         self.last: Generation | list[Generation] = Generation()
         self.totals = Totals()
         self._given = draft, level
-        self._signals = np.zeros((max(max_gamma, 1), N_SIGNALS))
         self._target: PreTrainedModel | None = None
         if target is not None:
             self.bind(target)
@@ -65,6 +64,11 @@ class DecodingLoop:
         if self._target is None:
             raise UserError("the decoder has no target yet: give it target=, or use it as custom_generate=")
         return self._target
+
+    @property
+    def engine(self) -> EngineStatus:
+        """Whether the CPU engine runs the target, and why not."""
+        return backend_of(self.target).status
 
     def bind(self, target: PreTrainedModel) -> None:
         """Decode with this target from now on.
@@ -138,24 +142,21 @@ class DecodingLoop:
         if self.drafter is not None:
             self.drafter.begin(list(prompt), capacity, sampler)
         eos = self.eos_ids if eos_ids is None else frozenset(eos_ids)
-        sequence = TokenSequence(list(prompt), eos, sampler, should_stop)
-        history, out = History(self.level, task, len(prompt)), Generation()
-        history.context.drafters = self.drafter.names if self.drafter is not None else ()
-        history.context.tokens = sequence.tokens
-        self.policy.begin(history.context)
-        self._learning = 0.0  # seconds that the policy took to learn from the step before
+        row = Row(
+            self.policy, TokenSequence(list(prompt), eos, sampler, should_stop), level=self.level, task=task,
+            drafters=self.drafter.names if self.drafter is not None else (), budget=budget, max_gamma=self.max_gamma,
+            sampled=sampler is not None,
+        )  # fmt: skip
+        row.begin()
+        out = row.out
         out.prefill_seconds = perf_counter() - started
 
-        while len(out.tokens) < budget:
-            remaining = history.context.remaining = budget - len(out.tokens)
-            history.context.max_gamma = self.limit(remaining, history.context.context_length)
-            tokens, outcome = self._step(sequence, cache, history, out.steps, on_logits)
-            out.tokens += tokens
-            history.update(outcome)
+        while row.remaining > 0:
+            tokens = self._step(row, cache, on_logits)
             if on_tokens is not None:
                 on_tokens(tokens)
-            if sequence.finish:
-                out.finish = sequence.finish
+            if row.sequence.finish:
+                out.finish = row.sequence.finish
                 break
         if len(prompt) > 1:
             out.charge_prompt()
@@ -192,81 +193,70 @@ class DecodingLoop:
 
     def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
         """Run the target over ``tokens`` and the drafts of ``ahead``; return the last ``keep`` rows of logits."""
-        target = self.target
-        if ahead is None and (logits := read_on(target, tokens, cache, keep)) is not None:
-            return logits
-        ids = torch.tensor([tokens], device=target.device)
-        if ahead is not None:
-            ids = torch.cat((ids, ahead[None, :, 0].to(target.device, torch.long)), dim=1)
-        return target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        return backend_of(self.target).forward(tokens, cache, keep, None if ahead is None else ahead[:, 0])
 
-    def _step(
-        self,
-        sequence: TokenSequence,
-        cache: KVCache,
-        history: History,
-        records: list[StepRecord],
-        on_logits: Callable[[torch.Tensor], None] | None,
-    ) -> tuple[list[int], Outcome]:
-        """Draft, verify and learn once; return the new tokens and the outcome."""
-        policy, drafter, signals, clock = self.policy, self.drafter, self._signals, self._clock
-        context = history.context
-        t0 = perf_counter()
-        lookups = context.lookups = [] if drafter is None else [drafter.sure()]
-        context.offer = 0.0 if drafter is None else drafter.offer()
-        decision = policy.decide(context)
-        gamma = min(decision.gamma, context.max_gamma)
-        t1 = perf_counter()
-        clock.draft()
-        drafts: list[int] = []
-        context.drafts = drafts
-        lag, used, asked = 0, "", 0.0  # asked: seconds spent in the policy after its decision
-        sampled, ahead = sequence.sampler is not None, None
+    def _step(self, row: Row, cache: KVCache, on_logits: Callable[[torch.Tensor], None] | None) -> list[int]:
+        """Draft, verify and commit once; return the new tokens."""
+        started, lag = perf_counter(), 1 if self.drafter is None else self.drafter.lag
+        ahead, asked = self._draft(row)
+        unread, n, following = self._verify(row, cache, ahead, on_logits)
+        tokens, outcome = self._commit(row, cache, lag, asked, ahead is not None, n, following)
+        # A forward that read the prompt too says nothing of what a step takes.
+        row.learn(outcome, perf_counter() - started, typical=unread == 1)
+        return tokens
+
+    def _draft(self, row: Row) -> tuple[torch.Tensor | None, float]:
+        """Decide and draft; return drafts that are still on the device, if any, and the policy's seconds on the way."""
+        step, drafter = row.step, self.drafter
+        step.decide(self.limit(row.remaining, row.history.context_length), row.remaining, drafter)
+        self._clock.draft()
+        deciding, ahead = row.policy.deciding, None
         if drafter is not None:
-            lag, used = drafter.lag, drafter.use(decision.drafter)
-            if decision.drafter:  # not the one that was asked
-                lookups = context.lookups = [drafter.sure()]
-                context.offer = drafter.offer()
-            ahead = draft_ahead(drafter, decision, gamma, sampled)
+            ahead = draft_ahead(step, drafter)
             if ahead is None:
-                # Dropping a drawn token for what it is would bias the output: no trimming in sampled decoding.
-                asked = draft(policy, drafter, decision, context, gamma, signals, drafts, lookups, not sampled)
+                draft(step, drafter)
+        return ahead, row.policy.deciding - deciding
+
+    def _verify(
+        self,
+        row: Row,
+        cache: KVCache,
+        ahead: torch.Tensor | None,
+        on_logits: Callable[[torch.Tensor], None] | None,
+    ) -> tuple[int, int, int]:
+        """Read the drafts with the target: return how many of the text's tokens it read, n, and what follows."""
+        step, clock, drafter = row.step, self._clock, self.drafter
         clock.verify()
-        self.rope.restart(cache, context.context_length)
-        unread = sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
-        logits = self._forward([*unread, *drafts], cache, 1 + (gamma if ahead is not None else len(drafts)), ahead)
+        self.rope.restart(cache, row.history.context_length)
+        unread = row.sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
+        width = step.gamma if ahead is not None else len(step.tokens)
+        logits = self._forward([*unread, *step.tokens], cache, 1 + width, ahead)
         if on_logits is not None:
             on_logits(logits)
         if ahead is not None:
-            n, following = judge_ahead(logits, ahead, cast(ModelDrafter, drafter), signals, drafts, clock)
+            n, following = judge_ahead(step, logits, ahead, cast(ModelDrafter, drafter), clock)
         else:
             clock.launched()
-            n, following = sequence.verify(logits, drafts, drafter.proposals[: len(drafts)] if drafter else ())
+            proposals = drafter.proposals[: len(step.tokens)] if drafter is not None else ()
+            n, following = row.sequence.verify(logits, step.tokens, proposals)
         clock.done()
+        return len(unread), n, following
 
-        k = len(drafts)
-        tokens = sequence.append([*drafts[:n], following])
-        tested = min(n + 1, k)
-        if len(tokens) <= n:  # the end came inside the draft: nothing is known of what follows it
-            n = tested = len(tokens)
-        cache.truncate(context.context_length + len(tokens) - 1)
+    def _commit(
+        self, row: Row, cache: KVCache, lag: int, asked: float, was_ahead: bool, n: int, following: int
+    ) -> tuple[list[int], Outcome]:
+        """Keep n drafts and the token that follows them; return the new tokens and the outcome."""
+        step, drafter, length = row.step, self.drafter, row.history.context_length
+        tokens = row.sequence.append([*step.tokens[:n], following])
+        cache.truncate(length + len(tokens) - 1)
         if drafter is not None:
-            drafter.end(n)
+            drafter.end(min(n, len(tokens)))
             drafter.extend(tokens)
-        forwards = k if ahead is not None else lookups[:-1].count(0.0)
-        draft_seconds, verify_seconds = clock.seconds()
-        outcome = Outcome(
-            drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=draft_seconds - asked,
-            verify_seconds=verify_seconds, level=self.level, context_length=context.context_length,
-            caught_up=max(lag - 1, 0) if forwards else 0, signals=signals[:k].copy(), drafter=used, forwards=forwards,
-            exhausted=is_exhausted(used, k, lookups),
+        k = len(step.tokens)
+        draft_seconds, verify_seconds = self._clock.seconds()
+        outcome = row.commit(
+            tokens, n, forwards=k if was_ahead else step.lookups[:-1].count(0.0), lag=lag,
+            exhausted=is_exhausted(step.drafter, k, step.lookups), draft_seconds=draft_seconds - asked,
+            verify_seconds=verify_seconds,
         )  # fmt: skip
-        t2 = perf_counter()
-        outcome.seconds = t2 - t0 + self._learning
-        outcome.policy_seconds = t1 - t0 + asked + self._learning
-        # A forward that read the prompt too says nothing of what a step takes.
-        policy.learn(decision, outcome if len(unread) == 1 else untimed(outcome))
-        t3 = perf_counter()
-        self._learning = t3 - t2
-        records.append(record_of(context, decision, outcome, t1 - t0 + asked + t3 - t2, t3 - t0))
         return tokens, outcome

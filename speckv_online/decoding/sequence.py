@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from policies.base import Context, Decision, Outcome
-from speckv_online.context import summarise
-from speckv_online.io.step_records import StepRecord
 from speckv_online.modeling.sampling import Sampler
 
 
@@ -74,26 +71,3 @@ def matching(drafts: list[int], choices: list[int]) -> tuple[int, int]:
     while n < len(drafts) and drafts[n] == choices[n]:
         n += 1
     return n, choices[n]
-
-
-def untimed(outcome: Outcome) -> Outcome:
-    """Return an outcome of which the draft's time alone is known."""
-    return replace(outcome, seconds=0.0, verify_seconds=0.0)
-
-
-def record_of(
-    context: Context, decision: Decision, outcome: Outcome, decide_seconds: float, seconds: float
-) -> StepRecord:
-    """Return the record of a step that took ``seconds``, ``decide_seconds`` of them in the policy.
-
-    ``context`` is still the one that was decided in.
-    """
-    mean_h, max_h, mean_c, min_c = summarise(outcome.signals)
-    return StepRecord(
-        step=context.step, gamma=decision.gamma, drafted=outcome.drafted, accepted=outcome.accepted,
-        tested=outcome.tested, produced=outcome.produced, mean_draft_entropy=mean_h, mean_draft_confidence=mean_c,
-        max_draft_entropy=max_h, min_draft_confidence=min_c, context_length=outcome.context_length,
-        propensity=decision.propensity, policy_version=decision.policy_version, decision_id=decision.id,
-        decide_seconds=decide_seconds, draft_seconds=outcome.draft_seconds, verify_seconds=outcome.verify_seconds,
-        seconds=seconds, forwards=outcome.forwards,
-    )  # fmt: skip

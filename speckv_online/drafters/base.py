@@ -48,10 +48,10 @@ class Drafter(Protocol):
         (exact traces rest on that, unless a drafter learns).
         """
 
-    def sure(self) -> float:
+    def lookup_confidence(self) -> float:
         """Return how likely the coming proposal is right where it takes no forward of a model, 0 where it does."""
 
-    def offer(self) -> float:
+    def lookup_alternative(self) -> float:
         """Return how likely a lookup is right that could be had, as the drafter ``ngram``, in place of a forward."""
 
     def end(self, accepted: int) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.cpu_engine.batched_forward import batch_of
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter, write_looked
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import chance_of
@@ -33,10 +32,10 @@ class RowDrafter(Protocol):
         Returns each row's token, and the seconds that it took: its own, or its share of a forward for all.
         """
 
-    def sure(self, row: int) -> float:
+    def lookup_confidence(self, row: int) -> float:
         """Return how likely the row's coming proposal is right where it takes no forward of a model, else 0."""
 
-    def offer(self, row: int) -> float:
+    def lookup_alternative(self, row: int) -> float:
         """Return how likely a lookup is right that the row could have in place of a forward."""
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
@@ -47,6 +46,27 @@ class RowDrafter(Protocol):
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
+
+
+class RowProposer:
+    """One row of a batch as a step sees it (:class:`speckv_online.speculation.Proposer`)."""
+
+    __slots__ = ("drafter", "row")
+
+    def __init__(self, drafter: RowDrafter, row: int) -> None:
+        self.drafter, self.row = drafter, row
+
+    def lookup_confidence(self) -> float:
+        """See :class:`RowDrafter`."""
+        return self.drafter.lookup_confidence(self.row)
+
+    def lookup_alternative(self) -> float:
+        """See :class:`RowDrafter`."""
+        return self.drafter.lookup_alternative(self.row)
+
+    def use(self, name: str) -> str:
+        """See :class:`RowDrafter`."""
+        return self.drafter.use(self.row, name)
 
 
 def row_drafter(
@@ -85,13 +105,13 @@ class Copies:
             found.append((token, perf_counter() - t))
         return found
 
-    def sure(self, row: int) -> float:
+    def lookup_confidence(self, row: int) -> float:
         """See :class:`RowDrafter`."""
-        return self.drafters[row].sure()
+        return self.drafters[row].lookup_confidence()
 
-    def offer(self, row: int) -> float:
+    def lookup_alternative(self, row: int) -> float:
         """See :class:`RowDrafter`."""
-        return self.drafters[row].offer()
+        return self.drafters[row].lookup_alternative()
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""
@@ -114,8 +134,7 @@ class ModelRows:
         self, drafter: ModelDrafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
     ) -> None:
         self.drafter, self.samplers = drafter, samplers
-        program = None if drafter.quick is None else drafter.quick.program
-        self.model = batch_of(drafter.model, prompts, capacity, program, drafter.last_id)
+        self.model = drafter.backend.batch(prompts, capacity, drafter.last_id)
         self.contexts = [list(p) for p in prompts]
         self.drafted: list[list[int]] = [[] for _ in prompts]
         self.drawn: list[list[torch.Tensor | None]] = [[] for _ in prompts]
@@ -178,11 +197,11 @@ class ModelRows:
         share = (perf_counter() - t) / len(rows)
         return [(token, share) for token in tokens]
 
-    def sure(self, row: int) -> float:
+    def lookup_confidence(self, row: int) -> float:
         """See :class:`RowDrafter`."""
         return self._chance(row) if self.kinds[row] == LOOKUP else 0.0
 
-    def offer(self, row: int) -> float:
+    def lookup_alternative(self, row: int) -> float:
         """See :class:`RowDrafter`."""
         return 0.0 if self.kinds[row] == LOOKUP or self.samplers[row] is not None else self._chance(row)
 

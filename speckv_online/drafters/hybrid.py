@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.cpu_engine.int8_draft import QuickDraft
 from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import Gate, gate_features
 from speckv_online.lookup.ngram_index import Proposal, write_signals
+from speckv_online.modeling.forward_backend import QuickForward
 from speckv_online.modeling.sampling import Sampler
 
 
@@ -48,7 +48,7 @@ class HybridDrafter(ModelDrafter):
         model: PreTrainedModel,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickDraft | None = None,
+        quick: QuickForward | None = None,
         *,
         gate: Gate | None = None,
         online: bool = False,
@@ -116,13 +116,13 @@ class HybridDrafter(ModelDrafter):
         p = self._chance(found)
         return p if p >= self.skip else 0.0
 
-    def sure(self) -> float:
+    def lookup_confidence(self) -> float:
         """Return how likely the coming proposal is right if it is the lookup's alone, 0 if the model is asked."""
-        return super().sure() if self.kind == LOOKUP else self.skips(self._found())
+        return super().lookup_confidence() if self.kind == LOOKUP else self.skips(self._found())
 
-    def offer(self) -> float:
+    def lookup_alternative(self) -> float:
         """Return how likely the lookup is right where the model is to be asked all the same; 0 if it has nothing."""
-        return 0.0 if self.skips(self._found()) else super().offer()
+        return 0.0 if self.skips(self._found()) else super().lookup_alternative()
 
     def _found(self) -> Proposal | None:
         """What the lookup proposes; it counts what this step drafted."""

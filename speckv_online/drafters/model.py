@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from policies.base import LOOKUP, NGRAM
-from speckv_online.cpu_engine.int8_draft import QuickDraft
 from speckv_online.drafters.base import NO_PROPOSAL, look, write_looked
 from speckv_online.lookup.gate import chance_of, shipped_chances
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
+from speckv_online.modeling.forward_backend import ForwardBackend, QuickForward, backend_of
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.sampling import Sampler
 
@@ -36,8 +36,8 @@ class ModelDrafter:
         Size of the target's vocabulary: ids beyond it (padding of a larger embedding) are never proposed.
     head_ids : Tensor, shape (rows,), optional
         Where the model's head covers only some tokens: the token id of each of its rows.
-    quick : QuickDraft, optional
-        The model's quick form, which then reads and drafts in its place; batches take the model itself.
+    quick : QuickForward, optional
+        The model's quick form, which then reads and drafts in its place.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class ModelDrafter:
         model: PreTrainedModel,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickDraft | None = None,
+        quick: QuickForward | None = None,
     ) -> None:
         self.model, self.vocab_size, self.quick = model, vocab_size, quick
         self.rows = vocab_size if head_ids is None else len(head_ids)
@@ -77,6 +77,11 @@ class ModelDrafter:
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
         self.kind = self.names[0]
+
+    @property
+    def backend(self) -> ForwardBackend:
+        """What runs the model: its quick form, or its own backend."""
+        return backend_of(self.model) if self.quick is None else self.quick
 
     @property
     def lag(self) -> int:
@@ -105,7 +110,7 @@ class ModelDrafter:
             found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
             if len(found) == count:
                 break
-            logits = self._read(token.view(1))
+            logits = self._head(self.backend.forward([], self.cache, 1, self.known(token.view(1))))
         return torch.stack(found)
 
     def take_ahead(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
@@ -126,16 +131,14 @@ class ModelDrafter:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
         have, n = len(self.cache), len(self.context)
         missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
-        if self.quick is not None:
-            last = self.last_id
-            return self.quick.read(missing if last is None else [min(token, last) for token in missing], self.cache)
-        return self._read(torch.tensor(missing, device=self.model.device))
+        last = self.last_id
+        known = missing if last is None else [min(token, last) for token in missing]
+        return self._head(self.backend.forward(known, self.cache, 1))
 
-    def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Feed tokens, shape (n,), to the model and return the next one's logits."""
-        ids = self.known(ids)
-        out = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1, : self.rows].float()
+    def _head(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the last row of logits in fp32, without the padding of a larger embedding."""
+        last = logits[-1]
+        return (last if len(last) == self.rows else last[: self.rows]).float()
 
     def draft(self, signals: np.ndarray) -> int:
         """Draft one token; its signals are entropy (bits), confidence, margin (logits) and n-gram agreement."""
@@ -160,11 +163,11 @@ class ModelDrafter:
         self.drafted.append(found.token)
         return found.token
 
-    def sure(self) -> float:
+    def lookup_confidence(self) -> float:
         """Return how likely the coming lookup is right, 0 where the model drafts, or there is none."""
         return self._chance(self._found()) if self.kind == LOOKUP else 0.0
 
-    def offer(self) -> float:
+    def lookup_alternative(self) -> float:
         """Return how likely a lookup in the model's place would be right; 0 if there is none, or tokens are drawn."""
         return 0.0 if self.kind == LOOKUP or self.sampler is not None else self._chance(self._found())
 

@@ -42,12 +42,12 @@ class NgramDrafter:
         self.proposals.append(None)
         return found.token
 
-    def sure(self) -> float:
+    def lookup_confidence(self) -> float:
         """Return the coming proposal's confidence, 0 where there is none."""
         found = self.ngrams.propose()
         return 0.0 if found is None else found.confidence
 
-    def offer(self) -> float:
+    def lookup_alternative(self) -> float:
         """Return 0: no proposal takes a forward."""
         return 0.0
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from speckv_online.cpu_engine.int8_draft import QuickDraft
     from speckv_online.drafters.base import Drafter
+    from speckv_online.modeling.forward_backend import QuickForward
 
 GROUP = "speckv_online.drafters"
 KINDS = ("model", "ngram", "hybrid")
@@ -82,7 +82,7 @@ class DrafterSpec:
         model: PreTrainedModel | None,
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
-        quick: QuickDraft | None = None,
+        quick: QuickForward | None = None,
     ) -> Drafter:
         """Return the drafter; ``model`` and the rest as for :class:`~speckv_online.drafters.ModelDrafter`.
 

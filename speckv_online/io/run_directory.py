@@ -98,6 +98,8 @@ class RunDir:
         resumed = (path / "config.yaml").exists()
         if resumed:
             earlier = read_settings(path / "config.yaml")
+            if "engine" in config:  # runs from before there was a choice
+                earlier.setdefault("engine", "auto")
             changed = sorted(
                 key for key in config.keys() | earlier.keys()
                 if key not in volatile and config.get(key) != earlier.get(key)

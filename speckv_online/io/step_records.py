@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(slots=True)
@@ -16,7 +16,8 @@ class StepRecord:
     ``accepted`` n, ``produced`` the tokens added to the output. The signal summaries are over the drafted tokens of
     this very step (zero where nothing was drafted), ``tested`` is the number of positions whose label is known.
     ``forwards`` counts the tokens that took a forward of the draft model, dropped ones included; where it is not known
-    (schema 1), all of ``drafted``.
+    (schema 1), all of ``drafted``. ``decide_seconds`` is what the policy took to decide, to stop and to submit,
+    ``learn_seconds`` what it took to learn from this step; up to schema 2 the former held both.
     """
 
     step: int
@@ -38,6 +39,7 @@ class StepRecord:
     verify_seconds: float
     seconds: float
     forwards: int = -1
+    learn_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.forwards < 0:

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.console import say
-from speckv_online.cpu_engine.int8_draft import quicken
-from speckv_online.cpu_engine.pack import pack
+from speckv_online.cpu_engine.start import int8_draft, start_engine
 from speckv_online.drafters.base import Drafter
+from speckv_online.drafters.model import ModelDrafter
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.modeling.engine import EngineStatus, choose_engine
+from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.levels import Level, get_level
 from speckv_online.models.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
@@ -44,6 +46,14 @@ class LoadedPair:
     level: Level
     device: torch.device
     revision: dict[str, str]
+
+    @property
+    def engine(self) -> dict[str, EngineStatus]:
+        """Whether the CPU engine runs the target, and the draft if that is a model."""
+        found = {"target": backend_of(self.target).status}
+        if isinstance(self.drafter, ModelDrafter):
+            found["draft"] = self.drafter.backend.status
+        return found
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -94,7 +104,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return _from_pretrained(AutoTokenizer, source)
 
 
-def load_target(source: str | Path, level: str | Level, device: str = "auto") -> PreTrainedModel:
+def load_target(
+    source: str | Path, level: str | Level, device: str = "auto", engine: str | None = "off"
+) -> PreTrainedModel:
     """Load a model at a compression level, in eval mode.
 
     Parameters
@@ -105,9 +117,11 @@ def load_target(source: str | Path, level: str | Level, device: str = "auto") ->
         See :mod:`speckv_online.models.levels`.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
+    engine : str, optional
+        ``off`` for plain transformers modules, ``auto`` to let the CPU engine run it; None as for :func:`load_pair`.
     """
     level = get_level(level) if isinstance(level, str) else level
-    where = pick_device(device)
+    where, engine = pick_device(device), choose_engine(engine)
     if level.quantization is not None:
         _quiet_bitsandbytes()
     arguments = level.load_arguments(where)
@@ -116,7 +130,8 @@ def load_target(source: str | Path, level: str | Level, device: str = "auto") ->
         model = model.float()
     if level.quantization is None:
         model = model.to(where)
-    return model.eval()
+    start_engine(model.eval(), engine)
+    return model
 
 
 def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
@@ -158,8 +173,9 @@ def load_pair(
     draft: str | None = None,
     draft_level: str | None = None,
     drafter: str = "model",
+    engine: str | None = None,
 ) -> LoadedPair:
-    """Load a target at a level, and its draft, both packed for decoding where they run on a CPU.
+    """Load a target at a level, and its draft. On a CPU the engine runs both where it can.
 
     Parameters
     ----------
@@ -176,14 +192,17 @@ def load_pair(
         Compression level of ``draft``; by default it is uncompressed. A target may be drafted by its own 4-bit self.
     drafter : str
         ``model``, ``ngram`` (no draft is loaded) or ``hybrid``, see :mod:`speckv_online.drafters.spec`.
+    engine : str, optional
+        ``auto``: the CPU engine where it works. ``off``: plain transformers modules. By default what
+        ``$SPECKV_ENGINE`` says, else ``auto``.
 
     Raises
     ------
     UserError
-        Unknown pair, level or drafter, a model that cannot be loaded, two different tokenizers.
+        Unknown pair, level, drafter or engine, a model that cannot be loaded, two different tokenizers.
     """
     level = get_level(level) if isinstance(level, str) else level
-    where, spec = pick_device(device), parse_drafter(drafter)
+    where, spec, engine = pick_device(device), parse_drafter(drafter), choose_engine(engine)
     spec.check_models(target, draft)
     source = target or str(prepare(pair))
     for name in (source, draft):
@@ -192,22 +211,20 @@ def load_pair(
     tokenizer = load_tokenizer(source)
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
-    big = load_target(source, level, device)
-    pack(big)
+    big = load_target(source, level, device, engine)
     small, head_ids, quick = None, None, None
     if not spec.needs_model:
         draft_revision = spec.kind
     elif draft is not None:
-        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device)
+        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device, engine)
         draft_revision = _revision(small, draft)
     else:
         small, head_ids, digest = load_shipped_draft(Path(source), where)
         draft_revision = f"{pair}:sha256:{digest[:16]}"
-        quick = quicken(small)
+        quick = int8_draft(small, engine)
         if quick is not None:
             draft_revision += ":w8a8"
-    if small is not None:
-        pack(small)
+        start_engine(small, engine)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
     return LoadedPair(big, spec.build(small, vocabulary, head_ids, quick), tokenizer, level, where, revision)

@@ -133,13 +133,13 @@ def _one_by_one(
     drafter.begin(list(prompt), len(prompt) + length + gamma + 1)
     for t in range(length + 1):
         drafter.use("")
-        first_signals[t, LOOKUP] = drafter.sure()
+        first_signals[t, LOOKUP] = drafter.lookup_confidence()
         first[t] = drafter.draft(first_signals[t])
         if t == length or first[t] != tokens[t]:
             tail, signals = np.full(gamma - 1, NO_PROPOSAL), np.zeros((gamma - 1, ROW))
             j, token = 0, first[t]
             while token != NO_PROPOSAL and j < gamma - 1:
-                signals[j, LOOKUP] = drafter.sure()
+                signals[j, LOOKUP] = drafter.lookup_confidence()
                 tail[j] = token = drafter.draft(signals[j])
                 j += 1
             wrong.append(t)

@@ -12,6 +12,7 @@ import numpy as np
 
 from speckv_online.errors import UserError
 from speckv_online.io.run_directory import UnitResult, read_manifest, read_units
+from speckv_online.modeling.engine import EngineStatus
 from speckv_online.reporting.rows import Row
 from speckv_online.reporting.series import Modelled, Regret, Reliability, Shares, modelled, regrets, reliability, shares
 from speckv_online.reporting.verdict import BASELINE, advice, verdict
@@ -159,6 +160,9 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     notes += manifest.get("notes", [])
     for level, worker in manifest.get("workers", {}).items():
         notes.append(f"{level}: {worker.get('arithmetic')}, on {worker.get('device')}.")
+        if engine := worker.get("engine"):
+            said = (f"{role} {EngineStatus(**status)}" for role, status in engine.items())
+            notes.append(f"{level}: CPU engine: {', '.join(said)}.")
     differing = [row for row in rows if row.same_output < row.compared]
     compared = sum(row.compared for row in rows)
     if differing:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
-from policies.base import LOOKUP, MAX_GAMMA, Outcome, Policy
+from policies.base import LOOKUP, MAX_GAMMA, Policy
 from policies.fixed import Fixed
 from policies.guards.fault import FaultGuard
 from speckv_online.context import History
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import LEAST, CostTable, LevelCost
+from speckv_online.speculation import Speculation, judged_at_once
 from speckv_online.traces.trace import Trace
 
 
@@ -133,89 +134,125 @@ class Simulator:
         return self.cost.level(trace.level)
 
     def _steps(self, trace: Trace, cost: LevelCost) -> Iterator[tuple[int, int, int, int, int, int, int, float]]:
-        policy, budget = self.policy, trace.budget
-        decide, proceed, submit, learn = policy.decide, policy.proceed, policy.submit, policy.learn
-        end, level, t_d, t_v = len(trace), trace.level, cost.draft_seconds, cost.verify_seconds
-        t_0, slope, usual = cost.overhead_seconds, cost.context_seconds, cost.context_length
-        catch_up, first = cost.catch_up_seconds, cost.first_draft_seconds
-        output, proposals, accepted, available, table, lookups, forwards, read = trace.rows
-        tails = trace.tails
-        lookups = lookups if tails is None else tails.lookups
-        reads, longest, size = trace.reads, self.max_gamma, trace.gamma
-        history = History(level, trace.task, len(trace.prompt))
-        context = history.context
-        context.tokens = tokens = trace.prompt.tolist()
-        if tails is not None:
-            context.drafters = (trace.meta["drafter"], LOOKUP)
-        policy.begin(context)
-        t, lag = 0, len(trace.prompt) if reads else 1
+        policy, budget, longest = self.policy, trace.budget, self.max_gamma
+        end, t_d, t_v, t_0 = len(trace), cost.draft_seconds, cost.verify_seconds, cost.overhead_seconds
+        slope, usual, catch_up = cost.context_seconds, cost.context_length, cost.catch_up_seconds
+        first, reads = cost.first_draft_seconds, trace.reads
+        output, forwards, read = trace.rows.tokens, trace.rows.forwards, trace.rows.read
+        tokens = trace.prompt.tolist()
+        names = () if trace.tails is None else (trace.meta["drafter"], LOOKUP)
+        history = History(trace.level, trace.task, len(tokens), tokens, names)
+        step = Speculation(policy, history, trace.rows.signals[0])
+        proposer = TraceProposer(trace, step)
+        policy.begin(history.context())
+        t, lag = 0, len(tokens) if reads else 1
         while t < end:
             # Conditions instead of min() here: a call costs more than all that it compares.
             left = budget - t - 1
-            context.remaining = left + 1
-            limit = context.max_gamma = longest if longest < left else left
-            if lookups:
-                context.lookups = lookups[t][:1]
-            if tails is not None:
-                context.offer = tails.offer(t, 0)
-            decision = decide(context)
-            gamma = decision.gamma if decision.gamma < limit else limit
-            drafts, ids, there, right = table[t], proposals[t], available[t], accepted[t]
-            known, turn = lookups[t] if lookups else (), size
-            if tails is not None and decision.drafter == LOOKUP:
-                (ids, drafts, known, right), turn = tails.turned(t, 0), 0
-                there, context.lookups, context.offer = len(ids), known[:1], 0.0
-            proposed = k = most = gamma if gamma < there else there
-            if decision.stops and most:
-                # Only what is drafted so far is shown, as in the decoder.
-                proposed = 0
-                context.drafts = shown = []
-                while proposed < most:
-                    shown.append(ids[proposed])
-                    proposed += 1
-                    if known:
-                        context.lookups = known[: proposed + 1]
-                    if proposed < gamma:
-                        if tails is not None:
-                            context.offer = tails.offer(t, proposed) if proposed < turn else 0.0
-                        answer = proceed(decision, proposed, drafts[:proposed])
-                        if not answer:
-                            break
-                        if answer == LOOKUP and tails is not None and turn == size:
-                            (ids, drafts, known, right), turn = tails.turned(t, proposed), proposed
-                            proposed = gamma if gamma < len(ids) else len(ids)
-                            context.drafts = ids[:proposed]
-                            context.lookups = known[: proposed + 1]
-                            break
-                context.offer = 0.0
-                k = submit(decision, proposed, drafts[:proposed])
-            elif decision.trims and most:
-                context.drafts, context.lookups, context.offer = ids[:most], known[: most + 1], 0.0
-                k = submit(decision, most, drafts[:most])
-            context.drafts = ids[:k]
-            n = right if right < k else k
-            whole = t + n == end  # the draft held the end-of-sequence token
-            produced = n if whole else n + 1
-            asked = proposed if proposed < turn else turn
+            proposer.move(t)
+            gamma = step.decide(longest if longest < left else left, left + 1, proposer)
+            proposed = proposer.draft(gamma)
+            k, context_length = step.submit(), history.context_length
+            n = proposer.accepted if proposer.accepted < k else k
+            produced = n + 1 if t + n < end else n  # fewer if the draft held the end-of-sequence token
+            asked = proposed if proposed < proposer.turn else proposer.turn
             paid, reached = forwards[t][asked], read[t][asked]
             draft_seconds = first + t_d * paid + catch_up * (lag + reached - paid) if paid else 0.0
-            verify_seconds = t_v[k] + slope * (context.context_length - usual)
+            verify_seconds = t_v[k] + slope * (context_length - usual)
             if verify_seconds < LEAST * t_v[k]:
                 verify_seconds = LEAST * t_v[k]
             seconds = draft_seconds + verify_seconds + t_0
-            tested = n if whole or n == k else n + 1
-            outcome = Outcome(
-                k, n, tested, produced, seconds, draft_seconds, verify_seconds, level, context.context_length,
-                lag - 1 if paid else 0, drafts[:k], decision.drafter, paid, 0.0, k == there < size,
+            outcome = step.commit(
+                n, produced, proposer.signals[:k], paid, lag, k == proposer.there < proposer.size, draft_seconds,
+                verify_seconds, seconds,
             )  # fmt: skip
-            learn(decision, outcome)
-            yield t, decision.gamma, k, n, tested, produced, proposed, seconds
+            policy.learn(step.decision, outcome)
+            yield t, step.decision.gamma, k, n, outcome.tested, produced, proposed, seconds
             # The draft's cache keeps what it has read of the accepted tokens; the target's token comes on top.
             if reads:
                 lag = n + 1 - (reached if reached < n else n) if paid else lag + produced
-            history.update(outcome)
             tokens += output[t : t + produced]
             t += produced
+
+
+class TraceProposer:
+    """Proposes what a trace holds from a position on.
+
+    Parameters
+    ----------
+    trace : Trace
+        What was drafted at each position.
+    step : Speculation
+        Takes the drafts in.
+
+    Attributes
+    ----------
+    ids : list of int
+        All that there is to propose in this step.
+    signals : ndarray, shape (len(ids), N_SIGNALS)
+        Their signals, read-only.
+    there : int
+        How many tokens the drafter that the step began with has to propose.
+    accepted : int
+        How many of them the target agrees with.
+    turn : int
+        After how many tokens the step went on with lookups; ``size`` if it did not.
+    size : int
+        Most tokens that the trace has at a position.
+    """
+
+    def __init__(self, trace: Trace, step: Speculation) -> None:
+        rows, tails = trace.rows, trace.tails
+        self._rows, self._tails, self._step = rows, tails, step
+        self._lookups = rows.lookups if tails is None else tails.lookups
+        self.size = trace.gamma
+
+    def move(self, t: int) -> None:
+        """Begin a step at position t."""
+        rows = self._rows
+        there = self.there = rows.available[t]
+        self.t, self.turn, self.accepted = t, self.size, rows.accepted[t]
+        self.ids = rows.drafts[t] if there == self.size else rows.drafts[t][:there]
+        self.signals = self._step.signals = rows.signals[t]
+        self._known: Sequence[float] = self._lookups[t] if self._lookups else ()
+
+    def lookup_confidence(self) -> float:
+        """Return the confidence that the trace has of its next token."""
+        j = len(self._step.tokens)
+        return self._known[j] if j < len(self._known) else 0.0
+
+    def lookup_alternative(self) -> float:
+        """Return the confidence of the lookup that there could be instead of a forward."""
+        if self._tails is None:
+            return 0.0
+        j = len(self._step.tokens)
+        return self._tails.offer(self.t, j) if j < self.turn else 0.0
+
+    def use(self, name: str) -> str:
+        """Go on with lookups if asked to; a trace has nothing else to go on with."""
+        if name == LOOKUP and self._tails is not None and self.turn == self.size:
+            self.turn = len(self._step.tokens)
+            self.ids, self.signals, self._known, self.accepted = self._tails.turned(self.t, self.turn)
+            self._step.signals = self.signals
+            if not self.turn:  # the step begins with the lookup
+                self.there = len(self.ids)
+        return name
+
+    def draft(self, gamma: int) -> int:
+        """Draft up to ``gamma`` tokens, as many as the policy wants; return how many."""
+        step, j = self._step, 0
+        if gamma and not step.decision.stops:
+            there = len(self.ids)
+            j = gamma if gamma < there else there
+            following = self._known[1 : j + 1]
+            step.extend(self.ids[:j], [*following, *[0.0] * (j - len(following))])
+        elif gamma:
+            while j < len(self.ids):
+                token = self.ids[j]
+                j += 1
+                if not step.add(token):
+                    break
+        return j
 
 
 def replay_fixed(trace: Trace, gamma: int, cost: LevelCost, max_gamma: int = MAX_GAMMA) -> Replay:
@@ -253,14 +290,14 @@ def replay_plan(
     limit = np.minimum(limit, available)
     k = np.minimum(submitted, limit)
     n = np.minimum(accepted, k)
-    produced = np.minimum(n + 1, length - np.arange(length))  # an accepted end of sequence is the last token
+    produced = np.minimum(n + 1, length - np.arange(length))  # fewer if the draft held the end-of-sequence token
     following, starts, t = (np.arange(length) + produced).tolist(), [], 0
     while t < length:
         starts.append(t)
         t = following[t]
     at = np.array(starts)
     j, k, n, produced = np.minimum(proposed, limit)[at], k[at], n[at].astype(np.int64), produced[at]
-    tested = np.where(at + n == length, n, np.minimum(n + 1, k))
+    n, tested = judged_at_once(k, n, produced)
     asked = j if turns is None else np.minimum(j, turns[at])
     paid, read = trace.forwards[at, asked], trace.read[at, asked]
     verify = np.array(cost.verify_seconds)[k]

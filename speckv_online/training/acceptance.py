@@ -20,7 +20,7 @@ from policies.acceptance.draft_quality import quality
 from policies.acceptance.features import rows
 from policies.acceptance.model import HEADS, Hazard, prior_means
 from policies.acceptance.step import Step
-from policies.base import Context, Decision, Outcome
+from policies.base import Context, Decision, Draft, Outcome
 from speckv_online.errors import UserError
 from speckv_online.traces.trace import Trace
 from speckv_online.training.step_table import Schedule, replay_untimed, schedule_gammas
@@ -51,9 +51,8 @@ class _Starts(Schedule):
         # What the budget would have cut off is no label, and nothing follows an accepted end or what a lookup knows.
         tested = min(accepted + 1, int(trace.available[t]), trace.budget - t - 1, len(trace) - t)
         step = Step(context, self.hazard)
-        context.drafts = trace.drafts[t].tolist()
-        context.lookups = () if trace.lookups is None else trace.lookups[t].tolist()
-        step.extend(tested, trace.signals[t])
+        lookups = () if trace.lookups is None else trace.lookups[t].tolist()
+        step.extend(tested, Draft(tested, trace.signals[t], trace.drafts[t].tolist(), lookups))
         self.tokens.add(step, tested, accepted, trace.prompt_id, (draft_of(trace), trace.level))
         decision = super().decide(context)
         decision.features = step

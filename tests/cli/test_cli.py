@@ -20,6 +20,7 @@ from speckv_online.cli.app import main
 from speckv_online.cli.generate import Streamer
 from speckv_online.console import run_command
 from speckv_online.errors import UserError
+from tests.support.engine import SUPPORTED
 from tests.support.tiny_models import TinyPair, loaded_after, tiny_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -53,11 +54,31 @@ def test_generate_prints_json(speckv: Run, pair_flags: list[object]) -> None:
     assert facts["tokens"] == len(facts["token_ids"]) == sum(facts["accepted_per_step"]) + facts["steps"]
     assert len(facts["gamma_per_step"]) == len(facts["accepted_per_step"]) == facts["steps"]
     assert max(facts["gamma_per_step"]) == 3
-    assert all(n <= k for n, k in zip(facts["accepted_per_step"], facts["drafted_per_step"], strict=True))
+    assert all(n <= k for n, k in zip(facts["accepted_per_step"], facts["gamma_per_step"], strict=True))
     seconds = facts["seconds"]
     assert seconds["draft"] + seconds["verify"] + seconds["decide"] <= seconds["decode"] < seconds["total"]
     assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / seconds["decode"])
     assert facts["compression"] == "fp16"
+
+
+@pytest.mark.parametrize("engine", ["auto", "off"])
+def test_generate_says_whether_the_engine_is_on(speckv: Run, pair_flags: list[object], engine: str) -> None:
+    request = ["generate", *pair_flags, "--prompt", "hello", "--max-new-tokens", 4, "--engine", engine, "--json"]
+    code, out, err = speckv(*request)
+    assert (code, err) == (0, "")
+    found = json.loads(out)["engine"]
+    assert found.keys() == {"target", "draft"}
+    for status in found.values():
+        assert status["on"] == (engine == "auto" and SUPPORTED)
+        assert ("switched off" in status["reason"]) == (engine == "off")
+
+
+def test_an_unknown_engine_is_one_line(speckv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = speckv("generate", "--prompt", "hi", "--engine", "on")
+    assert (code, out) == (2, "")
+    assert err == "speckv: error: --engine must be auto or off, got 'on'\n"
+    monkeypatch.setenv("SPECKV_ENGINE", "fast")
+    assert speckv("generate", "--prompt", "hi")[2] == "speckv: error: $SPECKV_ENGINE must be auto or off, got 'fast'\n"
 
 
 def test_a_policy_is_found_in_the_working_directory(

@@ -1,4 +1,4 @@
-"""The documents name commands, flags, modules and files that exist. Nothing is run, only parsed."""
+"""The documents name commands, flags, modules and files that exist; guides have short sentences. Nothing is run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from speckv_online.cli.app import build_parser
 from speckv_online.cli.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Documents that say what to do: all but what experiments write, and the notes on what was tried.
+GUIDES = [path for path in DOCS if path.parent in (ROOT, ROOT / "docs") and path.name != "results.md"]
 PLACES = [*DOCS, ROOT / "Makefile", *sorted((ROOT / "experiments" / "configs").glob("*.yaml"))]
 
 
@@ -73,3 +75,28 @@ def test_links_lead_somewhere() -> None:
                 heads = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
                 slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
                 assert anchor in slugs, f"{doc.name}: {target}#{anchor}"
+
+
+def test_files_and_folders_are_there() -> None:
+    for doc in DOCS:
+        text = doc.read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:policies|speckv_online|experiments|tests|docs)/[\w./-]*)(?:::\w+)?`", text):
+            assert (ROOT / path).exists(), f"{doc.name}: {path}"
+
+
+def prose(path: Path) -> Iterator[str]:
+    """Yield the paragraphs and list items of a document, without code, tables, headings and pictures."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"^\s*\|.*$|^#.*$|^    .*$|!\[.*?\]\(.*?\)", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    for block in re.split(r"\n\s*\n|\n\s*[-*] |\n\s*\d+\. ", text):
+        if block.strip():
+            yield " ".join(block.split())
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_guides_have_short_sentences_and_paragraphs(path: Path) -> None:
+    for block in prose(path):
+        long = [s for s in re.split(r"(?<=[.!?:;])\s+", block) if len(s.split()) > 30]
+        assert not long, f"more than 30 words: {long[0]}"
+        assert len(re.split(r"(?<=[.!?])\s+", block)) <= 5, f"more than five sentences: {block[:90]}"

@@ -6,6 +6,7 @@ import copy
 import time
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +18,7 @@ from speckv_online.cpu_engine.kernels.llvm import Kernel, features
 from speckv_online.cpu_engine.layer_overrides import WAYS, lighten
 from speckv_online.cpu_engine.pack import pack
 from speckv_online.modeling.fingerprint import fingerprint
-
-bnb = pytest.importorskip("bitsandbytes")
+from tests.support.engine import needs_level
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def layer(kind: str, bias: bool = False) -> Any:
 
 
 def lightened(kind: str, bias: bool = False) -> Any:
+    needs_level(kind)
     model = nn.Sequential(layer(kind, bias))
     assert lighten(model) == 1
     with torch.inference_mode():
         model[0](torch.ones(2, 128))
-    if "forward" not in vars(model[0]):
-        pytest.skip("this processor has no quick path for these layers in bitsandbytes")
+    assert "forward" in vars(model[0])
     return model[0]
 
 

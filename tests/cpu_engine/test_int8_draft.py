@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from policies.base import MAX_GAMMA, Decision, Policy
+from policies.base import MAX_GAMMA, Decision, Draft, Policy
 from speckv_online.cpu_engine import int8_draft as quick_draft
 from speckv_online.cpu_engine import llama_program
 from speckv_online.cpu_engine.int8_draft import QuickDraft, quicken
-from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.kernels.llvm import Library
 from speckv_online.decoding.batch import decode_batch
 from speckv_online.decoding.decoder import SpeculativeDecoder
@@ -26,8 +25,9 @@ from speckv_online.drafters.hybrid import HybridDrafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.profiling.draft_table import draft_table
+from tests.support.engine import needs_engine
 
-pytestmark = pytest.mark.skipif(lanes() is None, reason="no kernels for this processor")
+pytestmark = needs_engine
 VOCABULARY = 272
 
 
@@ -143,7 +143,8 @@ class Random(Policy):
         gamma = int(self.rng.integers(-12, MAX_GAMMA + 1))
         return Decision(self.new_id(), max(gamma, 0), stops=bool(gamma % 2))
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        drafted = draft.drafted
         return drafted < 5
 
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from speckv_online.cpu_engine.kernels.linear import SCALED, Shape, compiled, lay_out, shape
 from speckv_online.cpu_engine.kernels.llvm import Code, Library, features
+from tests.support.engine import SUPPORTED
 
-pytest.importorskip("llvmlite")
-if shape() is None:
-    pytest.skip("no kernels for this processor", allow_module_level=True)
+if not SUPPORTED:
+    pytest.skip("the engine has no kernels for this processor", allow_module_level=True)
+assert shape() is not None
 #: This processor's own registers, and those of one with AVX2 only, which this one has too.
 SHAPES = {shape(): None, Shape(8, 2, 5): "haswell" if "fma" in features() else None}
 

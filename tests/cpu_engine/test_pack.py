@@ -9,17 +9,17 @@ from torch import nn
 from policies.fixed import Fixed
 from speckv_online.cpu_engine import pack as packed
 from speckv_online.cpu_engine.kernels.linear import Shape, shape
-from speckv_online.cpu_engine.pack import MOST_ROWS, PackedLinear, can_pack, pack
+from speckv_online.cpu_engine.pack import MOST_ROWS, PackedLinear, pack, why_not
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.modeling.fingerprint import fingerprint
+from tests.support.engine import needs_engine
 from tests.support.tiny_models import tiny_llama
 
 USE = shape() or Shape(8, 2, 5)
-needs_packing = pytest.mark.skipif(not can_pack(USE), reason="no kernels for this processor, or no llvmlite")
 
 
-@needs_packing
+@needs_engine
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 48), (5, 48), (2, 3, 48), (MOST_ROWS, 48), (MOST_ROWS + 1, 48), (0, 48)])
 def test_packed_linear_is_linear(bias: bool, shape: tuple[int, ...]) -> None:
@@ -30,7 +30,7 @@ def test_packed_linear_is_linear(bias: bool, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(PackedLinear(linear, USE)(odd), linear(odd), rtol=1e-5, atol=1e-5)
 
 
-@needs_packing
+@needs_engine
 def test_a_weight_that_is_changed_is_laid_out_anew() -> None:
     linear, x = nn.Linear(48, 80), torch.randn(5, 48)
     layer = PackedLinear(linear, USE)
@@ -44,7 +44,7 @@ def test_a_weight_that_is_changed_is_laid_out_anew() -> None:
             torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
-@needs_packing
+@needs_engine
 def test_gradients_pass_as_through_the_layer_itself() -> None:
     linear, x = nn.Linear(48, 80), torch.randn(3, 48, requires_grad=True)
     PackedLinear(linear, USE)(x).sum().backward()
@@ -55,7 +55,7 @@ def test_gradients_pass_as_through_the_layer_itself() -> None:
     torch.testing.assert_close(found, x.grad)
 
 
-@needs_packing
+@needs_engine
 def test_packed_model_decodes_the_same_and_keeps_its_fingerprint() -> None:
     plain, model = tiny_llama(seed=3), tiny_llama(seed=3)
     assert pack(model) == sum(isinstance(m, nn.Linear) for m in plain.modules())
@@ -84,7 +84,7 @@ def test_where_nothing_can_be_compiled_nothing_changes(monkeypatch: pytest.Monke
         raise error("no compiler")
 
     monkeypatch.setattr(packed, "compiled", missing)
-    monkeypatch.setattr(packed, "can_pack", can_pack.__wrapped__)
+    monkeypatch.setattr(packed, "why_not", why_not.__wrapped__)
     model = nn.Sequential(nn.Linear(128, 128))
     assert pack(model) == 0
     assert type(model[0]) is nn.Linear
@@ -103,7 +103,7 @@ def test_a_model_too_large_to_keep_twice_stays(monkeypatch: pytest.MonkeyPatch) 
     assert type(model[0]) is nn.Linear
 
 
-@needs_packing
+@needs_engine
 def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: x.new_ones(*x.shape[:-1], 160))
-    assert not can_pack.__wrapped__(USE)
+    assert why_not.__wrapped__(USE) == "its results are not those of nn.Linear"

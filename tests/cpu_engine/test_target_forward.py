@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from experiments.drift.stage import first_layers
 from speckv_online.cpu_engine import llama_program
 from speckv_online.cpu_engine.batched_forward import QuickBatch, batch_of
 from speckv_online.cpu_engine.int8_draft import quicken
-from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.pack import pack
 from speckv_online.cpu_engine.target_forward import MOST_PIECES, MOST_ROWS, QuickTarget, read_on
 from speckv_online.decoding.batch import decode_batch
@@ -27,22 +26,12 @@ from speckv_online.modeling.batched_model import BatchModel
 from speckv_online.modeling.fingerprint import fingerprint
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.models.pairs import load_target
+from tests.support.engine import needs_engine, needs_level
+from tests.support.engine import small_llama as llama
 
-pytestmark = pytest.mark.skipif(lanes() is None, reason="no kernels for this processor")
+pytestmark = needs_engine
 VOCABULARY, LAYERS, LONGEST = 304, 2, 400
 TEXT = torch.from_numpy(np.random.default_rng(2).integers(0, VOCABULARY, 390))
-
-
-def llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(4)
-    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": LAYERS, "num_attention_heads": 6}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": LONGEST}
-    config = LlamaConfig(**{"vocab_size": VOCABULARY, **sizes, **changes})
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():  # norms that change something; weights that fp16 holds
-        for name, p in model.named_parameters():
-            p.copy_((1.0 + 0.3 * torch.randn_like(p) if "norm" in name else 3.0 * p).half())
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +130,7 @@ def test_a_processor_with_short_registers(pair: tuple[LlamaForCausalLM, LlamaFor
 @pytest.mark.parametrize("level", ["bf16", "int8", "nf4", "fp4"])
 def test_every_level_gives_a_token_the_same_bits_at_every_width(level: str, tmp_path: Path) -> None:
     """Also where some inputs are outliers of LLM.int8: in one forward with others and alone."""
+    needs_level(level)
     made = llama(hidden_size=128, intermediate_size=192, num_attention_heads=4)
     with torch.no_grad():
         made.model.layers[0].input_layernorm.weight[5] = 9.0
@@ -148,8 +138,7 @@ def test_every_level_gives_a_token_the_same_bits_at_every_width(level: str, tmp_
     stock, model = (load_target(tmp_path, level, "cpu") for _ in range(2))
     before = fingerprint(load_target(tmp_path, level, "cpu"))
     pack(model)
-    if not hasattr(model, "_quick"):
-        pytest.skip("this processor has no kernels for the level")
+    assert isinstance(model._quick, QuickTarget)
     assert fingerprint(model) == before
     caches = [KVCache(LAYERS, 60) for _ in range(3)]
     parts = TEXT[:60].split(1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from experiments.bench import batch as bench
 from experiments.bench import decoder as decoder_bench
-from policies.base import ENTROPY, Context, Decision, Outcome, Policy
+from policies.base import ENTROPY, Context, Decision, Draft, Outcome, Policy
 from policies.registry import make_policy
 from speckv_online.decoding.batch import level_name
 from speckv_online.decoding.decoder import SpeculativeDecoder
@@ -41,10 +41,12 @@ class Ragged(Policy):
         self.seen.append((context.level, context.position))
         return Decision(self.new_id(), gamma, stops=context.step % 3 == 1)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        drafted, signals = draft.drafted, draft.signals
         return bool(signals[drafted - 1, ENTROPY] < 4)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        drafted = draft.drafted
         return max(drafted - 1, 0)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

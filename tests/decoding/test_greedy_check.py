@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from experiments import lossless
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.decoding.generation import Generation
+from speckv_online.models.pairs import LoadedPair
 from tests.support.tiny_models import TinyPair
 
 
@@ -40,6 +42,25 @@ def test_a_wrong_token_is_found(
         return out
 
     monkeypatch.setattr(SpeculativeDecoder, "generate", lying)
+    pair = ["--target", str(tiny_pair.target_dir), "--draft", str(tiny_pair.draft_dir), "--device", "cpu"]
+    args = ["--levels", "fp32", "--policies", "fixed:3", "--prompts", "1", "--max-new-tokens", "8", "--json"]
+    assert lossless.main([*pair, *args]) == 1
+    assert not any(r["ok"] for r in rows(capsys))
+
+
+def test_the_reference_is_another_target(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A target whose engine is wrong does not agree with itself."""
+    honest = lossless.load_pair
+
+    def damaged(*args: object, **kwargs: object) -> LoadedPair:
+        pair = honest(*args, **kwargs)  # type: ignore[arg-type]
+        with torch.no_grad():
+            pair.target.lm_head.weight[::2] *= 0.5
+        return pair
+
+    monkeypatch.setattr(lossless, "load_pair", damaged)
     pair = ["--target", str(tiny_pair.target_dir), "--draft", str(tiny_pair.draft_dir), "--device", "cpu"]
     args = ["--levels", "fp32", "--policies", "fixed:3", "--prompts", "1", "--max-new-tokens", "8", "--json"]
     assert lossless.main([*pair, *args]) == 1

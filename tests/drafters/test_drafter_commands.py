@@ -32,7 +32,7 @@ def test_generate_says_the_same_with_any_drafter(tiny_pair: TinyPair, capsys: py
         assert main(["generate", *models(tiny_pair, kind), *flags]) == 0
         said[kind] = json.loads(capsys.readouterr().out)
     assert len({tuple(facts["token_ids"]) for facts in said.values()}) == 1
-    assert sum(said["ngram"]["drafted_per_step"]) > 0
+    assert sum(said["ngram"]["gamma_per_step"]) > 0
     assert said["ngram"]["models"]["draft"] == "ngram"
 
 

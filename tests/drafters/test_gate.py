@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.gate import main
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, N_SIGNALS, Context, Decision, Outcome, Policy
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, N_SIGNALS, Context, Decision, Draft, Outcome, Policy
 from speckv_online.decoding.batch import decode_batch
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.base import Drafter
@@ -71,7 +71,7 @@ def test_what_is_free_is_what_the_drafter_says_beforehand(traced: tuple[Drafter,
         drafter.begin(trace.prompt.tolist(), 200)
         for t, token in enumerate(trace.tokens.tolist()):
             for j in range(int(trace.available[t])):
-                told[t, j] = drafter.sure()
+                told[t, j] = drafter.lookup_confidence()
                 drafter.draft(np.zeros(N_SIGNALS))
             drafter.end(0)
             drafter.extend([token])
@@ -87,11 +87,10 @@ class FollowsLookups(Policy):
     """Drafts as long as it is free, and one token more."""
 
     def decide(self, context: Context) -> Decision:
-        self.context = context
-        return Decision(self.new_id(), 9 if context.lookups[0] else context.step % 3, stops=True)
+        return Decision(self.new_id(), 9 if context.lookup_confidence else context.step % 3, stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return self.context.lookups[drafted - 1] > 0.0
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        return draft.lookups[draft.drafted - 1] > 0.0
 
 
 def test_a_policy_is_told_in_a_replay_what_the_decoder_tells(
@@ -112,7 +111,8 @@ class Notes(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), context.step % 7, stops=context.step % 2 > 0)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        drafted = draft.drafted
         return drafted < 4
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.base import Context, Decision, Outcome, Policy
+from policies.base import Context, Decision, Draft, Outcome, Policy
 from policies.costs.prior import CostPrior
+from policies.fixed import Fixed
 from policies.guards.safety import SafetyGuard
 from policies.learned.best_drafter import BestDrafter
 from policies.learned.goodput import Goodput
@@ -37,21 +38,20 @@ class Watching(Policy):
         self.drafter, self.told, self.outcomes = drafter, list[list[float]](), list[Outcome]()
 
     def decide(self, context: Context) -> Decision:
-        self.told.append(list(context.lookups))
-        return Decision(self.new_id(), 4, stops=True, drafter=self.drafter, features=(len(self.told) - 1, context))
+        self.told.append([context.lookup_confidence])
+        return Decision(self.new_id(), 4, stops=True, drafter=self.drafter, features=len(self.told) - 1)
 
-    def look(self, decision: Decision, drafted: int) -> None:
-        number, context = decision.features
-        assert len(context.lookups) == drafted + 1
-        self.told[number] = list(context.lookups)
+    def look(self, decision: Decision, draft: Draft) -> None:
+        assert len(draft.lookups) == draft.drafted + 1
+        self.told[decision.features] = list(draft.lookups)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        self.look(decision, drafted)
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        self.look(decision, draft)
         return True
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        self.look(decision, drafted)
-        return min(drafted, 2)
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        self.look(decision, draft)
+        return min(draft.drafted, 2)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -116,21 +116,19 @@ def policy_of(prior: CostPrior) -> Goodput:
 
 def test_a_free_token_is_drafted_where_a_dear_one_is_not() -> None:
     policy = policy_of(CostPrior(0.2, (0.1, 0.11)))
-    context = Context(level="nf4")
-    for lookups, gamma in (([0.0], 0), ([], 0), ([0.9], 16), ([0.05], 0)):
-        context.lookups = lookups
-        assert policy.decide(context).gamma == gamma
+    for confidence, gamma in ((0.0, 0), (0.9, 16), (0.05, 0)):
+        assert policy.decide(Context(level="nf4", lookup_confidence=confidence)).gamma == gamma
 
 
 def test_the_next_token_is_priced_by_who_proposes_it() -> None:
     table = np.array([SURE] * 16)
     policy = policy_of(CostPrior(0.2, (0.1, 0.11)))
-    context = Context(level="nf4", lookups=[0.9])
-    decision = policy.decide(context)
+    lookups = [0.9]
+    decision = policy.decide(Context(level="nf4", lookup_confidence=lookups[0]))
     for p, goes_on in ((0.8, True), (0.8, True), (0.0, False)):
-        context.lookups = [*context.lookups, p]
-        drafted = len(context.lookups) - 1
-        assert policy.proceed(decision, drafted, table) == goes_on
+        lookups = [*lookups, p]
+        drafted = len(lookups) - 1
+        assert policy.proceed(decision, Draft(drafted, table[:drafted], lookups=lookups)) == goes_on
     assert decision.features.survival == pytest.approx([1.0, 0.9, 0.72, 0.576])
 
 
@@ -140,8 +138,8 @@ def test_only_what_the_model_proposed_is_learnt_of_it() -> None:
     for lookups, same in (([0.9] * 4, True), ([0.9, 0.8, 0.0, 0.6], False)):
         policy = policy_of(CostPrior(0.001, (0.1, 0.1)))
         for _ in range(3):
-            decision = policy.decide(Context(level="nf4", lookups=lookups))
-            policy.submit(decision, 3, table)
+            decision = policy.decide(Context(level="nf4", lookup_confidence=lookups[0]))
+            policy.submit(decision, Draft(3, table[:3], lookups=lookups))
             outcome = Outcome(3, 2, 3, 3, 0.1, 0.0, 0.1, "nf4", 50, 0, table[:3], forwards=lookups[:3].count(0.0))
             policy.learn(decision, outcome)
         policy.hazard.refresh()
@@ -155,7 +153,7 @@ def test_the_guard_charges_what_was_paid() -> None:
         context = Context(level="nf4")
         for i in range(150):
             context.step = i
-            context.lookups = [] if forwards else [0.9] * 5
+            context.lookup_confidence = 0.0 if forwards else 0.9
             decision = policy.decide(context)
             k = 4 if policy.ledger("nf4").budget >= 0.0 and decision.id not in policy._taken else decision.gamma
             n = min(k, 1)
@@ -163,20 +161,27 @@ def test_the_guard_charges_what_was_paid() -> None:
             signals = np.array([SURE] * k).reshape(k, 4)
             paid = k if forwards else 0
             outcome = Outcome(k, n, min(2, k), n + 1, seconds, seconds - 0.1, 0.1, "nf4", 50, 0, signals, forwards=paid)
+            outcome.lookups = [] if forwards else [0.9] * 5
             policy.learn(decision, outcome)
         assert (policy.ledger("nf4").interventions > 0) == held
 
 
 def test_a_copy_for_another_drafter_does_not_see_them() -> None:
+    seen = set[tuple[str, float]]()
+
+    class Sees(Fixed):
+        def decide(self, context: Context) -> Decision:
+            self.confidence = context.lookup_confidence
+            return super().decide(context)
+
     policy = BestDrafter(policy="fixed/2", seed=0)
-    context = Context(level="nf4", drafters=("hybrid", "model"))
-    seen = set()
+    for name in ("hybrid", "model"):
+        policy.inner[name] = Sees(gamma=2)
     for _ in range(80):
-        context.lookups = [0.7]
-        decision = policy.decide(context)
-        seen.add((decision.drafter, len(context.lookups)))
+        decision = policy.decide(Context(level="nf4", drafters=("hybrid", "model"), lookup_confidence=0.7))
+        seen.add((decision.drafter, policy.inner[decision.drafter].confidence))  # type: ignore[attr-defined]
         policy.learn(decision, Outcome(2, 1, 2, 2, 0.1, 0.02, 0.08, "nf4", 10, 0, np.array([SURE] * 2)))
-    assert seen == {("hybrid", 1), ("model", 0)}
+    assert seen == {("hybrid", 0.7), ("model", 0.0)}
 
 
 def test_forwards_and_catching_up_are_charged_by_hand() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Outcome, Policy
+from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, Policy
 from policies.costs.prior import CostPrior
 from policies.fixed import Autoregressive
 from policies.guards.fault import FaultGuard
@@ -49,33 +50,32 @@ class Turner(Policy):
         self.always, self.told, self.outcomes = always, list[tuple](), list[Outcome]()
         self.turned = set[int]()
 
-    def note(self, context: Context, drafted: int) -> None:
-        self.told.append((drafted, [round(p, 5) for p in context.lookups], round(context.offer, 5)))
+    def note(self, drafted: int, lookups: Sequence[float], alternative: float) -> None:
+        self.told.append((drafted, [round(p, 5) for p in lookups], round(alternative, 5)))
 
     def turns(self) -> bool:
         return self.always or self.rng.random() < 0.3
 
     def decide(self, context: Context) -> Decision:
-        self.note(context, 0)
-        turns = context.offer > 0.0 and self.turns()
+        self.note(0, [context.lookup_confidence], context.lookup_alternative)
+        turns = context.lookup_alternative > 0.0 and self.turns()
         gamma = int(self.rng.integers(0, context.max_gamma + 1))
         asks = not turns or bool(self.rng.random() < 0.5)
         drafter = LOOKUP if turns else ""
-        return Decision(self.new_id(), gamma, stops=asks, features=context, drafter=drafter, trims=not asks)
+        return Decision(self.new_id(), gamma, stops=asks, drafter=drafter, trims=not asks)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
-        context: Context = decision.features
-        self.note(context, drafted)
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+        self.note(draft.drafted, draft.lookups, draft.lookup_alternative)
         assert decision.id not in self.turned
-        if context.offer and self.turns():
+        if draft.lookup_alternative and self.turns():
             self.turned.add(decision.id)
             return LOOKUP
         return bool(self.rng.random() < 0.9)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        context: Context = decision.features
-        assert drafted == len(context.drafts)
-        self.told.append((drafted, [round(p, 5) for p in context.lookups[:drafted]], context.offer))
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        drafted = draft.drafted
+        assert drafted == len(draft.tokens) == len(draft.signals)
+        self.note(drafted, draft.lookups[:drafted], draft.lookup_alternative)
         return drafted - int(self.rng.random() < 0.1)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
@@ -217,7 +217,7 @@ class Middle(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), 2, stops=True, features=context)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         self.turned += 1
         return LOOKUP
 
@@ -243,7 +243,7 @@ def test_an_unknown_drafter_within_a_step_is_a_fault_and_ends_the_draft(tiny_pai
         def decide(self, context: Context) -> Decision:
             return Decision(self.new_id(), 4, stops=True)
 
-        def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+        def proceed(self, decision: Decision, draft: Draft) -> bool | str:
             return "oracle"
 
     guard = FaultGuard(Lost())
@@ -265,32 +265,25 @@ def test_goodput_turns_where_a_forward_does_not_pay() -> None:
     for draft, offer, gamma, drafter in (
         (0.2, 0.0, 0, ""), (0.2, 0.3, 16, LOOKUP), (0.2, 0.01, 0, ""), (0.001, 0.1, 16, ""), (0.001, 0.9, 16, LOOKUP),
     ):  # fmt: skip
-        decision = policy_of(draft, (0.1, 0.105)).decide(Context(level="nf4", offer=offer))
+        decision = policy_of(draft, (0.1, 0.105)).decide(Context(level="nf4", lookup_alternative=offer))
         assert (decision.gamma, decision.drafter) == (gamma, drafter), (draft, offer)
 
 
 def test_goodput_turns_within_a_step_and_prices_what_follows() -> None:
     policy = policy_of(0.03, (0.1, 0.105))
     table = np.array([[0.1, 0.97, 9.0, 3.0], [5.0, 0.03, 0.1, -3.0], *[[1.0, 0.4, 1.0, 2.0]] * 14])
-    context = Context(level="nf4", lookups=[0.0], acceptance=0.9, mean_confidence=0.95)
+    context = Context(level="nf4", acceptance=0.9, mean_confidence=0.95)
     decision = policy.decide(context)
     assert decision.drafter == ""
-    context.lookups, context.offer = [0.0, 0.0], 0.3
-    assert policy.proceed(decision, 1, table) is True  # the first token is all but sure, and so is what follows it
-    context.lookups, context.offer = [0.0, 0.0, 0.0], 0.0
-    assert policy.proceed(decision, 2, table) is False
-    context.offer = 0.3
-    answer = policy.proceed(decision, 2, table)
+    # The first token is all but sure, and so is what follows it.
+    assert policy.proceed(decision, Draft(1, table[:1], (), [0.0, 0.0], 0.3)) is True
+    assert policy.proceed(decision, Draft(2, table[:2], (), [0.0, 0.0, 0.0], 0.0)) is False
+    answer = policy.proceed(decision, Draft(2, table[:2], (), [0.0, 0.0, 0.0], 0.3))
     assert answer in (False, LOOKUP)  # what is left is hardly worth a wider verification
-    context.lookups, context.offer = [0.0, 0.0, 0.4], 0.0
-    policy.submit(decision, 3, table)
+    policy.submit(decision, Draft(3, table[:3], (), [0.0, 0.0, 0.4]))
     step = decision.features
     assert step.forwards == 2
     assert step.survival[3] == pytest.approx(0.4 * step.survival[2])
-    # A late call does not look at another step's offer.
-    context.step += 1
-    context.offer = 0.9
-    assert step.lookups() == (0.0, 0.0)
 
 
 def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
@@ -302,7 +295,8 @@ def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
         def decide(self, context: Context) -> Decision:
             return Decision(self.new_id(), 16, stops=True)
 
-        def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool | str:
+        def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+            drafted = draft.drafted
             return LOOKUP if drafted == 2 else True
 
     context = Context(level="nf4", drafters=("hybrid", "model", LOOKUP))
@@ -314,12 +308,12 @@ def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
             decision = guard.decide(context)
             if decision.id in guard._taken:
                 for j in range(1, 4):
-                    assert guard.proceed(decision, j, np.ones((16, 4))) is True
-                guard.submit(decision, 4, np.ones((16, 4)))
+                    assert guard.proceed(decision, Draft(j, np.ones((16, 4))[:j])) is True
+                guard.submit(decision, Draft(4, np.ones((16, 4))[:4]))
                 guard.learn(decision, Outcome(4, 1, 2, 2, 0.2, 0.05, 0.1, "nf4", 10, 0, np.ones((4, 4))))
                 continue
             for j in range(1, 10):
-                if guard.proceed(decision, j, np.ones((16, 4))) == LOOKUP and guard is stops:
+                if guard.proceed(decision, Draft(j, np.ones((16, 4))[:j])) == LOOKUP and guard is stops:
                     break
             guard.learn(decision, Outcome(k, n, tested, n + 1, 0.2, 0.05, 0.1, "nf4", 10, 0, np.ones((k, 4)), "", 2))
     ours, theirs = tails.ledger("nf4"), stops.ledger("nf4")
@@ -333,7 +327,7 @@ def test_the_guard_takes_a_turn_for_where_the_policy_stopped() -> None:
 
 def test_a_probe_is_drafted_by_the_default_drafter() -> None:
     guard = SafetyGuard(Turner(always=True), naps=False)
-    context = Context(level="nf4", drafters=("hybrid", "model", LOOKUP), offer=0.4)
+    context = Context(level="nf4", drafters=("hybrid", "model", LOOKUP), lookup_alternative=0.4)
     for step in range(200):
         context.step = step
         decision = guard.decide(context)
@@ -349,13 +343,12 @@ def test_a_step_of_best_drafter_begins_with_the_drafter_it_chose() -> None:
     context = Context(level="nf4", drafters=("model", LOOKUP))
     table, arms, answers = np.array([[3.0, 0.2, 0.1, -2.0]] * 16), set(), set()
     for step in range(60):
-        context.step, context.offer, context.lookups = step, 0.9, [0.0]
+        context.step, context.lookup_alternative = step, 0.9
         decision = policy.decide(context)
         assert decision.drafter == policy._name
         arms.add(decision.drafter)
         if decision.gamma and decision.drafter == "model":
-            context.lookups, context.offer = [0.0, 0.0], 0.9
-            answers.add(policy.proceed(decision, 1, table))
+            answers.add(policy.proceed(decision, Draft(1, table[:1], (), [0.0, 0.0], 0.9)))
         policy.learn(decision, Outcome(1, 1, 1, 2, 0.12, 0.02, 0.1, "nf4", 9, 0, table[:1], decision.drafter, 1))
     assert arms == {"model", LOOKUP}
     assert LOOKUP in answers

@@ -23,6 +23,8 @@ from experiments.runtime.worker import Worker
 from speckv_online.errors import UserError
 from speckv_online.io.prompts import Prompt
 from speckv_online.io.run_directory import RunDir, StepWriter, read_manifest, read_units
+from speckv_online.modeling.engine import ENGINES, EngineStatus
+from tests.support.engine import SUPPORTED
 from tests.support.records import STEP
 from tests.support.runs import (
     COUNTER,
@@ -207,6 +209,12 @@ def test_a_whole_run(
     assert manifest["schedule"]["threads_per_worker"] == 1
     assert {w["threads"] for w in manifest["workers"].values()} == {1}
     assert "rounded to fp16, arithmetic in fp32" in manifest["workers"]["fp16"]["arithmetic"]
+    said = manifest["workers"]["fp16"]["engine"]
+    assert said.keys() == {"target", "draft"}
+    assert manifest["config"]["engine"] in ENGINES
+    assert all(status["on"] == (SUPPORTED and manifest["config"]["engine"] == "auto") for status in said.values())
+    text = f"fp16: CPU engine: target {EngineStatus(**said['target'])}, draft {EngineStatus(**said['draft'])}."
+    assert text in (out / "report.md").read_text()
     assert len(manifest["workers"]["fp32"]["models"]["target"]["sha256"]["model.safetensors"]) == 64
     assert manifest["software"]["torch"]
     assert str(tmp_path) not in json.dumps(manifest["config"])  # a manifest can be passed on

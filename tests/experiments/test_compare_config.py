@@ -16,6 +16,7 @@ from experiments.runtime.schedule import Node, plan
 from experiments.runtime.settings import CompareConfig, Resources
 from speckv_online.console import split_specs
 from speckv_online.errors import UserError
+from speckv_online.io.run_directory import RunDir
 from tests.support.runs import ROOT
 
 
@@ -72,6 +73,31 @@ def test_shipped_configs_are_valid(name: str) -> None:
     config = parse(CompareConfig, ["--config", str(path)], "x", "")
     if name == "compare":
         assert config == CompareConfig()
+
+
+def test_yaml_may_switch_the_engine_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("engine: off\n")  # for YAML that is the word for false
+    assert parse(CompareConfig, ["--config", str(path)], "x", "").engine == "off"
+    assert parse(CompareConfig, ["--config", str(path), "--engine", "auto"], "x", "").engine == "auto"
+    monkeypatch.delenv("SPECKV_ENGINE", raising=False)
+    assert CompareConfig().engine == "auto"
+    monkeypatch.setenv("SPECKV_ENGINE", "off")
+    assert CompareConfig().engine == "off"
+    for text in ("engine: fast", "engine: on"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="engine must be"):
+            parse(CompareConfig, ["--config", str(path)], "x", "")
+
+
+def test_a_run_from_before_the_switch_goes_on(tmp_path: Path) -> None:
+    config = json.loads(json.dumps(asdict(CompareConfig(engine="auto"))))
+    del config["engine"]
+    RunDir.open(tmp_path, config)
+    assert RunDir.open(tmp_path, config | {"engine": "auto"}).resumed
+    RunDir.open(tmp_path, config | {"engine": "auto"})
+    with pytest.raises(UserError, match=r"other settings \(engine"):
+        RunDir.open(tmp_path, config | {"engine": "off"})
 
 
 def test_set_reaches_nested_settings_and_flags_win(tmp_path: Path) -> None:

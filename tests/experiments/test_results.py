@@ -40,6 +40,12 @@ def level() -> Level:
     return Level("fp16", [*units, call("fixed:1", "a", 10, 0.9, 1)])
 
 
+def two_units() -> list[UnitResult]:
+    """Calls of a level at which transformers is fastest with a draft."""
+    seconds = {"autoregressive": 1.0, "transformers": 1.25, "transformers:heuristic": 0.5}
+    return [call(policy, prompt, 10, s, 0) for prompt in "ab" for policy, s in seconds.items()]
+
+
 def test_ratios_are_paired_and_hindsight_is_fair(level: Level) -> None:
     assert level.goodput("autoregressive") == pytest.approx(10.0)
     assert level.ratio("goodput", "autoregressive").value == pytest.approx(1.25)
@@ -66,14 +72,16 @@ def test_tables_say_what_passes_and_what_fails(level: Level) -> None:
     assert any(row.startswith("| `goodput+hybrid` | 3 | 20.00 |") for row in rows)
     text = headline([level], {"settings": {"max_new_tokens": 64}})
     assert "3 held-out prompts, 64 new tokens" in text
+    assert "| transformers as it is, its best setting (*hindsight*: no draft) | 8.0 |" in text
     assert "| ours, best fixed γ (*hindsight*: 1) (1 of them) | 11.1 |" in text
-    assert "| **ours, `goodput`** | **5.0** [1.25: 1.25–1.25] |" in text
-    assert "with the hybrid drafter | 20.0 [5.00: 5.00–5.00] |" in text
+    assert "| **ours, `goodput`** | **5.0** [0.50: 0.50–0.50] |" in text
     level.calls["fixed:1"] = level.calls["fixed:4"]
-    text = headline([level], {"settings": {"max_new_tokens": 64}})
-    assert "3 held-out prompts, 64 new tokens" in text
-    assert "| **ours, `goodput`** | **5.0** [1.25: 1.25–1.25] |" in text
-    assert "with the hybrid drafter | 20.0 [5.00: 5.00–5.00] |" in text
+    other = Level("nf4", [replace(u, unit=replace(u.unit, level="nf4")) for u in two_units()])
+    text = headline([level, other], {"settings": {"max_new_tokens": 64}})
+    assert "2 held-out prompts, 64 new tokens" in text
+    assert "its best setting (*hindsight*: no draft, heuristic) | 8.0 | 20.0 |" in text
+    assert "| ours, no draft | 10.0 | 10.0 |" in text
+    assert "`goodput`" not in text  # not in both levels
     assert "online" not in text  # not in this run
 
 
@@ -188,13 +196,15 @@ def test_contenders_without_a_common_prompt_have_empty_cells() -> None:
     text = document([level], {"settings": {}})
     assert "| the product over transformers' constant-4, geometric mean | 1.4 | | |" in text
     assert "| `goodput` | 1 | 10.00 |  | 1.000 | 1.000 | 1.000 |  |  |" in text
+    assert "| **ours, `goodput`** (1 of them) | **10.0** [1.00] |" in headline([level], {})
+    del level.calls["autoregressive"]
     assert "| **ours, `goodput`** (1 of them) | **10.0** |" in headline([level], {})
-    assert figure(draw, [level])
+    assert figure(draw, [Level("fp16", units)])
     # Prompts of the short table that a contender has none of are no request for all of its prompts.
     few = [call("fixed:1", p, 10, 1.0) for p in "bcde"] + [call("goodput", p, 10, 1.0) for p in "bcde"]
-    few += [call(name, "a", 10, 1.0) for name in ("fixed:4", "transformers:constant-4")]
+    few += [call(name, "a", 10, 1.0) for name in ("online", "transformers:constant-4")]
     text = headline([Level("fp16", few)], {})
-    assert "| ours, γ = 4 (0 of them) |  |" in text
+    assert "| ours, `online` (0 of them) |  |" in text
     assert "| **ours, `goodput`** | **10.0** |" in text
 
 
@@ -240,4 +250,4 @@ def test_real_run_is_lossless_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len({json.dumps(u.facts["output"]) for u in units}) == 2  # everybody says what the target says
     assert read_manifest(tmp_path / "run")["levels"] == costs  # calibrated once
     assert "`goodput+hybrid`" in doc.read_text()
-    assert "goodput` with the hybrid drafter" in doc.read_text()
+    assert "| ours, no draft |" in doc.read_text()

@@ -14,6 +14,7 @@ from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.decoding.greedy_check import check_greedy
 from speckv_online.errors import UserError
 from speckv_online.lookup.ngram_index import NgramIndex
+from speckv_online.modeling.engine import ENGINES
 from speckv_online.modeling.fingerprint import fingerprint
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.models import smollm2
@@ -21,12 +22,15 @@ from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.levels import LEVELS, get_level
 from speckv_online.models.pairs import chat_prompt, load_pair, load_target, prepare
 from tests.support.decoding import Scripted, plain, prompt_of
+from tests.support.engine import SUPPORTED, needs_level
 from tests.support.tiny_models import TinyPair, tiny_llama, tiny_tokenizer
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("level", sorted(LEVELS))
-def test_every_level_loads_and_decodes(tiny_pair: TinyPair, level: str) -> None:
-    pair = load_pair(target=str(tiny_pair.target_dir), draft=str(tiny_pair.draft_dir), level=level, device="cpu")
+def test_every_level_loads_and_decodes(tiny_pair: TinyPair, level: str, engine: str) -> None:
+    folders = {"target": str(tiny_pair.target_dir), "draft": str(tiny_pair.draft_dir)}
+    pair = load_pair(**folders, level=level, device="cpu", engine=engine)
     prompt = prompt_of(10)
     out = SpeculativeDecoder(pair.drafter, policy=Scripted([4]), target=pair.target, level=level).generate(
         prompt, 16, eos_ids=()
@@ -35,7 +39,8 @@ def test_every_level_loads_and_decodes(tiny_pair: TinyPair, level: str) -> None:
     check = check_greedy(pair.target, prompt, out.tokens)
     assert check.within(0.5), check
     layer = pair.target.model.layers[0].mlp.up_proj
-    kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "fp4": "Linear4bit"}.get(level, "PackedLinear")
+    kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "fp4": "Linear4bit"}.get(level)
+    kind = kind or ("PackedLinear" if SUPPORTED and engine == "auto" else "Linear")
     assert type(layer).__name__ == kind
     if kind == "Linear4bit":
         assert layer.weight.quant_type == level
@@ -71,14 +76,14 @@ def test_bad_quantization_specs_are_refused(tiny_pair: TinyPair, level: str, mes
 
 def test_a_used_four_bit_model_is_not_fingerprinted(tiny_pair: TinyPair) -> None:
     """Since bitsandbytes' state_dict damages weights that it has repacked for the CPU."""
+    needs_level("nf4")
     target = load_target(tiny_pair.target_dir, "nf4", "cpu")
     before = fingerprint(target)
     assert before == fingerprint(load_target(tiny_pair.target_dir, "nf4", "cpu"))
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
         logits = target(ids).logits
-        if not getattr(target.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False):
-            pytest.skip("this processor has no bf16 arithmetic: nothing is repacked")
+        assert getattr(target.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False)
         with pytest.raises(RuntimeError, match="before its first forward"):
             fingerprint(target)
         assert torch.equal(target(ids).logits, logits)

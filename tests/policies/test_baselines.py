@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from policies.base import Context, Decision, Outcome, Policy, PolicyError
+from policies.base import Context, Decision, Draft, Outcome, Policy, PolicyError
 from policies.baselines.adaedl import AdaEdl
 from policies.baselines.banditspec import Exp3Spec, UcbSpec
 from policies.baselines.hf import Confidence, Heuristic, best_threshold
@@ -55,9 +55,9 @@ def stops_after(policy: Policy, signals: np.ndarray, limit: int = 16) -> tuple[i
     k = 0
     while k < decision.gamma:
         k += 1
-        if decision.stops and k < decision.gamma and not policy.proceed(decision, k, signals):
+        if decision.stops and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
             break
-    return k, policy.submit(decision, k, signals) if decision.stops and k else k
+    return k, policy.submit(decision, Draft(k, signals[:k])) if decision.stops and k else k
 
 
 def test_heuristic() -> None:
@@ -271,7 +271,7 @@ def test_vllm_drafts_whole_then_prunes() -> None:
     decision = policy.decide(Context(level="nf4"))
     survival = np.cumprod(p)
     want = max(range(4), key=lambda k: (1 + survival[:k].sum()) / [1.0, 1.5, 2.0, 2.5][k])
-    assert policy.submit(decision, 3, signals) == want == 1
+    assert policy.submit(decision, Draft(3, signals[:3])) == want == 1
 
 
 def test_vllm_newton_step_by_hand() -> None:

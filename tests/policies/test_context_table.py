@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from policies.acceptance.context_table import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets, place
 from policies.acceptance.features import rows
-from policies.base import Context, PolicyError
+from policies.base import Context, Draft, Outcome, PolicyError
 from policies.learned.goodput import Goodput
 from speckv_online.training.acceptance import excess, tokens_from_traces, train_acceptance
 from tests.support.made_traces import made_trace
@@ -122,17 +122,15 @@ def test_a_prompt_s_own_drafts_do_not_vouch_for_it() -> None:
     assert train_acceptance(tokens)["history"].sum() > 0
 
 
-def test_a_policy_reads_ids_only_from_its_own_step() -> None:
-    """A late outcome must not be told the drafts of a later step."""
+def test_a_policy_learns_ids_from_the_draft_and_from_its_outcome() -> None:
     policy, context = Goodput(acceptance="none"), Context(tokens=[1, 2, 3, 4, 5])
     step = policy.decide(context).features
-    context.drafts = [6, 7, 8]
-    step.extend(2, np.full((4, 4), 0.9))
-    context.step, context.drafts = 1, [60, 70, 80, 90]
-    step.extend(4, np.full((4, 4), 0.9))
-    # The third token follows known ones, though it came too late to be known itself.
+    signals = np.full((4, 4), 0.9)
+    step.extend(2, Draft(2, signals[:2], [6, 7]))
+    # A late outcome has the ids of its own step.
+    step.extend(4, Outcome(4, 4, 4, 5, signals=signals, tokens=[6, 7, 8, 9]))
     assert [where for _, where, _, _ in step.asked] == [
-        place(tail) for tail in ((2, 3, 4, 5), (3, 4, 5, 6), (4, 5, 6, 7), ())
+        place(tail) for tail in ((2, 3, 4, 5), (3, 4, 5, 6), (4, 5, 6, 7), (5, 6, 7, 8))
     ]
 
 

@@ -33,7 +33,7 @@ def feed(hazard: Hazard, level: str, rate: float, steps: int, seed: int = 0) -> 
         n = int(np.argmin(np.append(rng.random(4) < rate, False)))
         outcome = Outcome(4, n, min(n + 1, 4), n + 1, signals=signals, level=level)
         step = Step(Context(level=level), hazard)
-        step.extend(outcome.tested, signals)
+        step.extend(outcome.tested, outcome)
         hazard.add(step, outcome.tested, outcome.accepted)
         hazard.refresh()
 

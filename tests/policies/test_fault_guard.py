@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.base import Context, Decision, Outcome, Policy, PolicyError
+from policies.base import Context, Decision, Draft, Outcome, Policy, PolicyError
 from policies.costs.cost_model import CostPrior
 from policies.fixed import Fixed
 from policies.guards.fault import FaultGuard
@@ -33,10 +33,10 @@ class Odd(Policy):
         gamma = self.gamma() if callable(self.gamma) else self.gamma
         return Decision(self.new_id(), gamma, True, self.propensity)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
         return self.answer() if callable(self.answer) else self.answer
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
         return self.submits() if callable(self.submits) else self.submits
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
@@ -86,7 +86,7 @@ def test_faults_while_drafting() -> None:
     decision = Decision(1, 4, True)
     for answer, kind in ((fail, "proceed raised"), (None, "impossible answer"), (np.nan, "impossible answer")):
         guard = FaultGuard(Odd(answer=answer))
-        assert guard.proceed(decision, 1, SIGNALS) is False
+        assert guard.proceed(decision, Draft(1, SIGNALS[:1])) is False
         assert guard.faults == {kind: 1}
     for submits, kind in (
         (fail, "submit raised"),
@@ -95,11 +95,11 @@ def test_faults_while_drafting() -> None:
         (1.5, "submit raised"),
     ):
         guard = FaultGuard(Odd(submits=submits))
-        assert guard.submit(decision, 4, SIGNALS) == 4
+        assert guard.submit(decision, Draft(4, SIGNALS[:4])) == 4
         assert guard.faults == {kind: 1}
     fine = FaultGuard(Odd(answer=np.True_, submits=2))
-    assert fine.proceed(decision, 1, SIGNALS) is True
-    assert fine.submit(decision, 4, SIGNALS) == 2
+    assert fine.proceed(decision, Draft(1, SIGNALS[:1])) is True
+    assert fine.submit(decision, Draft(4, SIGNALS[:4])) == 2
     assert not fine.faults
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from policies.acceptance.features import AFTER, rows
 from policies.acceptance.model import Hazard
 from policies.acceptance.step import Step
-from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Outcome, PolicyError
+from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Draft, Outcome, PolicyError
 from policies.costs.cost_model import CostPrior
 from policies.learned.goodput import FIRST, FORWARD, FREE, Goodput
 from tests.support.tapes import make_tapes, play
@@ -30,7 +31,7 @@ def signals(rng: np.random.Generator, k: int) -> np.ndarray:
 
 def described(hazard: Hazard, outcome: Outcome) -> Step:
     step = Step(Context(), hazard)
-    step.extend(outcome.tested, outcome.signals)
+    step.extend(outcome.tested, outcome)
     return step
 
 
@@ -76,7 +77,7 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
 def test_the_prior_is_the_draft_s_own_belief() -> None:
     step = Step(Context(acceptance=0.7), Hazard("none"))
     assert step.chance() == pytest.approx(1 / (1 + math.exp(-1.2)))
-    step.extend(1, np.array([[1.0, 0.8, 2.0, 0.0]]))
+    step.extend(1, Draft(1, np.array([[1.0, 0.8, 2.0, 0.0]])))
     assert step.survival == [1.0, pytest.approx(0.8)]
 
 
@@ -90,13 +91,13 @@ def test_chances_are_those_of_the_features() -> None:
         tokens = rng.integers(0, 3, 5).tolist()
         lagged = {"mean_confidence": rng.random(), "mean_entropy": 3 * rng.random(), "acceptance": rng.random()}
         context = Context(LEVEL, step=i, idle=i % 3, last_drafted=i % 2, last_accepted=1, tokens=tokens, memory=memory,
-                          drafts=rng.integers(0, 3, 10).tolist(), **lagged)  # fmt: skip
-        context.lookups = [0.0, 0.0, 0.7, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+                          **lagged)  # fmt: skip
+        drafts, lookups = rng.integers(0, 3, 10).tolist(), [0.0, 0.0, 0.7, *[0.0] * 8]
         step, table = Step(context, hazard), signals(rng, 10)
         chances = []
         for k in range(10):
-            chances.append(step.lookups()[0] or step.chance())
-            step.extend(k + 1, table)
+            chances.append(step.confidence or step.chance())
+            step.extend(k + 1, Draft(k + 1, table[: k + 1], drafts[: k + 1], lookups[: k + 2]))
         features = zip(*rows(np.array([about for *_, about in step.asked])), strict=True)
         for j in range(10):
             ratio = step.survival[j + 1] / step.survival[j]
@@ -181,7 +182,7 @@ def test_stops_where_survival_no_longer_pays() -> None:
     table = np.array([sure, sure, unsure] + [sure] * 13)
     decision = policy.decide(Context(level="nf4", acceptance=0.8, step=1, last_drafted=1))
     assert decision.stops
-    assert [policy.proceed(decision, k, table) for k in (1, 2, 3)] == [True, True, False]
+    assert [policy.proceed(decision, Draft(k, table[:k])) for k in (1, 2, 3)] == [True, True, False]
 
 
 def test_a_token_is_worth_what_the_latest_steps_and_this_one_take_for_one() -> None:
@@ -189,15 +190,15 @@ def test_a_token_is_worth_what_the_latest_steps_and_this_one_take_for_one() -> N
     policy, rng, answers = make(CostPrior(0.02, (0.1, 0.115), overhead_seconds=0.003)), np.random.default_rng(5), []
     costs = policy.costs.level("nf4")
     for _ in range(60):
+        lookups = [0.0] * 6
         context = Context(level="nf4", acceptance=rng.random(), step=1, last_drafted=1)
-        step: Step = policy.decide(context).features
         table = signals(rng, 6)
         table[:, CONFIDENCE] **= 0.2
-        context.lookups = [0.0] * 6
-        context.lookups[int(rng.integers(6))] = 0.8
+        lookups[int(rng.integers(6))] = 0.8
+        step: Step = policy.decide(replace(context, lookup_confidence=lookups[0])).features
         for k in range(5):
-            step.extend(k, table)
-            free = context.lookups[: k + 1]
+            free = lookups[: k + 1]
+            step.extend(k, Draft(k, table[:k], (), free))
             p = free[k] or step.chance()
             forwards = free.count(0.0)
             seconds = 0.02 * forwards + costs.verify[k + 1] + 0.003
@@ -207,7 +208,7 @@ def test_a_token_is_worth_what_the_latest_steps_and_this_one_take_for_one() -> N
                 step.survival[k] * sum(p**i for i in range(1, m + 1)) - rate * m * (t_d + 0.015)
                 for m in range(1, 17 - k)
             ]
-            assert policy._pays(k, step) == (max(pays) >= 0.0)
+            assert policy._pays(k, step, 0.0) == (max(pays) >= 0.0)
             answers.append((k, max(pays) >= 0.0))
     assert len(set(answers)) == 10
 
@@ -218,7 +219,7 @@ def test_the_tail_is_submitted_only_where_a_wider_verify_pays() -> None:
     for growth, want in ((0.03, 2), (0.0, 3)):
         policy = make(CostPrior(0.001, (0.1, 0.1 + growth)))
         decision = policy.decide(Context(level="nf4", acceptance=0.9))
-        assert policy.submit(decision, 3, table) == want
+        assert policy.submit(decision, Draft(3, table[:3])) == want
 
 
 def test_near_the_end_of_a_budget_by_hand() -> None:
@@ -251,7 +252,7 @@ def test_the_token_that_ends_a_text_is_submitted_where_another_is_not() -> None:
         costs.rate *= 2.0  # steps give two tokens on average
         costs.price = costs.rate * costs.seconds
         decision = policy.decide(Context(level="nf4", acceptance=0.9, remaining=remaining, max_gamma=3))
-        assert policy.submit(decision, 3, table) == want
+        assert policy.submit(decision, Draft(3, table[:3])) == want
 
 
 def test_wasted_drafting_is_timed() -> None:
@@ -260,7 +261,7 @@ def test_wasted_drafting_is_timed() -> None:
     for _ in range(40):
         decision = policy.decide(Context(level="nf4", acceptance=0.99, mean_confidence=0.99, step=1, last_drafted=1))
         decision.gamma = 4
-        k = policy.submit(decision, 4, table)
+        k = policy.submit(decision, Draft(4, table[:4]))
         assert k == 0
         policy.learn(decision, Outcome(0, 0, 0, 1, 0.18, 0.08, 0.1, "nf4", 100, forwards=4))
     assert policy.costs.level("nf4").draft == pytest.approx(0.02, rel=0.15)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.base import Context, Decision, Outcome, PolicyError
+from policies.base import Context, Decision, Draft, Outcome, PolicyError
 from policies.costs.cost_model import CostPrior
 from policies.fixed import Fixed
 from policies.guards.fault import FaultGuard
@@ -22,7 +22,7 @@ class Timid(Stubborn):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), min(16, context.max_gamma), stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
         return False
 
 
@@ -207,8 +207,8 @@ def test_probes_of_a_stopping_policy_draft_on_and_ask_its_opinion() -> None:
         decision = guard.decide(Context(level="nf4"))
     assert (decision.gamma, decision.stops) == (4, True)
     signals = np.zeros((16, 4))
-    assert guard.proceed(decision, 1, signals)
-    assert guard.submit(decision, 4, signals) == 4
+    assert guard.proceed(decision, Draft(1, signals[:1]))
+    assert guard.submit(decision, Draft(4, signals[:4])) == 4
     guard.learn(decision, Outcome(4, 3, 4, 4, 0.3, 0.04, 0.25, "nf4", 100, 0, signals[:4]))
     ledger = guard.ledger("nf4")
     # Two of the three tokens past its stop were accepted, the third was not; two pseudo-steps at one half.

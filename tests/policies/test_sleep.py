@@ -123,16 +123,16 @@ def test_nobody_is_asked_or_taught_in_a_sleep() -> None:
     nap.latest = 0
     history = History("nf4", "", 5)
     for _ in range(STRETCH):
-        decision = guard.decide(history.context)
+        decision = guard.decide(history.context())
         assert (decision.gamma, decision.propensity, type(decision.features)) == (0, 1.0, Asleep)
-        outcome = Outcome(0, 0, 0, 1, 0.161, 0.0, 0.16, "nf4", history.context.context_length)
+        outcome = Outcome(0, 0, 0, 1, 0.161, 0.0, 0.16, "nf4", history.context_length)
         guard.learn(decision, outcome)
         history.update(outcome)
     assert policy.asked == 0
     assert not policy._learnt
     for _ in range(LONGEST):  # stretches of a long text: awake again at the latest after so many
-        history.context.position += STRETCH
-        guard.decide(history.context)
+        history.position += STRETCH
+        guard.decide(history.context())
     assert policy.asked > 0
 
 

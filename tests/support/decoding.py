@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from policies.base import ENTROPY, Context, Decision, Outcome, Policy
+from policies.base import ENTROPY, Context, Decision, Draft, Outcome, Policy
 
 _PLAIN: dict[tuple[PreTrainedModel, tuple[int, ...], int], list[int]] = {}
 
@@ -25,10 +25,12 @@ class Scripted(Policy):
         self.contexts.append((c.step, c.position, c.context_length, c.max_gamma, c.remaining))
         return Decision(self.new_id(), self.gammas[context.step % len(self.gammas)], stops=self.stops)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        drafted, signals = draft.drafted, draft.signals
         return bool(signals[drafted - 1, ENTROPY] < 3.5)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        drafted = draft.drafted
         return max(drafted - 1, 1)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

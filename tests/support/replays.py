@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedModel
 
-from policies.base import ARMS, CONFIDENCE, MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy
+from policies.base import ARMS, CONFIDENCE, MAX_GAMMA, N_SIGNALS, Context, Decision, Draft, Outcome, Policy
 from policies.fixed import Autoregressive, Fixed
 from policies.registry import make_policy
 from speckv_online.decoding.decoder import SpeculativeDecoder
@@ -32,10 +32,12 @@ class Picky(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), 3 if context.step % 3 == 1 else MAX_GAMMA, stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        drafted, signals = draft.drafted, draft.signals
         return bool(signals[drafted - 1, CONFIDENCE] > self.threshold)
 
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        drafted, signals = draft.drafted, draft.signals
         return drafted - int(signals[drafted - 1, CONFIDENCE] <= self.threshold / 2)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:

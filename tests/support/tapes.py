@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Outcome, Policy
+from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Draft, Outcome, Policy
 from policies.fixed import Fixed
 from policies.learned.mlp16 import HIDDEN, INPUTS, Weights
 from speckv_online.context import History
@@ -75,10 +75,9 @@ def play(policy: Policy, tapes: list[Tape], level: str = "nf4", noise: float = 0
     t_d, verify, growth = COSTS[level]
     for tape in tapes:
         history, t, end = History(level, "", 50), 0, len(tape.match) - MAX_GAMMA
-        policy.begin(history.context)
+        policy.begin(history.context())
         while t < end:
-            context = history.context
-            context.max_gamma = min(MAX_GAMMA, end - t - 1)
+            context = history.context(min(MAX_GAMMA, end - t - 1))
             decision, outcome, drafted = step(policy, context, tape, t)
             jitter = np.exp(noise * rng.normal(size=2))
             outcome.draft_seconds = t_d * drafted * jitter[0]
@@ -103,11 +102,11 @@ def step(policy: Policy, context: Context, tape: Tape, t: int) -> tuple[Decision
     while k < decision.gamma:
         signals[k] = tape.signals[t + k]
         k += 1
-        if decision.stops and k < decision.gamma and not policy.proceed(decision, k, signals):
+        if decision.stops and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
             break
     drafted = k
     if decision.stops and k:
-        k = policy.submit(decision, k, signals)
+        k = policy.submit(decision, Draft(k, signals[:k]))
         assert 0 <= k <= drafted
     n = tape.accepted(t, k)
     outcome = Outcome(k, n, min(n + 1, k), n + 1, level=context.level, signals=signals[:k].copy())
@@ -152,7 +151,7 @@ def records(tapes: list[Tape]) -> tuple[np.ndarray, np.ndarray]:
         for tape in tapes:
             history, t, end = History("nf4", "", 50), 0, len(tape.match) - MAX_GAMMA
             while t < end:
-                c = history.context
+                c = history.context()
                 k = int(rng.choice([1, 2, 4, 6, 8, 12, 16]))
                 _, outcome, _ = step(Fixed(gamma=k), c, tape, t)
                 signals = [c.mean_entropy, c.mean_confidence, c.max_entropy, c.min_confidence]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import CONFIDENCE, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import CONFIDENCE, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 
 
 class Patient(Policy):
@@ -33,8 +33,8 @@ class Patient(Policy):
     def decide(self, context: Context) -> Decision:
         return Decision(self.new_id(), context.max_gamma, stops=True)
 
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        return bool(signals[drafted - 1, CONFIDENCE] >= self.threshold)
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        return bool(draft.signals[-1, CONFIDENCE] >= self.threshold)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
         if not self.first_time(decision.id):

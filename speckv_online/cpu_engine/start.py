@@ -1,0 +1,46 @@
+"""The door to the engine: what lets it run a target or a draft."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel
+
+from speckv_online.cpu_engine.int8_draft import QuickDraft, int8_form
+from speckv_online.cpu_engine.notes import notes_of
+from speckv_online.cpu_engine.pack import pack
+from speckv_online.modeling.engine import EngineStatus, choose_engine
+from speckv_online.modeling.forward_backend import PlainForward
+
+log = logging.getLogger(__name__)
+OFF = EngineStatus(False, "switched off")
+
+
+def start_engine(model: PreTrainedModel, engine: str | None = None) -> EngineStatus:
+    """Let the engine run a model where it can, and log once whether it does.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In eval mode; it is changed in place.
+    engine : str, optional
+        ``auto`` or ``off``; by default that of ``$SPECKV_ENGINE``.
+    """
+    if choose_engine(engine) == "off":
+        model._forward_backend = PlainForward(model, OFF)  # type: ignore[assignment]
+        log.info("%s: the CPU engine is %s", type(model).__name__, OFF)
+        return OFF
+    pack(model)
+    return notes_of(model).status
+
+
+def int8_draft(model: PreTrainedModel, engine: str | None = None) -> QuickDraft | None:
+    """Return the int8 form of a draft, None where there is none or the engine is off; log once why."""
+    if choose_engine(engine) == "off":
+        return None
+    quick, reason = int8_form(model)
+    if quick is None:
+        # On other devices than a CPU nothing is missing.
+        level = logging.WARNING if model.device.type == "cpu" else logging.INFO
+        log.log(level, "%s: the draft has no int8 form: %s", type(model).__name__, reason)
+    return quick

@@ -1,0 +1,128 @@
+"""A sequence under way: its tokens, its steps, what the policy took of them, and their records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from policies.base import N_SIGNALS, Outcome, Policy
+from speckv_online.context import History, summarise
+from speckv_online.decoding.generation import Generation
+from speckv_online.decoding.sequence import TokenSequence
+from speckv_online.io.step_records import StepRecord
+from speckv_online.speculation import PolicyTimer, Speculation
+
+
+class Row:
+    """One sequence of a single decode, of a batch, or of transformers' assisted generation.
+
+    Parameters
+    ----------
+    policy : Policy
+        A guarded policy.
+    sequence : TokenSequence
+        The sequence, which holds its prompt only.
+    level, task : str
+        As in :class:`~policies.base.Context`.
+    drafters : tuple of str
+        Names that a decision's ``drafter`` may take.
+    budget : int
+        Most tokens to produce.
+    max_gamma : int
+        Most tokens that any step drafts.
+    sampled : bool
+        Whether tokens are drawn.
+    number : int
+        Which prompt of a batch it is.
+
+    Attributes
+    ----------
+    policy : PolicyTimer
+        What the steps ask.
+    step : Speculation
+        The step under way.
+    out : Generation
+        What there is so far.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sequence: TokenSequence,
+        *,
+        level: str,
+        task: str = "",
+        drafters: tuple[str, ...] = (),
+        budget: int,
+        max_gamma: int,
+        sampled: bool = False,
+        number: int = 0,
+    ) -> None:
+        self.sequence, self.budget, self.number, self.sampled = sequence, budget, number, sampled
+        self.history = History(level, task, len(sequence.tokens), sequence.tokens, drafters)
+        self.policy, self._begin = PolicyTimer(policy), policy.begin
+        self.step = Speculation(self.policy, self.history, np.zeros((max(max_gamma, 1), N_SIGNALS)), trims=not sampled)
+        self.out = Generation()
+
+    def begin(self) -> None:
+        """Tell the policy of the new text."""
+        self._begin(self.history.context())
+
+    @property
+    def remaining(self) -> int:
+        """Tokens left of the budget."""
+        return self.budget - len(self.out.tokens)
+
+    def commit(
+        self,
+        tokens: list[int],
+        accepted: int,
+        *,
+        forwards: int,
+        lag: int,
+        exhausted: bool,
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> Outcome:
+        """End the step, which added these tokens to the sequence; see :meth:`Speculation.commit`."""
+        step = self.step
+        signals = step.signals[: len(step.tokens)].copy()
+        self.out.tokens += tokens
+        return step.commit(
+            accepted, len(tokens), signals, forwards, lag, exhausted, draft_seconds, verify_seconds
+        )  # fmt: skip
+
+    def learn(self, outcome: Outcome, seconds: float, typical: bool) -> None:
+        """Teach the policy what the step came to, and record it.
+
+        Parameters
+        ----------
+        outcome : Outcome
+            Of :meth:`commit`.
+        seconds : float
+            What the step took, without this call.
+        typical : bool
+            Whether its seconds are those of a usual step; else the policy is told the draft's alone.
+        """
+        decision, deciding, before = self.step.decision, self.policy.deciding, self.policy.learning
+        outcome.seconds, outcome.policy_seconds = seconds + before, deciding + before
+        record = record_of(self, outcome)
+        self.policy.learn(decision, outcome if typical else replace(outcome, seconds=0.0, verify_seconds=0.0))
+        record.decide_seconds, record.learn_seconds = deciding, self.policy.learning
+        record.seconds = seconds + self.policy.learning
+        self.out.steps.append(record)
+
+
+def record_of(row: Row, outcome: Outcome) -> StepRecord:
+    """Return the record of the step that just came to an end, without the policy's own seconds."""
+    mean_h, max_h, mean_c, min_c = summarise(outcome.signals)
+    decision = row.step.decision
+    return StepRecord(
+        step=row.history.step - 1, gamma=decision.gamma, drafted=outcome.drafted, accepted=outcome.accepted,
+        tested=outcome.tested, produced=outcome.produced, mean_draft_entropy=mean_h, mean_draft_confidence=mean_c,
+        max_draft_entropy=max_h, min_draft_confidence=min_c, context_length=outcome.context_length,
+        propensity=decision.propensity, policy_version=decision.policy_version, decision_id=decision.id,
+        decide_seconds=0.0, draft_seconds=outcome.draft_seconds, verify_seconds=outcome.verify_seconds,
+        seconds=outcome.seconds, forwards=outcome.forwards,
+    )  # fmt: skip

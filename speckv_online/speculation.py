@@ -1,0 +1,276 @@
+"""One step of speculation: draft, verify, commit.
+
+Single decoding, batches, transformers' assistant and the simulator all take their steps through :class:`Speculation`,
+one for each sequence. Who drafts and who verifies is theirs; what the policy is asked and when, what an end of sequence
+inside a draft means, and what an outcome says is settled here.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, Policy
+from speckv_online.context import History
+
+
+class Proposer(Protocol):
+    """What a step asks of who proposes a sequence's tokens."""
+
+    def lookup_confidence(self) -> float:
+        """Return how likely the coming proposal is right if it takes no forward of a model, 0 if it takes one."""
+
+    def lookup_alternative(self) -> float:
+        """Return how likely a lookup is right that could be had, as the drafter ``ngram``, in place of a forward."""
+
+    def use(self, name: str) -> str:
+        """Draft what comes of the step as the drafter of this name, by default the first; return the name."""
+
+
+class Unknown:
+    """Proposes tokens of which nothing is known but their signals."""
+
+    def lookup_confidence(self) -> float:
+        """No token is a lookup's."""
+        return 0.0
+
+    def lookup_alternative(self) -> float:
+        """There is no lookup."""
+        return 0.0
+
+    def use(self, name: str) -> str:
+        """There is nothing to choose."""
+        return ""
+
+
+_NOBODY = Unknown()
+
+
+class PolicyTimer:
+    """Passes on what a step asks of a policy, and counts the seconds.
+
+    Attributes
+    ----------
+    deciding, learning : float
+        Seconds of the latest step: of all calls up to ``submit``, and of ``learn``.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.deciding = self.learning = 0.0
+
+    def decide(self, context: Context) -> Decision:
+        """Ask the policy, and start counting anew."""
+        started = perf_counter()
+        decision = self._policy.decide(context)
+        self.deciding = perf_counter() - started
+        return decision
+
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+        """Ask the policy."""
+        started = perf_counter()
+        answer = self._policy.proceed(decision, draft)
+        self.deciding += perf_counter() - started
+        return answer
+
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        """Ask the policy."""
+        started = perf_counter()
+        answer = self._policy.submit(decision, draft)
+        self.deciding += perf_counter() - started
+        return answer
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        """Teach the policy."""
+        started = perf_counter()
+        self._policy.learn(decision, outcome)
+        self.learning = perf_counter() - started
+
+
+class Speculation:
+    """The steps of one sequence: :meth:`decide`, :meth:`add` for each drafted token, :meth:`submit`, :meth:`commit`.
+
+    Parameters
+    ----------
+    policy : Policy or PolicyTimer
+        A guarded policy: its answers are taken as they come.
+    history : History
+        What the sequence's earlier steps came to; :meth:`commit` advances it.
+    signals : ndarray, shape (max_gamma, N_SIGNALS)
+        Where the signals of the step's drafts stand: the driver's own, of which policies get read-only views.
+    trims : bool
+        Whether drafted tokens may be dropped before they are verified. Not in sampled decoding: to drop a drawn token
+        for what it is would bias the output.
+
+    Attributes
+    ----------
+    decision : Decision
+        The policy's, for the step under way.
+    gamma : int
+        Most tokens that this step drafts.
+    tokens : list of int
+        The step's drafts: the driver's own, never shown.
+    lookups : list of float
+        As :attr:`policies.base.Draft.lookups`; tokens that were dropped stay in it.
+    drafter : str
+        Name of the drafter that the step began with.
+    """
+
+    __slots__ = (
+        "_asks", "_policy", "_proposer", "decision", "drafter", "gamma", "history", "lookups", "signals", "tokens",
+        "trims",
+    )  # fmt: skip
+
+    def __init__(
+        self, policy: Policy | PolicyTimer, history: History, signals: np.ndarray, *, trims: bool = True
+    ) -> None:
+        self._policy, self.history, self.trims = policy, history, trims
+        self.signals = signals
+        self.decision, self.gamma, self.drafter = Decision(0, 0), 0, ""
+        self.tokens: list[int] = []
+        self.lookups: list[float] = []
+        self._asks = False
+        self._proposer: Proposer = _NOBODY
+
+    def decide(self, max_gamma: int, remaining: int, proposer: Proposer | None) -> int:
+        """Begin a step: ask the policy, and return how many tokens to draft at most.
+
+        Parameters
+        ----------
+        max_gamma, remaining : int
+            As in :class:`~policies.base.Context`.
+        proposer : Proposer or None
+            Who proposes this step's tokens; None if nobody does.
+        """
+        self.tokens = []
+        if proposer is None:
+            decision = self._policy.decide(self.history.context(max_gamma, remaining))
+            self.lookups, self.drafter = [], ""
+        else:
+            self._proposer = proposer
+            confidence = proposer.lookup_confidence()
+            decision = self._policy.decide(
+                self.history.context(max_gamma, remaining, confidence, proposer.lookup_alternative())
+            )
+            name = decision.drafter
+            self.drafter = proposer.use(name)
+            self.lookups = [proposer.lookup_confidence() if name else confidence]
+        self.decision, self._asks = decision, decision.stops
+        gamma = decision.gamma
+        self.gamma = gamma = gamma if gamma < max_gamma else max_gamma
+        return gamma
+
+    def add(self, token: int) -> bool:
+        """Take a drafted token in, whose signals are written; return whether to draft another."""
+        tokens, lookups, proposer = self.tokens, self.lookups, self._proposer
+        tokens.append(token)
+        lookups.append(proposer.lookup_confidence())
+        k = len(tokens)
+        if k >= self.gamma:
+            return False
+        if not self._asks:
+            return True
+        draft = Draft(k, self._shown(k), tokens[:], lookups[:], proposer.lookup_alternative())
+        answer = self._policy.proceed(self.decision, draft)
+        if isinstance(answer, str):
+            # Lookups take next to nothing: they are drafted to the end unasked if they may be dropped then.
+            self._asks = proposer.use(answer) != LOOKUP or not self.trims
+            lookups[-1] = proposer.lookup_confidence()
+            return True
+        return answer
+
+    def _shown(self, count: int) -> np.ndarray:
+        """Return the signals of the first drafts as policies see them."""
+        shown = self.signals[:count]
+        shown.flags.writeable = False  # of this view alone
+        return shown
+
+    def extend(self, tokens: list[int], lookups: list[float]) -> None:
+        """Take tokens in that the policy need not be asked about, with the lookup confidence of each following one."""
+        self.tokens += tokens
+        self.lookups += lookups
+
+    def submit(self) -> int:
+        """End the draft: drop the tokens that the policy does not submit, and return how many are left."""
+        tokens, decision = self.tokens, self.decision
+        k = len(tokens)
+        if k and self.trims and (decision.stops or decision.trims):
+            k = self._policy.submit(decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
+            del tokens[k:]
+        return k
+
+    def commit(
+        self,
+        accepted: int,
+        produced: int,
+        signals: np.ndarray,
+        forwards: int,
+        lag: int,
+        exhausted: bool,
+        draft_seconds: float,
+        verify_seconds: float,
+        seconds: float = 0.0,
+    ) -> Outcome:
+        """End the step: return what it came to, and advance the history.
+
+        Parameters
+        ----------
+        accepted : int
+            Drafted tokens that the target agrees with.
+        produced : int
+            Tokens that the step added to the output.
+        signals : ndarray, shape (drafted, N_SIGNALS)
+            Signals of the submitted tokens, the outcome's own.
+        forwards : int
+            Drafted tokens that took a forward of the draft model, dropped ones included.
+        lag : int
+            Context tokens that the drafter had not read when the step began.
+        exhausted : bool
+            See :func:`is_exhausted`.
+        draft_seconds, verify_seconds, seconds : float
+            As in :class:`~policies.base.Outcome`.
+        """
+        tokens, history = self.tokens, self.history
+        drafted = len(tokens)
+        accepted, labelled = judged(drafted, accepted, produced)
+        outcome = Outcome(
+            drafted, accepted, labelled, produced, seconds, draft_seconds, verify_seconds, history.level,
+            history.context_length, lag - 1 if forwards and lag > 1 else 0, signals, self.drafter, forwards, 0.0,
+            exhausted, tokens, self.lookups,
+        )  # fmt: skip
+        history.update(outcome)
+        return outcome
+
+
+def judged(drafted: int, accepted: int, produced: int) -> tuple[int, int]:
+    """Return how many of a step's drafts were accepted, and of how many the label is known.
+
+    The label of each accepted token is known, and that of the first one that was rejected. If the sequence ended inside
+    the draft, nothing is known of what follows the end.
+    """
+    if produced <= accepted:
+        return produced, produced
+    return accepted, accepted if accepted == drafted else accepted + 1
+
+
+def judged_at_once(drafted: np.ndarray, accepted: np.ndarray, produced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Do what :func:`judged` does for arrays of one shape."""
+    accepted = np.minimum(accepted, produced)
+    return accepted, np.where(produced <= accepted, accepted, np.minimum(accepted + 1, drafted))
+
+
+def is_exhausted(used: str, drafted: int, lookups: list[float]) -> bool:
+    """Whether a drafter has nothing to propose after a step's drafts.
+
+    Parameters
+    ----------
+    used : str
+        Name of the drafter that the step began with.
+    drafted : int
+        Tokens that were sent to the target.
+    lookups : list of float
+        How sure the drafter was of each token that it drafted, and of the next one.
+    """
+    return used == LOOKUP and lookups[-1] == 0.0 and drafted == len(lookups) - 1 < MAX_GAMMA
