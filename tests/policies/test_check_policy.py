@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.base import ARMS, Context, Decision, Outcome, Policy, PolicyError, State
+from policies.base import ARMS, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.testing import PROMISES, check_policy
 
 
@@ -75,13 +75,13 @@ class OddDrafter(Good):
 
 
 class Maybe(Good):
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> Any:
+    def proceed(self, decision: Decision, draft: Draft) -> Any:
         return "perhaps"
 
 
 class Greedy(Good):
-    def submit(self, decision: Decision, drafted: int, signals: np.ndarray) -> int:
-        return drafted + 1
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        return draft.drafted + 1
 
 
 class Writer(Good):
@@ -91,8 +91,8 @@ class Writer(Good):
 
 
 class Scribbler(Good):
-    def proceed(self, decision: Decision, drafted: int, signals: np.ndarray) -> bool:
-        signals[:] = 0.0
+    def proceed(self, decision: Decision, draft: Draft) -> bool:
+        draft.signals[:] = 0.0
         return True
 
 
