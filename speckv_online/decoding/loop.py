@@ -26,6 +26,8 @@ from speckv_online.decoding.timing import StepClock
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.errors import UserError
+from speckv_online.gpu_engine.graphed_llama import graphs_of
+from speckv_online.gpu_engine.static_cache import StaticKVCache
 from speckv_online.io.step_records import StepRecord
 from speckv_online.modeling.introspection import check_model, eos_of, level_of, text_config
 from speckv_online.modeling.kv_cache import KVCache
@@ -86,6 +88,7 @@ class DecodingLoop:
         self.rope = RopeSwitch.of(target)
         self.eos_ids = eos_of(target)
         self._clock = StepClock(target.device)
+        self.graphs = graphs_of(target)
         self._target = target
 
     @torch.inference_mode()
@@ -134,6 +137,8 @@ class DecodingLoop:
         prompt = self.check_prompt(prompt_ids)
         budget = min(max_new_tokens, self.room(prompt))
         capacity = len(prompt) + budget + self.max_gamma + 1
+        if cache is None and self.graphs is not None:
+            cache = self.graphs.cache(capacity)
         cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
             self.drafter.begin(list(prompt), capacity, sampler)
@@ -190,9 +195,15 @@ class DecodingLoop:
         room = min(self.max_length, self.drafter.max_length, self.rope.end(context_length)) - context_length
         return max(0, min(self.max_gamma, remaining - 1, room))
 
+    def _captures(self) -> int:
+        """Graphs that were recorded so far."""
+        return sum(g.captures for g in (self.graphs, getattr(self.drafter, "graphs", None)) if g is not None)
+
     def _forward(self, tokens: list[int], cache: KVCache, keep: int, ahead: torch.Tensor | None) -> torch.Tensor:
         """Run the target over ``tokens`` and the drafts of ``ahead``; return the last ``keep`` rows of logits."""
         target = self.target
+        if self.graphs is not None and isinstance(cache, StaticKVCache):
+            return self.graphs.read(tokens, cache, keep, ahead)
         if ahead is None and (logits := read_on(target, tokens, cache, keep)) is not None:
             return logits
         ids = torch.tensor([tokens], device=target.device)
@@ -210,7 +221,7 @@ class DecodingLoop:
     ) -> tuple[list[int], Outcome]:
         """Draft, verify and learn once; return the new tokens and the outcome."""
         policy, drafter, signals, clock = self.policy, self.drafter, self._signals, self._clock
-        context = history.context
+        context, captures = history.context, self._captures()
         t0 = perf_counter()
         lookups = context.lookups = [] if drafter is None else [drafter.sure()]
         context.offer = 0.0 if drafter is None else drafter.offer()
@@ -250,10 +261,11 @@ class DecodingLoop:
         if len(tokens) <= n:  # the end came inside the draft: nothing is known of what follows it
             n = tested = len(tokens)
         cache.truncate(context.context_length + len(tokens) - 1)
+        unused = getattr(drafter, "unused", 0)  # of a drafter that drafts by the chunk
         if drafter is not None:
             drafter.end(n)
             drafter.extend(tokens)
-        forwards = k if ahead is not None else lookups[:-1].count(0.0)
+        forwards = k if ahead is not None else lookups[:-1].count(0.0) + unused
         draft_seconds, verify_seconds = clock.seconds()
         outcome = Outcome(
             drafted=k, accepted=n, tested=tested, produced=len(tokens), draft_seconds=draft_seconds - asked,
@@ -264,8 +276,10 @@ class DecodingLoop:
         t2 = perf_counter()
         outcome.seconds = t2 - t0 + self._learning
         outcome.policy_seconds = t1 - t0 + asked + self._learning
-        # A forward that read the prompt too says nothing of what a step takes.
-        policy.learn(decision, outcome if len(unread) == 1 else untimed(outcome))
+        # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph.
+        usual = len(unread) == 1 and self._captures() == captures
+        learnt = outcome if usual else untimed(outcome, draft=self._captures() == captures)
+        policy.learn(decision, learnt)
         t3 = perf_counter()
         self._learning = t3 - t2
         records.append(record_of(context, decision, outcome, t1 - t0 + asked + t3 - t2, t3 - t0))

@@ -11,7 +11,8 @@ from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Policy
 from speckv_online.decoding.sequence import matching
 from speckv_online.decoding.timing import StepClock
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter
-from speckv_online.drafters.model import ModelDrafter
+from speckv_online.drafters.chunked import ChunkedDrafter
+from speckv_online.drafters.model import ModelDrafter, is_pure
 
 
 def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool) -> torch.Tensor | None:
@@ -20,7 +21,7 @@ def draft_ahead(drafter: Drafter, decision: Decision, gamma: int, sampled: bool)
     Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.ahead` does, or None where the
     policy wants to see every token, tokens are drawn, or the drafter is no plain model; its quick form is on the host.
     """
-    if not gamma or decision.stops or sampled or type(drafter) is not ModelDrafter or drafter.quick is not None:
+    if not gamma or decision.stops or sampled or not is_pure(drafter) or drafter.quick is not None:
         return None
     return None if drafter.kind == LOOKUP else drafter.ahead(gamma)
 
@@ -63,6 +64,8 @@ def draft(
     the policy drop drafts after the fact. Returns the seconds spent in the policy.
     """
     asked, asks = 0.0, decision.stops
+    if isinstance(drafter, ChunkedDrafter):
+        drafter.plan(gamma)
     while len(drafts) < gamma:
         token = drafter.draft(signals[len(drafts)])
         if token == NO_PROPOSAL:

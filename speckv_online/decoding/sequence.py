@@ -76,9 +76,10 @@ def matching(drafts: list[int], choices: list[int]) -> tuple[int, int]:
     return n, choices[n]
 
 
-def untimed(outcome: Outcome) -> Outcome:
-    """Return an outcome of which the draft's time alone is known."""
-    return replace(outcome, seconds=0.0, verify_seconds=0.0)
+def untimed(outcome: Outcome, draft: bool = True) -> Outcome:
+    """Return an outcome of which the draft's time alone is known, or without ``draft`` none."""
+    draft_seconds = outcome.draft_seconds if draft else 0.0
+    return replace(outcome, seconds=0.0, verify_seconds=0.0, draft_seconds=draft_seconds)
 
 
 def record_of(

@@ -59,14 +59,17 @@ class DrafterSpec:
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
         quick: QuickDraft | None = None,
+        graphs: bool = False,
     ) -> Drafter:
-        """Return the drafter; ``model`` and the rest as for :class:`~speckv_online.drafters.ModelDrafter`.
+        """Return the drafter; ``model`` and the rest as for :class:`~speckv_online.drafters.ModelDrafter`. With
+        ``graphs`` the plain model is read through CUDA graphs.
 
         Raises
         ------
         UserError
             If the gate's file is missing or damaged.
         """
+        from speckv_online.drafters.chunked import ChunkedDrafter
         from speckv_online.drafters.hybrid import HybridDrafter
         from speckv_online.drafters.model import ModelDrafter
         from speckv_online.drafters.ngram import NgramDrafter
@@ -76,6 +79,8 @@ class DrafterSpec:
             return NgramDrafter()
         if model is None:
             raise ValueError(f"the {self.kind} drafter needs a model")
+        if self.kind == "model" and graphs:
+            return ChunkedDrafter(model, vocab_size, head_ids)
         if self.kind == "model":
             return ModelDrafter(model, vocab_size, head_ids, quick)
         gate = Gate.load(self.gate or None)

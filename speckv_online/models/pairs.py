@@ -16,6 +16,7 @@ from speckv_online.cpu_engine.pack import pack
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.gpu_engine.graphed_llama import attach
 from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.levels import Level, get_level
 from speckv_online.models.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
@@ -158,6 +159,7 @@ def load_pair(
     draft: str | None = None,
     draft_level: str | None = None,
     drafter: str = "model",
+    engine: str = "auto",
 ) -> LoadedPair:
     """Load a target at a level, and its draft, both packed for decoding where they run on a CPU.
 
@@ -176,12 +178,16 @@ def load_pair(
         Compression level of ``draft``; by default it is uncompressed. A target may be drafted by its own 4-bit self.
     drafter : str
         ``model``, ``ngram`` (no draft is loaded) or ``hybrid``, see :mod:`speckv_online.drafters.spec`.
+    engine : str
+        ``auto`` reads plain Llamas on a GPU through CUDA graphs; ``off`` does not.
 
     Raises
     ------
     UserError
         Unknown pair, level or drafter, a model that cannot be loaded, two different tokenizers.
     """
+    if engine not in ("auto", "off"):
+        raise UserError(f"unknown engine {engine!r}: use auto or off")
     level = get_level(level) if isinstance(level, str) else level
     where, spec = pick_device(device), parse_drafter(drafter)
     spec.check_models(target, draft)
@@ -194,6 +200,9 @@ def load_pair(
         check_tokenizers(tokenizer, load_tokenizer(draft))
     big = load_target(source, level, device)
     pack(big)
+    graphs = where.type == "cuda" and engine != "off"
+    if graphs:
+        attach(big)
     small, head_ids, quick = None, None, None
     if spec.kind == "ngram":
         draft_revision = "ngram"
@@ -210,7 +219,7 @@ def load_pair(
         pack(small)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
-    return LoadedPair(big, spec.build(small, vocabulary, head_ids, quick), tokenizer, level, where, revision)
+    return LoadedPair(big, spec.build(small, vocabulary, head_ids, quick, graphs), tokenizer, level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter
 from speckv_online.drafters.hybrid import HybridDrafter
-from speckv_online.drafters.model import ModelDrafter
+from speckv_online.drafters.model import ModelDrafter, is_pure
 from speckv_online.errors import UserError
 from speckv_online.lookup.ngram_index import NgramIndex
 from speckv_online.modeling.kv_cache import KVCache
@@ -58,7 +58,7 @@ def draft_table(
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
     if not isinstance(drafter, ModelDrafter) or drafter.quick is not None:
         drafts, table = _one_by_one(drafter, prompt, tokens, gamma)
-        if type(drafter) is not ModelDrafter:
+        if not is_pure(drafter):
             return drafts, table[:, :, :LOOKUP], table[:, :, LOOKUP]
         table[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
         return drafts, table[:, :, :LOOKUP], None
