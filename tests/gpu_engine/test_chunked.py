@@ -66,17 +66,16 @@ def test_outcomes_are_those_of_one_by_one(models: tuple[Any, Any]) -> None:
         SpeculativeDecoder(drafter, policy=policy, target=target).generate(prompt_of(30), 40)
         seen.append(policy.outcomes)
     for one, other in zip(*seen, strict=True):
-        assert (one.drafted, one.accepted, one.tested, one.caught_up) == (
-            other.drafted, other.accepted, other.tested, other.caught_up,
-        )  # fmt: skip
+        assert (one.drafted, one.accepted, one.tested) == (other.drafted, other.accepted, other.tested)
+        assert other.caught_up <= one.caught_up  # what was read ahead, and accepted, need not be read again
         np.testing.assert_allclose(one.signals, other.signals, atol=1e-4)
-        assert one.forwards <= other.forwards <= one.forwards + 2  # at most a chunk but one
+        assert one.forwards <= other.forwards <= one.forwards + 2  # all of a chunk but one
     assert sum(o.forwards for o in seen[1]) > sum(o.forwards for o in seen[0])
 
 
 @torch.inference_mode()
 def drafts(drafter: ModelDrafter, count: int, gamma: int) -> list[int]:
-    drafter.begin(prompt_of(20), 64)
+    drafter.begin(prompt_of(10), 64)
     if isinstance(drafter, ChunkedDrafter):
         drafter.plan(gamma)
     return [drafter.draft(np.zeros(N_SIGNALS)) for _ in range(count)]
@@ -88,15 +87,15 @@ def test_chunks_end_with_the_step(models: tuple[Any, Any]) -> None:
     drafter = chunked(models)
     assert drafts(drafter, 4, 4) == drafts(ModelDrafter(draft, target.config.vocab_size), 4, 4)
     assert drafter.unused == 0
-    assert len(drafter.cache) == 20 + 3  # all but the last draft
+    assert len(drafter.cache) == 10 + 3  # all but the last draft
     drafts(drafter, 4, 16)
     assert drafter.unused == 2
     assert drafter.use(LOOKUP) == LOOKUP
     assert drafter.unused == 2  # paid for all the same
-    assert len(drafter.cache) <= 20 + 4
+    assert len(drafter.cache) == 10 + 4
     drafter.end(2)
     assert drafter.unused == 0
-    assert len(drafter.cache) == 22
+    assert len(drafter.cache) == 12
 
 
 def test_drawn_tokens_are_never_dropped(models: tuple[Any, Any]) -> None:
