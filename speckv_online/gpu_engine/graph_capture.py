@@ -53,10 +53,13 @@ class CudaCapture:
         with torch.cuda.device(self.device):
             current, kept = torch.cuda.current_stream(), state.clone()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(2):  # libraries set themselves up in their first calls, which no graph may hold
-                    body()
-                    state.copy_(kept)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(2):  # libraries set themselves up in their first calls, which no graph may hold
+                        body()
+                        state.copy_(kept)
+            finally:
+                current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -71,7 +74,8 @@ class CudaCapture:
         """See :class:`GraphCapture`."""
         slot, copied = self._slots[self._next], self._copied[self._next]
         self._next = (self._next + 1) % _SLOTS
-        copied.synchronize()  # its last copy is long done
+        if not copied.query():  # its last copy is long done, as a rule
+            copied.synchronize()
         slot.numpy()[: len(numbers)] = numbers
         to[: len(numbers)].copy_(slot[: len(numbers)], non_blocking=True)
         copied.record(torch.cuda.current_stream(self.device))

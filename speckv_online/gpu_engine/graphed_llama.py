@@ -58,10 +58,16 @@ def why_not(model: nn.Module) -> str:
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"
         forward = module.__dict__.get("forward")  # the device hooks of accelerate, and our own, are known
-        known = "_hf_hook" in module.__dict__ or getattr(forward, "__module__", "").startswith("speckv_online.")
+        known = "_hf_hook" in module.__dict__ or _home(forward).startswith("speckv_online.")
         if forward is not None and not known:
             return f"{name or 'the model'} has another forward"
     return ""
+
+
+def _home(forward: Any) -> str:
+    """Return the module in which a function or a method was written, whatever it wraps."""
+    function = getattr(forward, "__func__", forward)
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 class GraphedLlama:
@@ -104,7 +110,9 @@ class GraphedLlama:
         if made_of != self._made_of:
             self._made_of, self._version = made_of, self._version + 1
             self._rooms.clear()
-            self._refuse(why_not(self.model))
+            self.failure = why_not(self.model)
+            if self.failure:
+                _LOG.info("%s is read without graphs: %s", type(self.model).__name__, self.failure)
         if self.failure:
             return None
         room = next((room for room in self._rooms if room.capacity >= capacity), None)
@@ -130,11 +138,6 @@ class GraphedLlama:
     def _give_back(self, room: Room) -> None:
         if room.version == self._version:
             self._rooms.append(room)
-
-    def _refuse(self, reason: str) -> None:
-        self.failure = reason
-        if reason:
-            _LOG.warning("no CUDA graphs for %s: %s", type(self.model).__name__, reason)
 
     def takes(self, cache: object, count: int) -> bool:
         """Return True if so many more tokens can be read into a cache through graphs."""
@@ -223,7 +226,8 @@ class GraphedLlama:
             try:
                 graph = room.graphs[key] = self.capture.capture(make(), room.inputs)
             except RuntimeError as error:
-                self._refuse(" ".join(str(error).split())[:200] or type(error).__name__)
+                self.failure = " ".join(str(error).split())[:200] or type(error).__name__
+                _LOG.warning("no graph could be recorded of %s: %s", type(self.model).__name__, self.failure)
                 return None
         return graph
 
