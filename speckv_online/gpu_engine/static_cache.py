@@ -111,6 +111,8 @@ class _Window(CacheLayerMixin):
     """A layer's keys and values as a graph sees them: written at positions that the device knows, read as a window."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
     positions: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: int) -> None:

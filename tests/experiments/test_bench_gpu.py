@@ -119,3 +119,5 @@ def test_targets_say_what_was_not_measured(tmp_path: Path) -> None:
     assert lines[2].endswith(">= 0.98: 0.992, met")
     assert lines[3] == "T(5)/T(1), 1b at bf16 <= 1.15: 1.2, missed"
     assert lines[4].endswith("not measured")
+    (tmp_path / "decoding.json").write_text(json.dumps({"rows": rows, "device": "cpu", "tiny": True}))
+    assert [t.value for t in targets(tmp_path)][:3] == [None] * 3  # a trial run says nothing of a GPU

@@ -48,7 +48,8 @@ def noisy(model: PreTrainedModel, scale: float, seed: int) -> None:
 def random_family(kind: str) -> PreTrainedModel:
     """Return a tiny random model of a family, in fp32 on the CPU, the same each time."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](
+    make: Any = CONFIG_MAPPING[kind]  # each family's has arguments of its own
+    config = make(
         vocab_size=TINY_VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=POSITIONS, initializer_range=0.15,
         bos_token_id=None, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False,
@@ -126,7 +127,7 @@ def random_llama(stage: Stage, shape: str, level: str, layers: int = 0) -> Llama
 
 def _in_four_bits(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Replace the linear layers of a model, but its head, by bitsandbytes' 4-bit ones."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):

@@ -203,7 +203,7 @@ def describe(run_dir: Path, units: int) -> dict[str, Any]:
     return {
         "units": len(results), "units_expected": units, "finished_lines": sum('"done":' in line for line in lines),
         "prompts_with_several_outputs": sum(len(found) > 1 for found in outputs.values()),
-        "status": manifest.get("status"), "failed": manifest.get("failed"),
+        "status": manifest.get("status"), "failed_levels": manifest.get("failed"),
         "tokens_per_second_by_level": {
             level: sum(r.tokens for r in own) / max(sum(r.seconds for r in own), 1e-9)
             for level in LEVELS

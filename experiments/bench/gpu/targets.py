@@ -24,9 +24,10 @@ class Target:
 
 
 def read(folder: Path, stage: str) -> dict[str, Any]:
-    """Return a stage's file, empty where there is none."""
+    """Return a stage's file, empty where there is none, or none of a GPU and models of usual size."""
     path = folder / f"{stage}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return {} if found.get("device") == "cpu" or found.get("tiny") else found
 
 
 def at_least(text: str, value: float | None, bound: float) -> Target:
