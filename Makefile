@@ -4,6 +4,7 @@
 # make results  everything that docs/results.md shows, two to four hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
+# make gpu      everything that is to be measured on one GPU, in under nine minutes; see docs/gpu.md
 # make clean removes the environment; caches of models stay (see `speckv models`)
 
 PYTHON ?= python3.11
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 RUNS ?= runs
 
 .NOTPARALLEL:
-.PHONY: run test results results-measured results-modelled setup clean
+.PHONY: run test results results-measured results-modelled gpu setup clean
 
 run: setup
 	@echo "== preparing the default model pair"
@@ -91,6 +92,12 @@ ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high-test --costs $(RUNS
 OF_DEFAULT := default/model=$(RUNS)/test,default/ngram=$(RUNS)/ngram-test,default/hybrid=$(RUNS)/hybrid-test
 OF_HIGH := high/model=$(RUNS)/high-test,high/ngram=$(RUNS)/ngram-test,high/hybrid=$(RUNS)/hybrid-high-test
 ON_DRAFTERS := --traces $(OF_DEFAULT),$(OF_HIGH) --costs $(RUNS)/test/cost.json,rtx3090-release --doc docs/results.md
+
+# The model is optional: without it the stages that need it say so.
+gpu: setup
+	-@$(BIN)/speckv models prepare smollm2
+	@echo "== lossless, decoding, costs, host, batches, Ray on one GPU"
+	@$(BIN)/python -m experiments.bench.gpu --out $(RUNS)/gpu $(ARGS)
 
 setup: $(READY)
 

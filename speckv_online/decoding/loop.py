@@ -24,6 +24,8 @@ from speckv_online.decoding.timing import StepClock
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.errors import UserError
+from speckv_online.gpu_engine.graphed_llama import graphs_of
+from speckv_online.gpu_engine.static_cache import StaticKVCache
 from speckv_online.modeling.engine import EngineStatus
 from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.modeling.introspection import check_model, eos_of, level_of, text_config
@@ -87,6 +89,7 @@ class DecodingLoop:
         self.layers = int(text_config(target).num_hidden_layers)
         self.max_length = int(getattr(text_config(target), "max_position_embeddings", 1 << 30))
         self.embedded = len(target.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self.graphs = graphs_of(target)
         self.rope = RopeSwitch.of(target)
         self.eos_ids = eos_of(target)
         self._clock = StepClock(target.device)
@@ -138,6 +141,8 @@ class DecodingLoop:
         prompt = self.check_prompt(prompt_ids)
         budget = min(max_new_tokens, self.room(prompt))
         capacity = len(prompt) + budget + self.max_gamma + 1
+        if cache is None and self.graphs is not None:
+            cache = self.graphs.cache(capacity)
         cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
             self.drafter.begin(list(prompt), capacity, sampler)
@@ -193,17 +198,24 @@ class DecodingLoop:
 
     def _forward(self, tokens: list[int], cache: KVCache, keep: int, pending: torch.Tensor | None) -> torch.Tensor:
         """Run the target over ``tokens`` and the drafts of ``pending``; return the last ``keep`` rows of logits."""
+        if self.graphs is not None and isinstance(cache, StaticKVCache):
+            return self.graphs.read(tokens, cache, keep, pending)
         return backend_of(self.target).forward(tokens, cache, keep, None if pending is None else pending[:, 0])
 
     def _step(self, row: Row, cache: KVCache, on_logits: Callable[[torch.Tensor], None] | None) -> list[int]:
         """Draft, verify and commit once; return the new tokens."""
-        started, lag = perf_counter(), 1 if self.drafter is None else self.drafter.lag
+        started, lag, captures = perf_counter(), 1 if self.drafter is None else self.drafter.lag, self._captures()
         pending, asked = self._draft(row)
         unread, n, following = self._verify(row, cache, pending, on_logits)
         tokens, outcome = self._commit(row, cache, lag, asked, pending is not None, n, following)
-        # A forward that read the prompt too says nothing of what a step takes.
-        row.learn(outcome, perf_counter() - started, typical=unread == 1)
+        # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph.
+        recorded = self._captures() > captures
+        row.learn(outcome, perf_counter() - started, typical=unread == 1 and not recorded, draft_typical=not recorded)
         return tokens
+
+    def _captures(self) -> int:
+        """Return how many graphs were recorded so far."""
+        return sum(g.captures for g in (self.graphs, getattr(self.drafter, "graphs", None)) if g is not None)
 
     def _draft(self, row: Row) -> tuple[torch.Tensor | None, float]:
         """Decide and draft; return drafts that are still on the device, if any, and the policy's seconds on the way."""
@@ -249,13 +261,14 @@ class DecodingLoop:
         step, drafter, length = row.step, self.drafter, row.history.context_length
         tokens = row.sequence.append([*step.tokens[:n], following])
         cache.truncate(length + len(tokens) - 1)
+        unused = getattr(drafter, "unused", 0)  # of a drafter that drafts by the chunk
         if drafter is not None:
             drafter.end(min(n, len(tokens)))
             drafter.extend(tokens)
         k = len(step.tokens)
         draft_seconds, verify_seconds = self._clock.seconds()
         outcome = row.commit(
-            tokens, n, forwards=k if was_ahead else step.lookups[:-1].count(0.0), lag=lag,
+            tokens, n, forwards=k if was_ahead else step.lookups[:-1].count(0.0) + unused, lag=lag,
             exhausted=is_exhausted(step.drafter, k, step.lookups), draft_seconds=draft_seconds - asked,
             verify_seconds=verify_seconds,
         )  # fmt: skip

@@ -8,21 +8,22 @@ from policies.base import LOOKUP
 from speckv_online.decoding.sequence import matching
 from speckv_online.decoding.timing import StepClock
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter
-from speckv_online.drafters.model import ModelDrafter
+from speckv_online.drafters.chunked import ChunkedDrafter
+from speckv_online.drafters.model import ModelDrafter, is_pure
 from speckv_online.speculation import Speculation
 
 
 def draft_async(step: Speculation, drafter: Drafter) -> torch.Tensor | None:
     """Draft the step's ``gamma`` tokens on the drafter's device, if nothing has to be known of them beforehand.
 
-    Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.pending` does, or None where the
-    policy wants to see every token, tokens are drawn, or the drafter is no plain model; its quick form is on the host.
-    """
+    Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.draft_async` does, or None where
+    the policy wants to see every token, tokens are drawn, or the drafter is no plain model; its quick form is on the
+    host."""
     if (
         not step.gamma
         or step.decision.ask_per_token
         or not step.may_drop
-        or type(drafter) is not ModelDrafter
+        or not is_pure(drafter)
         or drafter.compiled is not None
     ):
         return None
@@ -46,6 +47,8 @@ def judge_async(
 
 def draft(step: Speculation, drafter: Drafter) -> None:
     """Draft one token after another, as many as the policy wants, and drop those that it does not submit."""
+    if isinstance(drafter, ChunkedDrafter):
+        drafter.plan(step.gamma)
     while len(step.tokens) < step.gamma:
         token = drafter.draft(step.signals[len(step.tokens)])
         if token == NO_PROPOSAL or not step.add(token):

@@ -95,7 +95,7 @@ class Row:
             accepted, len(tokens), signals, forwards, lag, exhausted, draft_seconds, verify_seconds
         )  # fmt: skip
 
-    def learn(self, outcome: Outcome, seconds: float, typical: bool) -> None:
+    def learn(self, outcome: Outcome, seconds: float, typical: bool, draft_typical: bool = True) -> None:
         """Teach the policy what the step came to, and record it.
 
         Parameters
@@ -106,11 +106,17 @@ class Row:
             What the step took, without this call.
         typical : bool
             Whether its seconds are those of a usual step; else the policy is told the draft's alone.
+        draft_typical : bool
+            Whether the draft's are.
         """
         decision, deciding, before = self.step.decision, self.policy.deciding, self.policy.learning
         outcome.seconds, outcome.policy_seconds = seconds + before, deciding + before
         record = record_of(self, outcome)
-        self.policy.learn(decision, outcome if typical else replace(outcome, seconds=0.0, verify_seconds=0.0))
+        told = outcome
+        if not typical:
+            drafting = outcome.draft_seconds if draft_typical else 0.0
+            told = replace(outcome, seconds=0.0, verify_seconds=0.0, draft_seconds=drafting)
+        self.policy.learn(decision, told)
         record.decide_seconds, record.learn_seconds = deciding, self.policy.learning
         record.seconds = seconds + self.policy.learning
         self.out.steps.append(record)

@@ -66,10 +66,10 @@ def draft_signals(logits: torch.Tensor) -> list[tuple[int, float, float, float, 
 
     Each is the likeliest row, its logit, the second largest one, the entropy in nats and the confidence.
     """
-    top, rows = logits.topk(2)
+    top, likeliest = logits.topk(2).values, logits.argmax(-1)  # the first of equals, as the target's choice is
     p = logits.softmax(-1)
     # One transfer for everything that the host needs; a row index is exact in fp32.
-    wanted = torch.stack((rows[:, 0].float(), top[:, 0], top[:, 1], torch.special.entr(p).sum(-1), p.amax(-1)), dim=1)
+    wanted = torch.stack((likeliest.float(), top[:, 0], top[:, 1], torch.special.entr(p).sum(-1), p.amax(-1)), dim=1)
     return [(int(row), *rest) for row, *rest in wanted.tolist()]
 
 

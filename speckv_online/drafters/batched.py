@@ -11,7 +11,7 @@ import torch
 
 from policies.base import LOOKUP, NGRAM
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter, write_draft_signals
-from speckv_online.drafters.model import ModelDrafter
+from speckv_online.drafters.model import ModelDrafter, is_pure
 from speckv_online.lookup.gate import chance_of
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
 from speckv_online.modeling.sampling import Sampler
@@ -73,7 +73,7 @@ def row_drafter(
     drafter: Drafter, prompts: list[list[int]], capacity: int, samplers: list[Sampler | None]
 ) -> RowDrafter:
     """Return a drafter for a batch: one forward for all rows where it is a plain model, else one copy for each row."""
-    if type(drafter) is ModelDrafter:
+    if is_pure(drafter):
         return ModelRows(drafter, prompts, capacity, samplers)
     return Copies(drafter, prompts, capacity, samplers)
 

@@ -6,6 +6,8 @@ Here are the interface, the drafter with a draft model, and the one without, whi
 
 from __future__ import annotations
 
+from typing import ClassVar, TypeGuard
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from policies.base import LOOKUP, NGRAM
 from speckv_online.drafters.base import NO_PROPOSAL, draft_signals, write_draft_signals
 from speckv_online.lookup.gate import chance_of, shipped_chances
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
+from speckv_online.modeling.device_signals import device_signals
 from speckv_online.modeling.forward_backend import CompiledForward, ForwardBackend, backend_of
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.sampling import Sampler
@@ -48,6 +51,10 @@ class ModelDrafter:
     """
 
     names: tuple[str, ...] = ("model", LOOKUP)
+
+    #: Whether all proposals are the model's likeliest tokens or draws from it, unless the policy asks for lookups. It
+    #: is not inherited, see :func:`is_pure`.
+    pure: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -101,21 +108,18 @@ class ModelDrafter:
         Tensor, shape (count, 5), fp32, on the model's device
             Token, two best logits, entropy in nats and confidence of each draft, for :meth:`take_async`.
         """
-        logits, found = self.logits(), list[torch.Tensor]()
+        logits, rows = self.logits(), list[torch.Tensor]()
         while True:
-            top, rows = logits.topk(2)
-            # A slice, since indexing with a tensor of no dimension would wait for the device.
-            token = rows[0] if self._head_ids is None else self._head_ids[rows[:1]][0]
-            p = logits.softmax(-1)
-            found.append(torch.stack((token.float(), top[0], top[1], torch.special.entr(p).sum(), p.amax())))
-            if len(found) == count:
+            token, found = device_signals(logits, self._head_ids)
+            rows.append(found)
+            if len(rows) == count:
                 break
-            logits = self._head(self.backend.forward([], self.cache, 1, self.known(token.view(1))))
-        return torch.stack(found)
+            logits = self._head(self.backend.forward([], self.cache, 1, self.known(token)))
+        return torch.stack(rows)
 
     def take_async(self, rows: list[list[float]], signals: np.ndarray) -> list[int]:
         """Take note of what :meth:`draft_async` drafted, now that it is on the host, and return the tokens."""
-        tokens = [int(row[0]) for row in rows]  # whole numbers below 2**24 are exact in fp32
+        tokens = [int(row[0]) for row in rows]
         for i, (_, *found) in enumerate(rows):
             write_draft_signals(found, signals[i])
             signals[i, NGRAM] = self.ngrams.signal(tokens[:i], tokens[i])
@@ -127,10 +131,14 @@ class ModelDrafter:
         """Return token ids with those that the model cannot read replaced by the largest that it can."""
         return ids if self.last_id is None else ids.clamp(max=self.last_id)
 
+    def unread(self) -> list[int]:
+        """Return the tokens of the context and of this step's drafts that the cache does not hold."""
+        have, n = len(self.cache), len(self.context)
+        return self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
+
     def logits(self) -> torch.Tensor:
         """Feed what the cache lacks and return the next token's logits, shape (rows of the head,), in fp32."""
-        have, n = len(self.cache), len(self.context)
-        missing = self.context[have:] + self.drafted if have < n else self.drafted[have - n :]
+        missing = self.unread()
         last = self.last_id
         known = missing if last is None else [min(token, last) for token in missing]
         return self._head(self.backend.forward(known, self.cache, 1))
@@ -216,3 +224,8 @@ class ModelDrafter:
         """Append settled tokens to the context."""
         self.context += tokens
         self.ngrams.extend(tokens)
+
+
+def is_pure(drafter: object) -> TypeGuard[ModelDrafter]:
+    """Return True for a drafter whose proposals are its model's own; a class has to say so itself."""
+    return isinstance(drafter, ModelDrafter) and bool(type(drafter).__dict__.get("pure"))

@@ -83,8 +83,11 @@ class DrafterSpec:
         vocab_size: int,
         head_ids: torch.Tensor | None = None,
         compiled: CompiledForward | None = None,
+        graphs: bool = False,
     ) -> Drafter:
         """Return the drafter; ``model`` and the rest as for :class:`~speckv_online.drafters.ModelDrafter`.
+
+        With ``graphs`` the plain model is read through CUDA graphs.
 
         Raises
         ------
@@ -103,6 +106,7 @@ class DrafterSpec:
                 from policies.base import reason
 
                 raise UserError(f"the drafter {self.kind} cannot be built: {type(e).__name__}: {reason(e)}") from e
+        from speckv_online.drafters.chunked import ChunkedDrafter
         from speckv_online.drafters.hybrid import HybridDrafter
         from speckv_online.drafters.model import ModelDrafter
         from speckv_online.drafters.ngram import NgramDrafter
@@ -111,6 +115,8 @@ class DrafterSpec:
         if self.kind == "ngram":
             return NgramDrafter()
         assert model is not None
+        if self.kind == "model" and graphs:
+            return ChunkedDrafter(model, vocab_size, head_ids)
         if self.kind == "model":
             return ModelDrafter(model, vocab_size, head_ids, compiled)
         gate = Gate.load(self.gate or None)

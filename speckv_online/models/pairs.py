@@ -16,6 +16,7 @@ from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.errors import UserError
+from speckv_online.gpu_engine.graphed_llama import attach
 from speckv_online.modeling.engine import EngineStatus, choose_engine
 from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.models.distilled_draft import load_shipped_draft
@@ -193,8 +194,8 @@ def load_pair(
     drafter : str
         ``model``, ``ngram`` (no draft is loaded) or ``hybrid``, see :mod:`speckv_online.drafters.spec`.
     engine : str, optional
-        ``auto``: the CPU engine where it works. ``off``: plain transformers modules. By default what
-        ``$SPECKV_ENGINE`` says, else ``auto``.
+        ``auto``: the CPU engine where it works, on a GPU CUDA graphs for plain Llamas. ``off``: plain transformers
+        modules. By default what ``$SPECKV_ENGINE`` says, else ``auto``.
 
     Raises
     ------
@@ -212,6 +213,9 @@ def load_pair(
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
     big = load_target(source, level, device, engine)
+    graphs = where.type == "cuda" and engine != "off"
+    if graphs:
+        attach(big)
     small, head_ids, compiled = None, None, None
     if not spec.needs_model:
         draft_revision = spec.kind
@@ -227,7 +231,7 @@ def load_pair(
         start_engine(small, engine)
     revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
-    return LoadedPair(big, spec.build(small, vocabulary, head_ids, compiled), tokenizer, level, where, revision)
+    return LoadedPair(big, spec.build(small, vocabulary, head_ids, compiled, graphs), tokenizer, level, where, revision)
 
 
 def _revision(model: PreTrainedModel, source: str) -> str:

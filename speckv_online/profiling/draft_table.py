@@ -16,7 +16,7 @@ import torch
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, N_SIGNALS, NGRAM
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter
 from speckv_online.drafters.hybrid import HybridDrafter
-from speckv_online.drafters.model import ModelDrafter
+from speckv_online.drafters.model import ModelDrafter, is_pure
 from speckv_online.errors import UserError
 from speckv_online.lookup.ngram_index import NgramIndex
 from speckv_online.modeling.kv_cache import KVCache
@@ -58,7 +58,7 @@ def draft_table(
         raise UserError("a drafter that learns has no exact trace: freeze its gate")
     if not isinstance(drafter, ModelDrafter) or drafter.compiled is not None:
         drafts, table = _one_by_one(drafter, prompt, tokens, gamma)
-        if type(drafter) is not ModelDrafter:
+        if not is_pure(drafter):
             return drafts, table[:, :, :LOOKUP], table[:, :, LOOKUP]
         table[:, :, NGRAM] = _ngram_signals(prompt, tokens, drafts)
         return drafts, table[:, :, :LOOKUP], None
@@ -154,7 +154,7 @@ def _one_by_one(
 def _choose(drafter: ModelDrafter, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return greedy tokens (n,) and rows (n, ROW) of logits (n, rows of the head); what lookups tell stays zero."""
     logits = logits[:, : drafter.rows].float()
-    top, rows = logits.topk(2)
+    top, rows = logits.topk(2).values, logits.argmax(-1, keepdim=True)  # the first of equals, as the decoder's
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1) / float(np.log(2))
     signals = np.zeros((len(logits), ROW), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Drafts and verifications of plain Llamas through CUDA graphs: one launch in place of hundreds."""
