@@ -32,6 +32,17 @@ class CompiledBatch:
         self._caches = [KVCache(program.layers, capacity) for _ in range(rows)]
         self.cached = [0] * rows
 
+    def load(self, caches: list[KVCache]) -> None:
+        """Go on from what these hold."""
+        for own, cache in zip(self._caches, caches, strict=True):
+            own.fill(cache.states())
+        self.cached = [len(cache) for cache in caches]
+
+    def store(self, row: int, cache: KVCache) -> None:
+        """Let a cache hold what is known of a row."""
+        self._caches[row].truncate(self.cached[row])
+        cache.fill(self._caches[row].states())
+
     def feed(self, tokens: list[list[int]], last: bool = False) -> torch.Tensor:
         """Do what :meth:`speckv_online.modeling.batched_model.BatchModel.feed` does."""
         for cache, length in zip(self._caches, self.cached, strict=True):

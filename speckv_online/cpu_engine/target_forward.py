@@ -224,14 +224,14 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
     whole = len(model.model.layers) == model._compiled.program.layers  # none was taken out since
     known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
-    if whole and isinstance(cache, KVCache) and len(cache) == 0:  # a new text
+    if whole and isinstance(cache, KVCache) and cache.at_start:  # a new text
         known = known and compiled_of(model) is not None
     if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
         count, room = ids.shape[-1], model._compiled.room(cache)
         # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
         drafts = keep - 1 if 0 < keep <= count else 0
-        if usable and model._compiled.whole_prompts and len(cache) == 0 and count - drafts > 1:
+        if usable and model._compiled.whole_prompts and cache.at_start and count - drafts > 1:
             prompt, rest = ids.split([count - drafts, drafts], 1)
             out = type(model).forward(model, input_ids=prompt, past_key_values=cache, logits_to_keep=keep - drafts)
             if drafts:
@@ -253,7 +253,7 @@ def try_compiled_forward(model: nn.Module, tokens: Sequence[int], cache: KVCache
         its calls: then call the model. So does the text's beginning, when weights are looked at.
     """
     compiled: CompiledTarget | None = model.__dict__.get("_compiled")
-    if compiled is None or len(cache) == 0 or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
+    if compiled is None or cache.at_start or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
         return None
     if model._forward_hooks or model._forward_pre_hooks or _has_any_global_hook() or model._compiled_call_impl:
         return None

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
 from policies.costs.level_costs import CAUGHT
 from speckv_online.decoding.generation import Generation
+from speckv_online.decoding.inputs import whole_number
 from speckv_online.decoding.loop import DecodingLoop
 from speckv_online.decoding.row import Row
 from speckv_online.decoding.sequence import TokenSequence, likeliest, matching
@@ -20,8 +22,22 @@ from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.drafters.batched import ModelRows, RowDrafter, RowProposer, row_drafter
 from speckv_online.errors import UserError
 from speckv_online.modeling.forward_backend import BatchReader, backend_of
+from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.sampling import Sampler
 from speckv_online.speculation import is_exhausted
+
+
+class Together(Protocol):
+    """Settles the tokens of all rows of a batch position by position, so that all rows stay equally long."""
+
+    def settle(
+        self, rows: list[Row], logits: torch.Tensor, proposals: list[list[torch.Tensor | None]]
+    ) -> list[tuple[int, list[int]]]:
+        """Return for each row how many drafts were accepted, and its new tokens, which it appends to the row.
+
+        ``logits`` are the target's, shape (rows, width, vocab); ``proposals`` what each row's drafts were drawn from.
+        """
+
 
 #: Most prompts at once.
 MAX_BATCH = 16
@@ -46,6 +62,8 @@ def decode_batch(
     on_tokens: Callable[[int, list[int]], None] | None = None,
     samplers: Sequence[Sampler | None] | None = None,
     should_stop: Sequence[Callable[[list[int]], bool]] | None = None,
+    caches: Sequence[KVCache] | None = None,
+    together: Together | None = None,
 ) -> list[Generation]:
     """Continue up to 16 prompts at once, each by at most ``max_new_tokens`` tokens.
 
@@ -66,6 +84,10 @@ def decode_batch(
         How each row's tokens are drawn; greedy decoding without them. Rows may share one.
     should_stop : sequence of callables, optional
         As for :meth:`~speckv_online.decoding.DecodingLoop.generate`, one for each prompt.
+    caches : sequence of KVCache, optional
+        As ``cache`` there, one for each prompt.
+    together : Together, optional
+        Settles the tokens of all rows at once; each row then has a sampler, and no ``should_stop``.
     max_new_tokens, eos_ids
         As there.
 
@@ -81,43 +103,55 @@ def decode_batch(
     """
     if len(prompts) > MAX_BATCH:
         raise UserError(f"a batch holds at most {MAX_BATCH} prompts, got {len(prompts)}: split them")
-    checked = [decoder.check_prompt(p) for p in prompts]
+    checked = [decoder.check_prompt(p, caches[i] if caches else None) for i, p in enumerate(prompts)]
     if not checked:
         return []
-    n = len(checked)
+    n, most = len(checked), whole_number(max_new_tokens)
     eos = decoder.eos_ids if eos_ids is None else frozenset(eos_ids)
     rows = []
     for i, prompt in enumerate(checked):
-        sampler = samplers[i] if samplers else None
+        sampler, unseen = samplers[i] if samplers else None, caches[i].unseen if caches else 0
         sequence = TokenSequence(prompt, eos, sampler, should_stop[i] if should_stop else None)
         row = Row(
             decoder.policy, sequence, level=level_name(decoder.level, n), task=tasks[i] if tasks else "",
             drafters=decoder.drafter.names if decoder.drafter is not None else (),
-            budget=min(max_new_tokens, decoder.room(prompt)), max_gamma=decoder.max_gamma,
-            sampled=sampler is not None, number=i,
+            budget=min(most, decoder.room(unseen + len(prompt))), max_gamma=decoder.max_gamma,
+            sampled=sampler is not None, number=i, unseen=unseen,
         )  # fmt: skip
         rows.append(row)
-    if max(len(row.sequence.tokens) + row.budget for row in rows) > decoder.rope.at:
+    if max(row.history.context_length + row.budget for row in rows) > decoder.rope.at:
         raise UserError(f"past {decoder.rope.at} tokens this model decodes one prompt at a time")
     answers = [row.out for row in rows]
     if rows := [row for row in rows if row.budget > 0]:
-        _run(decoder, rows, on_tokens)
+        _run(decoder, rows, on_tokens, caches, together)
     for answer in answers:
         decoder.totals.add(answer)
     decoder.last = answers
     return answers
 
 
-def _run(decoder: DecodingLoop, rows: list[Row], on_tokens: Callable[[int, list[int]], None] | None) -> None:
+def _run(
+    decoder: DecodingLoop,
+    rows: list[Row],
+    on_tokens: Callable[[int, list[int]], None] | None,
+    caches: Sequence[KVCache] | None,
+    together: Together | None,
+) -> None:
     started = perf_counter()
     prompts = [row.sequence.tokens for row in rows]
-    capacity = max(len(p) + row.budget for p, row in zip(prompts, rows, strict=True)) + decoder.max_gamma + 1
+    capacity = max(row.history.context_length + row.budget for row in rows) + decoder.max_gamma + 1
+    whole, unread = prompts, prompts
     target = backend_of(decoder.target).batch(prompts, capacity)
+    if caches is not None:
+        own = [caches[row.number] for row in rows]
+        target.load(own)
+        whole = [cache.before + p for cache, p in zip(own, prompts, strict=True)]
+        unread = [p[len(cache) - cache.unseen :] for cache, p in zip(own, prompts, strict=True)]
     drafter = None
     if decoder.drafter is not None:
-        drafter = row_drafter(decoder.drafter, prompts, capacity, [row.sequence.sampler for row in rows])
-    if any(len(p) > 1 for p in prompts):
-        target.feed([p[:-1] for p in prompts], last=True)
+        drafter = row_drafter(decoder.drafter, whole, capacity, [row.sequence.sampler for row in rows])
+    if any(len(p) > 1 for p in unread):
+        target.feed([p[:-1] for p in unread], last=True)
     for row in rows:
         row.begin()
     prefill = (perf_counter() - started) / len(rows)
@@ -127,13 +161,15 @@ def _run(decoder: DecodingLoop, rows: list[Row], on_tokens: Callable[[int, list[
     while rows:
         for row in rows:
             row.history.level = level_name(decoder.level, len(rows))
-        produced = _step(decoder, target, drafter, rows)
+        produced = _step(decoder, target, drafter, rows, together)
         for row, tokens in zip(rows, produced, strict=True):
             if on_tokens is not None:
                 on_tokens(row.number, tokens)
         going = [i for i, row in enumerate(rows) if not row.sequence.finish and row.remaining > 0]
         if len(going) < len(rows):
-            for row in rows:
+            for i, row in enumerate(rows):
+                if caches is not None and i not in going:
+                    target.store(i, caches[row.number])
                 row.out.finish = row.sequence.finish or "length"
                 row.out.seconds = row.out.prefill_seconds + row.out.decode_seconds
             rows = [rows[i] for i in going]
@@ -142,22 +178,27 @@ def _run(decoder: DecodingLoop, rows: list[Row], on_tokens: Callable[[int, list[
                 drafter.keep(going)
 
 
-def _step(decoder: DecodingLoop, target: BatchReader, drafter: RowDrafter | None, rows: list[Row]) -> list[list[int]]:
+def _step(
+    decoder: DecodingLoop,
+    target: BatchReader,
+    drafter: RowDrafter | None,
+    rows: list[Row],
+    together: Together | None,
+) -> list[list[int]]:
     """Draft, verify and commit once for every row; return the rows' new tokens."""
     started = perf_counter()
     lags = [1 if drafter is None else drafter.lag(i) for i in range(len(rows))]
     draft_seconds = _draft(decoder, drafter, rows)
     t = perf_counter()
-    found = _verify(target, drafter, rows)
+    found = _verify(target, drafter, rows, together)
     verify_seconds = (perf_counter() - t) / len(rows)
 
     produced, outcomes = [], []
-    for i, (row, (n, following)) in enumerate(zip(rows, found, strict=True)):
-        step, length = row.step, row.history.context_length
-        tokens = row.sequence.append([*step.tokens[:n], following])
-        target.cached[i] = length + min(n, len(tokens))
+    for i, (row, (n, tokens)) in enumerate(zip(rows, found, strict=True)):
+        step = row.step
+        target.cached[i] = row.history.context_length + len(tokens) - 1
         if drafter is not None:
-            drafter.end(i, min(n, len(tokens)), tokens)
+            drafter.end(i, min(n, len(tokens) - 1), tokens)
         outcome = row.commit(
             tokens, n, forwards=step.lookups[:-1].count(0.0), lag=lags[i],
             exhausted=is_exhausted(step.drafter, len(step.tokens), step.lookups), draft_seconds=draft_seconds[i],
@@ -197,16 +238,23 @@ def _draft(decoder: DecodingLoop, drafter: RowDrafter | None, rows: list[Row]) -
     return seconds
 
 
-def _verify(target: BatchReader, drafter: RowDrafter | None, rows: list[Row]) -> list[tuple[int, int]]:
-    """Read all drafts with the target: return for each row how many it agrees with, and the token that follows them."""
+def _verify(
+    target: BatchReader, drafter: RowDrafter | None, rows: list[Row], together: Together | None
+) -> list[tuple[int, list[int]]]:
+    """Read all drafts with the target: return for each row how many it agrees with, and the row's new tokens."""
     logits = target.feed([[row.sequence.tokens[-1], *row.step.tokens] for row in rows])
+    if together is not None:
+        return together.settle(
+            rows, logits, [[] if drafter is None else drafter.proposals(i) for i in range(len(rows))]
+        )
     choices = [] if all(row.sampled for row in rows) else likeliest(logits)
     found = []
     for i, row in enumerate(rows):
         drafts = row.step.tokens
         if not row.sampled:
-            found.append(matching(drafts, choices[i]))
+            n, following = matching(drafts, choices[i])
+            found.append((n, row.sequence.append([*drafts[:n], following])))
         else:
             proposals = drafter.proposals(i)[: len(drafts)] if drafter is not None else []
-            found.append(row.sequence.verify(logits[i, : len(drafts) + 1], drafts, proposals))
+            found.append(row.sequence.settle(logits[i, : len(drafts) + 1], drafts, proposals))
     return found

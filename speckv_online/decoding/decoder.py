@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.decoding.batch import decode_batch
 from speckv_online.decoding.generation import Generation
-from speckv_online.decoding.hf_generate import run
+from speckv_online.decoding.hf_generate import CallSignature, run
 from speckv_online.decoding.loop import DecodingLoop
 
 
@@ -34,7 +34,7 @@ class SpeculativeDecoder(DecodingLoop):
     max_gamma : int
         Most tokens that any step drafts.
     tokenizer : PreTrainedTokenizerBase, optional
-        Needed only for ``stop_strings`` in transformers' ``generate``.
+        Needed only for ``stop_strings`` in transformers' ``generate``, where that is given none.
 
     Attributes
     ----------
@@ -44,16 +44,19 @@ class SpeculativeDecoder(DecodingLoop):
         Sums over all calls.
     """
 
+    __signature__ = CallSignature()
+
     def __call__(
         self,
         model: PreTrainedModel,
         input_ids: torch.Tensor,
         stop_strings: str | list[str] | None = None,  # transformers hands on only what is named here
+        tokenizer: PreTrainedTokenizerBase | None = None,
         task: str = "",
         **options: Any,
     ) -> Any:
         """Decode for transformers' ``generate(custom_generate=...)``."""
-        return run(self, model, input_ids, stop_strings=stop_strings, task=task, **options)
+        return run(self, model, input_ids, stop_strings=stop_strings, tokenizer=tokenizer, task=task, **options)
 
     def decode_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[Generation]:
         """Continue up to 16 prompts at once; see :func:`speckv_online.decoding.batch.decode_batch`."""

@@ -1,7 +1,8 @@
 """A policy for transformers' own assisted generation: ``generate(assistant_model=...)`` with gamma set in every step.
 
 For people who stay with transformers' loop. It is slower than :class:`~speckv_online.decoding.SpeculativeDecoder`, as
-every draft is a call of the assistant's ``generate``, and takes whatever that loop takes.
+every draft is a call of the assistant's ``generate``, and takes whatever that loop takes. That loop asks processors
+about drafts as well: those that keep a state, or know only some prefixes, need the other decoder.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
     _prepare_attention_mask,
@@ -23,6 +25,7 @@ from transformers.generation.candidate_generator import (
 
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, MAX_GAMMA, NGRAM, Policy
 from speckv_online.decoding.generation import Generation, Totals
+from speckv_online.decoding.hf_cache import given_cache, split
 from speckv_online.decoding.inputs import as_policy
 from speckv_online.decoding.row import Row
 from speckv_online.decoding.sequence import TokenSequence
@@ -72,7 +75,10 @@ class PolicyAssistant:
         that the policy governs; the class, and every other model, stays as it is.
         """
         owner: Any = model  # modules are typed as holding tensors and modules only
-        usual, outer = owner._get_candidate_generator, vars(owner).get("_get_candidate_generator")
+        replaced = ("_get_candidate_generator", "prepare_inputs_for_generation")
+        outer = {name: vars(owner)[name] for name in replaced if name in vars(owner)}
+        usual, prepare = (getattr(owner, name) for name in replaced)
+        repeated = 0  # tokens of the coming call's ids that a cache of the caller's holds
 
         def get_candidate_generator(**arguments: Any) -> Any:
             found = usual(**arguments)
@@ -80,15 +86,26 @@ class PolicyAssistant:
                 return found  # prompt lookup, or two tokenizers: no draft of one token at a time
             for name in ("target_tokenizer", "assistant_tokenizer"):
                 arguments.pop(name, None)
-            return PolicyCandidates(self, self.level or level_of(model), **arguments)
+            nonlocal repeated
+            repeated, unseen = held_before(**arguments)
+            return PolicyCandidates(self, self.level or level_of(model), unseen, **arguments)
 
-        owner._get_candidate_generator = get_candidate_generator
+        @wraps(prepare)  # transformers reads the signature
+        def prepare_inputs(input_ids: torch.Tensor, *args: Any, **arguments: Any) -> Any:
+            # transformers (5.23) slices the ids of plain decoding here, and forgets those of assisted decoding.
+            nonlocal repeated
+            if repeated and arguments.get("is_first_iteration") and arguments.get("next_sequence_length") is None:
+                arguments["next_sequence_length"], repeated = input_ids.shape[1] - repeated, 0
+            return prepare(input_ids, *args, **arguments)
+
+        owner._get_candidate_generator, owner.prepare_inputs_for_generation = get_candidate_generator, prepare_inputs
         try:
             yield self
         finally:
-            del owner._get_candidate_generator
-            if outer is not None:
-                owner._get_candidate_generator = outer
+            for name in replaced:
+                delattr(owner, name)
+            for name, found in outer.items():
+                setattr(owner, name, found)
 
     def begin(self) -> Generation:
         """Start the records of a prompt."""
@@ -96,6 +113,17 @@ class PolicyAssistant:
             self.totals.add(self.last)
         self.last = Generation()
         return self.last
+
+
+def held_before(
+    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **_: Any
+) -> tuple[int, int]:
+    """Return how many of the ids a cache of the caller's holds, and how many tokens before them."""
+    cache = given_cache(model_kwargs)
+    if cache is None:
+        return 0, 0
+    (prompt,) = split(input_ids, model_kwargs.get("attention_mask"), cache, generation_config)
+    return (0, prompt.unseen) if prompt.unseen else (int(cache.get_seq_length()), 0)
 
 
 #: Logits between the best two tokens that signals show at most.
@@ -107,7 +135,9 @@ ALL = 1 << 62
 class PolicyCandidates(AssistedCandidateGenerator):
     """transformers' candidate generator for one prompt, with the policy in place of its schedules."""
 
-    def __init__(self, owner: PolicyAssistant, level: str, input_ids: torch.Tensor, **arguments: Any) -> None:
+    def __init__(
+        self, owner: PolicyAssistant, level: str, unseen: int, input_ids: torch.Tensor, **arguments: Any
+    ) -> None:
         super().__init__(input_ids=input_ids, **arguments)  # type: ignore[arg-type]
         # The policy replaces the schedule and the confidence threshold.
         self.assistant_generation_config.num_assistant_tokens_schedule = "constant"
@@ -116,7 +146,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
         sampled, tokens = bool(self.generation_config.do_sample), input_ids[0].tolist()
         self.row = Row(
             owner.policy, TokenSequence(tokens, ()), level=level, task=owner.task, budget=self.main_model_max_length,
-            max_gamma=MAX_GAMMA, sampled=sampled,
+            max_gamma=MAX_GAMMA, sampled=sampled, unseen=unseen,
         )  # fmt: skip
         self.row.out = owner.begin()
         self.proposer = Unknown()
@@ -197,7 +227,7 @@ class PolicyCandidates(AssistedCandidateGenerator):
             tokens, n, forwards=self.forwards, lag=self.lag, exhausted=False,
             draft_seconds=self.drafted_at - self.started - row.policy.deciding, verify_seconds=now - self.drafted_at,
         )  # fmt: skip
-        self._forget(outcome.context_length + outcome.accepted)
+        self._forget(len(row.sequence.tokens) + outcome.accepted)
         # The first verification reads the prompt too: its time is no usual step's.
         row.learn(outcome, now - self.started, typical=not first)
         row.sequence.tokens += tokens

@@ -6,23 +6,22 @@ answer is what its own greedy or sampled decoding would have given.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import (
-    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -30,11 +29,15 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from speckv_online.decoding.batch import MAX_BATCH, decode_batch
 from speckv_online.decoding.generation import Generation
-from speckv_online.decoding.hf_row import Row, of_row
+from speckv_online.decoding.hf_cache import check_positions, given_cache, hand_over, load, split
+from speckv_online.decoding.hf_row import Row, Together, of_row, taken_apart
 from speckv_online.decoding.loop import DecodingLoop
 from speckv_online.errors import UserError
-from speckv_online.modeling.kv_cache import KVCache
+from speckv_online.modeling.sampling import is_pure
 
+NO_TOKENIZER = (
+    "stop strings need a tokenizer: give it to SpeculativeDecoder(..., tokenizer=...) or generate(..., tokenizer=...)"
+)
 #: What ``generate`` passes to the model besides the tokens, and what the decoder does in its own way.
 _KNOWN = {
     "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position",
@@ -42,8 +45,6 @@ _KNOWN = {
 }  # fmt: skip
 #: The last one is what a config with ``prompt_lookup_num_tokens`` asks for: the decoder's drafter takes its place.
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
-#: Processors that count their calls or run the model themselves: drafted tokens would go through them as well.
-_STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
 
 def run(
@@ -55,6 +56,7 @@ def run(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     stop_strings: str | list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     task: str = "",
     streamer: BaseStreamer | None = None,
     synced_gpus: bool = False,
@@ -66,9 +68,8 @@ def run(
     ----------
     input_ids : Tensor, shape (batch, length)
         Prompts, padded on the left.
-    stop_strings, task
-        Extra arguments of ``generate``: transformers loses its ``tokenizer`` on the way to a custom method, so stop
-        strings need the decoder's own.
+    stop_strings, tokenizer, task
+        Extra arguments of ``generate``; the tokenizer is by default the decoder's own.
 
     Returns
     -------
@@ -80,13 +81,14 @@ def run(
     UserError
         For what cannot be done exactly.
     """
-    _refuse(generation_config, logits_processor, model_kwargs, synced_gpus)
     decoder.bind(model)
+    _refuse(generation_config, model_kwargs, synced_gpus)
     streamer = streamer or _streamer_of_caller()
     if stop_strings:
-        if decoder.tokenizer is None:
-            raise UserError("stop_strings need a tokenizer: give it to SpeculativeDecoder(..., tokenizer=...)")
-        criterion = StopStringCriteria(decoder.tokenizer, stop_strings)
+        tokenizer = tokenizer or decoder.tokenizer
+        if tokenizer is None:
+            raise UserError(NO_TOKENIZER)
+        criterion = StopStringCriteria(tokenizer, stop_strings)
         stopping_criteria = StoppingCriteriaList([*stopping_criteria, criterion])
     eos = {int(t) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.view(-1)}
     most = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
@@ -95,22 +97,31 @@ def run(
 
     wanted = bool(generation_config.return_dict_in_generate)
     keep_logits = wanted and bool(generation_config.output_scores or generation_config.output_logits)
-    parts = _split(input_ids, model_kwargs.get("attention_mask"))
-    _check_positions(model_kwargs.get("position_ids"), parts)
+    given = given_cache(model_kwargs)
+    prompts = split(input_ids, model_kwargs.get("attention_mask"), given, generation_config)
+    check_positions(model_kwargs.get("position_ids"), prompts)
+    together = None
+    if len(prompts) > 1 and not taken_apart(logits_processor, StoppingCriteriaList(rest), bool(eos)):
+        if len(prompts) > MAX_BATCH:
+            raise UserError(f"processors and criteria of your own see at most {MAX_BATCH} sequences: split the batch")
+        own, pad = StoppingCriteriaList(rest), _fill(generation_config)
+        together, rest = Together(logits_processor, own, input_ids, pad, bool(eos)), []
+        logits_processor = LogitsProcessorList(p for p in logits_processor if is_pure(p))
     rows = [
         Row(
-            ids, pads, of_row(logits_processor, i, len(input_ids)), StoppingCriteriaList(rest), generation_config,
-            model.device, keep_logits,
+            prompt.ids, prompt.pads, of_row(logits_processor, i, len(prompts)), StoppingCriteriaList(rest),
+            generation_config, model.device, keep_logits, together is not None,
         )
-        for i, (ids, pads) in enumerate(parts)
+        for i, prompt in enumerate(prompts)
     ]  # fmt: skip
-    cache: KVCache | None = None
+    keeps_cache = given is not None or (wanted and generation_config.use_cache is not False)
+    caches = load(decoder, given, prompts, budget) if keeps_cache else None
     if len(rows) == 1:
         row = rows[0]
-        cache = KVCache(decoder.layers, len(row.prompt) + budget + decoder.max_gamma + 1)
         on_tokens = row.on_tokens(streamer)
         decoder.generate(
-            row.prompt, budget, task=task, eos_ids=eos, sampler=row.sampler, cache=cache, on_tokens=on_tokens,
+            row.prompt, budget, task=task, eos_ids=eos, sampler=row.sampler, on_tokens=on_tokens,
+            cache=caches[0] if caches else None,
             on_logits=row.see if keep_logits else None, should_stop=row.should_stop if rest else None,
         )  # fmt: skip
     else:
@@ -123,12 +134,15 @@ def run(
             found += decode_batch(
                 decoder, [row.prompt for row in part], budget, tasks=[task] * len(part), eos_ids=eos,
                 samplers=[row.sampler for row in part], should_stop=[row.should_stop for row in part] if rest else None,
+                caches=caches[i : i + MAX_BATCH] if caches else None, together=together,
             )  # fmt: skip
         decoder.last = found
     if streamer is not None:
         streamer.end()
     answers = decoder.last if isinstance(decoder.last, list) else [decoder.last]
-    sequences = _join(input_ids, answers, generation_config)
+    fill = _fill(generation_config)
+    sequences = _join(input_ids, answers, fill)
+    cache = hand_over(decoder, given, caches, prompts, [a.tokens for a in answers], fill) if caches else None
     if not wanted:
         return sequences
     raw, processed = generation_config.output_logits, generation_config.output_scores
@@ -136,13 +150,11 @@ def run(
         sequences=sequences,  # type: ignore[arg-type]
         scores=tuple(s.clone() for s in rows[0].scores(answers[0].tokens)) if processed else None,  # type: ignore[arg-type]
         logits=tuple(r.clone() for r in rows[0].logits) if raw else None,  # type: ignore[arg-type]
-        past_key_values=None if cache is None else _dynamic(cache),
+        past_key_values=cache,
     )
 
 
-def _refuse(
-    config: GenerationConfig, processors: LogitsProcessorList, model_kwargs: dict[str, Any], synced_gpus: bool
-) -> None:
+def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
     """Raise for what the decoder cannot do exactly."""
     if (config.num_beams or 1) > 1:
         raise UserError("speculative decoding has no beams: use num_beams=1")
@@ -153,12 +165,46 @@ def _refuse(
         raise UserError("output_attentions and output_hidden_states are not supported with speculative decoding")
     if synced_gpus:
         raise UserError("synced_gpus is not supported: every process would take other numbers of steps")
-    for processor in processors:
-        if isinstance(processor, _STATEFUL):
-            raise UserError(f"{type(processor).__name__} keeps a state of its own and cannot see drafted tokens")
     extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _KNOWN)
     if extra:
         raise UserError(f"only token ids can be decoded from, but generate also got {', '.join(extra)}")
+
+
+class CallSignature:
+    """The signature of the decoder's call, and the tokenizer that ``generate`` was given.
+
+    transformers (5.23) takes ``tokenizer`` out of the arguments, and does not hand it to a custom method. It then finds
+    none for stop strings and token healing. In between, and for nothing else, it looks the signature up.
+    """
+
+    def __get__(self, decoder: DecodingLoop | None, owner: type) -> inspect.Signature:
+        if decoder is None:
+            raise AttributeError("__signature__")  # the class has its usual one
+        code = getattr(getattr(GenerationMixin, "_extract_generation_mode_kwargs", None), "__code__", None)
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        usual = inspect.signature(decoder.__call__)  # type: ignore[operator]
+        if frame is None:
+            return usual
+        _hand_tokenizer_on(decoder, frame)
+        # With a tokenizer, transformers makes the criterion of stop strings itself, whoever asked for them.
+        return usual.replace(parameters=[p for name, p in usual.parameters.items() if name != "stop_strings"])
+
+
+def _hand_tokenizer_on(decoder: DecodingLoop, frame: FrameType) -> None:
+    """Put the tokenizer back among the arguments that :class:`CallSignature` reads them from."""
+    found, caller = frame.f_locals, frame.f_back.f_locals if frame.f_back else {}
+    tokenizer = found.get("generation_mode_kwargs", {}).get("tokenizer") or decoder.tokenizer
+    configs = caller.get("generation_config"), getattr(found.get("self"), "generation_config", None)
+    arguments = found["kwargs"]
+    heals = arguments.get("token_healing") or any(getattr(config, "token_healing", None) for config in configs)
+    if heals and getattr(tokenizer, "pad_token", None) is None:
+        raise UserError("token healing needs a tokenizer with a pad token: give it to generate(..., tokenizer=...)")
+    if tokenizer is not None:
+        arguments["tokenizer"] = tokenizer
+    elif arguments.get("stop_strings") or any(getattr(config, "stop_strings", None) for config in configs):
+        raise UserError(NO_TOKENIZER)
 
 
 def _streamer_of_caller() -> BaseStreamer | None:
@@ -174,43 +220,14 @@ def _streamer_of_caller() -> BaseStreamer | None:
     return None if frame is None else frame.f_locals.get("streamer")
 
 
-def _split(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[list[int], list[int]]]:
-    """Return (prompt, padding before it) of each row."""
-    ids = input_ids.tolist()
-    if mask is None:
-        return [(row, []) for row in ids]
-    if mask.dim() != 2 or mask.shape != input_ids.shape:
-        raise UserError(f"the attention mask must have the shape of input_ids, {tuple(input_ids.shape)}")
-    found = []
-    for row, seen in zip(ids, mask.tolist(), strict=True):
-        pads = seen.index(1) if 1 in seen else len(seen)
-        if not all(seen[pads:]):
-            raise UserError("the attention mask hides tokens after the first visible one: pad prompts on the left")
-        found.append((row[pads:], row[:pads]))
-    return found
+def _fill(config: GenerationConfig) -> int:
+    """Return the token that follows the end of a sequence."""
+    pad = getattr(config, "_pad_token_tensor", None)
+    return 0 if pad is None else int(pad)
 
 
-def _check_positions(positions: torch.Tensor | None, parts: list[tuple[list[int], list[int]]]) -> None:
-    """Raise if positions were given (``generate`` prepares the usual ones itself) that do not count from zero."""
-    if positions is None or positions.shape != (len(parts), sum(map(len, parts[0]))):
-        return  # none, or those of the tokens that a cache lacks
-    for (prompt, pads), row in zip(parts, positions.tolist(), strict=True):
-        if row[len(pads) :] != list(range(len(prompt))):
-            raise UserError("position_ids of your own are not supported: leave them to generate")
-
-
-def _join(input_ids: torch.Tensor, answers: list[Generation], config: GenerationConfig) -> torch.Tensor:
+def _join(input_ids: torch.Tensor, answers: list[Generation], fill: int) -> torch.Tensor:
     """Return prompts and answers, shorter answers padded on the right."""
     longest = max(len(a.tokens) for a in answers)
-    pad = getattr(config, "_pad_token_tensor", None)
-    fill = 0 if pad is None else int(pad)
     new = [a.tokens + [fill] * (longest - len(a.tokens)) for a in answers]
     return torch.cat((input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)), dim=1)
-
-
-def _dynamic(cache: KVCache) -> DynamicCache:
-    """Copy a cache into transformers' own kind, which the next call of ``generate`` may go on with."""
-    found, layers = DynamicCache(), list[Any](cache.layers)
-    for i, layer in enumerate(layers):
-        found.update(layer.keys[..., : len(cache), :].clone(), layer.values[..., : len(cache), :].clone(), i)
-    return found

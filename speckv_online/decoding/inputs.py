@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policies.base import Policy, PolicyError
@@ -15,11 +18,49 @@ from speckv_online.errors import UserError
 from speckv_online.modeling.introspection import check_model, text_config
 from speckv_online.models.pairs import check_tokenizers
 
-if TYPE_CHECKING:
-    pass
-
 #: Vocabularies of one tokenizer differ by padding only; more than this share of their size is another tokenizer.
 MAX_PADDING = 0.05
+#: What every drafter can do.
+_DRAFTER = ("begin", "use", "draft", "lookup_confidence", "lookup_alternative", "end", "extend")
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """Return a prompt's token ids as a list.
+
+    Raises
+    ------
+    UserError
+        If it is anything but one flat sequence of whole numbers.
+    """
+    if isinstance(prompt, str | bytes | Mapping):
+        what = "a mapping: give its" if isinstance(prompt, Mapping) else "text: give tokenizer(text)'s"
+        raise UserError(f"the prompt is {what} input_ids, a list of token ids")
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Iterable):
+        raise UserError(f"the prompt must be a list of token ids, got {type(prompt).__name__}")
+    tokens, found = list(prompt), list[int]()
+    try:
+        found += map(operator.index, tokens)
+    except (TypeError, ValueError) as error:
+        wrong = tokens[len(found)]
+        if isinstance(wrong, Iterable) and not isinstance(wrong, str) and getattr(wrong, "ndim", 1) != 0:
+            reason = "the prompt has two dimensions: give one list of token ids, or several to decode_batch"
+        else:
+            reason = f"token ids are whole numbers, and the prompt has {str(wrong)[:40]!r}: use a tokenizer's input_ids"
+        raise UserError(reason) from error
+    return found
+
+
+def whole_number(max_new_tokens: Any) -> int:
+    """Return a budget of tokens; raises :class:`UserError` if it is no whole number, or below zero."""
+    try:
+        number = operator.index(max_new_tokens)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UserError(f"max_new_tokens must be a whole number, 0 or more, got {max_new_tokens!r}")
+    return number
 
 
 def as_policy(policy: Policy | str) -> FaultGuard:
@@ -35,6 +76,9 @@ def as_policy(policy: Policy | str) -> FaultGuard:
             policy = make_policy(policy)
         except PolicyError as error:
             raise UserError(str(error)) from error
+    if not isinstance(policy, Policy):
+        got = f"the class {policy.__name__}: call it" if isinstance(policy, type) else f"{policy!r:.60}"
+        raise UserError(f'the policy must be a Policy, or a spec such as "online" or "fixed:4", got {got}')
     return policy if isinstance(policy, FaultGuard) else FaultGuard(policy)
 
 
@@ -48,11 +92,22 @@ def as_drafter(draft: Drafter | PreTrainedModel | None, target: PreTrainedModel)
     """
     if isinstance(draft, str):
         raise UserError(f"the draft must be a loaded model or a drafter, not the name {draft!r}: load it first")
+    check_uncompiled(draft, "draft")
     if not isinstance(draft, PreTrainedModel):
+        if draft is not None and not all(callable(getattr(draft, name, None)) for name in _DRAFTER):
+            raise UserError(f"the draft must be a loaded model, a drafter or None, got {type(draft).__name__}")
         return draft
     check_model(draft, "draft")
     check_vocabularies(target, draft)
     return ModelDrafter(draft, int(text_config(target).vocab_size))
+
+
+def check_uncompiled(model: Any, role: str) -> None:
+    """Raise :class:`UserError` for what ``torch.compile(model)`` returns: it is no model of transformers."""
+    if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+        raise UserError(
+            f"the {role} was wrapped by torch.compile: give the model itself (model.compile() works in place)"
+        )
 
 
 def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policies.base import MAX_GAMMA, Outcome, Policy
 from speckv_online.decoding.generation import Generation, Totals
-from speckv_online.decoding.inputs import as_drafter, as_policy
+from speckv_online.decoding.inputs import as_drafter, as_policy, check_uncompiled, token_ids, whole_number
 from speckv_online.decoding.propose import draft, draft_async, judge_async
 from speckv_online.decoding.row import Row
 from speckv_online.decoding.sequence import TokenSequence
@@ -82,6 +82,7 @@ class DecodingLoop:
         """
         if target is self._target:
             return
+        check_uncompiled(target, "target")
         check_model(target, "target")
         draft, level = self._given
         self.drafter = as_drafter(draft, target)
@@ -130,7 +131,8 @@ class DecodingLoop:
         should_stop : callable, optional
             Called for each new token with the whole sequence up to it; True ends the sequence there.
         cache : KVCache, optional
-            An empty cache for the target, for callers who want it afterwards; it holds all tokens but the last.
+            A cache for the target, for callers who want it afterwards: it then holds all tokens but the last. It may
+            hold a part of the prompt already, from its beginning, and tokens before it (:attr:`KVCache.unseen`).
 
         Raises
         ------
@@ -138,19 +140,19 @@ class DecodingLoop:
             If the prompt is empty or longer than the target's context.
         """
         started = perf_counter()
-        prompt = self.check_prompt(prompt_ids)
-        budget = min(max_new_tokens, self.room(prompt))
-        capacity = len(prompt) + budget + self.max_gamma + 1
+        prompt, unseen = self.check_prompt(prompt_ids, cache), 0 if cache is None else cache.unseen
+        budget = min(whole_number(max_new_tokens), self.room(unseen + len(prompt)))
+        capacity = unseen + len(prompt) + budget + self.max_gamma + 1
         if cache is None and self.graphs is not None:
             cache = self.graphs.cache(capacity)
         cache = KVCache(self.layers, capacity) if cache is None else cache
         if self.drafter is not None:
-            self.drafter.begin(list(prompt), capacity, sampler)
+            self.drafter.begin(cache.before + prompt, capacity, sampler)
         eos = self.eos_ids if eos_ids is None else frozenset(eos_ids)
         row = Row(
             self.policy, TokenSequence(list(prompt), eos, sampler, should_stop), level=self.level, task=task,
             drafters=self.drafter.names if self.drafter is not None else (), budget=budget, max_gamma=self.max_gamma,
-            sampled=sampler is not None,
+            sampled=sampler is not None, unseen=unseen,
         )  # fmt: skip
         row.begin()
         out = row.out
@@ -170,14 +172,17 @@ class DecodingLoop:
         self.totals.add(out)
         return out
 
-    def check_prompt(self, prompt_ids: Sequence[int]) -> list[int]:
+    def check_prompt(self, prompt_ids: Sequence[int], cache: KVCache | None = None) -> list[int]:
         """Return the prompt as a list; raises :class:`UserError` if it is empty, too long, or of unknown tokens."""
         self.target  # noqa: B018 - refuses to go on without one
-        prompt = [int(t) for t in prompt_ids]
+        prompt = token_ids(prompt_ids)
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
-        if len(prompt) > self.max_length:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the target holds only {self.max_length}: shorten it")
+        length = len(prompt) if cache is None else cache.unseen + len(prompt)
+        if length > self.max_length:
+            raise UserError(f"the prompt has {length} tokens, the target holds only {self.max_length}: shorten it")
+        if cache is not None and len(cache) >= length:
+            raise UserError(f"the cache holds {len(cache)} tokens, the prompt only {length}: give it a longer prompt")
         if not 0 <= min(prompt) <= max(prompt) < self.embedded:
             raise UserError(
                 f"the prompt has token ids from {min(prompt)} to {max(prompt)}, the target knows 0 to "
@@ -185,9 +190,9 @@ class DecodingLoop:
             )
         return prompt
 
-    def room(self, prompt: Sequence[int]) -> int:
-        """Most tokens that may follow a prompt: one that fills the context still has a next token, never read."""
-        return max(self.max_length - len(prompt), 1)
+    def room(self, length: int) -> int:
+        """Most tokens that may follow so many: a prompt that fills the context still has a next token, never read."""
+        return max(self.max_length - length, 1)
 
     def limit(self, remaining: int, context_length: int) -> int:
         """Most tokens worth drafting: one fewer than the budget (the target adds one), never past the contexts."""
@@ -206,8 +211,8 @@ class DecodingLoop:
         """Draft, verify and commit once; return the new tokens."""
         started, lag, captures = perf_counter(), 1 if self.drafter is None else self.drafter.lag, self._captures()
         pending, asked = self._draft(row)
-        unread, n, following = self._verify(row, cache, pending, on_logits)
-        tokens, outcome = self._commit(row, cache, lag, asked, pending is not None, n, following)
+        unread, n, tokens = self._verify(row, cache, pending, on_logits)
+        outcome = self._commit(row, cache, lag, asked, pending is not None, n, tokens)
         # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph.
         recorded = self._captures() > captures
         row.learn(outcome, perf_counter() - started, typical=unread == 1 and not recorded, draft_typical=not recorded)
@@ -235,31 +240,33 @@ class DecodingLoop:
         cache: KVCache,
         pending: torch.Tensor | None,
         on_logits: Callable[[torch.Tensor], None] | None,
-    ) -> tuple[int, int, int]:
-        """Read the drafts with the target: return how many of the text's tokens it read, n, and what follows."""
+    ) -> tuple[int, int, list[int]]:
+        """Read the drafts with the target: return how many of the text's tokens it read, n, and the new tokens."""
         step, clock, drafter = row.step, self._clock, self.drafter
         clock.verify()
         self.rope.restart(cache, row.history.context_length)
-        unread = row.sequence.tokens[len(cache) :]  # the latest token; in the first step the whole prompt
+        unread = row.sequence.tokens[
+            len(cache) - cache.unseen :
+        ]  # the latest token; in the first step the whole prompt
         width = step.gamma if pending is not None else len(step.tokens)
         logits = self._forward([*unread, *step.tokens], cache, 1 + width, pending)
         if on_logits is not None:
             on_logits(logits)
         if pending is not None:
             n, following = judge_async(step, logits, pending, cast(ModelDrafter, drafter), clock)
+            tokens = row.sequence.append([*step.tokens[:n], following])
         else:
             clock.launched()
             proposals = drafter.proposals[: len(step.tokens)] if drafter is not None else ()
-            n, following = row.sequence.verify(logits, step.tokens, proposals)
+            n, tokens = row.sequence.settle(logits, step.tokens, proposals)
         clock.done()
-        return len(unread), n, following
+        return len(unread), n, tokens
 
     def _commit(
-        self, row: Row, cache: KVCache, lag: int, asked: float, was_ahead: bool, n: int, following: int
-    ) -> tuple[list[int], Outcome]:
-        """Keep n drafts and the token that follows them; return the new tokens and the outcome."""
+        self, row: Row, cache: KVCache, lag: int, asked: float, was_ahead: bool, n: int, tokens: list[int]
+    ) -> Outcome:
+        """End the step, of whose drafts n were accepted and which added ``tokens``."""
         step, drafter, length = row.step, self.drafter, row.history.context_length
-        tokens = row.sequence.append([*step.tokens[:n], following])
         cache.truncate(length + len(tokens) - 1)
         unused = getattr(drafter, "unused", 0)  # of a drafter that drafts by the chunk
         if drafter is not None:
@@ -267,9 +274,8 @@ class DecodingLoop:
             drafter.extend(tokens)
         k = len(step.tokens)
         draft_seconds, verify_seconds = self._clock.seconds()
-        outcome = row.commit(
+        return row.commit(
             tokens, n, forwards=k if was_ahead else step.lookups[:-1].count(0.0) + unused, lag=lag,
             exhausted=is_exhausted(step.drafter, k, step.lookups), draft_seconds=draft_seconds - asked,
             verify_seconds=verify_seconds,
         )  # fmt: skip
-        return tokens, outcome

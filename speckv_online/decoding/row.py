@@ -35,6 +35,8 @@ class Row:
         Whether tokens are drawn.
     number : int
         Which prompt of a batch it is.
+    unseen : int
+        Tokens that a cache holds before the prompt's ids.
 
     Attributes
     ----------
@@ -58,9 +60,10 @@ class Row:
         max_gamma: int,
         sampled: bool = False,
         number: int = 0,
+        unseen: int = 0,
     ) -> None:
         self.sequence, self.budget, self.number, self.sampled = sequence, budget, number, sampled
-        self.history = History(level, task, len(sequence.tokens), sequence.tokens, drafters)
+        self.history = History(level, task, unseen + len(sequence.tokens), sequence.tokens, drafters)
         self.policy, self._begin = PolicyTimer(policy), policy.begin
         self.step = Speculation(
             self.policy, self.history, np.zeros((max(max_gamma, 1), N_SIGNALS)), may_drop=not sampled

@@ -44,14 +44,40 @@ class TokenSequence:
             return self.sampler.verify(self.sampler.probabilities(logits, self.tokens, drafts), drafts, proposals)
         return matching(drafts, likeliest(logits))
 
+    def settle(
+        self, logits: torch.Tensor, drafts: list[int], proposals: Sequence[torch.Tensor | None]
+    ) -> tuple[int, list[int]]:
+        """Verify and append: return how many drafts the target accepts, and the new tokens.
+
+        Where processors have to be asked in order, each sees a prefix only after all of it was settled, and nobody is
+        asked about what follows a rejected draft or the end.
+        """
+        sampler = self.sampler
+        if sampler is None or not sampler.in_order:
+            n, following = self.verify(logits, drafts, proposals)
+            return n, self.append([*drafts[:n], following])
+        n, new = 0, list[int]()
+        for i in range(len(drafts) + 1):
+            target = sampler.next_distribution(logits[i : i + 1], self.tokens)
+            if i < len(drafts):
+                token, accepted = sampler.judge(target, drafts[i], proposals[i])
+            else:
+                token, accepted = sampler.draw(target), False
+            n += accepted
+            new += self.append([token])
+            if self.finish or not accepted:
+                break
+        return n, new
+
     def append(self, tokens: list[int]) -> list[int]:
         """Append tokens up to the first that ends the sequence, and return those."""
         for i, token in enumerate(tokens):
             self.tokens.append(token)
+            # Asked about an end of sequence too, as by transformers.
+            if self.should_stop is not None and self.should_stop(self.tokens):
+                self.finish = "stop"
             if token in self.eos:
                 self.finish = "eos"
-            elif self.should_stop is not None and self.should_stop(self.tokens):
-                self.finish = "stop"
             if self.finish:
                 return tokens[: i + 1]
         return tokens

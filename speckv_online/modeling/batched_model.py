@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from speckv_online.errors import UserError
 from speckv_online.modeling.grouped_attention import GROUPED
 from speckv_online.modeling.introspection import text_config
+from speckv_online.modeling.kv_cache import KVCache
 
 #: Longest piece of a prompt that is read in one forward: all rows are as wide as the widest.
 CHUNK = 512
@@ -50,6 +51,19 @@ class _Layer(CacheLayerMixin):
         self.values[index] = value_states.transpose(1, 2)
         return self.keys[:, :extent].transpose(1, 2), self.values[:, :extent].transpose(1, 2)
 
+    def put(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write a row's first tokens, shape (1, heads, tokens, head_dim)."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys[row, : keys.shape[2]] = keys[0].transpose(0, 1)
+        self.values[row, : keys.shape[2]] = values[0].transpose(0, 1)
+
+    def get(self, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a row's first tokens, as :meth:`put` takes them."""
+        if not self.is_initialized:
+            return None
+        return self.keys[row, :count].transpose(0, 1)[None], self.values[row, :count].transpose(0, 1)[None]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.extent, 0
 
@@ -68,13 +82,13 @@ class BatchCache(Cache):
     def __init__(self, layers: int, rows: int, capacity: int) -> None:
         self.rows, self.capacity, self.extent = rows, capacity, 0
         self.index: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
-        self._own = [_Layer(self) for _ in range(layers)]
-        super().__init__(layers=list(self._own))
+        self.own = [_Layer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.own))
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows only, in this order."""
         self.rows = len(rows)
-        for layer in self._own:
+        for layer in self.own:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
@@ -118,6 +132,18 @@ class BatchModel:
         # Models with two kinds of layers take a mask for each by name.
         self._by_name = "sliding_attention" in kinds
         self._window = window if self._by_name or not kinds else None
+
+    def load(self, caches: list[KVCache]) -> None:
+        """Go on from what these hold."""
+        for row, cache in enumerate(caches):
+            for layer, found in zip(self.cache.own, cache.states(), strict=True):
+                if found is not None:
+                    layer.put(row, *found)
+        self.cached = [len(cache) for cache in caches]
+
+    def store(self, row: int, cache: KVCache) -> None:
+        """Let a cache hold what is known of a row."""
+        cache.fill([layer.get(row, self.cached[row]) for layer in self.cache.own])
 
     def feed(self, tokens: list[list[int]], last: bool = False) -> torch.Tensor:
         """Read each row's next tokens; a row may have none.

@@ -32,6 +32,12 @@ class BatchReader(Protocol):
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
 
+    def load(self, caches: list[KVCache]) -> None:
+        """Go on from what these caches hold, one for each row."""
+
+    def store(self, row: int, cache: KVCache) -> None:
+        """Write a row into a cache."""
+
 
 class ForwardBackend(Protocol):
     """Runs one model: a sequence with a cache, or several sequences at once."""

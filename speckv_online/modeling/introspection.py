@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ATTENTION = {"full_attention", "sliding_attention"}
+_NO_WAY_BACK = "cannot go back to before a rejected token: not supported"
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -24,12 +25,20 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def check_model(model: PreTrainedModel, role: str) -> None:
     """Raise :class:`UserError` unless the decoder can drive this model: decoder-only, attention layers only."""
-    if model.config.is_encoder_decoder:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise UserError(f"the {role} must be a loaded model of transformers, got {type(model).__name__}: load it first")
+    check_config(model.config, role)
+    if getattr(model, "_is_stateful", False):
+        raise UserError(f"the {role} has a recurrent state, which {_NO_WAY_BACK}")
+
+
+def check_config(config: PreTrainedConfig, role: str) -> None:
+    """Raise :class:`UserError` where a model's config tells that the decoder cannot drive it."""
+    if config.is_encoder_decoder:
         raise UserError(f"the {role} is an encoder-decoder model: only decoder-only models are supported")
-    kinds = set(getattr(text_config(model), "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds - _ATTENTION:
-        other = ", ".join(sorted(kinds - _ATTENTION)) or "a recurrent state"
-        raise UserError(f"the {role} has {other}, which cannot go back to before a rejected token: not supported")
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    if other := sorted(kinds - _ATTENTION):
+        raise UserError(f"the {role} has {', '.join(other)}, which {_NO_WAY_BACK}")
 
 
 def eos_of(model: PreTrainedModel) -> frozenset[int]:

@@ -7,6 +7,7 @@ layer keeps all positions: the models' own masks implement sliding windows, so c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,15 @@ class KVCache(Cache):
         Number of layers of the model.
     capacity : int
         Tokens to make room for at first; the buffers grow when they have to.
+
+    Attributes
+    ----------
+    given : int
+        Tokens that it held before the decoder read anything, see :meth:`fill`.
+    unseen : int
+        How many of those, the first, are no part of the prompt's ids.
+    before : list of int
+        Ids of the unseen tokens where they are known, else empty: a drafter may read them.
     """
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
@@ -84,6 +94,27 @@ class KVCache(Cache):
         # move at the same time, and grow when they do.
         self._addresses, self._there = np.empty((0, 2), np.int64), (0, 0)
         super().__init__(layers=list(self._own))
+        self.given = self.unseen = 0
+        self.before: list[int] = []
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the text's first forward is still to come."""
+        return self._own[0].used == self.given
+
+    def states(self, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        """Return views of each layer's keys and values from a token on; None for layers that keep none."""
+        return [
+            (x.keys[..., start : x.used, :], x.values[..., start : x.used, :]) if x.is_initialized else None
+            for x in self._own
+        ]
+
+    def fill(self, states: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
+        """Hold these keys and values, each of shape (1, heads, tokens, size), in place of what it held."""
+        for layer, found in zip(self._own, states, strict=True):
+            layer.used = 0
+            if found is not None:
+                layer.update(*found)
 
     def __len__(self) -> int:
         return self._own[0].used
@@ -119,3 +150,4 @@ class KVCache(Cache):
             raise ValueError(f"cannot truncate a cache of {len(self)} tokens to {length}")
         for layer in self._own:
             layer.used = length
+        self.given = min(self.given, length)

@@ -11,17 +11,63 @@ from collections.abc import Callable, Sequence
 
 import torch
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
 from speckv_online.errors import UserError
 
 #: Processors that look at the scores alone, so that all rows of a verification go through them at once.
 _PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+#: transformers' own processors that are functions of the tokens and scores alone, each row's of its own. Nobody can
+#: tell how often they are asked, or about what. All others may keep a state, or know some prefixes only.
+_PURE = {
+    EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor, EpsilonLogitsWarper, EtaLogitsWarper,
+    ExponentialDecayLengthPenalty, ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor, LogitNormalization, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor, SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper, WatermarkLogitsProcessor,
+}  # fmt: skip
+
+
+class PaddedProcessor(LogitsProcessor):
+    """A processor that sees the padding before a prompt, as in transformers: some of them count tokens."""
+
+    def __init__(self, inner: LogitsProcessor, pads: list[int]) -> None:
+        self.inner, self.pads = inner, pads
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        before = torch.tensor([self.pads], device=input_ids.device)
+        return self.inner(torch.cat((before, input_ids), 1), scores)
+
+
+def is_pure(processor: LogitsProcessor) -> bool:
+    """Whether a processor is known to be a function of one row's tokens and scores, which may be asked at any time."""
+    return type(processor.inner if isinstance(processor, PaddedProcessor) else processor) in _PURE
 
 
 class Sampler:
@@ -36,11 +82,19 @@ class Sampler:
     top_p : float
         Keep the smallest set of likeliest tokens that holds this much probability.
     processors : list of LogitsProcessor, optional
-        Applied first, to the target's and the draft's scores alike.
+        Applied first. Those that :func:`is_pure` does not know see the prefixes that plain decoding shows them only, in
+        its order and once each; the others are applied to the draft's scores too.
     seed : int or torch.Generator
         A seeded run repeats itself.
     device : torch.device
         Where the scores are.
+
+    Attributes
+    ----------
+    in_order : bool
+        Whether a verification must go row by row, and end at the first rejection and where the sequence ends.
+    kept : list of Tensor or None
+        If a list, the processed scores of each new token are appended, shape (1, vocab); set ``in_order`` with it.
     """
 
     def __init__(
@@ -60,8 +114,12 @@ class Sampler:
             chain += [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
             chain += [TopKLogitsWarper(top_k)] if top_k else []
             chain += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        pure = [p for p in chain if is_pure(p)]
         self.processors: Callable[..., torch.Tensor] | None = LogitsProcessorList(chain) if chain else None
+        self._on_drafts: Callable[..., torch.Tensor] | None = LogitsProcessorList(pure) if pure else None
         self._needs_prefix = not all(isinstance(p, _PREFIX_FREE) for p in chain)
+        self.in_order = len(pure) < len(chain)
+        self.kept: list[torch.Tensor] | None = None
         self.generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
 
     def probabilities(self, logits: torch.Tensor, context: list[int], drafts: Sequence[int] = ()) -> torch.Tensor:
@@ -81,15 +139,34 @@ class Sampler:
         Tensor, shape (n, vocab), fp32
             One-hot rows in greedy decoding.
         """
-        scores = logits.float()
-        if self.processors is not None:
-            if self._needs_prefix:
-                ids = torch.tensor([[*context, *drafts]], device=scores.device)
-                n = len(context)
-                rows = [self.processors(ids[:, : n + i], scores[i : i + 1]) for i in range(len(scores))]
-                scores = torch.cat(rows)
-            else:
-                scores = self.processors(None, scores)
+        return self.distribution(self._processed(self.processors, logits.float(), context, drafts))
+
+    def _processed(
+        self,
+        processors: Callable[..., torch.Tensor] | None,
+        scores: torch.Tensor,
+        context: list[int],
+        drafts: Sequence[int] = (),
+    ) -> torch.Tensor:
+        if processors is None:
+            return scores
+        if not self._needs_prefix:
+            return processors(None, scores)
+        ids, n = torch.tensor([[*context, *drafts]], device=scores.device), len(context)
+        return torch.cat([processors(ids[:, : n + i], scores[i : i + 1]) for i in range(len(scores))])
+
+    def next_distribution(self, logits: torch.Tensor, context: list[int]) -> torch.Tensor:
+        """Return the distribution, shape (vocab,), of the token after ``context``; processors are asked once.
+
+        ``logits`` are the target's, shape (1, vocab); they stay as they are.
+        """
+        scores = self._processed(self.processors, logits.to(torch.float32, copy=True), context)
+        if self.kept is not None:
+            self.kept.append(scores)
+        return self.distribution(scores)[0]
+
+    def distribution(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the distributions, shape (n, vocab), that processed scores stand for."""
         if self.greedy:
             return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
         return scores.softmax(-1)
@@ -105,7 +182,7 @@ class Sampler:
 
         A drafter may not know any token that the processors allow: then its likeliest one is proposed as it is.
         """
-        proposal = self.probabilities(logits[None], context)[0]
+        proposal = self.distribution(self._processed(self._on_drafts, logits[None].float(), context))[0]
         if proposal.isnan().any():
             return int(logits.argmax()), None
         return self.draw(proposal), proposal
@@ -139,6 +216,16 @@ class Sampler:
             return len(drafts), self.draw(target[-1])
         n = int(refused[0])
         return n, self.draw(residual(target[n], proposals[n], drafts[n]))
+
+    def judge(self, target: torch.Tensor, draft: int, proposal: torch.Tensor | None) -> tuple[int, bool]:
+        """Return the next token, and whether it is the draft, accepted as in :meth:`verify`.
+
+        ``target`` is the target's distribution, shape (vocab,). A draft that it makes impossible is never accepted.
+        """
+        q = 1.0 if proposal is None else proposal[draft]
+        if torch.rand((), generator=self.generator, device=target.device) * q < target[draft]:
+            return draft, True
+        return self.draw(residual(target, proposal, draft)), False
 
 
 def residual(p: torch.Tensor, q: torch.Tensor | None, drafted: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.console import say
 from speckv_online.cpu_engine.start import int8_draft, start_engine
@@ -19,6 +19,7 @@ from speckv_online.errors import UserError
 from speckv_online.gpu_engine.graphed_llama import attach
 from speckv_online.modeling.engine import EngineStatus, choose_engine
 from speckv_online.modeling.forward_backend import backend_of
+from speckv_online.modeling.introspection import check_config, check_model
 from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.levels import Level, get_level
 from speckv_online.models.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
@@ -86,6 +87,9 @@ def _quiet_bitsandbytes() -> None:
 
 def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
     """Call ``kind.from_pretrained`` and turn what a user can put right into one line."""
+    if source.lower().endswith(".gguf") or Path(source).expanduser().is_file():
+        kind_of_file = "GGUF files are not read" if source.lower().endswith(".gguf") else "it is a file"
+        raise UserError(f"cannot load {source!r}: {kind_of_file}, give a folder or model id with safetensors weights")
     if source.startswith(("/", ".", "~")) and not _is_folder(source):
         raise UserError(f"there is no model folder {source}: check --target and --draft")
     try:
@@ -209,10 +213,14 @@ def load_pair(
     for name in (source, draft):
         if name and not _is_folder(name) and name[0] not in "/.~":
             say(f"loading {name} from the Hugging Face hub, or its cache")  # a download may take long
+    for role, name in (("target", target), ("draft", draft)):
+        if name is not None:  # what cannot be decoded with is refused before anything large is read
+            check_config(_from_pretrained(AutoConfig, name), role)
     tokenizer = load_tokenizer(source)
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
     big = load_target(source, level, device, engine)
+    check_model(big, "target")
     graphs = where.type == "cuda" and engine != "off"
     if graphs:
         attach(big)
@@ -221,6 +229,7 @@ def load_pair(
         draft_revision = spec.kind
     elif draft is not None:
         small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device, engine)
+        check_model(small, "draft")
         draft_revision = _revision(small, draft)
     else:
         small, head_ids, digest = load_shipped_draft(Path(source), where)
@@ -240,10 +249,19 @@ def _revision(model: PreTrainedModel, source: str) -> str:
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a user's message, in the model's chat format if it has one."""
+    """Return the token ids of a user's message, in the model's chat format if it has one.
+
+    Raises
+    ------
+    UserError
+        If the chat template fails.
+    """
     if tokenizer.chat_template:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
+        messages = [{"role": "user", "content": text}]
+        try:
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as e:  # a template is a program, and may raise anything
+            reason = " ".join(str(e).split())[:200] or type(e).__name__
+            raise UserError(f"the tokenizer's chat template fails on a user's message: {reason}") from e
         return list(tokenizer(rendered, add_special_tokens=False).input_ids)
     return list(tokenizer(text).input_ids)

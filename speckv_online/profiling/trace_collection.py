@@ -74,7 +74,7 @@ def collect_trace(
         drafts=drafts,
         accepted=agreement(drafts, tokens),
         signals=signals,
-        budget=min(max_new_tokens, decoder.room(prompt)),
+        budget=min(max_new_tokens, decoder.room(len(prompt))),
         finish=generation.finish,
         meta=_about(drafter, prompt) | dict(meta or {}),
         lookups=lookups,

@@ -44,6 +44,7 @@ from tests.support.tiny_models import TinyPair, perturbed, tiny_llama
         {"renormalize_logits": True, "remove_invalid_values": True, "repetition_penalty": 1.3},
         {"max_length": 500, "max_time": 1000.0},
         {"prompt_lookup_num_tokens": 3},
+        {"guidance_scale": 1.5},
     ],
     ids=lambda o: "+".join(o),
 )
@@ -80,7 +81,6 @@ def test_the_models_own_generation_config(tiny_pair: TinyPair) -> None:
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
         ({"dola_layers": "high"}, "dola generation"),
         ({"num_beams": 2, "do_sample": True}, "num_beams=1"),
-        ({"guidance_scale": 1.5}, "keeps a state"),
         ({"position_ids": torch.tensor([[0, 2, 4, 6]])}, "position_ids"),
     ],
     ids=lambda o: "+".join(o) if isinstance(o, dict) else "",

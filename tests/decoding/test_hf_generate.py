@@ -14,28 +14,13 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.modeling.introspection import level_of
 from tests.support.decoding import plain, prompt_of
-from tests.support.generate import Favour, decoder_of, inputs_of
+from tests.support.generate import Collect, Favour, decoder_of, inputs_of
 from tests.support.tiny_models import TinyPair, tiny_llama
-
-
-class Collect(BaseStreamer):
-    """Keeps what a streamer is given."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.reshape(-1).tolist()
-
-    def end(self) -> None:
-        self.ended = True
 
 
 class After(StoppingCriteria):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-)
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from tests.support.decoding import Scripted
@@ -33,3 +32,17 @@ class Favour(LogitsProcessor):
         scores = scores.clone()
         scores[:, int(input_ids.sum()) % 250 + 1] += 4.0
         return scores
+
+
+class Collect(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        self.ended = True
