@@ -132,7 +132,7 @@ def load(decoder: DecodingLoop, cache: Cache | None, prompts: list[Prompt], budg
     if decoder.rope.rereads and held <= decoder.rope.at < longest + budget:
         raise UserError(f"past {decoder.rope.at} tokens this model reads everything anew: leave past_key_values out")
     config: Any = text_config(target)
-    shape = (config.num_key_value_heads, config.head_dim) if hasattr(target, "_quick") else None
+    shape = (config.num_key_value_heads, config.head_dim) if hasattr(target, "_compiled") else None
     dtype = target.dtype if shape is None else torch.float32
     states: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     for layer in layers:
