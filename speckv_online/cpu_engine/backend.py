@@ -8,7 +8,7 @@ import torch
 
 from speckv_online.cpu_engine.batched_forward import batch_of
 from speckv_online.cpu_engine.notes import notes_of
-from speckv_online.cpu_engine.target_forward import compiled_of, try_compiled_forward
+from speckv_online.cpu_engine.target_forward import compiled_at_beginning, look_ahead, try_compiled_forward
 from speckv_online.modeling.engine import EngineStatus
 from speckv_online.modeling.forward_backend import BatchReader, PlainForward
 from speckv_online.modeling.kv_cache import KVCache
@@ -30,8 +30,12 @@ class CompiledForward(PlainForward):
             return logits
         return super().forward(tokens, cache, keep, more)
 
+    def begin(self) -> None:
+        """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
+        look_ahead(self.model)
+
     def batch(self, prompts: list[list[int]], capacity: int, last_id: int | None = None) -> BatchReader:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
-        compiled = compiled_of(self.model)
+        compiled = compiled_at_beginning(self.model)
         program = None if compiled is None or compiled.whole_prompts else compiled.program
         return batch_of(self.model, prompts, capacity, program, last_id)

@@ -98,6 +98,9 @@ class Int8Draft:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
         return self.program.read(tokens if more is None else [*tokens, *more.tolist()], cache, keep)
 
+    def begin(self) -> None:
+        """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
+
     def batch(self, prompts: list[list[int]], capacity: int, last_id: int | None = None) -> BatchReader:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
         return batch_of(self.model, prompts, capacity, self.program, last_id)

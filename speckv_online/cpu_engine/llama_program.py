@@ -26,9 +26,15 @@ Step = tuple[Any, ...]
 UNUSABLE = (AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError)
 
 
+#: Where the modules of a plain model come from: what others put in place may do anything.
+_SOURCES = {"torch", "transformers", "bitsandbytes", "speckv_online"}
+
+
 def plain(model: nn.Module) -> TypeGuard[LlamaForCausalLM]:
     """Return True for a Llama on the CPU with the default rotary embedding and no biases, ready for inference."""
     if type(model) is not LlamaForCausalLM or model.training or model.config.hidden_act != "silu":
+        return False
+    if any(type(m).__module__.partition(".")[0] not in _SOURCES for m in model.modules()):
         return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
     if rope.get("rope_type", "default") != "default":

@@ -55,7 +55,8 @@ class PackedLinear(nn.Linear):
 
     def _lay_out(self) -> None:
         # Not buffers: neither saved nor hashed.
-        self._made_of = weight_version(self)
+        # While it is held, no other weight lies where it lies.
+        self._made_of, self._source = weight_version(self), self.weight.detach()
         self._packed = lay_out(self.weight.detach(), self._use)
         self._kernel = compiled(self._use)[self._packed[0].dtype]
 

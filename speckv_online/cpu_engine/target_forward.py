@@ -24,11 +24,11 @@ from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.kernels.llvm import double
-from speckv_online.cpu_engine.layer_patches import stock_layers
+from speckv_online.cpu_engine.layer_patches import OVERRIDES, stock_layers
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
 from speckv_online.cpu_engine.logit_check import what_is_wrong
 from speckv_online.cpu_engine.notes import describe, notes_of
-from speckv_online.cpu_engine.weight_version import WeightVersion, weight_version
+from speckv_online.cpu_engine.weight_version import state_of
 from speckv_online.modeling.fingerprint import remember_fingerprint
 from speckv_online.modeling.kv_cache import KVCache
 
@@ -146,7 +146,10 @@ class CompiledTarget:
         to = "bfloat" if any(type(m).__name__ == "Linear4bit" for m in model.modules()) else "float"
         names = "embed", "turn", f"attend_{to}", f"gate_{to}", "add", "shorten"
         self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
-        self.made_of = _weight_versions(model)
+        #: Whether somebody changes what the model's modules do, which the program does not see.
+        self.watched = False
+        #: Whether the model was looked at for the text that begins next.
+        self.looked = False
         body, scale = model.model, double(float(model.model.layers[0].self_attn.scaling))
         widest = max(p.hidden, p.form.heads * p.form.size, p.inner)
         self._x, self._more, room = torch.empty(MOST_ROWS, widest), torch.empty(MOST_ROWS, p.hidden), _Room(widest)
@@ -194,39 +197,51 @@ class CompiledTarget:
         return self.program.read(ids, cache, keep)
 
 
-def _weight_versions(model: Any) -> list[WeightVersion]:
-    """Return the marks of all weights of a Llama."""
-    found = [model.model.embed_tokens, model.model.norm, model.lm_head]
-    for layer in model.model.layers:
-        a, f = layer.self_attn, layer.mlp
-        found += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj]
-        found += [layer.input_layernorm, layer.post_attention_layernorm]
-    return list(map(weight_version, found))
-
-
 def compiled_of(model: nn.Module) -> CompiledTarget | None:
-    """Return a model's quick forward, if it has one, as of its weights now: made anew where they were changed."""
+    """Return a model's quick forward, if it may be used, as of the model now; to be called where a text begins.
+
+    It is made anew where weights or modules were changed. It stands back while there are hooks on the model's modules.
+    """
+    made_of = model.__dict__.get("_compiled_of")
+    if made_of is None:
+        return None
+    state, watched = state_of(model, OVERRIDES)
+    if state != made_of and not watched:  # what hooks do would be taken for the model's own
+        compile_forward(model)
     compiled: CompiledTarget | None = model.__dict__.get("_compiled")
     if compiled is None:
         return None
-    try:
-        same = compiled.made_of == _weight_versions(model)
-    except AttributeError:  # a part was put in place that has other parts
-        same = False
-    if same:
-        return compiled
-    return model._compiled if compile_forward(model) else None  # type: ignore[return-value]
+    compiled.watched = watched or _has_any_global_hook()
+    return None if compiled.watched else compiled
+
+
+def look_ahead(model: nn.Module) -> None:
+    """Look at a model for the text that begins next, so that its first forward need not."""
+    compiled_of(model)
+    if (compiled := model.__dict__.get("_compiled")) is not None:
+        compiled.looked = True
+
+
+def compiled_at_beginning(model: nn.Module) -> CompiledTarget | None:
+    """Do what :func:`compiled_of` does, at most once a text."""
+    compiled: CompiledTarget | None = model.__dict__.get("_compiled")
+    if compiled is None or not compiled.looked:
+        return compiled_of(model)
+    compiled.looked = False
+    return None if compiled.watched else compiled
 
 
 @wraps(LlamaForCausalLM.forward)  # transformers reads the signature
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     """A model's forward: the quick one for some tokens over a cache of ours, else its own."""
     ids, cache, keep = kwargs.get("input_ids"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
-    whole = len(model.model.layers) == model._compiled.program.layers  # none was taken out since
     known = not args and kwargs.keys() <= _KNOWN and isinstance(keep, int) and not torch.is_grad_enabled()
-    if whole and isinstance(cache, KVCache) and cache.at_start:  # a new text
-        known = known and compiled_of(model) is not None
-    if whole and known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
+    if isinstance(cache, KVCache) and cache.at_start:  # a new text
+        compiled_at_beginning(model)
+    known = known and "_compiled" in model.__dict__ and not model._compiled.watched
+    # No layer was taken out since.
+    known = known and len(model.model.layers) == model._compiled.program.layers
+    if known and isinstance(cache, KVCache) and isinstance(ids, torch.Tensor):
         usable = ids.dim() == 2 and len(ids) == 1 and ids.dtype == torch.int64 and ids.is_cpu
         count, room = ids.shape[-1], model._compiled.room(cache)
         # Of the logits that are wanted those of the prompt's last token are the first: the others are of drafts.
@@ -253,7 +268,12 @@ def try_compiled_forward(model: nn.Module, tokens: Sequence[int], cache: KVCache
         its calls: then call the model. So does the text's beginning, when weights are looked at.
     """
     compiled: CompiledTarget | None = model.__dict__.get("_compiled")
-    if compiled is None or cache.at_start or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward:
+    if (
+        compiled is None
+        or compiled.watched
+        or cache.at_start
+        or getattr(model.__dict__.get("forward"), "__func__", None) is not _forward
+    ):
         return None
     if model._forward_hooks or model._forward_pre_hooks or _has_any_global_hook() or model._compiled_call_impl:
         return None
@@ -274,6 +294,7 @@ def compile_forward(model: nn.Module) -> bool:
         del model.forward
     notes = notes_of(model)
     notes.compiled, compiled = False, None
+    model._compiled_of = ()  # type: ignore[assignment]
     width = lanes()
     if width is None:
         reason, failed = "no kernels for this processor, or no llvmlite", True
@@ -283,6 +304,7 @@ def compile_forward(model: nn.Module) -> bool:
         reason, failed = "its weights are too large to be kept twice", False
     else:
         compiled, reason, failed = _checked(model, width)
+    model._compiled_of = state_of(model, OVERRIDES)[0]  # type: ignore[assignment]
     if compiled is None:
         notes.lacks("compiled forward", reason, failed)
         return False

@@ -14,7 +14,7 @@ import torch
 
 from policies.costs.level_costs import CAUGHT
 from speckv_online.decoding.generation import Generation
-from speckv_online.decoding.inputs import whole_number
+from speckv_online.decoding.inputs import token_ids, whole_number
 from speckv_online.decoding.loop import DecodingLoop
 from speckv_online.decoding.row import Row
 from speckv_online.decoding.sequence import TokenSequence, likeliest, matching
@@ -103,6 +103,8 @@ def decode_batch(
     """
     if len(prompts) > MAX_BATCH:
         raise UserError(f"a batch holds at most {MAX_BATCH} prompts, got {len(prompts)}: split them")
+    longest = max((len(token_ids(p)) + (caches[i].unseen if caches else 0) for i, p in enumerate(prompts)), default=0)
+    decoder.begin(longest + whole_number(max_new_tokens), batch=True)
     checked = [decoder.check_prompt(p, caches[i] if caches else None) for i, p in enumerate(prompts)]
     if not checked:
         return []

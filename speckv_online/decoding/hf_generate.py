@@ -165,7 +165,8 @@ def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus:
         raise UserError("output_attentions and output_hidden_states are not supported with speculative decoding")
     if synced_gpus:
         raise UserError("synced_gpus is not supported: every process would take other numbers of steps")
-    extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _KNOWN)
+    # transformers adds empty containers of its own for models with other inputs beside tokens.
+    extra = sorted(k for k, v in model_kwargs.items() if v is not None and v != {} and k not in _KNOWN)
     if extra:
         raise UserError(f"only token ids can be decoded from, but generate also got {', '.join(extra)}")
 

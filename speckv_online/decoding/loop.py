@@ -27,8 +27,17 @@ from speckv_online.errors import UserError
 from speckv_online.gpu_engine.graphed_llama import graphs_of
 from speckv_online.gpu_engine.static_cache import StaticKVCache
 from speckv_online.modeling.engine import EngineStatus
+from speckv_online.modeling.family_check import check_family
 from speckv_online.modeling.forward_backend import backend_of
-from speckv_online.modeling.introspection import check_model, eos_of, level_of, text_config
+from speckv_online.modeling.introspection import (
+    check_model,
+    embedded_of,
+    eos_of,
+    level_of,
+    longest_of,
+    sizes_of,
+    text_config,
+)
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.longrope import RopeSwitch
 from speckv_online.modeling.sampling import Sampler
@@ -55,7 +64,7 @@ class DecodingLoop:
         self.max_gamma, self.tokenizer = max_gamma, tokenizer
         self.last: Generation | list[Generation] = Generation()
         self.totals = Totals()
-        self._given = draft, level
+        self._given, self._sizes = (draft, level), tuple[object, ...]()
         self._target: PreTrainedModel | None = None
         if target is not None:
             self.bind(target)
@@ -80,21 +89,50 @@ class DecodingLoop:
         UserError
             If the decoder cannot drive the model, or the draft does not fit it.
         """
-        if target is self._target:
-            return
-        check_uncompiled(target, "target")
-        check_model(target, "target")
+        if target is not self._target:
+            check_uncompiled(target, "target")
+            check_model(target, "target")
+            self._sizes = ()
+            self._read(target)
+            self._target = target
+
+    def begin(self, longest: int, batch: bool = False) -> None:
+        """Look at the models before texts of up to so many tokens are decoded: somebody may have changed them.
+
+        Raises
+        ------
+        UserError
+            If a model is of a family that the decoder cannot drive, or the draft no longer fits.
+        """
+        target = self.target
+        self._read(target)
+        backend_of(target).begin()
+        end = min(longest, self.max_length)
+        check_family(target, "target", end, batch)
+        if isinstance(self.drafter, ModelDrafter):
+            check_family(self.drafter.model, "draft", end, batch)
+
+    def _read(self, target: PreTrainedModel) -> None:
+        """Read what the decoder needs to know of the models."""
         draft, level = self._given
-        self.drafter = as_drafter(draft, target)
+        sizes = sizes_of(target, draft if isinstance(draft, PreTrainedModel) else None)
+        if sizes != self._sizes:
+            check_model(target, "target")
+            self.drafter = as_drafter(draft, target)
+            self._sizes = sizes
+        if isinstance(self.drafter, ModelDrafter):
+            self.drafter.refresh()
         self.level = level_of(target) if level is None else level
         self.layers = int(text_config(target).num_hidden_layers)
-        self.max_length = int(getattr(text_config(target), "max_position_embeddings", 1 << 30))
-        self.embedded = len(target.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self.max_length, self.embedded = longest_of(target), embedded_of(target)
+        if isinstance(self.drafter, ModelDrafter) and self.drafter.vocab_size > self.embedded:
+            raise UserError(
+                f"the draft proposes tokens up to {self.drafter.vocab_size - 1}, the target knows 0 to "
+                f"{self.embedded - 1}: make the drafter anew"
+            )
         self.graphs = graphs_of(target)
-        self.rope = RopeSwitch.of(target)
-        self.eos_ids = eos_of(target)
+        self.rope, self.eos_ids = RopeSwitch.of(target), eos_of(target)
         self._clock = StepClock(target.device)
-        self._target = target
 
     @torch.inference_mode()
     def generate(
@@ -140,7 +178,9 @@ class DecodingLoop:
             If the prompt is empty or longer than the target's context.
         """
         started = perf_counter()
-        prompt, unseen = self.check_prompt(prompt_ids, cache), 0 if cache is None else cache.unseen
+        unseen = 0 if cache is None else cache.unseen
+        self.begin(unseen + len(token_ids(prompt_ids)) + whole_number(max_new_tokens))
+        prompt = self.check_prompt(prompt_ids, cache)
         budget = min(whole_number(max_new_tokens), self.room(unseen + len(prompt)))
         capacity = unseen + len(prompt) + budget + self.max_gamma + 1
         if cache is None and self.graphs is not None:
@@ -174,7 +214,6 @@ class DecodingLoop:
 
     def check_prompt(self, prompt_ids: Sequence[int], cache: KVCache | None = None) -> list[int]:
         """Return the prompt as a list; raises :class:`UserError` if it is empty, too long, or of unknown tokens."""
-        self.target  # noqa: B018 - refuses to go on without one
         prompt = token_ids(prompt_ids)
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
@@ -250,6 +289,8 @@ class DecodingLoop:
         ]  # the latest token; in the first step the whole prompt
         width = step.gamma if pending is not None else len(step.tokens)
         logits = self._forward([*unread, *step.tokens], cache, 1 + width, pending)
+        if len(cache) < row.history.context_length:
+            raise UserError("the target keeps no key-value cache (it does not while it trains): call its eval()")
         if on_logits is not None:
             on_logits(logits)
         if pending is not None:

@@ -18,6 +18,7 @@ from speckv_online.lookup.gate import chance_of, shipped_chances
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
 from speckv_online.modeling.device_signals import device_signals
 from speckv_online.modeling.forward_backend import CompiledForward, ForwardBackend, backend_of
+from speckv_online.modeling.introspection import embedded_of, longest_of, text_config
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.modeling.sampling import Sampler
 
@@ -67,13 +68,17 @@ class ModelDrafter:
         self.rows = vocab_size if head_ids is None else len(head_ids)
         self._head_ids = None if head_ids is None else head_ids.to(model.device)
         self.head_ids = None if head_ids is None else head_ids.tolist()
-        config = model.config.get_text_config(decoder=True)
-        self.layers = int(config.num_hidden_layers)
-        self.max_length = int(getattr(config, "max_position_embeddings", 1 << 30))
-        embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        #: Largest id that the model can read, where that is less than the target may say: others are read as it.
-        self.last_id = embedded - 1 if embedded < vocab_size else None
+        self.refresh()
         self.chances, self.kind = shipped_chances(), self.names[0]
+
+    def refresh(self) -> None:
+        """Read what is to be known of the model: somebody may have changed it."""
+        self.layers, self.max_length = int(text_config(self.model).num_hidden_layers), longest_of(self.model)
+        embedded = embedded_of(self.model)
+        #: Largest id that the model can read, where that is less than the target may say: others are read as it.
+        self.last_id = embedded - 1 if embedded < self.vocab_size else None
+        if self._head_ids is not None:
+            self._head_ids = self._head_ids.to(self.model.device)
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence; nothing is fed to the model before the first draft."""

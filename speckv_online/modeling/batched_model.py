@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from speckv_online.errors import UserError
 from speckv_online.modeling.grouped_attention import GROUPED
-from speckv_online.modeling.introspection import text_config
+from speckv_online.modeling.introspection import forward_arguments, longest_of, text_config
 from speckv_online.modeling.kv_cache import KVCache
 
 #: Longest piece of a prompt that is read in one forward: all rows are as wide as the widest.
@@ -126,7 +126,8 @@ class BatchModel:
         self.cache = BatchCache(int(config.num_hidden_layers), rows, capacity + min(CHUNK, capacity))
         self.last_id = last_id
         self.cached = [0] * rows
-        self._last_position = int(getattr(config, "max_position_embeddings", 1 << 30)) - 1
+        self._last_position = longest_of(model) - 1
+        self._arguments = forward_arguments(type(model))
         kinds = set(getattr(config, "layer_types", None) or ())
         window = getattr(config, "sliding_window", None)
         # Models with two kinds of layers take a mask for each by name.
@@ -180,10 +181,13 @@ class BatchModel:
         cache = self.cache
         cache.extent = max(self.cached) + width
         cache.index = (torch.arange(len(tokens), device=self.device)[:, None], slots)
-        logits = self.model(
+        more = {"position_ids": slots.clamp(max=self._last_position), "logits_to_keep": keep}
+        logits: torch.Tensor = self.model(
             input_ids=ids, attention_mask=self._masks(slots, cache.extent), past_key_values=cache, use_cache=True,
-            position_ids=slots.clamp(max=self._last_position), logits_to_keep=keep,
+            **{name: value for name, value in more.items() if name in self._arguments},
         ).logits  # fmt: skip
+        if "logits_to_keep" not in self._arguments:
+            logits = logits[:, keep] if isinstance(keep, torch.Tensor) else logits[:, -keep:]
         self.cached = [c + len(t) for c, t in zip(self.cached, tokens, strict=True)]
         return logits
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from speckv_online.modeling.batched_model import BatchModel
 from speckv_online.modeling.engine import EngineStatus
+from speckv_online.modeling.introspection import forward_arguments, is_known
 from speckv_online.modeling.kv_cache import KVCache
 
 #: Status of a model that nobody gave to the engine.
@@ -65,6 +66,9 @@ class ForwardBackend(Protocol):
         Tensor, shape (keep, rows of the head)
         """
 
+    def begin(self) -> None:
+        """Look at the model before a text is decoded: somebody may have changed it since the one before."""
+
     def batch(self, prompts: list[list[int]], capacity: int, last_id: int | None = None) -> BatchReader:
         """Return what reads sequences that begin with these prompts and hold up to ``capacity`` tokens.
 
@@ -105,10 +109,20 @@ class PlainForward:
         if more is not None:
             parts.append(more[None].to(self.model.device, torch.long))
         ids = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        logits: torch.Tensor = self.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
-        ).logits[0]
+        kind, more_arguments = type(self.model), dict[str, object]()
+        if is_known(kind) or "logits_to_keep" in (arguments := forward_arguments(kind)):
+            more_arguments["logits_to_keep"] = keep
+        if (
+            not is_known(kind) and "position_ids" in arguments
+        ):  # where generate gives them, families may count otherwise
+            start = len(cache)
+            more_arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **more_arguments)
+        logits: torch.Tensor = out.logits[0, -keep:]
         return logits
+
+    def begin(self) -> None:
+        """See :class:`ForwardBackend`."""
 
     def batch(self, prompts: list[list[int]], capacity: int, last_id: int | None = None) -> BatchReader:
         """See :class:`ForwardBackend`."""

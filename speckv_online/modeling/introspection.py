@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +19,28 @@ if TYPE_CHECKING:
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ATTENTION = {"full_attention", "sliding_attention"}
 _NO_WAY_BACK = "cannot go back to before a rejected token: not supported"
+
+
+#: Classes of transformers whose forwards need nothing but ids and a cache, alone and in batches, whatever their config.
+KNOWN = frozenset({
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "GemmaForCausalLM", "GPT2LMHeadModel",
+    "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+})  # fmt: skip
+
+
+def is_known(kind: type) -> bool:
+    """Return True for exactly the classes of :data:`KNOWN`, and not for subclasses of them."""
+    return kind.__name__ in KNOWN and kind.__module__.startswith("transformers.models.")
+
+
+def forward_arguments(kind: type[PreTrainedModel]) -> frozenset[str]:
+    """Return the names of the arguments that the forward of a class of models takes."""
+    return _arguments(kind.forward)
+
+
+@lru_cache(maxsize=256)
+def _arguments(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(signature(function).parameters)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -39,6 +64,31 @@ def check_config(config: PreTrainedConfig, role: str) -> None:
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     if other := sorted(kinds - _ATTENTION):
         raise UserError(f"the {role} has {', '.join(other)}, which {_NO_WAY_BACK}")
+
+
+def longest_of(model: PreTrainedModel) -> int:
+    """Return the most tokens that a model's text may have."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "max_target_positions"):
+        most = getattr(config, name, None)
+        if isinstance(most, int) and most > 0:  # XLNet has -1 for any number
+            return most
+    return 1 << 30
+
+
+def embedded_of(model: PreTrainedModel) -> int:
+    """Return the number of tokens that a model has an embedding for."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
+def sizes_of(*models: PreTrainedModel | None) -> tuple[object, ...]:
+    """Return what decides whether models fit each other and the decoder; it changes where they are resized."""
+    found: list[object] = []
+    for model in models:
+        if model is not None:
+            config = text_config(model)
+            found += [int(config.vocab_size), embedded_of(model), int(config.num_hidden_layers)]
+    return tuple(found)
 
 
 def eos_of(model: PreTrainedModel) -> frozenset[int]:
