@@ -133,6 +133,28 @@ def _state(make: Make) -> None:
     _same_state(again.state_dict(), state, "state_dict after load_state_dict is not what was loaded")
 
 
+def _copied(make: Make) -> None:
+    """What goes out is the caller's, and what comes in is only to be read."""
+    policy, again = make(), make()
+    play(policy, make_texts(5, 1))
+    play(again, make_texts(13, 1, 40))
+    delta, state = policy.take_delta(), policy.state_dict()
+    kept = copy.deepcopy([delta, state])
+    given = copy.deepcopy(kept)
+    for array in (np.asarray(value) for part in given for value in part.values()):
+        array.flags.writeable = False
+    again.merge(given[0])
+    again.load_state_dict(given[1])
+    taken = copy.deepcopy(again.state_dict())
+    _same_state(taken, state, "load_state_dict after merge is not what was loaded")
+    again.merge(again.take_delta())
+    _same_state(again.state_dict(), taken, "load_state_dict keeps what was not handed out yet: drop it")
+    for one in (policy, again):
+        play(one, make_texts(12, 1, 60))
+    for was, now, what in zip(kept, (delta, state), ("take_delta", "state_dict"), strict=True):
+        _same_state(now, was, f"what {what} returned changed while the policy learnt on: return copies")
+
+
 def _restores(make: Make) -> None:
     """A restored copy goes on as the saved policy does, chance aside."""
     policy, again = make(), make()
@@ -169,8 +191,11 @@ def _merges(make: Make) -> None:
     policy, other = make(), make()
     play(policy, make_texts(6, 1))
     delta = _checked(policy.take_delta(), "take_delta")
+    fresh = copy.deepcopy(other.state_dict())
     other.merge(copy.deepcopy(delta))
     other.merge({})
+    if delta and _differ(policy.state_dict(), fresh):
+        assert _differ(other.state_dict(), fresh), "a delta of a policy that learnt changes nothing in another copy"
     before = copy.deepcopy(_checked(other.state_dict(), "state_dict after merge"))
     other.merge(_checked(policy.take_delta(), "take_delta"))
     _same_state(other.state_dict(), before, "take_delta hands out the same twice")
@@ -212,6 +237,7 @@ PROMISES: dict[str, Callable[[Make], None]] = {
     "legal answers": _answers,
     "one seed, one run": _repeats,
     "state of arrays": _state,
+    "states are copies": _copied,
     "duplicates teach once": _duplicates,
     "late outcomes": _late,
     "restores": _restores,
@@ -247,6 +273,14 @@ def _same_state(a: State, b: State, message: str) -> None:
         x, y = np.asarray(a[key], dtype=float), np.asarray(b[key], dtype=float)
         same = x.shape == y.shape and np.allclose(x, y, rtol=1e-9, atol=1e-9)
         assert same, f"{message}: {key!r} differs"
+
+
+def _differ(a: State, b: State) -> bool:
+    try:
+        _same_state(a, b, "")
+    except AssertionError:
+        return True
+    return False
 
 
 def _checked(state: State, where: str) -> State:

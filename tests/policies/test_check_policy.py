@@ -44,7 +44,7 @@ class Good(Policy):
     def load_state_dict(self, state: State) -> None:
         if np.shape(state.get("mean", ())) != (2,):
             raise PolicyError("the state lacks two numbers")
-        self.mean = np.array(state["mean"], dtype=float)
+        self.mean, self.new = np.array(state["mean"], dtype=float), np.zeros(2)
 
     def take_delta(self) -> State:
         new, self.new = self.new, np.zeros(2)
@@ -52,6 +52,34 @@ class Good(Policy):
 
     def merge(self, delta: State) -> None:
         self.mean = self.mean + delta.get("mean", 0.0)
+
+
+class LiveState(Good):
+    def add(self, more: np.ndarray) -> None:
+        self.mean += more
+        self.new = self.new + more
+
+    def state_dict(self) -> State:
+        return {"mean": self.mean}
+
+
+class KeepsUnsent(Good):
+    def load_state_dict(self, state: State) -> None:
+        new = self.new
+        super().load_state_dict(state)
+        self.new = new
+
+
+class WritesIn(Good):
+    def merge(self, delta: State) -> None:
+        if delta:
+            delta["mean"] += self.mean
+            self.mean = delta["mean"].copy()
+
+
+class Secretive(Good):
+    def take_delta(self) -> State:
+        return {"mean": np.zeros(2)}
 
 
 class TooLong(Good):
@@ -160,7 +188,7 @@ class Half(Good):
 
 class Trusting(Good):
     def load_state_dict(self, state: State) -> None:
-        self.mean = np.array(state["mean"], dtype=float)
+        self.mean, self.new = np.array(state["mean"], dtype=float), np.zeros(2)
 
 
 class HandsOutTwice(Good):
@@ -219,6 +247,10 @@ BROKEN: dict[type[Policy], tuple[str, str]] = {
     Warns: ("legal answers", "it raised DeprecationWarning: old"),
     Raises: ("legal answers", "it raised KeyError: 'nf4'"),
     Chance: ("one seed, one run", "draw from self.rng alone"),
+    LiveState: ("states are copies", "what state_dict returned changed"),
+    KeepsUnsent: ("states are copies", "keeps what was not handed out yet"),
+    WritesIn: ("states are copies", "it raised ValueError"),
+    Secretive: ("merges", "changes nothing in another copy"),
     Twice: ("duplicates teach once", "'mean' differs"),
     Spoiler: ("late outcomes", "learn changed an outcome's signals"),
     InOrder: ("late outcomes", "it raised RuntimeError: too late"),
