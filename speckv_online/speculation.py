@@ -8,7 +8,7 @@ inside a draft means, and what an outcome says is settled here.
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -89,6 +89,15 @@ class PolicyTimer:
         self.learning = perf_counter() - started
 
 
+class Choice(NamedTuple):
+    """What a decision was when it was made; fields as in :class:`~policies.base.Decision`."""
+
+    id: int
+    gamma: int
+    propensity: float
+    policy_version: int
+
+
 class Speculation:
     """The steps of one sequence: :meth:`decide`, :meth:`add` for each drafted token, :meth:`submit`, :meth:`commit`.
 
@@ -107,7 +116,11 @@ class Speculation:
     Attributes
     ----------
     decision : Decision
-        The policy's, for the step under way.
+        The policy's own, for the step under way; handed back to it, and not read.
+    choice : Choice
+        What the decision was when it was made.
+    asks : bool
+        Whether the policy wanted to be asked after each token.
     gamma : int
         Most tokens that this step drafts.
     tokens : list of int
@@ -122,6 +135,9 @@ class Speculation:
         "_asks",
         "_policy",
         "_proposer",
+        "_submits",
+        "asks",
+        "choice",
         "decision",
         "drafter",
         "gamma",
@@ -140,7 +156,8 @@ class Speculation:
         self.decision, self.gamma, self.drafter = Decision(0, 0), 0, ""
         self.tokens: list[int] = []
         self.lookups: list[float] = []
-        self._asks = False
+        self._asks = self.asks = self._submits = False
+        self.choice = Choice(0, 0, 1.0, 0)
         self._proposer: Proposer = _NOBODY
 
     def decide(self, max_gamma: int, remaining: int, proposer: Proposer | None) -> int:
@@ -166,8 +183,11 @@ class Speculation:
             name = decision.drafter
             self.drafter = proposer.use(name)
             self.lookups = [proposer.lookup_confidence() if name else confidence]
-        self.decision, self._asks = decision, decision.ask_per_token
-        gamma = decision.gamma
+        # Values of this moment: a policy may write to its decision later.
+        asks, gamma = decision.ask_per_token, decision.gamma
+        self.decision, self.asks, self._asks = decision, asks, asks
+        self._submits = asks or decision.ask_at_submit
+        self.choice = Choice(decision.id, gamma, decision.propensity, decision.policy_version)
         self.gamma = gamma = gamma if gamma < max_gamma else max_gamma
         return gamma
 
@@ -203,10 +223,10 @@ class Speculation:
 
     def submit(self) -> int:
         """End the draft: drop the tokens that the policy does not submit, and return how many are left."""
-        tokens, decision = self.tokens, self.decision
+        tokens = self.tokens
         k = len(tokens)
-        if k and self.may_drop and (decision.ask_per_token or decision.ask_at_submit):
-            k = self._policy.submit(decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
+        if k and self.may_drop and self._submits:
+            k = self._policy.submit(self.decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
             del tokens[k:]
         return k
 

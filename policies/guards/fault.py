@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from math import isfinite
 from time import perf_counter
@@ -16,6 +17,8 @@ from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, 
 from policies.costs.prior import CostPrior
 
 log = logging.getLogger(__name__)
+#: What a policy's call may end with. An interrupt is the user's.
+FAULTS = (Exception, SystemExit)
 
 
 def whole(gamma: object) -> int:
@@ -119,30 +122,33 @@ class FaultGuard(Wrapper):
         self._drafters: tuple[str, ...] = ()
 
     def decide(self, context: Context) -> Decision:
+        # Values of before the call: a policy may write to its context.
+        self._drafters, most = context.drafters, context.max_gamma
         if self._sit_out:
             self._sit_out -= 1
-            return self._fallback(context)
-        self._drafters = context.drafters
+            return self._fallback(most)
         started = perf_counter()
         try:
             decision = self.policy.decide(context)
             gamma = decision.gamma
-            fine = type(gamma) is int and 0 <= gamma <= context.max_gamma and 0.0 < decision.propensity <= 1.0
-            if decision.drafter and decision.drafter not in context.drafters:
-                self._fault("unknown drafter", f"asked for the drafter {decision.drafter!r}, not of {context.drafters}")
+            fine = type(gamma) is int and 0 <= gamma <= most and 0.0 < decision.propensity <= 1.0
+            if type(decision.id) is not int or type(decision.policy_version) is not int:
+                raise TypeError(f"id {decision.id!r} or version {decision.policy_version!r} is no whole number")
+            if decision.drafter and decision.drafter not in self._drafters:
+                self._fault("unknown drafter", f"asked for the drafter {decision.drafter!r}, not of {self._drafters}")
                 decision = replace(decision, drafter="")
             if not fine:
-                repaired = self._repaired(decision, context)
+                repaired = self._repaired(decision, most)
                 decision, fine = repaired or decision, repaired is not None
-        except Exception as error:
+        except FAULTS as error:
             self._fault("decide raised", error)
-            return self._fallback(context)
+            return self._fallback(most)
         if perf_counter() - started > self.stall_seconds:
             self._slow = decision.id
             self._stall(f"deciding took longer than {self.stall_seconds} s")
-        return decision if fine else self._fallback(context)
+        return decision if fine else self._fallback(most)
 
-    def _repaired(self, decision: Decision, context: Context) -> Decision | None:
+    def _repaired(self, decision: Decision, most: int) -> Decision | None:
         """Return the decision with a usable gamma clipped; count a fault and return None for any other."""
         gamma = whole(decision.gamma)
         if not 0 <= gamma <= MAX_GAMMA:
@@ -151,11 +157,11 @@ class FaultGuard(Wrapper):
         if not 0.0 < decision.propensity <= 1.0 + 1e-9:
             self._fault("impossible propensity", f"gave propensity {decision.propensity!r}")
             return None
-        return replace(decision, gamma=min(gamma, context.max_gamma))
+        return replace(decision, gamma=min(gamma, most))
 
-    def _fallback(self, context: Context) -> Decision:
+    def _fallback(self, most: int) -> Decision:
         self._own_id -= 1
-        return Decision(self._own_id, min(self.fallback_gamma, context.max_gamma))
+        return Decision(self._own_id, min(self.fallback_gamma, most))
 
     def proceed(self, decision: Decision, draft: Draft) -> bool | str:
         try:
@@ -167,7 +173,7 @@ class FaultGuard(Wrapper):
             if isinstance(answer, str) and answer in self._drafters:
                 return answer
             self._fault("impossible answer", f"proceed answered {answer!r}")
-        except Exception as error:
+        except FAULTS as error:
             self._fault("proceed raised", error)
         return False
 
@@ -177,12 +183,12 @@ class FaultGuard(Wrapper):
             if 0 <= answer <= draft.drafted:
                 return answer
             self._fault("impossible answer", f"submits {answer} of {draft.drafted} drafted tokens")
-        except Exception as error:
+        except FAULTS as error:
             self._fault("submit raised", error)
         return draft.drafted
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
-        if decision.id < 0:
+        if type(decision.id) is not int or decision.id < 0:  # the guard's own, or one that the policy wrote to
             return
         # A stalled decision was counted when it was made.
         if outcome.policy_seconds > self.stall_seconds and decision.id != self._slow:
@@ -192,7 +198,7 @@ class FaultGuard(Wrapper):
                 self.policy.learn(decision, outcome)
             else:
                 self._fault("signals that are no numbers", "such a step teaches nothing")
-        except Exception as error:
+        except FAULTS as error:
             self._fault("learn raised", error)
 
     def set_costs(self, level: str, prior: CostPrior) -> None:
@@ -202,13 +208,13 @@ class FaultGuard(Wrapper):
             return
         try:
             tell(level, prior)
-        except Exception as error:
+        except FAULTS as error:
             self._fault("set_costs raised", error)
 
     def begin(self, context: Context) -> None:
         try:
             self.policy.begin(context)
-        except Exception as error:
+        except FAULTS as error:
             self._fault("begin raised", error)
 
     def _stall(self, reason: str) -> None:
@@ -217,7 +223,7 @@ class FaultGuard(Wrapper):
 
     def _fault(self, kind: str, reason: object) -> None:
         if not self.faults:
-            if isinstance(reason, Exception):
+            if isinstance(reason, BaseException):
                 reason = f"{type(reason).__name__}: {reason}"
             name = type(self.policy).__name__
             log.warning(
@@ -225,6 +231,55 @@ class FaultGuard(Wrapper):
             )
         self.faults[kind] += 1
 
+    def pmf(self, context: Context) -> np.ndarray | None:
+        try:
+            return self.policy.pmf(context)
+        except FAULTS as error:
+            self._fault("pmf raised", error)
+            return None
+
+    def state_dict(self) -> State:
+        return self._arrays("state_dict", self.policy.state_dict)
+
+    def take_delta(self) -> State:
+        return self._arrays("take_delta", self.policy.take_delta)
+
+    def _arrays(self, name: str, call: Callable[[], State]) -> State:
+        """Return what a call returns if it is arrays of numbers, else nothing."""
+        try:
+            found = call()
+            bad = [key for key, value in found.items() if np.asarray(value).dtype.kind not in "fiub"]
+            if not bad and all(isinstance(key, str) for key in found):
+                return found
+            self._fault("impossible answer", f"{name} holds {bad or list(found)}, which are no numbers under names")
+        except FAULTS as error:
+            self._fault(f"{name} raised", error)
+        return {}
+
+    def merge(self, delta: State) -> None:
+        try:
+            self.policy.merge(delta)
+        except PolicyError:
+            raise  # of another policy: the caller's mistake
+        except FAULTS as error:
+            self._fault("merge raised", error)
+
+    def load_state_dict(self, state: State) -> None:
+        try:
+            self.policy.load_state_dict(state)
+        except PolicyError:
+            raise
+        except FAULTS as error:
+            self._fault("load_state_dict raised", error)
+            raise PolicyError(
+                f"{type(self.policy).__name__} cannot load a state: {type(error).__name__}: {error}"
+            ) from error
+
     def info(self) -> dict[str, Any]:
-        found = self.policy.info()
+        try:
+            found = self.policy.info()
+            found = found if isinstance(found, dict) else {}
+        except FAULTS as error:
+            self._fault("info raised", error)
+            found = {}
         return found | {"faults": dict(self.faults)} if self.faults else found

@@ -19,13 +19,7 @@ def draft_async(step: Speculation, drafter: Drafter) -> torch.Tensor | None:
     Then a step needs one transfer to the host in all. Returns what :meth:`ModelDrafter.draft_async` does, or None where
     the policy wants to see every token, tokens are drawn, or the drafter is no plain model; its quick form is on the
     host."""
-    if (
-        not step.gamma
-        or step.decision.ask_per_token
-        or not step.may_drop
-        or not is_pure(drafter)
-        or drafter.compiled is not None
-    ):
+    if not step.gamma or step.asks or not step.may_drop or not is_pure(drafter) or drafter.compiled is not None:
         return None
     return None if drafter.kind == LOOKUP else drafter.draft_async(step.gamma)
 

@@ -128,12 +128,12 @@ class Row:
 def record_of(row: Row, outcome: Outcome) -> StepRecord:
     """Return the record of the step that just came to an end, without the policy's own seconds."""
     mean_h, max_h, mean_c, min_c = summarise(outcome.signals)
-    decision = row.step.decision
+    choice = row.step.choice
     return StepRecord(
-        step=row.history.step - 1, gamma=decision.gamma, drafted=outcome.drafted, accepted=outcome.accepted,
+        step=row.history.step - 1, gamma=choice.gamma, drafted=outcome.drafted, accepted=outcome.accepted,
         labelled=outcome.labelled, produced=outcome.produced, mean_draft_entropy=mean_h, mean_draft_confidence=mean_c,
         max_draft_entropy=max_h, min_draft_confidence=min_c, context_length=outcome.context_length,
-        propensity=decision.propensity, policy_version=decision.policy_version, decision_id=decision.id,
+        propensity=choice.propensity, policy_version=choice.policy_version, decision_id=choice.id,
         decide_seconds=0.0, draft_seconds=outcome.draft_seconds, verify_seconds=outcome.verify_seconds,
         seconds=outcome.seconds, forwards=outcome.forwards,
     )  # fmt: skip

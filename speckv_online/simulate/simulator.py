@@ -166,8 +166,9 @@ class Simulator:
                 n, produced, proposer.signals[:k], paid, lag, k == proposer.there < proposer.size, draft_seconds,
                 verify_seconds, seconds,
             )  # fmt: skip
+            labelled = outcome.labelled
             policy.learn(step.decision, outcome)
-            yield t, step.decision.gamma, k, n, outcome.labelled, produced, proposed, seconds
+            yield t, step.choice.gamma, k, n, labelled, produced, proposed, seconds
             # The draft's cache keeps what it has read of the accepted tokens; the target's token comes on top.
             if reads:
                 lag = n + 1 - (reached if reached < n else n) if paid else lag + produced
@@ -241,7 +242,7 @@ class TraceProposer:
     def draft(self, gamma: int) -> int:
         """Draft up to ``gamma`` tokens, as many as the policy wants; return how many."""
         step, j = self._step, 0
-        if gamma and not step.decision.ask_per_token:
+        if gamma and not step.asks:
             there = len(self.ids)
             j = gamma if gamma < there else there
             following = self._known[1 : j + 1]
