@@ -103,8 +103,7 @@ def one_stage(config: GpuConfig, name: str) -> int:
     if asked == "cuda" and not torch.cuda.is_available():
         stage.skip("the whole stage", "no CUDA device was found: use --device cpu --tiny to try the script")
         return 0
-    if config.stages == (name,):
-        forget(stage.folder, config.stages)
+    forget(stage.folder, (name,))
     stage.device = pick_device(asked)
     stage.found |= {"device": asked, "tiny": config.tiny, "hardware": hardware(), "software": software()}
     stage.save()
