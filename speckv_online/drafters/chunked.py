@@ -65,6 +65,7 @@ class ChunkedDrafter(ModelDrafter):
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
         """Start a sequence; nothing is fed to the model before the first draft."""
         super().begin(tokens, capacity, sampler)  # which lets go of the last text's cache
+        self.graphs.follow(self._head_ids, self.last_id)
         cache = self.graphs.cache(capacity + self.chunk)
         if cache is not None:
             self.cache = cache

@@ -27,6 +27,9 @@ class GraphCapture(Protocol):
         where the function cannot be recorded.
         """
 
+    def part(self) -> None:
+        """Have the graphs to come share no memory with those recorded so far, which may all be gone."""
+
     def upload(self, numbers: Sequence[int], to: torch.Tensor) -> None:
         """Write some whole numbers to the beginning of a tensor on the device, without waiting for the device."""
 
@@ -66,9 +69,14 @@ class CudaCapture:
                     body()
             except BaseException:
                 torch.cuda.set_stream(current)  # torch leaves its own stream on where a capture fails
+                self.part()  # and goes on counting the pool as being recorded to
                 raise
             current.wait_stream(self._stream)
         return graph.replay
+
+    def part(self) -> None:
+        """See :class:`GraphCapture`: torch refuses a pool whose last graph is gone, until its memory is given back."""
+        self._pool = torch.cuda.graph_pool_handle()
 
     def upload(self, numbers: Sequence[int], to: torch.Tensor) -> None:
         """See :class:`GraphCapture`."""
@@ -99,6 +107,9 @@ class EagerCapture:
         """See :class:`GraphCapture`."""
         self.captured += 1
         return body
+
+    def part(self) -> None:
+        """See :class:`GraphCapture`."""
 
     def upload(self, numbers: Sequence[int], to: torch.Tensor) -> None:
         """See :class:`GraphCapture`."""

@@ -41,6 +41,10 @@ class GraphedDraft(GraphedLlama):
         super().__init__(model, capture)
         self._rows, self._head_ids, self._last_id = rows, head_ids, last_id
 
+    def follow(self, head_ids: torch.Tensor | None, last_id: int | None) -> None:
+        """Take note of what may have changed with the model's weights; to be called before :meth:`cache`."""
+        self._head_ids, self._last_id = head_ids, last_id
+
     @torch.inference_mode()
     def draft(self, ids: list[int], cache: StaticKVCache, count: int) -> torch.Tensor | None:
         """Read tokens, then draft; the cache then holds all of them but the last draft.

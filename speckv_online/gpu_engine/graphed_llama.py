@@ -90,6 +90,7 @@ class GraphedLlama:
 
     def __init__(self, model: PreTrainedModel, capture: GraphCapture | None = None) -> None:
         self.model: Any = model
+        self._given, self._device = capture, model.device
         self.capture = capture_for(model.device) if capture is None else capture
         self.captures, self.failure = 0, ""
         self._made_of: list[Any] = []
@@ -109,7 +110,7 @@ class GraphedLlama:
         made_of = _marks(self.model)
         if made_of != self._made_of:
             self._made_of, self._version = made_of, self._version + 1
-            self._rooms.clear()
+            self._drop_rooms()
             self.failure = why_not(self.model)
             if self.failure:
                 _LOG.info("%s is read without graphs: %s", type(self.model).__name__, self.failure)
@@ -117,7 +118,7 @@ class GraphedLlama:
             return None
         room = next((room for room in self._rooms if room.capacity >= capacity), None)
         if room is None:
-            self._rooms.clear()  # all too short
+            self._drop_rooms()  # all too short
             room = self._room(capacity)
             room.version = self._version
         else:
@@ -126,6 +127,15 @@ class GraphedLlama:
         cache = StaticKVCache(room)
         weakref.finalize(cache, self._give_back, room).atexit = False
         return cache
+
+    def _drop_rooms(self) -> None:
+        """Forget the rooms that no cache is in, and their graphs; record on the device where the model is by now."""
+        self._rooms.clear()
+        if self._given is None and self.model.device != self._device:
+            self._device = self.model.device
+            self.capture = capture_for(self._device)
+        else:
+            self.capture.part()
 
     def _room(self, capacity: int) -> Room:
         config, head = self.model.config, self.model.lm_head

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench.gpu.__main__ import main
+from experiments.bench.gpu import __main__ as script
+from experiments.bench.gpu.__main__ import forget, main, run_command
+from experiments.bench.gpu.host import host_gaps
 from experiments.bench.gpu.lossless import chi_square
 from experiments.bench.gpu.settings import BUDGETS, START, TOTAL, GpuConfig, Stage
 from experiments.bench.gpu.targets import targets
@@ -135,3 +137,28 @@ def test_targets_say_what_was_not_measured(tmp_path: Path) -> None:
     assert lines[4].endswith("not measured")
     (tmp_path / "decoding.json").write_text(json.dumps({"rows": rows, "device": "cpu", "tiny": True}))
     assert [t.value for t in targets(tmp_path)][:3] == [None] * 3  # a trial run says nothing of a GPU
+
+
+def test_waiting_for_the_device_is_no_work_of_the_host() -> None:
+    graphs = [(0.0, 2.0), (10.0, 11.0), (12.0, 13.0)]
+    assert host_gaps(graphs, [(1.0, 3.0), (4.0, 9.0), (12.5, 20.0)]) == [2.0, 1.0]
+    assert host_gaps(graphs[:1], []) == []
+
+
+def test_files_of_an_earlier_run_do_not_pass_as_new(tmp_path: Path) -> None:
+    for name in ("host.json", "costs.json", "cost-1b.json", "ray.json"):
+        (tmp_path / name).write_text("{}")
+    forget(tmp_path, ("costs", "host", "decoding"))
+    assert [path.name for path in tmp_path.iterdir()] == ["ray.json"]
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_late_stage_ends_what_it_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
+    """Interrupted first, and killed only where it does not notice."""
+    monkeypatch.setattr(script, "TIDY", 1 if deaf else 60)
+    tidy, code = tmp_path / "tidy", "import pathlib, signal, sys, time\n"
+    code += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if deaf else ""
+    code += "try:\n time.sleep(600)\nfinally:\n pathlib.Path(sys.argv[1]).touch()\n"
+    assert run_command([sys.executable, "-c", code, str(tidy)], "host", 5) == 1
+    assert tidy.exists() != deaf
+    assert run_command([sys.executable, "-c", "raise SystemExit(3)"], "host", 60) == 3

@@ -129,6 +129,19 @@ def test_a_small_head_and_a_small_embedding() -> None:
     assert found[0] == found[1]
 
 
+def test_an_embedding_that_shrinks() -> None:
+    """A token that the draft no longer knows is never looked up by a graph: a GPU would not survive that."""
+    target, draft = tiny_llama(vocab=300), tiny_llama(seed=5, vocab=300)
+    drafter = ChunkedDrafter(draft, 300, capture=RecordedCapture())
+    decoder = SpeculativeDecoder(drafter, policy=Scripted([4], ask_per_token=True), target=target)
+    decoder.generate(prompt_of(10), 10)
+    embed = draft.model.embed_tokens
+    embed.weight = torch.nn.Parameter(embed.weight.detach()[:20].clone())
+    for _ in range(2):
+        assert decoder.generate(prompt_of(10), 30).tokens == plain(target, prompt_of(10), 30)
+    assert not drafter.graphs.failure
+
+
 @torch.inference_mode()
 def drafts_after(drafter: ModelDrafter, prompt: list[int]) -> list[int]:
     drafter.begin(prompt, 64)

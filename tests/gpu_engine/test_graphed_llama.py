@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from speckv_online.decoding.decoder import SpeculativeDecoder
+from speckv_online.gpu_engine import graphed_llama
 from speckv_online.gpu_engine.graph_capture import EagerCapture, GraphCapture
 from speckv_online.gpu_engine.graphed_llama import GraphedLlama, attach, graphs_of, why_not
 from speckv_online.gpu_engine.static_cache import LEAST_CAPACITY, MAX_WIDTH, StaticKVCache, bucket
@@ -196,6 +197,32 @@ def test_weights_in_other_places_drop_the_graphs() -> None:
     assert graphs.captures == 2
     graphs.read([7], held, 1)
     assert graphs.captures == 2  # its graphs are of no use any more: the model read on
+
+
+def test_graphs_to_come_share_no_memory_with_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a pool whose last graph is gone; and a model that moved is recorded where it is now."""
+    parted, made = [], list[str]()
+
+    class Noted(EagerCapture):
+        def part(self) -> None:
+            parted.append(1)
+
+    def for_device(device: torch.device) -> Noted:
+        made.append(device.type)
+        return Noted()
+
+    monkeypatch.setattr(graphed_llama, "capture_for", for_device)
+    model = tiny_llama(positions=2048)
+    graphs = GraphedLlama(model)
+    opened(graphs)
+    before = len(parted)
+    opened(graphs)
+    assert len(parted) == before
+    opened(graphs, 1500)  # the room is too short
+    assert len(parted) == before + 1
+    model.to("meta")
+    opened(graphs)
+    assert made == ["cpu", "meta"]
 
 
 def test_weights_changed_in_place_are_read() -> None:

@@ -7,6 +7,7 @@ others with it. A stage that is over its seconds ends with what it has. What the
 from __future__ import annotations
 
 import importlib
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from speckv_online.io.run_directory import check_writable
 MODULES = {name: "ray_jobs" if name == "ray" else name for name in BUDGETS}
 #: Seconds that a stage may take beyond its budget, starting included, before it is ended.
 GRACE = 40
+#: Seconds that it then has to end what it has started, before it is killed.
+TIDY = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +38,7 @@ def bench(config: GpuConfig) -> int:
     check_writable(Path(config.out).expanduser())
     if len(config.stages) == 1:
         return one_stage(config, config.stages[0])
+    forget(Path(config.out).expanduser(), config.stages)
     started, codes = monotonic(), []
     for name in config.stages:
         left = config.budget(name) if config.seconds else TOTAL - START - (monotonic() - started)
@@ -46,6 +50,13 @@ def bench(config: GpuConfig) -> int:
     return int(any(codes))
 
 
+def forget(folder: Path, stages: Sequence[str]) -> None:
+    """Delete what an earlier run of these stages wrote: where one is skipped now, that would pass as measured now."""
+    for name in stages:
+        for path in (folder / f"{name}.json", *(folder.glob("cost-*.json") if name == "costs" else ())):
+            path.unlink(missing_ok=True)
+
+
 def in_a_process(config: GpuConfig, name: str, seconds: int) -> int:
     """Run a stage in a process of its own; return its exit code."""
     if seconds <= 0:
@@ -53,12 +64,29 @@ def in_a_process(config: GpuConfig, name: str, seconds: int) -> int:
         return 0
     command = [sys.executable, "-m", "experiments.bench.gpu", "--stages", name, "--device", config.device]
     command += ["--out", config.out, "--seconds", str(seconds), *(["--tiny"] if config.tiny else [])]
-    limit = seconds + GRACE
-    try:
-        return subprocess.run(command, timeout=limit, check=False).returncode
-    except subprocess.TimeoutExpired:
-        say(f"{name}: ended after {limit} s; its file has what was there by then")
-        return 1
+    return run_command(command, name, seconds + GRACE)
+
+
+def run_command(command: list[str], name: str, limit: int) -> int:
+    """Run a stage's command for so many seconds at most; return its exit code.
+
+    A stage that is late is interrupted, so that it ends what it has started (Ray has processes of its own); one that
+    hangs in the device does not notice, and is killed.
+    """
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            say(f"{name}: ended after {limit} s; its file has what was there by then")
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(TIDY)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return 1
+        except BaseException:
+            process.kill()
+            raise
 
 
 def one_stage(config: GpuConfig, name: str) -> int:
@@ -75,6 +103,7 @@ def one_stage(config: GpuConfig, name: str) -> int:
     if asked == "cuda" and not torch.cuda.is_available():
         stage.skip("the whole stage", "no CUDA device was found: use --device cpu --tiny to try the script")
         return 0
+    forget(stage.folder, (name,))
     stage.device = pick_device(asked)
     stage.found |= {"device": asked, "tiny": config.tiny, "hardware": hardware(), "software": software()}
     stage.save()

@@ -57,7 +57,8 @@ def one_pair(stage: Stage, name: str, levels: tuple[str, ...], open_level: Any) 
             continue
         costs[level], row = found
         stage.add("rows", {"pair": name, "level": level, **row})
-        where = "tiny-cpu" if stage.device.type == "cpu" else "measured"
+        where = stage.device.type if stage.tiny or stage.device.type == "cpu" else "measured"
+        where = f"tiny-{where}" if stage.tiny else where
         source = f"experiments.bench.gpu, stage costs, medians; context {SHORT}, slope from {SHORT} to {LONG}"
         details = {"pair": name, "hardware": hardware(), "software": software(), "tiny": stage.tiny}
         CostTable(f"{name}-{where}", costs, source, details).save(stage.folder / f"cost-{name}.json")
@@ -98,11 +99,17 @@ def measure(stage: Stage, target: Any, drafter: ModelDrafter, draft: str) -> tup
         each, tuple(map(float, widths)), context_seconds=slope, context_length=float(SHORT), first_draft_seconds=once
     )
     row = {
-        "draft": draft, "graphs": not graphs.failure, "why_not": graphs.failure, "verify": table, "verify_far": far,
+        "draft": draft, "draft_graphs": graphed(drafter),
+        "graphs": not graphs.failure, "why_not": graphs.failure, "verify": table, "verify_far": far,
         "verify_own_forward": own, "five_over_one": table[5] / table[1], "draft_seconds": each,
         "first_draft_seconds": once,
     }  # fmt: skip
     return cost, row
+
+
+def graphed(drafter: ModelDrafter) -> bool:
+    """Return True if the draft model was read through graphs."""
+    return isinstance(drafter, ChunkedDrafter) and not drafter.graphs.failure
 
 
 def verify_seconds(

@@ -61,17 +61,30 @@ def look(stage: Stage, pair: LoadedPair, spec: str, prompt: list[int], new: int)
 
 
 def profiled(decoder: SpeculativeDecoder, prompt: list[int], new: int) -> dict[str, Any]:
-    """Return what the profiler counts per step, and the host's time from the end of one graph launch to the next."""
+    """Return what the profiler counts per step, and the host's own time from one graph launch to the next."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         steps = len(decoder.generate(prompt, new, eos_ids=()).steps)
         torch.cuda.synchronize()
     events = sorted(seen.events() or (), key=lambda event: event.time_range.start)
-    graphs = [e.time_range for e in events if e.name.startswith(GRAPH)]
-    gaps = [(b.start - a.end) / 1e3 for a, b in pairwise(graphs)]  # µs to ms
+    graphs, waits = (
+        [(e.time_range.start, e.time_range.end) for e in events if e.name.startswith(kinds)] for kinds in (GRAPH, WAITS)
+    )
+    gaps = [own / 1e3 for own in host_gaps(graphs, waits)]  # µs to ms
     count = {name: sum(e.name.startswith(kinds) for e in events) for name, kinds in
              (("launches", LAUNCH), ("graph_launches", GRAPH), ("synchronisations", WAITS))}  # fmt: skip
     found: dict[str, Any] = {f"{name}_per_step": value / steps for name, value in count.items()}
     quantiles = np.quantile(gaps, [0.1, 0.5, 0.9]).tolist() if gaps else []
     return found | {"ms_between_graphs": dict(zip(("p10", "p50", "p90"), quantiles, strict=False))}
+
+
+def host_gaps(graphs: list[tuple[float, float]], waits: list[tuple[float, float]]) -> list[float]:
+    """Return the time from the end of each launch to the next one's beginning in which the host did not wait.
+
+    Launches and waits are given by beginning and end, and the waits do not overlap.
+    """
+    return [
+        max(0.0, b - a - sum(max(0.0, min(b, end) - max(a, start)) for start, end in waits))
+        for (_, a), (b, _) in pairwise(graphs)
+    ]

@@ -86,12 +86,15 @@ def open_pair(stage: Stage, level: str, kind: str = "", folder: Path | None = No
         If the machine lacks a library or the model.
     """
     need_bitsandbytes(level)
+    engine = (
+        "auto" if stage.device.type == "cuda" else None
+    )  # graphs are what is measured, whatever $SPECKV_ENGINE says
     if kind:
         assert folder is not None
         target, draft = save_family(kind, folder)
-        pair = load_pair(level=level, device=str(stage.device), target=str(target), draft=str(draft))
+        pair = load_pair(level=level, device=str(stage.device), target=str(target), draft=str(draft), engine=engine)
     else:
-        pair = load_pair(level=level, device=str(stage.device))
+        pair = load_pair(level=level, device=str(stage.device), engine=engine)
     drafter = pair.drafter
     if stage.device.type == "cpu" and isinstance(drafter, ModelDrafter):
         attach(pair.target)
