@@ -1,6 +1,6 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
 # make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below.
-#            It prints what the quick tests cover: the total, and the ten files that they cover least
+#            It prints what the quick tests of decoding and replays cover: the total, and the ten least covered files
 # make results  everything that docs/results.md shows, two to four hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
@@ -12,6 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 # What `make test` runs once more on plain transformers modules.
+COVERED := $(foreach part,decoding drafters models modeling simulate traces,--cov=speckv_online/$(part))
 WITHOUT_ENGINE := tests/decoding tests/drafters tests/models tests/simulate
 CODE := docs experiments policies speckv_online tests
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -40,10 +41,11 @@ test: setup
 	@echo "== preparing the default model pair"
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== tests that need neither the real models nor Ray, two processes at a time"
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" --cov --cov-report= $(ARGS) || test $$? -eq 5
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(ARGS) || test $$? -eq 5
+	@echo "== the quick tests of what decodes once more, on plain transformers modules, and what they cover"
+	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(COVERED) --cov-report= $(WITHOUT_ENGINE) $(ARGS) \
+		|| test $$? -eq 5
 	@$(BIN)/python -m tests.support.coverage_summary
-	@echo "== the quick tests of what decodes once more, on plain transformers modules"
-	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(WITHOUT_ENGINE) $(ARGS) || test $$? -eq 5
 	@echo "== tests with the real models and a real Ray"
 	@$(BIN)/python -m pytest -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none of them was asked for
 
