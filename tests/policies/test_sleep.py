@@ -142,11 +142,15 @@ def test_state() -> None:
     again.load_state_dict(guard.state_dict())
     assert again.ledger("nf4").sleep.row() == guard.ledger("nf4").sleep.row()
     assert again.ledger("nf4").sleep.bound() == guard.ledger("nf4").sleep.bound()
-    older = {key: value for key, value in guard.state_dict().items() if not key.startswith("safety_nap")}
+    older = {key: value for key, value in guard.state_dict().items() if not key.startswith("safety_sleep")}
     again.load_state_dict(older)
+    former = {key.replace("safety_sleep.", "safety_nap."): value for key, value in guard.state_dict().items()}
+    restored = told(SafetyGuard(Stubborn(1), epsilon=0.5), "nf4")
+    restored.load_state_dict(former)  # of version 0.1
+    assert restored.ledger("nf4").sleep.row() == guard.ledger("nf4").sleep.row()
     for wrong in (np.zeros(3), np.full(9, np.nan), np.full(9, -1.0)):
-        with pytest.raises(PolicyError, match=r"safety_nap\.nf4"):
-            again.load_state_dict(older | {"safety_nap.nf4": wrong})
+        with pytest.raises(PolicyError, match=r"safety_sleep\.nf4"):
+            again.load_state_dict(older | {"safety_sleep.nf4": wrong})
 
 
 def test_naps_are_an_option() -> None:
