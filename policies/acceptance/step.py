@@ -50,7 +50,7 @@ class Step:
         "_after",
         "_before",
         "_chance",
-        "_hazard",
+        "_model",
         "_ids",
         "_known",
         "_lagged",
@@ -70,7 +70,7 @@ class Step:
     )
 
     def __init__(self, context: Context, acceptance_model: AcceptanceWeights) -> None:
-        self._hazard = acceptance_model
+        self._model = acceptance_model
         # Copies of a policy may share a context, each with acceptances of its own.
         self.memory = context.memory.setdefault(acceptance_model.history, {})
         self.level = context.level
@@ -99,7 +99,7 @@ class Step:
         j, ids = len(self._tokens), self._ids
         at = self._known + j
         here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
-        seen = longest, one, two = self._hazard.history.look_up(self.memory, here)
+        seen = longest, one, two = self._model.history.look_up(self.memory, here)
         # The sums over `rows`, zeros left out: this is asked for every token.
         w, acceptance, whole = self._before, self._acceptance, self._whole
         eta = w[0] + w[6] * acceptance + w[7] * whole + w[14] * one + w[15] * two
@@ -167,4 +167,4 @@ class Step:
         """Note in the history which of the tested tokens were accepted."""
         for j, where, _, _ in self.asked:
             if j < labelled:
-                self._hazard.history.note(self.memory, where, j < accepted)
+                self._model.history.note(self.memory, where, j < accepted)
