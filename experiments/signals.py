@@ -140,7 +140,7 @@ def measure(traces: Sequence[Trace], tables: Sequence[CostTable], config: Signal
                 parts = []
                 for i, prompts in enumerate(folds):
                     mine = [t for t in evaluation.traces if t.prompt_id in prompts]
-                    spec = f"goodput:safety=off,acceptance={Path(folder) / f'{i}.npz'}"
+                    spec = f"online:safety=off,acceptance={Path(folder) / f'{i}.npz'}"
                     parts.append((mine, play(spec, mine, evaluation.cost, range(config.seeds))))
                 found[cell] = joined(evaluation.traces, parts).goodput / evaluation.best.goodput
             rows.append(Row(name, auc(scores[0], tokens.y) or 0.5, auc(scores[1], tokens.y) or 0.5, found))

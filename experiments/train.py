@@ -1,7 +1,7 @@
 """Train the weights that policies start from, and write them with cards that say where they come from.
 
 ``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments and, where further
-traces are of other drafts, how its output layer would differ for those; ``goodput.npz`` the acceptance weights of
+traces are of other drafts, ``online.npz`` the acceptance weights of
 token-level policies, which only exact traces can teach. Each card is a JSON file of the same name.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +75,11 @@ def train(config: TrainConfig) -> int:
     """Train and write weights and cards."""
     import torch
 
-    from policies.learned.mlp16 import DEFAULT_WEIGHTS
+    from policies.acceptance.mlp16 import DEFAULT_WEIGHTS
     from speckv_online.io import manifest
     from speckv_online.io.run_directory import check_writable
     from speckv_online.traces.trace import load_traces
     from speckv_online.training.estimators import require_sklearn
-    from speckv_online.training.head_shift import other_drafts
     from speckv_online.training.mlp16 import data_from_rows, data_from_traces
     from speckv_online.training.step_table import read_rows
 
@@ -114,23 +113,13 @@ def train(config: TrainConfig) -> int:
     def labelled(chosen: Sequence[Trace]) -> Data:
         return data_from_traces(chosen, config.features, [int(g) for g in config.gammas], config.seed)
 
-    drafts = {name: labelled(own) for name, own in other_drafts(traces, more).items()}
-    write_mlp16(config, out, labelled(traces), common, drafts)
+    write_mlp16(config, out, labelled(traces), common)
     write_acceptance(config, out, traces + more, common | {"data": describe(traces + more)})
     return 0
 
 
-def write_mlp16(
-    config: TrainConfig,
-    out: Path,
-    data: Data,
-    common: dict[str, Any],
-    drafts: Mapping[tuple[str, str], Data] | None = None,
-) -> None:
-    """Train MLP16 and write ``mlp16.npz`` and its card; ``drafts`` are rows of other drafts, by draft and level."""
-    import numpy as np
-
-    from speckv_online.training.head_shift import head_shift
+def write_mlp16(config: TrainConfig, out: Path, data: Data, common: dict[str, Any]) -> None:
+    """Train MLP16 and write ``mlp16.npz`` and its card."""
     from speckv_online.training.mlp16 import train_mlp16
 
     seeds = range(config.seed, config.seed + config.seeds)
@@ -154,14 +143,6 @@ def write_mlp16(
         "starts": fit.runs,
     }
     arrays = fit.arrays(len(data))
-    if drafts:
-        shifts = [head_shift(fit.weights, own) for own in drafts.values()]
-        arrays["head_shift"] = np.array([found.shift for found in shifts])
-        card["other_drafts"] = [
-            {"draft_fingerprint": draft, "level": level, "rows": found.rows, "mse_of_mlp16": found.before,
-             "mse_of_its_own_head": found.after}
-            for (draft, level), found in zip(drafts, shifts, strict=True)
-        ]  # fmt: skip
     if config.compare:
         card["compared"] = compare(config, data, fit)
     card["data"] = card["data"] | {
@@ -197,7 +178,7 @@ def compare(config: TrainConfig, data: Data, fit: Fit) -> list[dict[str, Any]]:
 
 
 def write_acceptance(config: TrainConfig, out: Path, traces: list[Trace], common: dict[str, Any]) -> None:
-    """Train the acceptance weights and write ``goodput.npz`` and its card."""
+    """Train the acceptance weights and write ``online.npz`` and its card."""
     from speckv_online.training.acceptance import evaluate_acceptance, tokens_from_traces, train_acceptance
     from speckv_online.training.mlp16 import split_by_prompt
 
@@ -211,7 +192,7 @@ def write_acceptance(config: TrainConfig, out: Path, traces: list[Trace], common
         "held_out": score | {"note": "by weights trained on the other prompts; the weights written are trained on all"},
     }
     card["data"] = card["data"] | {"tokens_tested": len(tokens)}
-    write(out / "goodput.npz", train_acceptance(tokens), card)
+    write(out / "online.npz", train_acceptance(tokens), card)
     before, after = score["before"], score["after"]
     print(
         f"acceptance: {len(tokens)} tested tokens; on {score['prompts']} held-out prompts: area under the ROC curve "

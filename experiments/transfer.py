@@ -38,7 +38,7 @@ class TransferConfig:
 
     traces: tuple[str, ...] = option((), "traces by pair, NAME=DIRECTORY, comma separated")
     cost: str = option("rtx3090-release", "cost table: a file or a built-in name")
-    policies: tuple[str, ...] = option(("online", "goodput"), "policies that learn, comma separated")
+    policies: tuple[str, ...] = option(("online",), "policies that learn, comma separated")
     axes: tuple[str, ...] = option(AXES, "what to leave out in turn: level, task, pair, comma separated")
     orders: int = option(10, "seeded orders of the prompts")
     steps: int = option(2000, "steps of adaptation")

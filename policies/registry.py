@@ -3,7 +3,7 @@
 A spec string names a policy and sets its options:
 
 - ``fixed:4``: the one positional option of a policy, for policies that declare one (``positional``);
-- ``online:strength=200,explore=ucb``: options by name, separated by commas; both forms mix (``fixed:4,seed=1``);
+- ``online:strength=200,lookups=off``: options by name, separated by commas; both forms mix (``fixed:4,seed=1``);
 - ``mypkg.mymodule:MyPolicy`` or ``mypkg.mymodule:MyPolicy:alpha=0.5``: any importable :class:`~policies.base.Policy`;
 - names that other packages register in the entry-point group ``speckv_online.policies``.
 
@@ -19,6 +19,7 @@ To add a policy, write one file and add one line to :data:`BUILTIN`.
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import PurePath
 from typing import Any
 
@@ -26,15 +27,14 @@ from policies.base import Policy, PolicyError, reason
 from policies.guards.safety import SafetyGuard
 from policies.plugins import constructor_options, load_object, parse_options, plugins, spell
 
+log = logging.getLogger(__name__)
 GROUP = "speckv_online.policies"
 
 BUILTIN: dict[str, str] = {
     "adaedl": "policies.baselines.adaedl:AdaEdl",
     "autoregressive": "policies.fixed:Autoregressive",
-    "best-drafter": "policies.learned.best_drafter:BestDrafter",
     "exp3spec": "policies.baselines.banditspec:Exp3Spec",
     "fixed": "policies.fixed:Fixed",
-    "goodput": "policies.learned.goodput:Goodput",
     "hf-confidence": "policies.baselines.engines.hf:Confidence",
     "hf-heuristic": "policies.baselines.engines.hf:Heuristic",
     "ik-autotune": "policies.baselines.engines.ik_llama:IkAutotune",
@@ -44,7 +44,6 @@ BUILTIN: dict[str, str] = {
     "llamacpp": "policies.baselines.engines.llamacpp:LlamaCpp",
     "mlp16": "policies.learned.mlp16:Mlp16Policy",
     "online": "policies.learned.online:Online",
-    "online-sgd": "policies.learned.online_sgd:OnlineSgd",
     "onnx-genai": "policies.baselines.engines.onnx_genai:OnnxGenAi",
     "river": "policies.baselines.river_adapter:River",
     "sglang": "policies.baselines.engines.sglang:SgLang",
@@ -56,6 +55,9 @@ BUILTIN: dict[str, str] = {
     "vllm-table": "policies.baselines.engines.vllm_table:VllmTable",
 }
 
+#: Other names of policies.
+RENAMED = {"goodput": "online"}
+
 #: Options of every guarded policy: type and default.
 SAFETY: dict[str, tuple[Any, Any]] = {
     "safety": (bool, True),
@@ -65,14 +67,18 @@ SAFETY: dict[str, tuple[Any, Any]] = {
 }
 
 
+#: Former names that were named once.
+_told: set[str] = set()
+
+
 def make_policy(spec: str, *, bare: bool = False, **defaults: Any) -> Policy:
     """Build the policy that a spec string describes.
 
     >>> from policies.base import Context
     >>> make_policy("fixed:4").decide(Context()).gamma
     4
-    >>> type(make_policy("goodput")).__name__, type(make_policy("goodput", bare=True)).__name__
-    ('SafetyGuard', 'Goodput')
+    >>> type(make_policy("online")).__name__, type(make_policy("online", bare=True)).__name__
+    ('SafetyGuard', 'Online')
 
     Parameters
     ----------
@@ -140,6 +146,11 @@ def options(name: str) -> dict[str, tuple[str, Any]]:
 def _resolve(spec: str) -> tuple[str, type[Policy], str]:
     """Split a spec into (name, class, options text)."""
     name, _, rest = spec.strip().partition(":")
+    if name in RENAMED:
+        if name not in _told:
+            _told.add(name)
+            log.warning("policy '%s' is called '%s' now", name, RENAMED[name])
+        name = RENAMED[name]
     found = plugins(GROUP)
     if name in BUILTIN:
         return name, _load(BUILTIN[name]), rest

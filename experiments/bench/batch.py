@@ -44,7 +44,7 @@ class BatchConfig:
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer")
     level: str = option("fp16", "compression level of the target")
-    policies: tuple[str, ...] = option(("fixed:2", "goodput"), "policies to decode with")
+    policies: tuple[str, ...] = option(("fixed:2", "online"), "policies to decode with")
     sizes: tuple[str, ...] = option(("1", "4", "16"), "sizes of the batch")
     prompts: int = option(16, "how many of the bundled held-out prompts")
     max_new_tokens: int = option(32, "tokens to decode per prompt")

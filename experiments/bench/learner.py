@@ -43,7 +43,7 @@ VOCABULARY = 49_152
 class BenchConfig:
     """Settings of ``python -m experiments.bench.learner``."""
 
-    policies: tuple[str, ...] = option(("online", "goodput"), "policies to merge, comma separated")
+    policies: tuple[str, ...] = option(("online", "linucb"), "policies to merge, comma separated")
     workers: int = option(16, "fake workers")
     outcomes: tuple[str, ...] = option(("8", "32", "256", "2048"), "outcomes per batch, comma separated")
     seconds: float = option(5.0, "seconds per policy and size")

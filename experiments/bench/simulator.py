@@ -34,7 +34,7 @@ class SimulatorConfig:
     """Settings of ``python -m experiments.bench.simulator``."""
 
     policies: tuple[str, ...] = option(
-        ("fixed:4", "mlp16", "online", "goodput", "linucb", "lints", "online-sgd"), "policies to time, comma separated"
+        ("fixed:4", "mlp16", "online", "linucb", "lints"), "policies to time, comma separated"
     )
     traces: str = option("", "directory of traces (default: made-up ones)")
     turns: int = option(25, "turns of each policy, of which the best counts")

@@ -61,4 +61,4 @@ def fit_weights(traces: Sequence[Trace], seed: int, folder: Path, about: dict[st
     data = data_from_traces(traces, config.features, [int(g) for g in config.gammas], seed)
     write_mlp16(config, folder, data, about)
     write_acceptance(config, folder, list(traces), about)
-    return {"weights": str(folder / "mlp16.npz"), "acceptance": str(folder / "goodput.npz")}
+    return {"weights": str(folder / "mlp16.npz"), "acceptance": str(folder / "online.npz")}

@@ -42,7 +42,7 @@ class DriftConfig:
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer: an id or a directory")
     phases: tuple[str, ...] = option(PHASES, "the stream, TASK+TASK@LEVEL[@DRAFT], comma separated")
-    policies: tuple[str, ...] = option(("autoregressive", "mlp16", "online", "goodput"), "policies, comma separated")
+    policies: tuple[str, ...] = option(("autoregressive", "mlp16", "online"), "policies, comma separated")
     per_phase: int = option(8, "prompts per phase")
     prompts: str = option("", "JSONL file of prompts (default: the bundled held-out ones)")
     max_new_tokens: int = option(64, "tokens to decode per prompt")

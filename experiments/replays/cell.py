@@ -26,8 +26,8 @@ RIVER = tuple(f"river:{name}" for name in ("ucb", "exp3", "thompson", "epsilon-g
 #: Every registered policy, those that need an option with all that are of interest.
 POLICIES = (
     *FIXED,
-    *(name for name in BUILTIN if name not in ("autoregressive", "best-drafter", "fixed", "river")),
-    "goodput:lookups=off",
+    *(name for name in BUILTIN if name not in ("autoregressive", "fixed", "river")),
+    "online:lookups=off",
     "mlp16:tokens_per_step",
     "ucbspec:tokens_per_second",
     *RIVER,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MARKER = "drafters"
 POLICIES = (
-    "goodput", "goodput:lookups=off", "online", "linucb", "lints", "online-sgd", "mlp16", "leviathan", "specdecpp",
+    "online", "online:lookups=off", "linucb", "lints", "mlp16", "leviathan", "specdecpp",
     "svip", "adaedl", "hf-heuristic", "hf-confidence", "sglang", "vllm", "fixed:4", "autoregressive",
 )  # fmt: skip
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 #: Decoded for every prompt, and those that only the first ``--some`` prompts are decoded by. ``fixed:16`` is there for
 #: the cost model, see :mod:`experiments.results.model_check`: several others draft as many.
 LEADING = (
-    "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online", "goodput:lookups=off", "goodput",
-    "goodput+hybrid",
+    "autoregressive", "fixed:1", "fixed:2", "fixed:4", "mlp16", "online:lookups=off", "online",
+    "online+hybrid",
 )  # fmt: skip
 
 

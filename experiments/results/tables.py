@@ -19,7 +19,7 @@ from speckv_online.reporting.plots import figure
 from speckv_online.stats import Estimate, goodput, paired_ratio
 
 MARKER = "measured"
-FOUR, PRODUCT = "fixed:4", "goodput+hybrid"
+FOUR, PRODUCT = "fixed:4", "online+hybrid"
 PAPER = "mlp16:tokens_per_step"
 THEIR_FOUR = "transformers:constant-4"
 THEIRS = "transformers:"  # its schedules, without its plain decoding
@@ -141,7 +141,7 @@ def document(levels: Sequence[Level], manifest: dict[str, Any]) -> str:
         said = [
             f"`{n}` over {PLAIN} {level.name} {ratio.value:.3f}"
             for level in levels
-            for n in ("goodput", "online", PRODUCT)
+            for n in ("online", PRODUCT)
             if level.left_out
             and {n, PLAIN} <= level.all_calls.keys()
             and (ratio := level.ratio(n, PLAIN, stalled=True))
@@ -201,7 +201,7 @@ def bars(levels: Sequence[Level]) -> list[str]:
         lines.append(f"| {text} | {wanted} | {found:.3f} | {'pass' if found >= wanted else '**fail**'} |")
 
     have = set.intersection(*(set(level.calls) for level in levels))
-    for policy in [p for p in ("goodput", "online") if p in have]:
+    for policy in [p for p in ("online",) if p in have]:
         for level in levels if PLAIN in have else ():
             add(f"`{policy}` over autoregressive, {level.name}", 0.97, [level.ratio(policy, PLAIN)])
             over = level.ratio(policy, level.best("fixed"))

@@ -30,7 +30,7 @@ class ScaleConfig:
     """Settings of ``python -m experiments.scale``."""
 
     parts: tuple[str, ...] = option(("simulated", "arithmetic"), f"what to do: {', '.join(PARTS)}, comma separated")
-    policies: tuple[str, ...] = option(("online", "goodput"), "policies that learn, comma separated")
+    policies: tuple[str, ...] = option(("online", "linucb"), "policies that learn, comma separated")
     real: tuple[str, ...] = option(("1", "2"), "real: numbers of workers, comma separated")
     level: str = option("int8", "compression level, of --traces too")
     prompts: str = option("8", "real: how many of the bundled held-out prompts, or a JSONL file")

@@ -20,7 +20,7 @@ class StreamsConfig:
         (), "drift: traces of other prompts, by pair as in --traces, for settled copies to settle on as well"
     )
     costs: tuple[str, ...] = option(("rtx3090-release",), "cost tables: files or built-in names, comma separated")
-    policies: tuple[str, ...] = option(("online", "goodput"), "policies, comma separated")
+    policies: tuple[str, ...] = option(("online",), "policies, comma separated")
     parts: tuple[str, ...] = option(PARTS, "what to run: start, drift, merge, comma separated")
     split: str = option("test", "which split of the prompts: train, test or all")
     orders: int = option(20, "start: seeded orders of the prompts")

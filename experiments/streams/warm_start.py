@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.streams.walker import again, endless, reached, relative, settle, visit
-from policies.learned.mlp16 import HIDDEN, Weights
+from policies.acceptance.mlp16 import HIDDEN, Weights
 from policies.registry import make_policy
 from speckv_online.simulate.cost_table import CostTable
 from speckv_online.simulate.replay_scores import tell_costs

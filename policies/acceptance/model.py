@@ -26,7 +26,7 @@ from policies.base import PolicyError, State, reason
 from policies.estimators.bayesian_linear import GaussianHead, check_array, check_start, fingerprint
 
 HEADS = {"before": BEFORE, "after": AFTER}
-DEFAULT_PRIOR = Path(__file__).parents[1] / "data" / "goodput.npz"
+DEFAULT_PRIOR = Path(__file__).parents[1] / "data" / "online.npz"
 #: Steps that wait at most before they become rows.
 WAITING = 256
 #: Least weight p (1 - p) of a row: keeps one surprise from moving the weights by much.

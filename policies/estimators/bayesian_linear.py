@@ -205,22 +205,6 @@ class GaussianHead:
         self._stale = True
 
 
-def widen(precision: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return the precision whose covariance has ``directions``^T ``directions`` added (Woodbury's identity).
-
-    Parameters
-    ----------
-    precision : ndarray, shape (D, D)
-        Positive definite.
-    directions : ndarray, shape (R, D)
-        Each as long as a weight's standard deviation along it is to be, in the units of the precision.
-    """
-    along = directions @ precision  # (R, D)
-    wider = precision - along.T @ np.linalg.solve(np.eye(len(along)) + along @ directions.T, along)
-    found: np.ndarray = 0.5 * (wider + wider.T)
-    return found
-
-
 def fingerprint(*arrays: np.ndarray) -> np.ndarray:
     """Return a number, shape (), that tells what sums are relative to: those of another start do not fit."""
     return np.array(float(zlib.crc32(b"".join(np.ascontiguousarray(a, dtype=float).tobytes() for a in arrays))))

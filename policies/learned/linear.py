@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from policies.acceptance.mlp16 import DEFAULT_WEIGHTS, Mlp16, Weights, resolve_weights
 from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.costs.cost_aware import CostAware
 from policies.estimators.arm_labels import ArmLabels
 from policies.estimators.bayesian_linear import check_array, check_start, fingerprint
-from policies.learned.mlp16 import DEFAULT_WEIGHTS, Mlp16, Weights, resolve_weights
 from policies.level_features import N_LEVEL
 
 #: A constant, lagged acceptance and signals, and the description of the level.

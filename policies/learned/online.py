@@ -1,239 +1,268 @@
-"""MLP16 that goes on learning: its hidden layer as features, its output layer as the prior of a Bayesian head.
+"""`online`: predicts the acceptance of every token, and drafts on while the next tokens are worth their seconds.
 
-The head keeps predicting MLP16's quantity, every arm's acceptance rate accepted / gamma. Thompson sampling (or UCB)
-over its Gaussian posterior picks the arm with the best reward, rate * gamma + 1 - lambda * T(gamma), in tokens.
+With k tokens drafted whose joint survival estimate is S_k, and p the acceptance predicted for the next token, drafting
+m more is worth S_k (p + p^2 + ... + p^m) tokens and costs lambda (m t_d + T_v(k+m+1) - T_v(k+1)). The policy goes on if
+that pays for any m. For m = 1 alone this is the one-step-ahead rule, optimal while survival falls and costs do not; the
+look ahead sees past a verify that is dear for two tokens and no dearer for eight. Gamma 0 is the same rule at k = 0.
+Drafting paid for, the tail is submitted only where its survival pays for the wider verify.
 
-A step teaches about more arms than the one played, see :mod:`policies.estimators.arm_labels`.
+lambda is what a token is worth: the tokens that can be had for a second elsewhere. A text is of some length, so that a
+token drafted here saves the seconds of one a little further on. Stretches in which drafts are right go on for a while,
+and tokens are cheap there; after a rejection they are dear. So lambda is the geometric mean of two rates: that of the
+latest steps, and that which this step itself has in prospect with its next token.
 
-The prior is that of MLP16's own draft and data. It is wide in the directions in which heads fitted to other drafts
-differ, where the weights tell them. So a few steps with a better or worse draft move the head as a whole.
+Where the drafter has a lookup to offer in place of a forward, the policy turns to it, and to lookups alone until the
+step ends, if that is worth more. What going on with the model is worth counts 1 + 4 p (1 - p) times: a plan of m tokens
+underrates it, the more so the less certain p is, as the tokens' own signals will tell when to stop.
+
+Where a budget ends within a step's reach, tokens beyond it are worth nothing, and the last one is worth a plain step:
+left over, it would take one of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from math import sqrt
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from policies.base import Context, Decision, Outcome, PolicyError, State
+from policies.acceptance.model import WAITING, AcceptanceModel
+from policies.acceptance.step import Step
+from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
 from policies.costs.cost_aware import CostAware
-from policies.estimators.arm_labels import ArmLabels, Mode
-from policies.estimators.bayesian_linear import PRIOR_NOISE, GaussianHead, check_array, check_start, fingerprint, widen
-from policies.learned.mlp16 import HIDDEN, Mlp16, resolve_weights
-from policies.level_features import N_LEVEL
+from policies.estimators.bayesian_linear import check_array
 
-STATE_FORMAT = 2
-#: Posterior samples per refresh; a Thompson decision picks one of them, so its propensity is exact.
-ENSEMBLE = 16
-#: How likely a draft is to be like the others that heads were fitted to, rather than like MLP16's own.
-OTHER = 0.5
-#: Steps until the first update of the posterior.
-FIRST = 4
+STATE_FORMAT = 4
+#: Tokens that are less likely than that to be accepted need not be looked at.
+SLIGHT = 1e-3
+#: What the next token may take: a forward, the step's first forward, nothing (a lookup proposes it).
+FORWARD, FIRST, FREE = 0, 1, 2
+
+
+class Rule(NamedTuple):
+    """What a level's decisions need, in tokens at the rate of the latest steps.
+
+    Attributes
+    ----------
+    version : int
+        That of the costs it was made from.
+    wider : list of float
+        By k, what verifying k tokens takes on top of verifying none.
+    plain : list of float
+        By k, what a step that submits k tokens takes besides drafting them.
+    draft, first : float
+        What a forward of the draft takes, and a step's first one on top.
+    last : float
+        What the last token of a budget is worth: without it, it would take a step of its own.
+    """
+
+    version: int
+    wider: list[float]
+    plain: list[float]
+    draft: float
+    first: float
+    last: float
+
+    def local(self, tokens: float, submitted: int, forwards: int) -> float:
+        """Return how many times the latest steps' rate is in force in a step with so many tokens in prospect."""
+        price = self.plain[submitted]
+        if forwards:
+            price += self.draft * forwards + self.first
+        return sqrt(tokens / price)
+
+    def best(self, drafted: int, survival: list[float], left: int, forwards: int, tail: int) -> int:
+        """Return how many of so many drafted tokens to submit.
+
+        Those from ``tail`` on are lookups, of which as many were drafted as there are: the rate that the step has in
+        prospect is that with the best number of them.
+        """
+        plain, wider = self.plain, self.wider
+        spent = self.draft * forwards + self.first if forwards else 0.0
+        tokens, rate = 1.0, 0.0
+        for k in range(1, drafted + 1):
+            tokens += survival[k]
+            if k >= tail:
+                found = tokens / (plain[k] + spent)
+                if found > rate:
+                    rate = found
+        rate = sqrt(rate)
+        best = worth = 0.0
+        count = 0
+        for k in range(1, drafted + 1):
+            worth += survival[k] * self.last if k == left else survival[k]
+            gain = worth - rate * wider[k]
+            if gain > best:
+                best, count = gain, k
+        return count
+
+    def pays(self, k: int, kind: int, left: int, p: float, survival: float) -> bool:
+        """Whether it pays to draft on after k tokens where ``left`` accepted ones end the text: whether any m does."""
+        wider, each, last = self.wider, 0.0 if kind == FREE else self.draft, left if left < MAX_GAMMA else MAX_GAMMA
+        price, chance, gain = (self.first if kind == FIRST else 0.0) - wider[k], survival, 0.0
+        for j in range(k + 1, last + 1):
+            price += each
+            chance *= p
+            gain += chance * self.last if j == left else chance
+            if gain >= price + wider[j]:
+                return True
+            if chance < SLIGHT:
+                break
+        return False
+
+    def worth(self, k: int, kind: int, left: int, p: float, survival: float) -> float:
+        """Return what drafting on after k tokens is worth at best, and at least 0, in tokens as dear as survival."""
+        wider, each, last = self.wider, 0.0 if kind == FREE else self.draft, left if left < MAX_GAMMA else MAX_GAMMA
+        price, chance, gain, best = (self.first if kind == FIRST else 0.0) - wider[k], survival, 0.0, 0.0
+        for j in range(k + 1, last + 1):
+            price += each
+            chance *= p
+            gain += chance * self.last if j == left else chance
+            found = gain - price - wider[j]
+            if found > best:
+                best = found
+            elif chance < SLIGHT:
+                break
+        return best
 
 
 class Online(CostAware):
-    """Thompson sampling or UCB over MLP16's features, warm-started from its weights.
+    """Token-level stopping by predicted acceptance and measured seconds.
 
     Parameters
     ----------
-    weights : str or Weights
-        An npz file; the shipped weights by default.
+    acceptance : str
+        An npz of acceptance weights, see :class:`~policies.acceptance.model.AcceptanceModel`; the shipped ones by
+        default, ``none`` for a cold start.
     strength : float
-        How many records of the offline data the prior is worth.
-    explore : str
-        ``thompson``, ``ucb`` or ``greedy``; ``thompson:0.5`` and ``ucb:2`` scale the posterior's spread. As a step
-        teaches about nearly every arm, little exploration is needed: a fifth of the spread by default.
-    labels : {'imputed', 'one_sided', 'played'}
-        Which arms a step teaches about, see :class:`~policies.estimators.arm_labels.ArmLabels`.
+        How many tested tokens the prior is worth at most.
     discount : float
-        Forgetting per step, 0 < rho <= 1; the prior is re-injected as the data fades.
-    noise : float
-        Noise variance of a rate; 0 estimates it.
+        Forgetting per step, 0 < rho <= 1.
     refresh : int
-        Steps between updates of the posterior that decisions use; the first updates come sooner.
-    levels : {'described', 'code'}
-        ``described`` adds bits per weight, the cost of a drafted token relative to the target's and the growth of
-        verify time with width to the head's inputs, with weights that start at zero; with ``code``, MLP16's 0, 1, 2 is
-        all that tells levels apart.
-    arms, objective, cost_half_life, adwin, seed, worker
+        Steps between updates of the weights that decisions use.
+    cap : int
+        Most tokens to draft.
+    lookups : bool
+        Whether to go on with lookups where they are worth more than the model's tokens.
+    objective, cost_half_life, adwin, seed, worker
         As in :class:`~policies.costs.cost_aware.CostAware`.
     """
 
-    summary = "MLP16's features with a Bayesian head that learns from every step (Thompson sampling or UCB)"
+    summary = "stops token by token where predicted acceptance no longer pays for the measured seconds; learns both"
     learns = True
     guarded: ClassVar[bool] = True
-    delta_key: ClassVar[str] = "head.sums"
 
     def __init__(
         self,
         *,
-        weights: str = "",
-        strength: float = 200.0,
-        explore: str = "thompson:0.2",
-        labels: Mode = "imputed",
-        discount: float = 1.0,
-        noise: float = 0.0,
-        refresh: int = 16,
-        levels: Literal["described", "code"] = "described",
+        acceptance: str = "",
+        strength: float = 1500.0,
+        discount: float = 0.9995,
+        refresh: int = 128,
+        cap: int = MAX_GAMMA,
+        lookups: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.explore, self.spread = _exploration(explore)
-        if not 0 < strength < float("inf"):
-            raise PolicyError(f"strength must be above zero, got {strength}")
-        if not 0 < discount <= 1:
-            raise PolicyError(f"discount must be above 0 and at most 1, got {discount}")
-        if not 0 <= noise < float("inf") or not 1 <= refresh <= 64:
-            raise PolicyError(f"noise must not be negative and refresh from 1 to 64, got {noise} and {refresh}")
-        if levels not in ("described", "code"):
-            raise PolicyError(f"levels must be described or code, got '{levels}'")
-        self.labels, self.every = ArmLabels(self.arms, labels), refresh
-        found = resolve_weights(weights)
-        extra = N_LEVEL if levels == "described" else 0
-        self.net = Mlp16(found, self.arms, extra)
-        d, prior_noise = HIDDEN + 1, found.noise_var or PRIOR_NOISE
-        # The offline data does not say how the rest of a level's description bears on acceptance: weights near zero.
-        precision = strength * np.eye(d + extra)
-        precision[:d, :d] = strength * found.moments
-        if found.head_shift is not None:
-            # Another draft moves the whole head at once: empirical Bayes over the drafts that heads were fitted to.
-            # The covariance added is the mean square of the shifts, where the own draft's is zero.
-            shift = np.pad(found.head_shift, ((0, 0), (0, extra)))
-            precision = widen(precision, (OTHER / len(shift) / prior_noise) ** 0.5 * shift)
-        mean = np.append(found.head, np.zeros(extra))
-        self.head = GaussianHead(mean, precision, discount, noise, prior_noise)
-        self._start = fingerprint(found.W1, found.b1, mean)
-        self._waiting: list[tuple[str, np.ndarray, int, int, np.ndarray]] = []
-        self._most = np.tile(self.gammas, (ENSEMBLE if self.explore == "thompson" else 1, 1))
-        self._prices: dict[str, tuple[int, np.ndarray]] = {}
-        self._refresh()
+        if not 1 <= refresh < WAITING or not 0 <= cap <= MAX_GAMMA:
+            wanted = f"refresh must be from 1 to {WAITING - 1} and cap from 0 to {MAX_GAMMA}"
+            raise PolicyError(f"{wanted}, got {refresh} and {cap}")
+        self.every, self.cap, self.lookups = refresh, cap, lookups
+        self.acceptance_model = AcceptanceModel(acceptance, strength, discount)
+        self._rules: dict[str, Rule] = {}
 
-    def features(self, context: Context) -> np.ndarray:
-        """What :class:`~policies.learned.mlp16.Mlp16` reads of a context, and the description of its level, shape (6 +
-        E,)."""
-        return self.net.read(context, self.costs.describe(context.level) if self.net.extra else ())
-
-    def _refresh(self) -> None:
-        """Learn from the steps that wait, and draw the heads of the next decisions."""
-        self._fold()
-        self.head.refresh()
-        self._draw()
-
-    def _draw(self) -> None:
-        # The first steps tell most: what is new to the prior shows in them.
-        self._due = min(self.every, FIRST + int(self.head.steps))
-        if self.explore == "thompson":
-            self._heads = self.head.sample(self.rng, ENSEMBLE, self.spread)
-            self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
-        else:
-            self._heads = self.head.mean[None]
-        self.version += 1
-
-    def _fold(self) -> None:
-        if not self._waiting:
-            return
-        levels, xs, starts, ask_per_token, ys = zip(*self._waiting, strict=True)
-        self._waiting.clear()
-        arm = np.arange(len(self.arms))
-        taught = (arm >= np.array(starts)[:, None]) & (arm < np.array(ask_per_token)[:, None])
-        phi = self.net.phi(levels, np.array(xs))[taught]
-        self.head.add(phi, np.array(ys)[taught], taught.sum(axis=1).tolist())
-
-    def _values(self, level: str, x: np.ndarray) -> np.ndarray:
-        """Reward of every arm under each sampled head, or the one optimistic or mean head, shape (samples, K)."""
-        grid = self.net.scaled(level, x)
-        tokens: np.ndarray = np.dot(self._heads, grid)
-        if self.explore == "ucb":
-            tokens += self.spread * np.sqrt(np.square(self.head.factor @ grid).sum(axis=0))
-        # No arm accepts more than all; below zero need not be cut off, as gamma 0 is better than such an arm anyway.
-        np.minimum(tokens, self._most, out=tokens)
-        if self.timed:
-            np.subtract(tokens, self._price(level), tokens)
-        return tokens
-
-    def _price(self, level: str) -> np.ndarray:
-        """Price of every arm, repeated for each sampled head: numpy is slower with arrays of unequal shapes."""
+    def _rule(self, level: str) -> Rule:
+        """Return the level's rule under its latest costs."""
         costs = self.costs.level(level)
-        version, price = self._prices.get(level, (-1, self._most))
-        if version != costs.version:
-            price = np.tile(costs.arm_price, (len(self._most), 1))
-            self._prices[level] = costs.version, price
-        return price
+        found = self._rules.get(level)
+        if found is None or found.version != costs.version:
+            rate, verify = costs.rate, costs.verify
+            wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
+            found = Rule(costs.version, wider, plain, rate * costs.draft, rate * costs.first, costs.price.item(0))
+            self._rules[level] = found
+        return found
+
+    def _pays(self, k: int, step: Step, lookup_alternative: float) -> bool | str:
+        """Whether to draft on after k tokens of a step; by name, if as another drafter.
+
+        ``lookup_alternative`` is how sure the drafter is of the lookup that the next token could be instead.
+        """
+        if not self.timed:
+            return True
+        rule: Rule = step.rule
+        forwards, left, survival = step.forwards, step.left, step.survival[k]
+        sure = step.confidence
+        if sure:
+            here = rule.local(step.expected + survival * sure, k + 1, forwards)
+            return rule.pays(k, FREE, left, sure, survival / here)
+        p, kind = step.chance(), FORWARD if forwards else FIRST
+        # `local`, written out: this is asked for every token.
+        here = sqrt((step.expected + survival * p) / (rule.plain[k + 1] + rule.draft * (forwards + 1) + rule.first))
+        if not lookup_alternative or not self.lookups:
+            return rule.pays(k, kind, left, p, survival / here)
+        told = 1.0 + 4.0 * p * (1.0 - p)  # what the tokens' own signals may add
+        asked = told * here * rule.worth(k, kind, left, p, survival / here)
+        here = rule.local(step.expected + survival * lookup_alternative, k + 1, forwards)
+        return LOOKUP if here * rule.worth(k, FREE, left, lookup_alternative, survival / here) > asked else asked > 0.0
 
     def decide(self, context: Context) -> Decision:
-        features = self.features(context)
-        legal = self.legal(context)
-        best = self._values(context.level, features)[:, :legal].argmax(axis=1)
-        if self.explore == "thompson":
-            if not self._picks:
-                self._picks = self.rng.integers(0, ENSEMBLE, 64).tolist()
-            choices = best.tolist()
-            arm = choices[self._picks.pop()]
-            propensity = choices.count(arm) / ENSEMBLE
-        else:
-            arm, propensity = int(best[0]), 1.0
-        gamma = min(self.arms[arm], context.max_gamma)
-        return Decision(self.new_id(), gamma, False, propensity, self.version, features)
+        step = Step(context, self.acceptance_model)
+        step.rule = self._rule(context.level)
+        gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
+        pays = self._pays(0, step, context.lookup_alternative) if gamma else False
+        if not pays:
+            return Decision(self.new_id(), 0, False, 1.0, self.version, step)
+        if pays is True:
+            return Decision(self.new_id(), gamma, True, 1.0, self.version, step)
+        # Lookups are drafted to the end, and what is not worth its verification is dropped then.
+        return Decision(self.new_id(), gamma, False, 1.0, self.version, step, LOOKUP, True)
 
-    def pmf(self, context: Context) -> np.ndarray:
-        legal = self.legal(context)
-        best = self._values(context.level, self.features(context))[:, :legal].argmax(axis=1)
-        return np.bincount(best, minlength=len(self.arms)) / len(best)
+    def proceed(self, decision: Decision, draft: Draft) -> bool | str:
+        step: Step = decision.features
+        step.extend(draft.drafted, draft)
+        return self._pays(draft.drafted, step, draft.lookup_alternative)
+
+    def submit(self, decision: Decision, draft: Draft) -> int:
+        step: Step = decision.features
+        drafted = draft.drafted
+        step.extend(drafted, draft)
+        if not self.timed:
+            return drafted
+        rule: Rule = step.rule
+        tail = step.asked[-1][0] + 1 if step.asked else 0
+        return rule.best(drafted, step.survival, step.left, step.forwards, tail)
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
-        features = decision.features
-        start, stop, y = self.labels(outcome, features.item(4))
-        if start < stop:
-            self._waiting.append((outcome.level, features, start, stop, y))
-            if len(self._waiting) >= self._due:
-                self._refresh()
+        step: Step = decision.features
+        # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
+        if outcome.forwards > step.forwards:
+            step.extend(outcome.labelled, outcome)
+        self.acceptance_model.add(step, outcome.labelled, outcome.accepted)
+        # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
+        # every level.
+        pending = self.acceptance_model.pending
+        if pending >= self.every or pending >= 1 + self.acceptance_model.known(step.level) // 2:
+            self.acceptance_model.refresh()
+            self.version += 1
 
     def forget(self) -> None:
-        self._waiting.clear()
-        self.head.forget()
-        self._refresh()
+        self.acceptance_model.forget()
+        self.version += 1
 
     def state_dict(self) -> State:
-        self._fold()
-        own = {"online.format": np.array(STATE_FORMAT), "online.start": self._start}
-        return own | self.head.state() | super().state_dict()
+        return {"online.format": np.array(STATE_FORMAT)} | self.acceptance_model.state() | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
         if int(check_array(state, "online.format", ())) != STATE_FORMAT:
-            raise PolicyError(
-                f"the state is not of format {STATE_FORMAT} of policy online: it was saved by another version"
-            )
-        check_start(state, "online.start", self._start)
-        self._waiting.clear()
-        self.head.load(state)
+            raise PolicyError(f"not a state of format {STATE_FORMAT} of policy online: another version saved it")
+        self.acceptance_model.load(state)
         super().load_state_dict(state)
-        self._prices.clear()  # versions of costs begin anew
-        self._draw()
+        self._rules.clear()
+        self.version += 1
 
     def take_delta(self) -> State:
-        self._fold()
-        return {"online.start": self._start} | self.head.take_delta() | super().take_delta()
+        return self.acceptance_model.take_delta() | super().take_delta()
 
     def merge(self, delta: State) -> None:
-        check_start(delta, "online.start", self._start)
-        self._fold()
-        self.head.merge(delta)
+        self.acceptance_model.merge(delta)
         super().merge(delta)
-        self._draw()
-
-    def info(self) -> dict[str, Any]:
-        return super().info() | {"noise": float(self.head.noise)}
-
-
-def _exploration(text: str) -> tuple[str, float]:
-    """Split ``explore``'s value into its name and scale."""
-    name, _, scale = text.partition(":")
-    if name not in ("thompson", "ucb", "greedy"):
-        raise PolicyError(f"explore must be thompson, ucb or greedy, got '{name}'")
-    try:
-        value = float(scale) if scale else 1.0
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise PolicyError(f"the scale in explore={text} must be a number, zero or more")
-    return name, value
+        self.version += 1

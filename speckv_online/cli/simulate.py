@@ -16,7 +16,7 @@ from speckv_online.console import say, split_specs
 from speckv_online.errors import UserError
 from speckv_online.io.tables import finite
 
-DEFAULT = "autoregressive,fixed:4,mlp16,online,goodput"
+DEFAULT = "autoregressive,fixed:4,mlp16,online"
 MEASURED = "measured"
 HEAD = (
     "level", "policy", "tokens/s", "tokens/step", "acceptance", "over γ 0 [95 %]", "over best fixed γ [95 %]",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.learned.mlp16 import level_code
+from policies.acceptance.mlp16 import level_code
 from speckv_online.errors import UserError
 from speckv_online.evaluation.published import (
     GAMMAS,

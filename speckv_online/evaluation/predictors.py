@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.learned.mlp16 import Weights
+from policies.acceptance.mlp16 import Weights
 from speckv_online.evaluation.tables import INPUTS
 from speckv_online.io.tables import Table
 from speckv_online.training.estimators import ROWS, compare_estimators, error_and_correlation, require_sklearn

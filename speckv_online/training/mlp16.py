@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from policies.acceptance.mlp16 import HIDDEN, INPUTS, Mlp16, Weights, level_code
 from policies.base import ARMS, Context, Decision
-from policies.learned.mlp16 import HIDDEN, INPUTS, Mlp16, Weights, level_code
 from speckv_online.context import summarise
 from speckv_online.errors import UserError
 from speckv_online.traces.trace import Trace

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from policies.learned.mlp16 import HIDDEN, SHAPES
+from policies.acceptance.mlp16 import HIDDEN, SHAPES
 from speckv_online.cli.app import main
 from speckv_online.cli.generate import Streamer
 from speckv_online.console import run_command

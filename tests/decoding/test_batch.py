@@ -102,7 +102,7 @@ def test_end_of_sequence_and_stops_row_by_row(tiny_pair: TinyPair) -> None:
     assert {"fp32@4", "fp32@2"} <= levels  # rows that ended have left the batch
 
 
-@pytest.mark.parametrize("policy", ["goodput", "online", "hf-confidence", "vllm"])
+@pytest.mark.parametrize("policy", ["online", "hf-confidence", "vllm"])
 def test_real_policies(tiny_pair: TinyPair, policy: str) -> None:
     prompts = [prompt_of(9, seed) for seed in range(6)]
     decoder = SpeculativeDecoder(tiny_pair.draft, policy=make_policy(policy), target=tiny_pair.target, level="nf4")

@@ -207,7 +207,7 @@ def test_scores_that_are_no_numbers_are_an_error_in_drafts_too(tiny_pair: TinyPa
         )
 
 
-@pytest.mark.parametrize("name", ["online", "goodput", "hf-confidence", "vllm"])
+@pytest.mark.parametrize("name", ["online", "hf-confidence", "vllm"])
 def test_decoders_may_share_a_policy(tiny_pair: TinyPair, name: str) -> None:
     """In turns within each other's calls, and in threads: what is learned mixes, no token changes."""
     policy = make_policy(name)

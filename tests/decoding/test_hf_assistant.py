@@ -78,7 +78,7 @@ def test_ends_and_sampling(tiny_pair: TinyPair) -> None:
         assert not assistant.policy.faults
     assert assistants[0] == assistants[1]
     # A cut that leaves one token: its margin to the next is infinite, which must not get into what is learnt.
-    _, assistant = run(tiny_pair, "goodput", prompt, do_sample=True, top_p=0.05, max_new_tokens=60)
+    _, assistant = run(tiny_pair, "online", prompt, do_sample=True, top_p=0.05, max_new_tokens=60)
     assert not assistant.policy.faults
     assert all(np.isfinite(value).all() for value in assistant.policy.state_dict().values())
 

@@ -105,7 +105,7 @@ def test_outcomes_hold_the_policys_own_time(tiny_pair: TinyPair) -> None:
 
 
 def test_while_the_policy_sleeps_the_draft_reads_nothing(tiny_pair: TinyPair) -> None:
-    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy="goodput", target=tiny_pair.target, level="fp32")
+    decoder = SpeculativeDecoder(tiny_pair.drafter(), policy="online", target=tiny_pair.target, level="fp32")
     ledger, forwards = decoder.policy.ledger("fp32"), []
     sleep, ledger.baseline = ledger.sleep, 0
     for _ in range(8):

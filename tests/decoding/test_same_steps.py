@@ -24,7 +24,7 @@ from tests.support.tiny_models import TinyPair, perturbed
 BUDGET = 40
 COSTS = CostTable("even", {"fp32": LevelCost(0.01, (0.1, 0.11), 0.001)})
 #: The last two stop token by token.
-POLICIES = ("fixed:4", "online", "svip", "goodput:lookups=off,acceptance=none")
+POLICIES = ("fixed:4", "online", "svip", "online:lookups=off,acceptance=none")
 
 
 class Notes(Wrapper):

@@ -14,8 +14,7 @@ from policies.costs.prior import CostPrior
 from policies.fixed import Autoregressive
 from policies.guards.fault import FaultGuard
 from policies.guards.safety import SafetyGuard
-from policies.learned.best_drafter import BestDrafter
-from policies.learned.goodput import Goodput
+from policies.learned.online import Online
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.hybrid import HybridDrafter
@@ -134,7 +133,7 @@ def goodput_alike(target: PreTrainedModel, drafter: Drafter, traces: list[Trace]
     """Return how many tokens were looked up."""
     found = 0
     for trace in traces:
-        real, replayed = (told_costs(Goodput(acceptance="none")) for _ in range(2))
+        real, replayed = (told_costs(Online(acceptance="none")) for _ in range(2))
         for policy in (real, replayed):
             policy.costs.observe = lambda outcome: None  # type: ignore[method-assign]  # not what the clock says
         decoder = SpeculativeDecoder(drafter, policy=real, target=target, level="fp32")
@@ -162,7 +161,7 @@ def test_both_turn_alike_on_the_real_pair(real_pair: LoadedPair) -> None:
     assert goodput_alike(target, drafter, traces) > 5
 
 
-def told_costs(policy: Goodput) -> Goodput:
+def told_costs(policy: Online) -> Online:
     policy.set_costs("fp32", CostPrior(0.05, (0.1, 0.1), 0.001))
     return policy
 
@@ -255,8 +254,8 @@ def test_an_unknown_drafter_within_a_step_is_a_fault_and_ends_the_draft(tiny_pai
     assert len(out.tokens) == 12
 
 
-def policy_of(draft: float, verify: tuple[float, ...]) -> Goodput:
-    policy = Goodput(acceptance="none")
+def policy_of(draft: float, verify: tuple[float, ...]) -> Online:
+    policy = Online(acceptance="none")
     policy.set_costs("nf4", CostPrior(draft, verify))
     return policy
 
@@ -335,23 +334,6 @@ def test_a_probe_is_drafted_by_the_default_drafter() -> None:
         if decision.id in guard._taken:
             assert guard._taken[decision.id] == 0  # where it would have left the model
     assert len(guard._switched) <= 1024
-
-
-def test_a_step_of_best_drafter_begins_with_the_drafter_it_chose() -> None:
-    policy = BestDrafter(policy="goodput", block=4)
-    policy.set_costs("nf4", CostPrior(0.02, (0.1, 0.105)))
-    context = Context(level="nf4", drafters=("model", LOOKUP))
-    table, arms, answers = np.array([[3.0, 0.2, 0.1, -2.0]] * 16), set(), set()
-    for step in range(60):
-        context.step, context.lookup_alternative = step, 0.9
-        decision = policy.decide(context)
-        assert decision.drafter == policy._name
-        arms.add(decision.drafter)
-        if decision.gamma and decision.drafter == "model":
-            answers.add(policy.proceed(decision, Draft(1, table[:1], (), [0.0, 0.0], 0.9)))
-        policy.learn(decision, Outcome(1, 1, 1, 2, 0.12, 0.02, 0.1, "nf4", 9, 0, table[:1], decision.drafter, 1))
-    assert arms == {"model", LOOKUP}
-    assert LOOKUP in answers
 
 
 def test_hindsight_knows_of_turns(tiny_pair: TinyPair) -> None:

@@ -103,8 +103,8 @@ def test_the_digest_is_of_all_that_bears_on_a_replay(player: str, tmp_path: Path
         "speckv_online/lookup/ngram_index.py": True,
         "speckv_online/context.py": True,
         "experiments/streams/merge.py": True,
-        "policies/learned/goodput.py": True,
-        "policies/data/goodput.npz": True,
+        "policies/learned/online.py": True,
+        "policies/data/online.npz": True,
         "policies/data/mlp16.json": True,
         "speckv_online/data/gate-smollm2.npz": True,
         "speckv_online/reporting/html_page.py": False,
@@ -121,7 +121,7 @@ def test_the_digest_is_of_policies_of_others_too(tmp_path: Path, monkeypatch: py
     (tmp_path / "own_policy.py").write_text("from policies.fixed import Fixed\n\n\nclass Own(Fixed):\n    pass\n")
     (tmp_path / "weights").write_text("1")
     monkeypatch.syspath_prepend(tmp_path)
-    specs = ["own_policy:Own", f"goodput:acceptance={tmp_path / 'weights'}"]
+    specs = ["own_policy:Own", f"online:acceptance={tmp_path / 'weights'}"]
     found = [digest([], policies=specs)]
     for name in ("own_policy.py", "weights"):
         (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")

@@ -31,8 +31,8 @@ def level() -> Level:
         for policy, seconds, drafted in (
             ("autoregressive", 1.0, 0),
             ("fixed:4", 2.0, 4),
-            ("goodput", 0.8, 0),
-            ("goodput+hybrid", 0.5, 2),
+            ("online", 0.8, 0),
+            ("online+hybrid", 0.5, 2),
             ("transformers", 1.25, 0),
             ("transformers:constant-4", 2.5, 0),
         )
@@ -48,13 +48,13 @@ def two_units() -> list[UnitResult]:
 
 def test_ratios_are_paired_and_hindsight_is_fair(level: Level) -> None:
     assert level.goodput("autoregressive") == pytest.approx(10.0)
-    assert level.ratio("goodput", "autoregressive").value == pytest.approx(1.25)
+    assert level.ratio("online", "autoregressive").value == pytest.approx(1.25)
     # fixed:1 decoded one prompt only: on that one it beats plain decoding, which is where they are compared.
     assert level.ratio("fixed:1", "autoregressive").value == pytest.approx(1 / 0.9)
     assert level.best("fixed") == "fixed:1"
     assert level.best("transformers") == "transformers"
     assert level.shared == ["a"]
-    assert level.modelled_over_measured("goodput+hybrid") is None
+    assert level.modelled_over_measured("online+hybrid") is None
     assert level.modelled_over_measured("transformers") is None
 
 
@@ -63,25 +63,25 @@ def test_tables_say_what_passes_and_what_fails(level: Level) -> None:
     product = next(line for line in lines if "the product over transformers' constant-4" in line)
     assert "5.000" in product
     assert "pass" in product
-    best = next(line for line in lines if "`goodput` over the best fixed" in line)
+    best = next(line for line in lines if "`online` over the best fixed" in line)
     assert "1.125" in best
-    level.calls["goodput"] = level.calls["fixed:4"]
+    level.calls["online"] = level.calls["fixed:4"]
     assert any("**fail**" in line for line in bars([level]))
     rows = table(level)
     assert sum("`transformers" in row for row in rows) == 3
-    assert any(row.startswith("| `goodput+hybrid` | 3 | 20.00 |") for row in rows)
+    assert any(row.startswith("| `online+hybrid` | 3 | 20.00 |") for row in rows)
     text = headline([level], {"settings": {"max_new_tokens": 64}})
     assert "3 held-out prompts, 64 new tokens" in text
     assert "| transformers as it is, its best setting (*hindsight*: no draft) | 8.0 |" in text
     assert "| ours, best fixed γ (*hindsight*: 1) (1 of them) | 11.1 |" in text
-    assert "| **ours, `goodput`** | **5.0** [0.50: 0.50–0.50] |" in text
+    assert "| **ours, `online`** | **5.0** [0.50: 0.50–0.50] |" in text
     level.calls["fixed:1"] = level.calls["fixed:4"]
     other = Level("nf4", [replace(u, unit=replace(u.unit, level="nf4")) for u in two_units()])
     text = headline([level, other], {"settings": {"max_new_tokens": 64}})
     assert "2 held-out prompts, 64 new tokens" in text
     assert "its best setting (*hindsight*: no draft, heuristic) | 8.0 | 20.0 |" in text
     assert "| ours, no draft | 10.0 | 10.0 |" in text
-    assert "`goodput`" not in text  # not in both levels
+    assert "`online`" not in text  # not in both levels
     assert "online" not in text  # not in this run
 
 
@@ -104,25 +104,25 @@ def test_the_cost_model_predicts_calls_that_it_was_not_fitted_to() -> None:
     fixed = {"autoregressive": [0] * 9, "fixed:2": [2] * 5, "fixed:8": [8, 8, 2]}
     lengths = {"a": 50, "b": 90, "c": 140, "d": 60}
     units = [timed(name, p, n, drafts) for name, drafts in fixed.items() for p, n in lengths.items()]
-    units += [timed("goodput", p, n, [0, 5, 1, 12, 0], dropped=2) for p, n in lengths.items()]
-    units += [timed("goodput+hybrid", p, n, [1, 1]) for p, n in lengths.items()]
+    units += [timed("online", p, n, [0, 5, 1, 12, 0], dropped=2) for p, n in lengths.items()]
+    units += [timed("online+hybrid", p, n, [1, 1]) for p, n in lengths.items()]
     measured = {(u.unit.policy, u.unit.prompt): u.facts["call_seconds"] for u in units}
     modelled = modelled_calls(units)
-    assert set(modelled) == {*fixed, "goodput"}
+    assert set(modelled) == {*fixed, "online"}
     for name, calls in modelled.items():
         for prompt, seconds in calls.items():
             assert seconds == pytest.approx(measured[name, prompt], rel=1e-6)
     # A policy that is slow for reasons of its own, and a prompt that was, are not in the costs they are predicted by.
     slow = [
-        timed("goodput", "a", 50, [0, 5, 1, 12, 0], extra=1.0, dropped=2),
+        timed("online", "a", 50, [0, 5, 1, 12, 0], extra=1.0, dropped=2),
         timed("fixed:2", "a", 50, [2] * 5, extra=1.0),
     ]
     again = modelled_calls([*slow, *(u for u in units if u.unit.prompt != "a" or u.unit.policy == "autoregressive")])
-    assert again["goodput"]["a"] == pytest.approx(modelled["goodput"]["a"], rel=1e-6)
+    assert again["online"]["a"] == pytest.approx(modelled["online"]["a"], rel=1e-6)
     assert again["fixed:2"]["a"] == pytest.approx(modelled["fixed:2"]["a"], rel=1e-6)
     # Nor are costs of prompts that a contender did not decode: the machine may have been another then.
     late = [timed(name, p, 70, drafts, extra=1.0) for name, drafts in fixed.items() for p in ("e", "f")]
-    assert modelled_calls([*units, *late])["goodput"] == pytest.approx(modelled["goodput"], rel=1e-6)
+    assert modelled_calls([*units, *late])["online"] == pytest.approx(modelled["online"], rel=1e-6)
     assert modelled_calls([u for u in units if u.unit.prompt == "a"]) == {}  # no other prompt to fit to
     rows = bars([Level("fp16", [*slow, *(u for u in units if u.unit.prompt != "a")])])
     assert any("modelled over measured goodput, fp16" in row and "**fail**" in row for row in rows)
@@ -133,39 +133,39 @@ def test_a_run_that_was_stopped_shows_the_same_prompts_at_all_levels(tmp_path: P
     for name, prompts in done.items():
         writer = StepWriter(tmp_path / f"steps-{name}.jsonl")
         for prompt in prompts:
-            for policy in ("autoregressive", "fixed:4", "goodput")[: 2 if (name, prompt) == ("nf4", "b") else 3]:
+            for policy in ("autoregressive", "fixed:4", "online")[: 2 if (name, prompt) == ("nf4", "b") else 3]:
                 result = call(policy, prompt, 10, 1.0)
                 writer.write(replace(result.unit, level=name), result.steps, result.facts)
         writer.close()
-    levels = levels_of(tmp_path, ("autoregressive", "goodput"))
+    levels = levels_of(tmp_path, ("autoregressive", "online"))
     assert [level.shared for level in levels] == [["a"], ["a"]]
-    assert len(levels_of(tmp_path)[0].calls["goodput"]) == 3
-    (alone,) = levels_of(tmp_path, ("autoregressive", "goodput"), ("fp16",))
+    assert len(levels_of(tmp_path)[0].calls["online"]) == 3
+    (alone,) = levels_of(tmp_path, ("autoregressive", "online"), ("fp16",))
     assert alone.shared == ["a", "b", "c"]
     with pytest.raises(UserError, match="no prompt yet"):
         levels_of(tmp_path, ("online",))
 
 
 def test_calls_in_which_the_machine_stood_still_are_left_out_for_all_alike() -> None:
-    units = [timed(name, p, 60, [0] * 9) for name in ("autoregressive", "goodput", "fixed:4") for p in "abcdef"]
+    units = [timed(name, p, 60, [0] * 9) for name in ("autoregressive", "online", "fixed:4") for p in "abcdef"]
     units += [call(name, p, 10, 1.0) for name in ("transformers:constant-4", "transformers") for p in "abcdef"]
-    stalled = {("goodput", "b"), ("autoregressive", "d")}
+    stalled = {("online", "b"), ("autoregressive", "d")}
     for u in units:
         if (u.unit.policy, u.unit.prompt) in stalled:
             u.steps[4] = replace(u.steps[4], seconds=1.0)
             u.facts["call_seconds"] += 1.0
     units[-1].facts["call_seconds"] = 9.0
     level = Level("fp16", units)
-    assert sorted(level.calls["goodput"]) == list("acdef")
+    assert sorted(level.calls["online"]) == list("acdef")
     assert sorted(level.calls["autoregressive"]) == list("abcef")
     assert sorted(level.calls["transformers"]) == list("abcde")
     assert level.shared == ["a", "c", "e"]
-    assert level.ratio("goodput", "autoregressive").value == pytest.approx(1.0)
-    assert level.ratio("goodput", "autoregressive", stalled=True).value == pytest.approx(1.0)  # one stall each
+    assert level.ratio("online", "autoregressive").value == pytest.approx(1.0)
+    assert level.ratio("online", "autoregressive", stalled=True).value == pytest.approx(1.0)  # one stall each
     assert "3 of 30 calls" in level.left_out
-    assert "`goodput` on b (" in level.left_out
+    assert "`online` on b (" in level.left_out
     text = document([level], {"settings": {}})
-    assert "With them: `goodput` over autoregressive fp16 1.000." in text
+    assert "With them: `online` over autoregressive fp16 1.000." in text
 
 
 def test_short_answers_of_transformers_are_no_stalls() -> None:
@@ -182,30 +182,28 @@ def test_short_answers_of_transformers_are_no_stalls() -> None:
 
 
 def test_contenders_without_a_common_prompt_have_empty_cells() -> None:
-    units = [
-        call(name, p, 10, 1.0) for name in ("autoregressive", "goodput", "fixed:4", "goodput+hybrid") for p in "ab"
-    ]
+    units = [call(name, p, 10, 1.0) for name in ("autoregressive", "online", "fixed:4", "online+hybrid") for p in "ab"]
     units += [call(name, "a", 10, 1.0) for name in ("transformers:constant-4", "transformers")]
     for u in units:
-        if u.unit.policy.startswith("goodput") and u.unit.prompt == "a":
+        if u.unit.policy.startswith("online") and u.unit.prompt == "a":
             u.steps[4] = replace(u.steps[4], seconds=5.0)
     level = Level("fp16", units)
-    assert level.ratio("goodput", "transformers") is None
+    assert level.ratio("online", "transformers") is None
     assert level.ratio("autoregressive", "fixed:4", []) is None
     assert math.isnan(level.goodput("autoregressive", []))
     text = document([level], {"settings": {}})
     assert "| the product over transformers' constant-4, geometric mean | 1.4 | | |" in text
-    assert "| `goodput` | 1 | 10.00 |  | 1.000 | 1.000 | 1.000 |  |  |" in text
-    assert "| **ours, `goodput`** (1 of them) | **10.0** [1.00] |" in headline([level], {})
+    assert "| `online` | 1 | 10.00 |  | 1.000 | 1.000 | 1.000 |  |  |" in text
+    assert "| **ours, `online`** (1 of them) | **10.0** [1.00] |" in headline([level], {})
     del level.calls["autoregressive"]
-    assert "| **ours, `goodput`** (1 of them) | **10.0** |" in headline([level], {})
+    assert "| **ours, `online`** (1 of them) | **10.0** |" in headline([level], {})
     assert figure(draw, [Level("fp16", units)])
     # Prompts of the short table that a contender has none of are no request for all of its prompts.
-    few = [call("fixed:1", p, 10, 1.0) for p in "bcde"] + [call("goodput", p, 10, 1.0) for p in "bcde"]
+    few = [call("fixed:1", p, 10, 1.0) for p in "bcde"] + [call("online", p, 10, 1.0) for p in "bcde"]
     few += [call(name, "a", 10, 1.0) for name in ("online", "transformers:constant-4")]
     text = headline([Level("fp16", few)], {})
     assert "| ours, `online` (0 of them) |  |" in text
-    assert "| **ours, `goodput`** | **10.0** |" in text
+    assert "| **ours, `online`** | **10.0** |" in text
 
 
 def test_schedules_of_transformers_do_not_share_what_they_reach() -> None:
@@ -220,10 +218,10 @@ def test_schedules_of_transformers_do_not_share_what_they_reach() -> None:
 
 
 def test_unknown_contenders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, message in (("transformers:magic", "unknown schedule"), ("nobody", "nobody"), ("goodput+x", "drafter")):
+    for name, message in (("transformers:magic", "unknown schedule"), ("nobody", "nobody"), ("online+x", "drafter")):
         assert main(["--leading", name, "--others", "autoregressive", "--out", str(tmp_path / "run")]) == 2
         assert message in capsys.readouterr().err
-    assert main(["--leading", "goodput", "--others", "fixed:4", "--out", str(tmp_path / "run")]) == 2
+    assert main(["--leading", "online", "--others", "fixed:4", "--out", str(tmp_path / "run")]) == 2
     assert "name no transformers" in capsys.readouterr().err
     (tmp_path / "doc.md").write_text("no markers")
     assert main(["--doc", str(tmp_path / "doc.md"), "--out", str(tmp_path / "run")]) == 2
@@ -249,5 +247,5 @@ def test_real_run_is_lossless_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert sorted(u.unit.policy for u in units) == sorted([*names, *names, "fixed:1"])
     assert len({json.dumps(u.facts["output"]) for u in units}) == 2  # everybody says what the target says
     assert read_manifest(tmp_path / "run")["levels"] == costs  # calibrated once
-    assert "`goodput+hybrid`" in doc.read_text()
+    assert "`online+hybrid`" in doc.read_text()
     assert "| ours, no draft |" in doc.read_text()

@@ -75,7 +75,7 @@ def test_a_run_that_another_process_writes_is_refused(finished: Path, capsys: py
         (["--levels", "fp16,int3"], "unknown compression level 'int3'"),
         (["--levels", ""], "--levels is empty"),
         (["--pair", "nobody"], "unknown model pair 'nobody'"),
-        (["--leading", "goodput,goodput"], "--leading names something twice"),
+        (["--leading", "online,online"], "--leading names something twice"),
         (["--others", "transformers,transformers"], "--others names something twice"),
     ],
 )

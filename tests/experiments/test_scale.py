@@ -113,9 +113,9 @@ def test_cells_of_other_costs_or_traces_are_not_taken_for_these(
 
 
 def test_a_worker_alone_gets_less_back_than_one_of_many(tmp_path: Path) -> None:
-    alone, many = (weigh("goodput", observed("goodput", 20, TRACES, COST, n), tmp_path) for n in (1, 8))
+    alone, many = (weigh("online", observed("online", 20, TRACES, COST, n), tmp_path) for n in (1, 8))
     assert alone.alone == many.alone
-    whole = sum(array.nbytes for array in make_policy("goodput").state_dict().values())
+    whole = sum(array.nbytes for array in make_policy("online").state_dict().values())
     assert alone.received == alone.alone < many.received < whole
 
 

@@ -145,10 +145,10 @@ def test_a_warm_start_is_measured_against_a_cold_one() -> None:
 
 
 def test_what_has_settled_on_other_prompts_does_not_know_the_streams_own() -> None:
-    """`goodput` remembers how drafts after the same tokens fared: one that has met the same prompts is ahead."""
+    """`online` remembers how drafts after the same tokens fared: one that has met the same prompts is ahead."""
     kinds, others = ({kind: [random_trace(first + i, kind) for i in range(6)] for kind in ("nf4", "int8")}
                      for first in (0, 100))  # fmt: skip
-    found = drift("goodput", kinds, COST, others=others, period=400, rounds=1, seeds=(0,), settling=400)
+    found = drift("online", kinds, COST, others=others, period=400, rounds=1, seeds=(0,), settling=400)
     assert found.unseen.shape == found.relative.shape
     assert not np.allclose(found.unseen, found.relative)
     assert found.unseen.mean() > found.relative.mean()

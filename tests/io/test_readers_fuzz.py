@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from policies.acceptance.mlp16 import load_weights
 from policies.base import PolicyError
-from policies.learned.mlp16 import load_weights
 from speckv_online.errors import UserError
 from speckv_online.evaluation.release_runs import read_runs
 from speckv_online.io.csv_rows import read_csv

@@ -330,8 +330,8 @@ def test_linucb_goes_on_with_next_to_no_ridge(level: tuple[float, ...]) -> None:
         "llamacpp:n_min=5,n_max=3", "vllm-table:1/2", "vllm-table:2/3/1", "vllm-table:1/4/2/4/5/1",
         "vllm-table:1/2/99", "tensorrt-gate:0", "tensorrt-gate:threshold=2", "onnx-genai:0", "ik-autotune:17",
         "ik-autotune:n_min=7", "sglang:tiers=3/1", "ucbspec:delta=0", "exp3spec:arms=0/99", "vllm:0", "specdecpp:-1",
-        "river:policy=bayes", "river:epsilon=0", "linucb:alpha=-1", "lints:ridge=0", "online-sgd:rate=2",
-        "exp3spec:arms=0", "ucbspec:arms=0", "linucb:ridge=1e-9", "goodput:cap=99", "goodput:acceptance=nowhere.npz",
+        "river:policy=bayes", "river:epsilon=0", "linucb:alpha=-1", "lints:ridge=0", 
+        "exp3spec:arms=0", "ucbspec:arms=0", "linucb:ridge=1e-9", "online:cap=99", "online:acceptance=nowhere.npz",
     ],
 )  # fmt: skip
 def test_bad_options_are_refused_in_one_line(spec: str) -> None:

@@ -21,10 +21,9 @@ from tests.support.tapes import Tape, make_tapes, play, trained
 VARIANTS = {
     "adaedl": ["adaedl:0.6,cap=4", "adaedl:target=0.5"],
     "autoregressive": [],
-    "best-drafter": ["best-drafter:leviathan", "best-drafter:svip,block=3"],
     "exp3spec": ["exp3spec:tokens_per_second,arms=1/3/7"],
     "fixed": ["fixed:0", "fixed:16"],
-    "goodput": ["goodput:strength=50,discount=1,refresh=1,cap=5", "goodput:objective=tokens_per_step,safety=off"],
+    "online": ["online:strength=50,discount=1,refresh=1,cap=5", "online:objective=tokens_per_step,safety=off"],
     "hf-confidence": ["hf-confidence:0.7,cap=3"],
     "hf-heuristic": ["hf-heuristic:2,transient=on"],
     "ik-autotune": ["ik-autotune:4,p_min=0.1,n_min=3"],
@@ -33,14 +32,6 @@ VARIANTS = {
     "linucb": ["linucb:0,weights=none", "linucb:arms=0/1/16,ridge=1,refresh=1,safety=off"],
     "llamacpp": ["llamacpp:0.3,n_min=2,n_max=6"],
     "mlp16": ["mlp16:tokens_per_step", "mlp16:arms=2/4/6/8,cost_half_life=10"],
-    "online": [
-        "online:explore=ucb:2,discount=0.95,refresh=1",
-        "online:explore=greedy,labels=played,strength=5,safety=off",
-        "online:labels=one_sided,arms=0/3/7,noise=0.2,safety_gamma=2,safety_epsilon=0.3",
-        "online:explore=thompson:3",
-        "online:objective=tokens_per_step,arms=4/8,safety=off",
-    ],
-    "online-sgd": ["online-sgd:0.01,epsilon=0.5", "online-sgd:arms=1/2,safety=off"],
     "onnx-genai": ["onnx-genai:1,cooldown=on", "onnx-genai:16"],
     "river": ["river:exp3", "river:thompson", "river:epsilon-greedy,epsilon=0.5", "river:linucb,arms=1/4"],
     "sglang": ["sglang:1,tiers=1/2/9"],
@@ -100,8 +91,8 @@ def test_sums_of_others_are_refused(spec: str) -> None:
     """What another policy handed out, or the same one that started from other arms or weights, adds up to nothing."""
     policy, name = build(spec), spec.partition(":")[0]
     before = {key: np.array(value) for key, value in policy.state_dict().items()}
-    alike = {"lints": "linucb", "specdecpp": "goodput"}.get(name, name)  # sums of the same form, and of use
-    others = [other for other in ("online", "linucb", "goodput", "mlp16", "best-drafter") if other not in (name, alike)]
+    alike = {"lints": "linucb", "specdecpp": "online"}.get(name, name)  # sums of the same form, and of use
+    others = [other for other in ("online", "linucb", "mlp16") if other not in (name, alike)]
     others += {"linucb": ["linucb:arms=0/2"], "lints": ["lints:arms=0/2"]}.get(name, [])
     for other in others:
         teacher = build(other)
@@ -176,7 +167,7 @@ class Random(Fixed):
         return Decision(self.new_id(), min(gamma, context.max_gamma))
 
 
-LEARNED = ["online", "online-sgd", "linucb", "lints", "goodput", "leviathan"]
+LEARNED = ["online", "linucb", "lints", "leviathan"]
 
 
 @cache
@@ -191,7 +182,7 @@ def test_learned_policies_beat_chance(name: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["fp16", "int8", "nf4"])
-def test_goodput_beats_every_fixed_gamma(level: str) -> None:
+def test_online_beats_every_fixed_gamma(level: str) -> None:
     """Gamma 0 included, and from a cold start: where nothing pays it may lose what its probes cost."""
     texts = make_tapes(43, 20)
     best = max(play(Fixed(gamma=g), texts, level).goodput for g in (0, 1, 2, 3, 4, 6))

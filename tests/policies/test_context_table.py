@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from policies.acceptance.context_table import SHRINK_PAIR, SHRINK_SINGLE, TAIL, TokenHistory, buckets, place
 from policies.acceptance.features import rows
 from policies.base import Context, Draft, Outcome, PolicyError
-from policies.learned.goodput import Goodput
+from policies.learned.online import Online
 from speckv_online.training.acceptance import excess, tokens_from_traces, train_acceptance
 from tests.support.made_traces import made_trace
 
@@ -123,7 +123,7 @@ def test_a_prompt_s_own_drafts_do_not_vouch_for_it() -> None:
 
 
 def test_a_policy_learns_ids_from_the_draft_and_from_its_outcome() -> None:
-    policy, context = Goodput(acceptance="none"), Context(tokens=[1, 2, 3, 4, 5])
+    policy, context = Online(acceptance="none"), Context(tokens=[1, 2, 3, 4, 5])
     step = policy.decide(context).features
     signals = np.full((4, 4), 0.9)
     step.extend(2, Draft(2, signals[:2], [6, 7]))

@@ -14,7 +14,7 @@ from policies.base import Context, Decision, Draft, Outcome, Policy, PolicyError
 from policies.costs.cost_model import CostPrior
 from policies.fixed import Fixed
 from policies.guards.fault import FaultGuard
-from policies.learned.online import Online
+from policies.learned.linear import LinTs
 from tests.support.tapes import trained
 
 SIGNALS = np.zeros((16, 4))
@@ -171,24 +171,24 @@ def test_a_policy_that_does_not_take_costs_goes_without() -> None:
     assert guard.faults == {"set_costs raised": 1}
     assert guard.decide(Context()).gamma == 2
     FaultGuard(Fixed()).set_costs("nf4", CostPrior(0.01, (0.1,)))  # it does not ask
-    online = Online(weights=trained())
-    FaultGuard(online).set_costs("nf4", CostPrior(0.01, (0.1,)))
-    assert online.costs.level("nf4").verify[0] == pytest.approx(0.1)
+    lints = LinTs(weights=trained())
+    FaultGuard(lints).set_costs("nf4", CostPrior(0.01, (0.1,)))
+    assert lints.costs.level("nf4").verify[0] == pytest.approx(0.1)
 
 
 def test_everything_else_reaches_the_policy() -> None:
-    policy = Online(weights=trained(), seed=4)
+    policy = LinTs(weights=trained(), seed=4)
     guard = FaultGuard(policy)
     assert guard.learns
     assert guard.summary == policy.summary
     assert guard.arms == policy.arms
     assert guard.pmf(Context()) == pytest.approx(policy.pmf(Context()))
     guard.learn(guard.decide(Context()), Outcome(4, 2, 3, 3, 0.1, 0.02, 0.07))
-    assert guard.state_dict()["head.misc"][1] == 1
-    assert guard.take_delta()["head.count"] == 1
-    other = FaultGuard(Online(weights=trained()))
+    assert guard.state_dict()["linear.misc"][0] == 1
+    assert guard.take_delta()["linear.count"] == 1
+    other = FaultGuard(LinTs(weights=trained()))
     other.load_state_dict(guard.state_dict())
-    assert other.state_dict()["head.sums"] == pytest.approx(policy.state_dict()["head.sums"])
+    assert other.state_dict()["linear.sums"] == pytest.approx(policy.state_dict()["linear.sums"])
     with pytest.raises(AttributeError):
         _ = guard.no_such_thing
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from policies.acceptance.mlp16 import Mlp16, Weights, level_code, load_weights
 from policies.base import ARMS, Context, PolicyError
 from policies.costs.cost_model import CostPrior
-from policies.learned.mlp16 import Mlp16, Weights, level_code, load_weights
 from policies.registry import make_policy
 from tests.support.tapes import make_tapes, play, trained
 

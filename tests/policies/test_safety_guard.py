@@ -10,6 +10,7 @@ from policies.costs.cost_model import CostPrior
 from policies.fixed import Fixed
 from policies.guards.fault import FaultGuard
 from policies.guards.safety import SafetyGuard
+from policies.learned.linear import LinUcb
 from policies.learned.online import Online
 from policies.registry import make_policy
 from tests.support.guarded import Stubborn, told
@@ -161,12 +162,12 @@ def test_drafts_that_were_withheld_are_paid_for() -> None:
 
 
 def test_a_policy_stuck_at_zero_is_shown_drafting_and_comes_back() -> None:
-    """Warm-started from weights that promise nothing, `online` alone never drafts; guarded, it learns better."""
+    """Warm-started from weights that promise nothing, `linucb` alone never drafts; guarded, it learns better."""
     w = trained()
     gloomy = type(w)(w.W1, w.b1, np.zeros_like(w.W2), np.array([0.02]), w.phi_cov)
     tapes = make_tapes(53, 30, ease=1.0)
-    alone = Online(weights=gloomy, explore="greedy")
-    guarded = SafetyGuard(Online(weights=gloomy, explore="greedy"))
+    alone = LinUcb(alpha=0.0, weights=gloomy)
+    guarded = SafetyGuard(LinUcb(alpha=0.0, weights=gloomy))
     assert set(play(alone, tapes, "int8").gammas) == {0}
     late = play(guarded, tapes, "int8").gammas[-200:]
     assert np.mean(late) > 2
@@ -242,13 +243,13 @@ def test_merged_statistics_leave_the_ledger_alone() -> None:
 
 def test_learned_policies_are_guarded_by_default() -> None:
     assert isinstance(make_policy("online", weights=trained()), SafetyGuard)
-    assert isinstance(make_policy("online:safety=off", weights=trained()), Online)
-    guard = make_policy("goodput:safety_gamma=2,safety_epsilon=0.2")
+    assert isinstance(make_policy("online:safety=off"), Online)
+    guard = make_policy("online:safety_gamma=2,safety_epsilon=0.2")
     assert isinstance(guard, SafetyGuard)
     assert (guard.gamma, guard.epsilon) == (2, 0.2)
     assert not isinstance(make_policy("leviathan"), SafetyGuard)
-    with pytest.raises(PolicyError, match="goodput: the safety gamma"):
-        make_policy("goodput:safety_gamma=0")
+    with pytest.raises(PolicyError, match="online: the safety gamma"):
+        make_policy("online:safety_gamma=0")
     with pytest.raises(PolicyError, match="unknown option 'safety'"):
         make_policy("fixed:safety=off")
 

@@ -154,7 +154,7 @@ def test_state() -> None:
 
 
 def test_naps_are_an_option() -> None:
-    on, off = make_policy("goodput"), make_policy("goodput:naps=off")
+    on, off = make_policy("online"), make_policy("online:naps=off")
     assert isinstance(on, SafetyGuard)
     assert isinstance(off, SafetyGuard)
     assert (on.sleeps, off.sleeps) == (True, False)

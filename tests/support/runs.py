@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from experiments.runtime.settings import CompareConfig
+from policies.acceptance.mlp16 import SHAPES
 from policies.base import Context, Decision, Outcome, Policy, PolicyError, State
-from policies.learned.mlp16 import SHAPES
 from speckv_online.io.prompts import Prompt
 from tests.support.tiny_models import TinyPair
 

@@ -7,9 +7,9 @@ from functools import cache
 
 import numpy as np
 
+from policies.acceptance.mlp16 import HIDDEN, INPUTS, Weights
 from policies.base import MAX_GAMMA, N_SIGNALS, Context, Decision, Draft, Outcome, Policy
 from policies.fixed import Fixed
-from policies.learned.mlp16 import HIDDEN, INPUTS, Weights
 from speckv_online.context import History
 
 #: level -> (t_d, T_v(1), growth of T_v per token), seconds: verifying is dear at fp16 and nearly flat at int8.

@@ -11,9 +11,9 @@ import pytest
 from experiments.train import describe, main
 from policies.acceptance.context_table import SHAPE
 from policies.acceptance.features import token_features
+from policies.acceptance.mlp16 import DEFAULT_WEIGHTS, Mlp16, load_weights
 from policies.acceptance.model import prior_means
 from policies.base import Context
-from policies.learned.mlp16 import DEFAULT_WEIGHTS, Mlp16, load_weights
 from policies.registry import make_policy
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import RTX3090_RELEASE
@@ -175,8 +175,8 @@ def test_command_writes_weights_that_the_policies_read(
     assert str(tmp_path) not in out.with_suffix(".json").read_text()
     # The trained weights play: predictions and a whole replay.
     assert Mlp16(load_weights(out)).predict(Context()).min() >= 0
-    for name in ("mlp16", "online", "goodput"):
-        policy = make_policy(name, weights=str(out), acceptance=str(out.with_name("goodput.npz")))
+    for name in ("mlp16", "online", "online"):
+        policy = make_policy(name, weights=str(out), acceptance=str(out.with_name("online.npz")))
         replay = Simulator(policy, RTX3090_RELEASE).run(traces[:4])
         assert replay.tokens == sum(len(t) for t in traces[:4])
 
@@ -185,7 +185,7 @@ def test_command_trains_on_records_too(traces: list[Trace], tmp_path: Path) -> N
     write_rows(tmp_path / "steps.csv", trace_rows(traces[:8]))
     arguments = ["--records", str(tmp_path / "steps.csv"), "--features", "step-mean", "--epochs", "2", "--seeds", "1"]
     assert main([*arguments, "--out", str(tmp_path / "w")]) == 0
-    assert not (tmp_path / "w" / "goodput.npz").exists()
+    assert not (tmp_path / "w" / "online.npz").exists()
     assert json.loads((tmp_path / "w" / "mlp16.json").read_text())["data"]["kind"] == "step records"
 
 

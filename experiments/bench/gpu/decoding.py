@@ -25,7 +25,7 @@ from speckv_online.stats import goodput, paired_ratio
 
 LEVELS = ("fp16", "int8", "nf4")
 PLAIN = "autoregressive"
-OURS = (PLAIN, "fixed:1", "fixed:2", "fixed:4", "fixed:8", "mlp16", "online", "goodput")
+OURS = (PLAIN, "fixed:1", "fixed:2", "fixed:4", "fixed:8", "mlp16", "online")
 THEIRS = tuple(s for s in SCHEDULES.values() if s.schedule == "constant")
 
 Call = Callable[[list[int], int], tuple[list[int], float, list[Any]]]

@@ -22,7 +22,7 @@ from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.models.pairs import LoadedPair, chat_prompt
 from speckv_online.profiling.calibration import WARM_UP
 
-POLICIES = ("autoregressive", "fixed:4", "online", "goodput")
+POLICIES = ("autoregressive", "fixed:4", "online")
 LEVEL = "fp16"
 #: Names of the profiler's events, by the beginning.
 LAUNCH, GRAPH = ("cudaLaunchKernel", "cuLaunchKernel"), ("cudaGraphLaunch",)

@@ -20,7 +20,7 @@ from speckv_online.modeling.sampling import Sampler
 from speckv_online.models.pairs import DEFAULT_PAIR, load_target, prepare
 
 LEVELS = ("fp32", "fp16", "int8", "nf4")
-POLICIES = ("fixed:4", "fixed:8", "online", "goodput")
+POLICIES = ("fixed:4", "fixed:8", "online")
 #: Largest gap in logits at which another token counts as a tie of rounding on a GPU, where fp16 is fp16 throughout. A
 #: guess from the types' precision, until one was measured.
 ALLOWED = {"fp32": 1e-3, "fp16": 0.1, "int8": 1.25, "nf4": 0.25}

@@ -29,7 +29,7 @@ from speckv_online.io.manifest import cores
 from speckv_online.io.run_directory import read_manifest, read_units
 
 LEVELS = ("fp16", "int8", "nf4")
-POLICIES = ("autoregressive", "fixed:4", "goodput")
+POLICIES = ("autoregressive", "fixed:4", "online")
 ROOT = Path(__file__).parents[3]
 
 
