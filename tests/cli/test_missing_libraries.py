@@ -60,7 +60,7 @@ def run(models: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_needs_none_of_them_works(models: list[object], run: Path, tmp_path: Path) -> None:
     save(random_traces(3, ("fp16",)), tmp_path)
     for command, shown in (
-        (["speckv", "policies"], "goodput"),
+        (["speckv", "policies"], "online"),
         (["speckv", "simulate", tmp_path, "--policies", "fixed:2,online", "--cost", "rtx3090-release"], "online"),
         (["speckv", "generate", *models, "--prompt", "hi", "--max-new-tokens", 6], "tokens/s (measured)"),
         (["speckv", "report", run], "autoregressive"),

@@ -32,11 +32,11 @@ TRACES = random_traces(6, ("int8",))
 
 @pytest.mark.parametrize("delay", [0, 25, 1000])
 def test_a_worker_has_all_that_it_sent_and_the_others_after_the_delay(delay: int) -> None:
-    walkers = [Walker(make_policy("online", seed=i, worker=i), endless(TRACES, i), COST) for i in range(3)]
+    walkers = [Walker(make_policy("linucb", seed=i, worker=i), endless(TRACES, i), COST) for i in range(3)]
     own = [0.0] * 3
     sent: deque[tuple[int, list[State]]] = deque()
     rounds: list[list[float]] = []  # what each worker sent, by round
-    learner = make_policy("online")
+    learner = make_policy("linucb")
     for now in (10, 20, 30, 40):
         before = [known(walker) for walker in walkers]
         for walker in walkers:
@@ -53,15 +53,15 @@ def test_a_worker_has_all_that_it_sent_and_the_others_after_the_delay(delay: int
 
 def known(walker: Walker) -> float:
     """Steps that taught a walker's policy something, merged ones included."""
-    return float(walker.policy.state_dict()["head.misc"][1])
+    return float(walker.policy.state_dict()["linear.misc"][0])
 
 
 def test_a_batch_is_as_large_whatever_it_holds() -> None:
-    few, many = made_up_delta("online", 8), made_up_delta("online", 200)
+    few, many = made_up_delta("linucb", 8), made_up_delta("linucb", 200)
     assert {key: value.shape for key, value in few.items()} == {key: value.shape for key, value in many.items()}
-    learner = make_policy("online")
+    learner = make_policy("linucb")
     learner.merge(many)
-    assert learner.state_dict()["head.misc"][1] > 100  # steps that taught something
+    assert learner.state_dict()["linear.misc"][0] > 100  # steps that taught something
     with pytest.raises(UserError, match="shares nothing"):
         made_up_delta("fixed:4", 8)
 

@@ -57,7 +57,7 @@ class Taped(Wrapper):
 
 
 @pytest.mark.parametrize(("every", "rounds"), [(1, 20), (40, 2)])
-@pytest.mark.parametrize("spec", ["online:safety=off", "online:discount=0.99,safety=off", "linucb:safety=off"])
+@pytest.mark.parametrize("spec", ["lints:safety=off", "linucb:discount=0.99,safety=off", "linucb:safety=off"])
 def test_eight_workers_know_what_one_knows_on_the_same_data(spec: str, every: int, rounds: int) -> None:
     learner, one = make_policy(spec), make_policy(spec)
     walkers = [Walker(Taped(make_policy(spec, worker=i)), endless(TRACES, i), COST) for i in range(8)]
