@@ -182,7 +182,7 @@ def write_acceptance(config: TrainConfig, out: Path, traces: list[Trace], common
     from speckv_online.training.acceptance import evaluate_acceptance, tokens_from_traces, train_acceptance
     from speckv_online.training.mlp16 import split_by_prompt
 
-    tokens = tokens_from_traces(traces, config.seed)
+    tokens = tokens_from_traces(traces, config.seed, out / "mlp16.npz")
     inside, outside = split_by_prompt(tokens.prompt, config.holdout / 100, config.seed)
     score = evaluate_acceptance(train_acceptance(tokens[inside]), tokens[outside])
     card = common | {

@@ -146,6 +146,8 @@ def options(name: str) -> dict[str, tuple[str, Any]]:
 def _resolve(spec: str) -> tuple[str, type[Policy], str]:
     """Split a spec into (name, class, options text)."""
     name, _, rest = spec.strip().partition(":")
+    if name == "mlp16" and "read=step" in rest.split(","):
+        return _resolve("online:" + ",".join(["learn=costs", *(o for o in rest.split(",") if o != "read=step")]))
     if name in RENAMED:
         if name not in _told:
             _told.add(name)

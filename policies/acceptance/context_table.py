@@ -138,17 +138,22 @@ class TokenHistory:
             two = (accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
         return longest if latest else -longest, one, two
 
-    def note(self, memory: dict[Any, Any], place: Place, hit: bool) -> None:
-        """Note whether the draft at a place was accepted."""
-        tail, i, j = place
+    @staticmethod
+    def remember(memory: dict[Any, Any], place: Place, hit: bool) -> None:
+        """Note whether the draft at a place was accepted, for the sequence alone."""
         node = memory
-        for token in tail:
+        for token in place[0]:
             found = node.get(token)
             if found is None:
                 found = node[token] = [hit, {}]
             else:
                 found[0] = hit
             node = found[1]
+
+    def note(self, memory: dict[Any, Any], place: Place, hit: bool) -> None:
+        """Note whether the draft at a place was accepted."""
+        self.remember(memory, place, hit)
+        _, i, j = place
         weight, (labelled, accepted, totals) = self._weight, self._counts
         if i >= 0:
             labelled[i] += weight

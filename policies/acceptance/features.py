@@ -9,16 +9,17 @@ import numpy as np
 from policies.acceptance.context_table import FEATURES, Place
 from policies.base import CONFIDENCE, ENTROPY, FADE, MARGIN, NGRAM, Context
 
-#: Numbers of features before and after a token is drafted.
-BEFORE, AFTER = 10 + FEATURES, 16
+#: Numbers of features before and after a token is drafted, MLP16's hidden layer left out.
+BEFORE, OWN = 10 + FEATURES, 16
 
 Token = tuple[float, float, float, float, float]
 #: A token that took a forward: how many came before it, where its history is kept, the estimated chance that it is
 #: accepted if those before it are, and NUMBERS that describe it: those of the token before it (of a step's first one,
 #: the lagged ones), the step's acceptance and whether all was accepted last, its own, what its history tells
-#: (:data:`~policies.acceptance.context_table.Seen`), and again how many came before it.
+#: (:data:`~policies.acceptance.context_table.Seen`), again how many came before it, and what MLP16 reads of the step's
+#: tokens up to it: mean entropy and confidence, greatest entropy and least confidence.
 Asked = tuple[int, Place, float, tuple[float, ...]]
-NUMBERS = 16
+NUMBERS = 20
 
 
 def log_odds(confidence: float) -> float:
@@ -70,7 +71,7 @@ def rows(numbers: np.ndarray) -> np.ndarray:
     -------
     ndarray, shape (2, N, 16)
     """
-    found = np.zeros((2, len(numbers), BEFORE))
+    found = np.zeros((2, len(numbers), OWN))
     before, after = found
     found[:, :, 0] = 1.0
     at, first = np.minimum(0.125 * numbers[:, 15], 1.0), numbers[:, 15] == 0.0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.base import ARMS, FADE, LEVEL_CODES, NEUTRAL, Context, PolicyError, reason
+from policies.base import ARMS, FADE, LEVEL_CODES, MAX_GAMMA, NEUTRAL, Context, PolicyError, reason
 from policies.level_features import level_bits
 
 INPUTS, HIDDEN = 6, 16
@@ -123,6 +123,52 @@ def level_code(level: str) -> float:
         return LEVEL_CODES[level]
     bits = level_bits(level)
     return min(((16, 0.0), (8, 1.0), (4, 2.0)), key=lambda known: abs(known[0] - bits))[1]
+
+
+class StepNet:
+    """MLP16's hidden layer, read within a step from the signals of the tokens drafted so far.
+
+    Parameters
+    ----------
+    weights : Weights
+        Trained weights.
+
+    Attributes
+    ----------
+    matrix : ndarray, shape (4, 16)
+        What mean entropy, mean confidence, greatest entropy and least confidence are multiplied with.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.matrix = np.ascontiguousarray(weights.W1[:4])
+        self._rest: dict[str, np.ndarray] = {}
+
+    def rest(self, level: str) -> np.ndarray:
+        """Return by gamma, from 0 on, what level, gamma and b1 add before the ReLU, shape (17, 16)."""
+        found = self._rest.get(level)
+        if found is None:
+            w = self.weights
+            found = w.b1 + level_code(level) * w.W1[4] + np.outer(np.arange(MAX_GAMMA + 1.0), w.W1[5])
+            self._rest[level] = found
+        return found
+
+    def hidden(self, levels: Sequence[str], at: np.ndarray, signals: np.ndarray, gammas: np.ndarray) -> np.ndarray:
+        """Return the hidden layer of many tokens, shape (N, 16).
+
+        Parameters
+        ----------
+        levels : sequence of str
+        at : ndarray of int, shape (N,)
+            Each token's level, as an index.
+        signals : ndarray, shape (N, 4)
+            In the order of ``matrix``.
+        gammas : ndarray of int, shape (N,)
+            How many tokens were drafted, each token included.
+        """
+        rest = np.array([self.rest(level) for level in levels])
+        found: np.ndarray = np.maximum(signals @ self.matrix + rest[at, gammas], 0.0)
+        return found
 
 
 class Mlp16:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from math import exp
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
 
 from policies.acceptance.context_table import TAIL, Place, Seen, TokenHistory, place
 from policies.acceptance.features import Asked, Token, start_features, token_features
-from policies.base import Context, Draft, Outcome
+from policies.acceptance.mlp16 import HIDDEN
+from policies.base import CONFIDENCE, ENTROPY, Context, Draft, Outcome
+
+#: MLP16's first layer, by gamma what level, gamma and bias add to it, and the weights of the layer's 16 outputs.
+Net: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
+#: Mean entropy and confidence, greatest entropy and least confidence.
+Signals: TypeAlias = tuple[float, float, float, float]
+_ZERO = np.zeros(HIDDEN)
 
 
 class AcceptanceWeights(Protocol):
@@ -15,8 +24,9 @@ class AcceptanceWeights(Protocol):
 
     history: TokenHistory
 
-    def weights(self, level: str) -> tuple[list[float], list[float]]:
-        """Return the weights in use at a level, before and after a token is drafted."""
+    def weights(self, level: str) -> tuple[list[float], list[float], Net]:
+        """Return the weights in use at a level: before and after a token is drafted, and those of MLP16's hidden
+        layer."""
 
 
 class Step:
@@ -50,10 +60,15 @@ class Step:
         "_after",
         "_before",
         "_chance",
+        "_confidence",
+        "_entropy",
         "_ids",
         "_known",
         "_lagged",
+        "_least",
         "_model",
+        "_most",
+        "_net",
         "_next",
         "_signals",
         "_tokens",
@@ -76,7 +91,9 @@ class Step:
         self.level = context.level
         self._acceptance, self._whole, odds, entropy = start_features(context)
         self._lagged: Token = (odds, entropy, 0.0, 0.0, 0.0)
-        self._before, self._after = acceptance_model.weights(context.level)
+        self._before, self._after, self._net = acceptance_model.weights(context.level)
+        self._entropy = self._confidence = self._most = 0.0
+        self._least = 1.0
         self.asked: list[Asked] = []
         self.survival = [1.0]
         self.expected = 1.0
@@ -138,12 +155,13 @@ class Step:
                 if self._next is None:
                     self.chance()
                 here, seen, previous = self._next  # type: ignore[misc]
-                own = token_features(signals[j].tolist())
-                chance = self._own_chance(own, previous, j)
+                row = signals[j].tolist()
+                own = token_features(row)
+                read = self._read(row[ENTROPY], row[CONFIDENCE])
+                chance = self._own_chance(own, previous, j, read)
                 tokens.append(own)
-                about = (*previous, self._acceptance, self._whole, *own, *seen, float(j))
+                about = (*previous, self._acceptance, self._whole, *own, *seen, float(j), *read)
                 self.asked.append((j, here, chance, about))
-                self.forwards += 1
             self._next = None
             survival *= chance
             survivals.append(survival)
@@ -152,8 +170,19 @@ class Step:
         self.expected = expected
         self.confidence = lookups[drafted] if drafted < told else 0.0
 
-    def _own_chance(self, own: Token, previous: Token, j: int) -> float:
-        """Chance of the j-th token (from 0) once it is drafted."""
+    def _read(self, entropy: float, confidence: float) -> Signals:
+        """Return what MLP16 reads of the step's tokens, with another one that took a forward."""
+        self.forwards = n = self.forwards + 1
+        self._entropy += entropy
+        self._confidence += confidence
+        if entropy > self._most:
+            self._most = entropy
+        if confidence < self._least:
+            self._least = confidence
+        return self._entropy / n, self._confidence / n, self._most, self._least
+
+    def _own_chance(self, own: Token, previous: Token, j: int, read: Signals) -> float:
+        """Chance of the j-th token (from 0) once it is drafted, ``read`` with it."""
         w, (odds, entropy, margin, agree, differ) = self._after, own
         eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * self._acceptance + w[5] * previous[0]
         eta += w[6] * (j * 0.125 if j < 8 else 1.0) if j else w[7] * self._whole
@@ -161,6 +190,11 @@ class Step:
             eta += w[8] + w[9] * agree + w[10] * odds + w[11] * entropy
         elif differ:
             eta += w[12] + w[13] * differ + w[14] * odds + w[15] * entropy
+        first, rest, head = self._net
+        units = np.dot(read, first)
+        units += rest[j + 1]
+        np.maximum(units, _ZERO, out=units)
+        eta += float(np.dot(units, head))
         return 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0
 
     def note(self, labelled: int, accepted: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from policies.acceptance.mlp16 import Mlp16, resolve_weights
-from policies.base import Context, Decision
+from policies.base import Context, Decision, PolicyError
 from policies.costs.cost_aware import CostAware
 
 
@@ -23,13 +23,18 @@ class Mlp16Policy(CostAware):
         takes the price of a step off that, in tokens: lambda * T(gamma).
     arms : tuple of int
         The gammas to choose from.
+    read : {'lagged', 'step'}
+        What MLP16 reads: the signals of an earlier step, as published, or those of the step itself. ``mlp16:read=step``
+        is ``online:learn=costs``: `online` that never learns acceptance (:func:`~policies.registry.make_policy`).
     """
 
     summary = "the pretrained MLP16, frozen (objective=tokens_per_second|tokens_per_step)"
     positional: ClassVar[str] = "objective"
 
-    def __init__(self, *, weights: str = "", **options: Any) -> None:
+    def __init__(self, *, weights: str = "", read: Literal["lagged", "step"] = "lagged", **options: Any) -> None:
         super().__init__(**options)
+        if read != "lagged":
+            raise PolicyError(f"read must be lagged, or step in a spec, got '{read}'")
         self.net = Mlp16(resolve_weights(weights), self.arms)
 
     def decide(self, context: Context) -> Decision:

@@ -1,5 +1,8 @@
 """`online`: predicts the acceptance of every token, and drafts on while the next tokens are worth their seconds.
 
+It starts from MLP16, which is read within the step, where its own inputs exist: its hidden layer stands beside the
+token's own signals, lookups and history (:mod:`policies.acceptance.model`). Acceptance and seconds are learnt.
+
 With k tokens drafted whose joint survival estimate is S_k, and p the acceptance predicted for the next token, drafting
 m more is worth S_k (p + p^2 + ... + p^m) tokens and costs lambda (m t_d + T_v(k+m+1) - T_v(k+1)). The policy goes on if
 that pays for any m. For m = 1 alone this is the one-step-ahead rule, optimal while survival falls and costs do not; the
@@ -22,7 +25,7 @@ left over, it would take one of its own.
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -130,6 +133,8 @@ class Online(CostAware):
 
     Parameters
     ----------
+    weights : str or Weights
+        MLP16, whose hidden layer is read in the step: an npz; the shipped weights by default.
     acceptance : str
         An npz of acceptance weights, see :class:`~policies.acceptance.model.AcceptanceModel`; the shipped ones by
         default, ``none`` for a cold start.
@@ -143,6 +148,9 @@ class Online(CostAware):
         Most tokens to draft.
     lookups : bool
         Whether to go on with lookups where they are worth more than the model's tokens.
+    learn : {'all', 'costs', 'none'}
+        What is learnt while decoding: ``costs`` leaves acceptance as it was pretrained, and ``none`` leaves everything
+        as it is in the state that was loaded. What a text remembers of its own drafts is no learning: it is always on.
     objective, cost_half_life, adwin, seed, worker
         As in :class:`~policies.costs.cost_aware.CostAware`.
     """
@@ -154,20 +162,25 @@ class Online(CostAware):
     def __init__(
         self,
         *,
+        weights: str = "",
         acceptance: str = "",
         strength: float = 1500.0,
         discount: float = 0.9995,
         refresh: int = 128,
         cap: int = MAX_GAMMA,
         lookups: bool = True,
+        learn: Literal["all", "costs", "none"] = "all",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if learn not in ("all", "costs", "none"):
+            raise PolicyError(f"learn must be all, costs or none, got '{learn}'")
+        self.learning, self.learns = learn, learn == "all"
         if not 1 <= refresh < WAITING or not 0 <= cap <= MAX_GAMMA:
             wanted = f"refresh must be from 1 to {WAITING - 1} and cap from 0 to {MAX_GAMMA}"
             raise PolicyError(f"{wanted}, got {refresh} and {cap}")
         self.every, self.cap, self.lookups = refresh, cap, lookups
-        self.acceptance_model = AcceptanceModel(acceptance, strength, discount)
+        self.acceptance_model = AcceptanceModel(acceptance, strength, discount, weights)
         self._rules: dict[str, Rule] = {}
 
     def _rule(self, level: str) -> Rule:
@@ -231,11 +244,20 @@ class Online(CostAware):
         tail = step.asked[-1][0] + 1 if step.asked else 0
         return rule.best(drafted, step.survival, step.left, step.forwards, tail)
 
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if self.learning != "none":
+            super().learn(decision, outcome)
+        elif self.first_time(decision.id) and decision.features is not None and outcome.labelled:
+            self.teach(decision, outcome)
+
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         step: Step = decision.features
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
         if outcome.forwards > step.forwards:
             step.extend(outcome.labelled, outcome)
+        if self.learning != "all":
+            self.acceptance_model.remember(step, outcome.labelled, outcome.accepted)
+            return
         self.acceptance_model.add(step, outcome.labelled, outcome.accepted)
         # Early steps move the weights most, and rows are linearised at the weights in use: start with short waits, at
         # every level.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from policies.acceptance.context_table import SHAPE, SHRINK_PAIR, SHRINK_SINGLE, SINGLES
 from policies.acceptance.draft_quality import quality
 from policies.acceptance.features import rows
+from policies.acceptance.mlp16 import StepNet, Weights, resolve_weights
 from policies.acceptance.model import HEADS, AcceptanceModel, prior_means
 from policies.acceptance.step import Step
 from policies.base import Context, Decision, Draft, Outcome
@@ -27,7 +29,10 @@ from speckv_online.training.step_table import Schedule, replay_untimed, schedule
 
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
 RIDGE = 1.0
-COLUMNS = ("before", "after", "y", "prompt", "buckets", "group")
+COLUMNS = ("before", "after", "rate", "y", "prompt", "buckets", "group")
+#: What MLP16's predicted rate counts in log-odds. The token's own signals tell more than it does: with a weight of 1 the
+#: log loss is what it is without, and each 1 more costs 0.001 nats.
+MLP16_WEIGHT = 1.0
 #: Most rows of one pair and level that weights are fitted to: a pair with more text should not drown the others.
 ROWS = 100_000
 
@@ -90,11 +95,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows to train on: features (N, 16) and (N, 16) of the heads, labels (N,), the prompts that they come from (N,),
-    the buckets (N, 2) of the table of token histories that they belong to, and draft and level (N, 2)."""
+    """Rows to train on: features (N, 16) and (N, 16) of the heads, the acceptance rate that MLP16 predicts of the
+    step's tokens up to each (N,), labels (N,), the prompts that they come from (N,), the buckets (N, 2) of the table of
+    token histories that they belong to, and draft and level (N, 2)."""
 
     before: np.ndarray
     after: np.ndarray
+    rate: np.ndarray
     y: np.ndarray
     prompt: np.ndarray
     buckets: np.ndarray
@@ -152,8 +159,11 @@ def excess(table: np.ndarray, buckets: np.ndarray) -> np.ndarray:
     return np.where(buckets >= 0, shrunk, 0.0)
 
 
-def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
-    """Make one row per tested token of every step start; the columns of the table are left at zero."""
+def tokens_from_traces(traces: Iterable[Trace], seed: int = 0, weights: str | Path | Weights = "") -> Tokens:
+    """Make one row per tested token of every step start; the columns of the table are left at zero.
+
+    ``weights`` are MLP16's, the shipped ones by default.
+    """
     schedules = [_Starts(gammas, seed=seed + i) for i, gammas in enumerate(schedule_gammas().values())]
     positions: dict[str, int] = {}
     for trace in traces:
@@ -161,18 +171,22 @@ def tokens_from_traces(traces: Iterable[Trace], seed: int = 0) -> Tokens:
         for schedule in schedules:
             schedule.run(trace)
     found = [schedule.tokens for schedule in schedules]
-    names = ("numbers", *COLUMNS[2:])
+    names = ("numbers", *COLUMNS[3:])
     numbers, y, prompt, index, group = (np.array([v for own in found for v in getattr(own, name)]) for name in names)
     if not len(y):
         raise UserError("the traces hold no tested token of a draft model to train on: profile with more new tokens")
     before, after = rows(numbers)
+    net = StepNet(resolve_weights(weights))
+    levels, at = np.unique(group[:, 1], return_inverse=True)
+    units = net.hidden(levels.tolist(), at, numbers[:, 16:], numbers[:, 15].astype(int) + 1)
+    rate = units @ net.weights.W2[:, 0] + net.weights.b2[0]
     # In one replay each position is tested about once. The table is of the first pair.
     weight = positions[str(group[0, 0])] / int((group[:, 0] == group[0, 0]).sum())
-    return Tokens(before, after, y.astype(float), prompt, index, group, min(1.0, weight))
+    return Tokens(before, after, rate, y.astype(float), prompt, index, group, min(1.0, weight))
 
 
 def fit_logistic(
-    x: np.ndarray, y: np.ndarray, prior: np.ndarray, ridge: float = RIDGE
+    x: np.ndarray, y: np.ndarray, prior: np.ndarray, ridge: float = RIDGE, offset: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a logistic regression by Newton's method.
 
@@ -184,6 +198,8 @@ def fit_logistic(
     prior : ndarray, shape (D,)
         Where the ridge penalty pulls the coefficients to.
     ridge : float
+    offset : ndarray, shape (N,), or float
+        What is added to the log-odds.
 
     Returns
     -------
@@ -194,12 +210,12 @@ def fit_logistic(
     weights, penalty = prior.copy(), ridge * np.eye(len(prior))
 
     def loss(w: np.ndarray) -> float:
-        eta = x @ w
+        eta = x @ w + offset
         return float(np.logaddexp(0.0, eta).sum() - y @ eta + 0.5 * ridge * np.square(w - prior).sum())
 
     current = loss(weights)
     for _ in range(50):
-        p = 1.0 / (1.0 + np.exp(-np.clip(x @ weights, -30.0, 30.0)))
+        p = 1.0 / (1.0 + np.exp(-np.clip(x @ weights + offset, -30.0, 30.0)))
         information = (x * (p * (1.0 - p))[:, None]).T @ x
         step = np.linalg.solve(information + penalty, x.T @ (y - p) - ridge * (weights - prior))
         # Newton can overshoot far from the optimum: halve the step until the loss falls.
@@ -210,7 +226,7 @@ def fit_logistic(
         previous, current = current, loss(weights)
         if previous - current <= 1e-9 * abs(previous):
             break
-    p = 1.0 / (1.0 + np.exp(-np.clip(x @ weights, -30.0, 30.0)))
+    p = 1.0 / (1.0 + np.exp(-np.clip(x @ weights + offset, -30.0, 30.0)))
     return weights, (x * (p * (1.0 - p))[:, None]).T @ x
 
 
@@ -226,9 +242,10 @@ def train_acceptance(tokens: Tokens, seed: int = 0) -> dict[str, np.ndarray]:
     rng, m = np.random.default_rng(seed), tokens.quality()
     some = np.concatenate([rng.permutation(mine)[:ROWS] for mine in tokens.groups()])
     rows, m = tokens.with_history(table, own)[some], m[some]
-    arrays = {"history": table.astype(np.float32)}
+    arrays = {"history": table.astype(np.float32), "mlp16": np.array(MLP16_WEIGHT)}
+    offset = {"before": 0.0, "after": MLP16_WEIGHT * rows.rate}
     for name, prior in zip(HEADS, prior_means(), strict=True):
-        arrays[name], precision = fit_logistic(lines(getattr(rows, name), m), rows.y, prior)
+        arrays[name], precision = fit_logistic(lines(getattr(rows, name), m), rows.y, prior, offset=offset[name])
         d = len(prior) // 2
         arrays[f"{name}_precision"] = precision[:d, :d]
     return arrays
@@ -237,7 +254,9 @@ def train_acceptance(tokens: Tokens, seed: int = 0) -> dict[str, np.ndarray]:
 def log_odds(arrays: dict[str, np.ndarray], tokens: Tokens) -> np.ndarray:
     """Return both heads' log-odds of acceptance, shape (2, N), on prompts that the weights were not fitted to."""
     rows, m = tokens.with_history(arrays["history"]), tokens.quality()
-    return np.array([lines(getattr(rows, name), m) @ arrays[name] for name in HEADS])
+    found = np.array([lines(getattr(rows, name), m) @ arrays[name] for name in HEADS])
+    found[1] += arrays.get("mlp16", 0.0) * rows.rate
+    return found
 
 
 def evaluate_acceptance(arrays: dict[str, np.ndarray], tokens: Tokens) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import signals
-from policies.acceptance.features import AFTER, BEFORE
+from policies.acceptance.features import BEFORE, OWN
 from policies.acceptance.model import AcceptanceModel
 from speckv_online.simulate.cost_table import CostTable, LevelCost
 from speckv_online.training.acceptance import tokens_from_traces
@@ -16,7 +16,7 @@ from tests.support.made_traces import made_trace
 
 
 def test_every_column_is_in_one_group() -> None:
-    for head, width in ((0, BEFORE), (1, AFTER)):
+    for head, width in ((0, BEFORE), (1, OWN)):
         columns = [c for group in (*signals.GROUPS.values(), signals.ALWAYS) for c in group[head]]
         assert sorted(columns) == list(range(width))
 

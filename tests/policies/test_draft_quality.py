@@ -9,7 +9,7 @@ import pytest
 
 from policies.acceptance.context_table import SHAPE
 from policies.acceptance.draft_quality import HOPE, MEAN, PRECISION, DraftQuality, quality
-from policies.acceptance.features import AFTER, BEFORE, rows, token_features
+from policies.acceptance.features import BEFORE, OWN, rows, token_features
 from policies.acceptance.model import HEADS, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import CONFIDENCE, MARGIN, Context, Outcome, PolicyError
@@ -122,14 +122,14 @@ def test_agreement_has_weights_of_its_own() -> None:
         own = token_features([1.0, 0.5, 1.0, n])
         numbers = (0.2, 0.3, 0.0, 0.0, 0.0, 0.1, 0.0, *own, 0, 0.0, 0.0, 0.0)
         after[n] = rows(np.array([numbers]))[1, 0].tolist()
-        assert len(after[n]) == AFTER
+        assert len(after[n]) == OWN
         assert after[n][1:4] == list(own[:3])
     assert after[4.0][8:12] == [1.0, 1.0, *after[4.0][1:3]]
     assert not any(after[4.0][12:])
     assert after[-4.0][12:] == [1.0, 1.0, *after[-4.0][1:3]]
     assert not any(after[-4.0][8:12])
     assert not any(after[0.0][8:])
-    assert BEFORE == AFTER == 16
+    assert BEFORE == OWN == 16
 
 
 def test_taking_merged_sums_over_does_not_calm_down() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.acceptance.features import AFTER, rows
+from policies.acceptance.features import rows
+from policies.acceptance.mlp16 import level_code
+from policies.acceptance.model import AFTER
 from policies.acceptance.model import AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Draft, Outcome, PolicyError
@@ -57,7 +59,11 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
     acceptance_model = AcceptanceModel("none", strength=50, discount=1.0)
     x, y = [], []
     for o in feed(acceptance_model, 1500):
-        x += list(rows(np.array([about for *_, about in described(acceptance_model, o).asked]))[1])
+        numbers = np.array([about for *_, about in described(acceptance_model, o).asked])
+        units = acceptance_model.net.hidden(
+            [LEVEL], np.zeros(len(numbers), int), numbers[:, 16:], 1 + np.arange(len(numbers))
+        )
+        x += list(np.hstack([rows(numbers)[1], units]))
         y += [float(j < o.accepted) for j in range(o.labelled)]
     phi, label, w = np.array(x), np.array(y), np.zeros(AFTER)
     for _ in range(30):
@@ -68,8 +74,9 @@ def test_learns_acceptance_to_within_a_batch_fit() -> None:
         p = 1 / (1 + np.exp(-phi @ weights))
         return float(-(label * np.log(p) + (1 - label) * np.log(1 - p)).mean())
 
-    assert loss(np.array(acceptance_model.weights(LEVEL)[1])) < loss(w) + 0.005
-    assert loss(np.array(acceptance_model.weights(LEVEL)[1])) < 0.9 * loss(
+    _, after, (_, _, head) = acceptance_model.weights(LEVEL)
+    assert loss(np.append(after, head)) < loss(w) + 0.005
+    assert loss(np.append(after, head)) < 0.9 * loss(
         np.array([math.log(label.mean() / (1 - label.mean()))] + [0.0] * (AFTER - 1))
     )
 
@@ -85,7 +92,7 @@ def test_chances_are_those_of_the_features() -> None:
     """The decision leaves the zeros out; what is learnt from are the whole rows."""
     acceptance_model, rng, whole = AcceptanceModel(), np.random.default_rng(3), set()
     feed(acceptance_model, 200)
-    before, after = acceptance_model.weights(LEVEL)
+    before, after, (first, rest, head) = acceptance_model.weights(LEVEL)
     memory: dict = {}
     for i in range(60):
         tokens = rng.integers(0, 3, 5).tolist()
@@ -98,15 +105,27 @@ def test_chances_are_those_of_the_features() -> None:
         for k in range(10):
             chances.append(step.confidence or step.chance())
             step.extend(k + 1, Draft(k + 1, table[: k + 1], drafts[: k + 1], lookups[: k + 2]))
-        features = zip(*rows(np.array([about for *_, about in step.asked])), strict=True)
+        numbers = np.array([about for *_, about in step.asked])
+        read = numbers[:, 16:]
+        own = [j for j in range(10) if j != 2]
+        for n, at in enumerate(own, 1):  # what MLP16 reads are means and extremes of the tokens that took a forward
+            entropy, confidence = table[own[:n], ENTROPY], table[own[:n], CONFIDENCE]
+            told = [entropy.mean(), confidence.mean(), entropy.max(), confidence.min()]
+            assert read[n - 1] == pytest.approx(told)
+            assert numbers[n - 1, 15] == at
+        units = acceptance_model.net.hidden([LEVEL], np.zeros(9, int), read, np.array(own) + 1)
+        weights, code = acceptance_model.net.weights, level_code(LEVEL)
+        whole_rows = np.column_stack([read, np.full(9, code), np.array(own) + 1.0])
+        assert units == pytest.approx(weights.hidden(whole_rows))
+        features = zip(*rows(numbers), units, strict=True)
         for j in range(10):
             ratio = step.survival[j + 1] / step.survival[j]
             if j == 2:
                 assert (chances[j], ratio) == (0.7, pytest.approx(0.7))
                 continue
-            x, y = next(features)
+            x, y, z = next(features)
             assert chances[j] == pytest.approx(1 / (1 + math.exp(-np.dot(before, x))))
-            assert ratio == pytest.approx(1 / (1 + math.exp(-np.dot(after, y))))
+            assert ratio == pytest.approx(1 / (1 + math.exp(-np.dot(after, y) - np.dot(head, z))))
             whole |= set(np.flatnonzero(x)) | {100 + n for n in np.flatnonzero(y)}
         acceptance_model.add(step, 10, int(rng.integers(10)))
     assert len(whole) == len(before) + len(after)  # every feature had its turn
@@ -129,6 +148,7 @@ def test_merging_adds_up() -> None:
         learner.merge(worker.take_delta())
     alone.refresh()
     assert learner.weights(LEVEL)[1] == pytest.approx(alone.weights(LEVEL)[1], abs=1e-9)
+    assert learner.weights(LEVEL)[2][2] == pytest.approx(alone.weights(LEVEL)[2][2], abs=1e-9)
     assert learner.weights(LEVEL)[0] == pytest.approx(alone.weights(LEVEL)[0], abs=1e-9)
 
 
