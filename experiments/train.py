@@ -1,8 +1,7 @@
 """Train the weights that policies start from, and write them with cards that say where they come from.
 
-``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments and, where further
-traces are of other drafts, ``online.npz`` the acceptance weights of
-token-level policies, which only exact traces can teach. Each card is a JSON file of the same name.
+``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments, ``online.npz``
+the acceptance weights of token-level policies, which only exact traces can teach. Each card is a JSON file of the same name.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ class TrainConfig:
     """Settings of ``python -m experiments.train``."""
 
     traces: str = option("", "directory of traces, from python -m experiments.profile")
-    more: tuple[str, ...] = option(
-        (), "directories of further traces, for the acceptance weights and for other drafts, comma separated"
-    )
+    more: tuple[str, ...] = option((), "directories of further traces, for the acceptance weights, comma separated")
     records: str = option("", "CSV of step records instead of traces")
     split: str = option("train", "which split of the prompts to train on: train, test or all")
     features: str = option(

@@ -42,9 +42,9 @@ class CompareConfig:
     policies: tuple[str, ...] = option(
         ("autoregressive", "fixed:4", "mlp16", "online"), "policies to compare, comma separated, see `speckv policies`"
     )
-    prompts: str = option("6", "how many of the bundled held-out prompts, or a JSONL file")
+    prompts: str = option("16", "how many of the bundled held-out prompts, or a JSONL file")
     limit: int = option(0, "at most this many prompts of a file, tasks in turn (0: all)")
-    max_new_tokens: int = option(32, "tokens to decode per prompt")
+    max_new_tokens: int = option(64, "tokens to decode per prompt")
     orders: int = option(1, "how many seeded orders of the prompts to run; learning policies start afresh in each")
     seed: int = option(0, "seed of the prompt choice, the orders and the policies")
     sharing: str = option("global", "who learns together: none (each worker alone), per-level, or global (all levels)")

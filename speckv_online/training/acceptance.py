@@ -30,8 +30,8 @@ from speckv_online.training.step_table import Schedule, replay_untimed, schedule
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
 RIDGE = 1.0
 COLUMNS = ("before", "after", "rate", "y", "prompt", "buckets", "group")
-#: What MLP16's predicted rate counts in log-odds. The token's own signals tell more than it does: with a weight of 1 the
-#: log loss is what it is without, and each 1 more costs 0.001 nats.
+#: What MLP16's predicted rate counts in log-odds. The token's own signals tell more than it does: with a weight of 1
+#: the log loss is what it is without, and each 1 more costs 0.001 nats.
 MLP16_WEIGHT = 1.0
 #: Most rows of one pair and level that weights are fitted to: a pair with more text should not drown the others.
 ROWS = 100_000

@@ -11,8 +11,7 @@ import pytest
 
 from policies.acceptance.features import rows
 from policies.acceptance.mlp16 import level_code
-from policies.acceptance.model import AFTER
-from policies.acceptance.model import AcceptanceModel
+from policies.acceptance.model import AFTER, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import CONFIDENCE, ENTROPY, MARGIN, NGRAM, Context, Draft, Outcome, PolicyError
 from policies.costs.cost_model import CostPrior
@@ -92,7 +91,7 @@ def test_chances_are_those_of_the_features() -> None:
     """The decision leaves the zeros out; what is learnt from are the whole rows."""
     acceptance_model, rng, whole = AcceptanceModel(), np.random.default_rng(3), set()
     feed(acceptance_model, 200)
-    before, after, (first, rest, head) = acceptance_model.weights(LEVEL)
+    before, after, (_, _, head) = acceptance_model.weights(LEVEL)
     memory: dict = {}
     for i in range(60):
         tokens = rng.integers(0, 3, 5).tolist()
