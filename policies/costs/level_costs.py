@@ -16,7 +16,7 @@ import numpy as np
 
 from policies.base import ARMS, Outcome, PolicyError, State
 from policies.costs.prior import VAGUE, WIDTHS, CostPrior
-from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, solve, whole
+from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, rescale, solve, whole
 from policies.estimators.bayesian_linear import check_array
 
 #: Steps after which a measurement counts half.
@@ -39,6 +39,8 @@ FAR = 4.0
 #: What a part of a step may take, as a share of another's, even where it took next to nothing so far: three times
 #: nothing would stay nothing for ever.
 LITTLE = 0.01
+#: Where the pace leaves these bounds, earlier times are those of another machine, or of another load.
+SAME = 0.75, 1.35
 #: Share of its time at the usual context length that a verification takes at least, however short the context.
 LEAST = 0.1
 _K = np.arange(WIDTHS)
@@ -75,7 +77,7 @@ class LevelCosts:
         self.steps = self.version = 0
         self.deviation = 0.3
         self._gain = 1.0
-        self._now, self._lately, self._paced = 1.0, 1.0, 0
+        self._now, self._lately, self._draft_lately, self._paced = 1.0, 1.0, 1.0, 0
         # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
         self._own: tuple[float, float, float, int] | None = None
         # All sums, and those since the last exchange.
@@ -105,7 +107,7 @@ class LevelCosts:
         self.steps += 1
         if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
-        k, c, rest = outcome.drafted, float(outcome.context_length), total - draft - verify
+        k, c, rest, pace = outcome.drafted, float(outcome.context_length), total - draft - verify, 1.0
         if verify > 0.0:
             pace = self._now / self._lately
             verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
@@ -135,6 +137,8 @@ class LevelCosts:
             most = 3.0 * (self.first + self.draft * drafted) if told else verify * drafted
             if 0.0 < most < draft:
                 draft = most
+            ratio = draft * pace / (self.first + self.draft * drafted) if self.first + self.draft > 0 else 1.0
+            self._draft_lately += LATELY * (min(ratio, 3.0) - self._draft_lately)
             sums[0] += g
             sums[1] += g * drafted
             sums[2] += g * drafted * drafted
@@ -146,10 +150,11 @@ class LevelCosts:
         most = most if most > little else little
         sums[5] += g
         sums[6] += g * (rest if rest < most else most)
-        usual = verify + draft + rest
+        modelled = self.spent(k, drafted)
+        modelled += self.catch_up * (outcome.caught_up - 1) if drafted and outcome.caught_up > 1 else 0.0
         g **= RATE
         sums[7] += g * outcome.produced
-        sums[8] += g * (total if total < usual else usual)
+        sums[8] += g * modelled
         self._pending += 1
         if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self.refit()
@@ -206,7 +211,21 @@ class LevelCosts:
             sums += block
         self._count += self._pending
         self._clear_block()
+        if self._paced >= 16:
+            self._rescale()
         self._refit()
+
+    def _rescale(self) -> None:
+        """Take earlier times over to another machine or load. Both models have to tell of one: a verification alone may
+        be off for its context."""
+        off = [
+            0 if SAME[0] < pace < SAME[1] else 1 if pace > 1.0 else -1 for pace in (self._lately, self._draft_lately)
+        ]
+        if off[1]:
+            target = self._lately if off[0] == off[1] else 1.0
+            for sums in (self._total, self._delta):
+                rescale(sums, target, self._draft_lately)
+            self._now, self._lately, self._draft_lately = self._now / target, self._lately / target, 1.0
 
     def _refit(self) -> None:
         self.version += 1

@@ -49,3 +49,11 @@ def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, f
     z = (r2 - h * r1) / (d22 - h * d12)
     y = (r1 - d12 * z) / d11
     return (r[0] - m01 * y - m02 * z) / m00, y, z
+
+
+def rescale(sums: np.ndarray, target: float, draft: float) -> None:
+    """Multiply the times in sums: those of the target and of the step, and those of the draft."""
+    sums[WIDTHS : 2 * WIDTHS] *= target
+    sums[4 * WIDTHS : 5 * WIDTHS] *= target
+    sums[[OF_DRAFT + 6, OF_DRAFT + 8]] *= target
+    sums[[OF_DRAFT + 3, OF_DRAFT + 4, OF_DRAFT + 10]] *= draft
