@@ -98,8 +98,9 @@ class RunDir:
         resumed = (path / "config.yaml").exists()
         if resumed:
             earlier = read_settings(path / "config.yaml")
-            if "engine" in config:  # runs from before there was a choice
-                earlier.setdefault("engine", "auto")
+            for key, value in (("engine", "auto"), ("remember", False)):  # runs from before there was a choice
+                if key in config:
+                    earlier.setdefault(key, value)
             changed = sorted(
                 key for key in config.keys() | earlier.keys()
                 if key not in volatile and config.get(key) != earlier.get(key)
