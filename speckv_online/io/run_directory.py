@@ -249,7 +249,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is not a readable .npz file: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{path} is not a readable .npz file: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 
 def read_from(path: str | Path, start: int = 0) -> Iterator[tuple[UnitResult | None, int]]:
