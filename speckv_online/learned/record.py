@@ -81,15 +81,15 @@ class Record:
         """
         found, policy = self._read(trial=not exact)
         deltas = [delta for delta in deltas if delta]
-        header = found.header if found else {"write": "", "steps": 0, "tokens": 0, "created": now()}
+        before: dict[str, Any] = found.header if found else {"write": "", "steps": 0, "tokens": 0, "created": now()}
         merged: State = {}
-        if deltas and not (exact and header["write"] == self.seen):
+        if deltas and not (exact and before["write"] == self.seen):
             merged = self._merged(policy, deltas)
         if not (merged or state):  # a policy that learns nothing
             return {}
-        header = self.facts | {
-            "write": uuid.uuid4().hex, "steps": header["steps"] + steps, "tokens": header["tokens"] + tokens,
-            "created": header["created"], "updated": now(), "version": speckv_online.__version__,
+        header: dict[str, Any] = self.facts | {
+            "write": uuid.uuid4().hex, "steps": before["steps"] + steps, "tokens": before["tokens"] + tokens,
+            "created": before["created"], "updated": now(), "version": speckv_online.__version__,
         }  # fmt: skip
         self.store.write(self.key, header, merged | ledgers(state) if merged else state)
         self.seen, self.steps = header["write"], header["steps"]
