@@ -133,6 +133,18 @@ def policy_class(spec: str) -> type[Policy]:
     return _resolve(spec)[1]
 
 
+def canonical(spec: str) -> str:
+    """Return a spec under the policy's own name, with its options in order; seeds are left out.
+
+    >>> canonical("fixed:gamma=4,seed=3"), canonical("online:refresh=64,lookups=no")
+    ('fixed:gamma=4', 'online:lookups=False,refresh=64')
+    """
+    name, cls, text = _resolve(spec)
+    hints = {key: hint for key, (hint, _) in _options(cls).items()}
+    found = parse_options(name, text, hints, getattr(cls, "positional", ""))
+    return f"{name}:{','.join(f'{k}={found[k]}' for k in sorted(found) if k not in ('seed', 'worker'))}".rstrip(":")
+
+
 def options(name: str) -> dict[str, tuple[str, Any]]:
     """Return option -> (type, default) of a registered policy, for help texts.
 

@@ -27,6 +27,8 @@ from speckv_online.io.files import exclusive
 from speckv_online.io.prompts import Prompt, choose, read_prompts
 from speckv_online.io.run_directory import RunDir, check_writable
 
+#: What a reader of figures has to know of a run that did not start from nothing.
+REMEMBERED = "Policies started from what earlier runs had learnt (--remember): see `remembered_steps` of each worker."
 #: What a reader of figures has to know about a named pair.
 PAIR_NOTES = {"smollm2": "The target smollm2 was stored in 4 bits before any compression level was applied to it."}
 
@@ -77,7 +79,8 @@ def compare(config: CompareConfig) -> int:
                 prompts={"count": len(prompts), "sha256": digest, "ids": [p.id for p in prompts]},
                 seeds=[config.seed + i for i in range(config.orders)],
                 schedule=schedule.describe() | {"actors": "none" if config.local else "ray"},
-                notes=[note for pair, note in PAIR_NOTES.items() if pair == config.pair and not config.target],
+                notes=[note for pair, note in PAIR_NOTES.items() if pair == config.pair and not config.target]
+                + ([REMEMBERED] if config.remember else []),
             )
             ledger = RunManifest(run, facts, display)
             ledger.save()

@@ -75,6 +75,8 @@ class Batches:
         return {source: [first, *sorted(self.ahead.get(source, ()))] for source, first in self.counts.items()}
 
 
+#: Source of the batch that is the state which a policy starts from.
+START = "start"
 #: Seconds that a checkpoint waits for more batches, where several workers call at a time.
 GATHER = 0.01
 #: Marks the learner's own arrays in a checkpoint, beside those of the policy.
@@ -123,7 +125,8 @@ class Learner:
         Parameters
         ----------
         source, sequence : str, int
-            Name of the batch.
+            Name of the batch. One whose source is :data:`START` is a state to start from, whatever its number: it is
+            taken only by a policy that nothing was added to.
         deltas : mapping of Key to State
             What :meth:`~policies.base.Policy.take_delta` gave; empty to ask for the state only.
         whole : bool
@@ -140,7 +143,9 @@ class Learner:
         """
         with self._merging:
             for key, delta in deltas.items():
-                if delta and (source, sequence) not in self._applied(key):
+                if not delta or (source == START and len(self._applied(key))):
+                    continue
+                if (source, sequence) not in self._applied(key):
                     policy = self.policies[key]
                     (policy.load_state_dict if whole else policy.merge)(delta)
                     self.applied[key].add(source, sequence)

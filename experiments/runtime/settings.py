@@ -48,6 +48,9 @@ class CompareConfig:
     orders: int = option(1, "how many seeded orders of the prompts to run; learning policies start afresh in each")
     seed: int = option(0, "seed of the prompt choice, the orders and the policies")
     sharing: str = option("global", "who learns together: none (each worker alone), per-level, or global (all levels)")
+    remember: bool = option(
+        False, "start from what earlier runs learnt here, and add to it; levels then learn apart from each other"
+    )
     sync_every: int = option(32, "steps after which a worker sends what a policy learnt and pulls the merged one")
     workers: int = option(1, "workers per level, on Ray")
     threads: int = option(0, "CPU threads per worker (0: its part of the cores, up to 8)")

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from experiments.runtime.learner import Key, Merged
+from experiments.runtime.learner import START, Key, Merged
 from experiments.runtime.metrics import Meter
 from experiments.runtime.patches import patched
+from experiments.runtime.remembered import Learnt, Remembered
 from experiments.runtime.settings import CompareConfig
 from policies.base import Policy, State
 from policies.registry import make_policy
@@ -49,6 +50,8 @@ class Seat:
     key: Key
     version: int = 0
     state: State = field(default_factory=dict)
+    #: What is kept for later runs, if anything.
+    learnt: Learnt | None = None
     #: What the unit at hand has to say: steps since the last exchange, exchanges, and (step, version, lag) of each.
     steps: int = 0
     sent: int = 0
@@ -102,6 +105,7 @@ class Worker:
             engine=c.engine,
         )
         self.pair = pair
+        self.remembered = Remembered(pair, self.level) if c.remember else None
         self.ids = [self._tokenize(prompt) for prompt in self.prompts]
         loaded = perf_counter() - clock
         self.cost = calibrate(pair.target, pair.drafter, self.level, chat_prompt(pair.tokenizer, WARM_UP))
@@ -137,6 +141,8 @@ class Worker:
         result = seat.decoder.generate(ids, self.config.max_new_tokens, task=unit.task, on_tokens=after_step)
         if seat.steps:
             self._share(seat, unit)
+        if self.remembered is not None and seat.learnt is not None:
+            self.remembered.add(seat.learnt, seat.decoder.policy.state_dict(), len(result.steps), len(result.tokens))
         self.meter.add(unit.policy, result.steps, seat.decoder.policy.faults.total() - faults)
         facts = {
             "output": result.tokens,
@@ -153,7 +159,8 @@ class Worker:
     def finish(self) -> dict[str, Any]:
         """Return facts for the manifest at the end."""
         faults = {f"{spec} seed {seed}": s.decoder.policy.faults.total() for (spec, seed), s in self.seats.items()}
-        return {"finished": now(), "faults": {name: count for name, count in faults.items() if count}}
+        known = {} if self.remembered is None else {"remembered_steps": self.remembered.steps()}
+        return {"finished": now(), "faults": {name: count for name, count in faults.items() if count}} | known
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens; refuse one that does not fit, before anything is decoded."""
@@ -170,17 +177,22 @@ class Worker:
             policy = make_policy(spec, seed=seed, worker=self.index)
             decoder = SpeculativeDecoder(self.pair.drafter, policy=policy, target=self.pair.target, level=self.level)
             shared, own = self._keys(spec, seed)
-            known = self.sync("", -1, {shared: {}, own: {}}, False, {})
+            learnt, start = None, dict[Key, State]()
+            if self.remembered is not None:
+                learnt, sums = self.remembered.start(spec, decoder.policy)
+                start = {shared if decoder.policy.take_delta() else own: sums}  # where what it learns goes, too
+            known = self.sync(START, 0, {shared: {}, own: {}} | start, True, {})
             # A policy that cannot share left its state under this worker's own name.
             key = shared if known[shared].version else own
-            self.seats[spec, seed] = Seat(policy, decoder, key)
+            self.seats[spec, seed] = Seat(policy, decoder, key, learnt=learnt)
             self._take_over(self.seats[spec, seed], known[key])
         return self.seats[spec, seed]
 
     def _keys(self, spec: str, seed: int) -> tuple[Key, Key]:
         """Where a policy's statistics go if it shares any, and where its state goes if not."""
         own = f"{self.level}.{self.index}"
-        shared = {"none": own, "per-level": self.level, "global": ""}[self.config.sharing]
+        together = "" if not self.config.remember else self.level  # what is remembered is kept by level
+        shared = {"none": own, "per-level": self.level, "global": together}[self.config.sharing]
         return Key(spec, seed, shared), Key(spec, seed, own)
 
     def _take_over(self, seat: Seat, merged: Merged) -> None:
@@ -201,6 +213,8 @@ class Worker:
         elif not delta and seat.key == own:
             # It has shared nothing yet, so perhaps it has nothing that adds up: its state stays this worker's own.
             delta, whole = seat.policy.state_dict(), True
+        if seat.learnt is not None and delta and not whole:
+            seat.learnt.deltas.append(delta)
         if delta:
             known = {seat.key: seat.version}
             merged = self.sync(f"{self.level} {unit.prompt}", seat.sent, {seat.key: delta}, whole, known)[seat.key]

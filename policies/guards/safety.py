@@ -279,6 +279,11 @@ class SafetyGuard(Wrapper):
                     raise PolicyError(f"the state's '{key}' is no account of a sleep schedule: {error}") from None
             self._review(ledger, self.model.level(level))
 
+    def start_run(self) -> None:
+        """Begin a run with a state of an earlier one: its debts are kept, its credit is not this run's to spend."""
+        for ledger in self._ledgers.values():
+            ledger.budget = min(ledger.budget, self.burn_in)
+
     def info(self) -> dict[str, Any]:
         held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
         slept = {f"{level}.slept": ledger.sleep.slept for level, ledger in self._ledgers.items() if ledger.sleep.slept}

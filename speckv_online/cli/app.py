@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import speckv_online
 from speckv_online.cli.jobs import JOBS, run_job
+from speckv_online.cli.learned import add_arguments as learned_arguments
 from speckv_online.cli.simulate import add_arguments as simulation_arguments
 from speckv_online.cli.simulate import run as simulate
 from speckv_online.cli.submit import add_arguments as submit_arguments
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--engine", help=ENGINE)
     add.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     add.add_argument("--seed", type=int, default=0, help="seed of the policy (default: %(default)s)")
+    add.add_argument("--remember", action="store_true", help="start from what earlier runs learnt, and add to it")
     add.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
 
     add = commands.add_parser("models", help="list model pairs, or prepare one")
@@ -70,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("policies", help="list policies and their options")
     add.set_defaults(command=policies)
     add.add_argument("--json", action="store_true", help="print JSON")
+
+    add = commands.add_parser("learned", help="list, show or forget what --remember kept")
+    learned_arguments(add)
 
     add = commands.add_parser("evaluate", help="evaluate SpecKV on records or traces, as published or honestly")
     add.set_defaults(command=evaluate)
@@ -120,9 +125,10 @@ def generate(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from policies.registry import make_policy
-    from speckv_online.cli.generate import Streamer, as_json, summary
+    from policies.registry import canonical, make_policy
+    from speckv_online.cli.generate import Streamer, as_json, remembered, summary
     from speckv_online.decoding.decoder import SpeculativeDecoder
+    from speckv_online.learned.memory import Memory
     from speckv_online.models.pairs import chat_prompt, load_pair
     from speckv_online.models.quiet import quiet_libraries
 
@@ -141,11 +147,13 @@ def generate(arguments: argparse.Namespace) -> None:
             engine=engine,
         )
     decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
+    if arguments.remember:
+        decoder.memory = Memory(decoder.policy, canonical(arguments.policy), arguments.policy)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)
     result = decoder.generate(
         chat_prompt(pair.tokenizer, text), arguments.max_new_tokens, task=arguments.task, on_tokens=streamer
     )
-    facts = as_json(result, pair, arguments.compression, arguments.policy)
+    facts = as_json(result, pair, arguments.compression, arguments.policy) | {"remembered": remembered(decoder.memory)}
     if streamer is None:
         print(json.dumps(facts))
     else:

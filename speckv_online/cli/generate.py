@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from transformers import PreTrainedTokenizerBase
 
 from speckv_online.decoding.generation import Generation
+from speckv_online.learned.memory import Memory
 from speckv_online.models.pairs import LoadedPair
 
 
@@ -81,11 +82,22 @@ def as_json(result: Generation, pair: LoadedPair, level: str, policy: str) -> di
     }
 
 
+def remembered(memory: Memory | None) -> dict[str, Any] | None:
+    """Write what was learnt; return its key, and the steps that it started from and has now. None without a memory."""
+    if memory is None:
+        return None
+    started = memory.steps
+    memory.save()
+    return {"key": memory.key, "steps_before": started, "steps": memory.steps}
+
+
 def summary(facts: dict[str, Any]) -> str:
     """Return a generation's figures in one line."""
     seconds, drafted, accepted = facts["seconds"], sum(facts["gamma_per_step"]), sum(facts["accepted_per_step"])
+    known = facts["remembered"]
+    learnt = f"; started from {known['steps_before']} remembered steps" if known else ""
     return (
         f"[{facts['tokens']} tokens in {facts['steps']} steps, {facts['tokens_per_second']:.1f} tokens/s (measured); "
         f"accepted {accepted} of {drafted} drafted; draft {seconds['draft']:.2f} s, verify {seconds['verify']:.2f} s, "
-        f"decide {seconds['decide'] * 1e3:.1f} ms; {facts['compression']}, {facts['policy']}]"
+        f"decide {seconds['decide'] * 1e3:.1f} ms; {facts['compression']}, {facts['policy']}{learnt}]"
     )

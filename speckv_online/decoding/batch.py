@@ -123,12 +123,16 @@ def decode_batch(
         rows.append(row)
     if max(row.history.context_length + row.budget for row in rows) > decoder.rope.at:
         raise UserError(f"past {decoder.rope.at} tokens this model decodes one prompt at a time")
+    if decoder.memory is not None:
+        decoder.memory.begin(decoder.target, decoder.drafter, decoder.level, n)
     answers = [row.out for row in rows]
     if rows := [row for row in rows if row.budget > 0]:
         _run(decoder, rows, on_tokens, caches, together)
     for answer in answers:
         decoder.totals.add(answer)
     decoder.last = answers
+    if decoder.memory is not None:
+        decoder.memory.end(answers)
     return answers
 
 

@@ -35,6 +35,9 @@ class SpeculativeDecoder(DecodingLoop):
         Most tokens that any step drafts.
     tokenizer : PreTrainedTokenizerBase, optional
         Needed only for ``stop_strings`` in transformers' ``generate``, where that is given none.
+    remember : bool or str
+        True keeps what the policy learns for later runs, see :mod:`speckv_online.learned.memory`; the policy is then
+        given as a spec. One of your own needs a name: ``remember="NAME"``. By default nothing is written.
 
     Attributes
     ----------
@@ -42,6 +45,8 @@ class SpeculativeDecoder(DecodingLoop):
         What the latest call gave, with the record of every step; a list after a batch.
     totals : Totals
         Sums over all calls.
+    memory : Memory or None
+        Its ``save()`` writes at once what was learnt; by itself it writes every few seconds, and at the end.
     """
 
     __signature__ = CallSignature()

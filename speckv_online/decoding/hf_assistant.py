@@ -29,6 +29,8 @@ from speckv_online.decoding.hf_cache import given_cache, split
 from speckv_online.decoding.inputs import as_policy
 from speckv_online.decoding.row import Row
 from speckv_online.decoding.sequence import TokenSequence
+from speckv_online.learned.identity import ASSISTED
+from speckv_online.learned.memory import make_memory
 from speckv_online.lookup.ngram_index import NgramIndex
 from speckv_online.modeling.introspection import level_of
 from speckv_online.speculation import Unknown
@@ -45,6 +47,8 @@ class PolicyAssistant:
         The target's compression level; by default read off the model.
     task : str
         Task label for the policy.
+    remember : bool or str
+        As for :class:`~speckv_online.decoding.decoder.SpeculativeDecoder`.
 
     Attributes
     ----------
@@ -63,9 +67,13 @@ class PolicyAssistant:
         print(assistant.last.goodput)
     """
 
-    def __init__(self, policy: Policy | str, *, level: str | None = None, task: str = "") -> None:
+    def __init__(
+        self, policy: Policy | str, *, level: str | None = None, task: str = "", remember: bool | str = False
+    ) -> None:
         self.policy, self.level, self.task = as_policy(policy), level, task
+        self.memory = make_memory(policy, self.policy, remember)
         self.last, self.totals = Generation(), Totals()
+        self._remembered = self.last
 
     @contextmanager
     def attached_to(self, model: PreTrainedModel) -> Iterator[PolicyAssistant]:
@@ -88,7 +96,11 @@ class PolicyAssistant:
                 arguments.pop(name, None)
             nonlocal repeated
             repeated, unseen = held_before(**arguments)
-            return PolicyCandidates(self, self.level or level_of(model), unseen, **arguments)
+            level = self.level or level_of(model)
+            self._remember()
+            if self.memory is not None:
+                self.memory.begin(model, arguments["assistant_model"], level, engine=ASSISTED)
+            return PolicyCandidates(self, level, unseen, **arguments)
 
         @wraps(prepare)  # transformers reads the signature
         def prepare_inputs(input_ids: torch.Tensor, *args: Any, **arguments: Any) -> Any:
@@ -102,10 +114,17 @@ class PolicyAssistant:
         try:
             yield self
         finally:
+            self._remember()
             for name in replaced:
                 delattr(owner, name)
             for name, found in outer.items():
                 setattr(owner, name, found)
+
+    def _remember(self) -> None:
+        """Hand the latest prompt to the memory, once."""
+        if self.memory is not None and self.last is not self._remembered:
+            self.memory.end([self.last])
+            self._remembered = self.last
 
     def begin(self) -> Generation:
         """Start the records of a prompt."""

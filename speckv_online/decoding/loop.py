@@ -26,8 +26,10 @@ from speckv_online.drafters.model import ModelDrafter
 from speckv_online.errors import UserError
 from speckv_online.gpu_engine.graphed_llama import graphs_of
 from speckv_online.gpu_engine.static_cache import StaticKVCache
+from speckv_online.learned.memory import make_memory
 from speckv_online.modeling.engine import EngineStatus
 from speckv_online.modeling.family_check import check_family
+from speckv_online.modeling.fingerprint import remember_fingerprint
 from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.modeling.introspection import (
     check_model,
@@ -57,8 +59,10 @@ class DecodingLoop:
         level: str | None = None,
         max_gamma: int = MAX_GAMMA,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        remember: bool | str = False,
     ) -> None:
         self.policy = as_policy(policy)
+        self.memory = make_memory(policy, self.policy, remember)
         if not 0 <= max_gamma <= MAX_GAMMA:
             raise UserError(f"max_gamma must be from 0 to {MAX_GAMMA}, got {max_gamma}")
         self.max_gamma, self.tokenizer = max_gamma, tokenizer
@@ -95,6 +99,8 @@ class DecodingLoop:
             self._sizes = ()
             self._read(target)
             self._target = target
+            if self.memory is not None:  # a 4-bit model's fingerprint is taken before its first forward
+                remember_fingerprint(target)
 
     def begin(self, longest: int, batch: bool = False) -> None:
         """Look at the models before texts of up to so many tokens are decoded: somebody may have changed them.
@@ -189,6 +195,8 @@ class DecodingLoop:
         if self.drafter is not None:
             self.drafter.begin(cache.before + prompt, capacity, sampler)
         eos = self.eos_ids if eos_ids is None else frozenset(eos_ids)
+        if self.memory is not None:
+            self.memory.begin(self.target, self.drafter, self.level)
         row = Row(
             self.policy, TokenSequence(list(prompt), eos, sampler, should_stop), level=self.level, task=task,
             drafters=self.drafter.names if self.drafter is not None else (), budget=budget, max_gamma=self.max_gamma,
@@ -210,6 +218,8 @@ class DecodingLoop:
         out.seconds = perf_counter() - started
         self.last = out
         self.totals.add(out)
+        if self.memory is not None:
+            self.memory.end([out])
         return out
 
     def check_prompt(self, prompt_ids: Sequence[int], cache: KVCache | None = None) -> list[int]:

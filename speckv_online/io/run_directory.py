@@ -98,8 +98,9 @@ class RunDir:
         resumed = (path / "config.yaml").exists()
         if resumed:
             earlier = read_settings(path / "config.yaml")
-            if "engine" in config:  # runs from before there was a choice
-                earlier.setdefault("engine", "auto")
+            for key, value in (("engine", "auto"), ("remember", False)):  # runs from before there was a choice
+                if key in config:
+                    earlier.setdefault(key, value)
             changed = sorted(
                 key for key in config.keys() | earlier.keys()
                 if key not in volatile and config.get(key) != earlier.get(key)
@@ -248,7 +249,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is not a readable .npz file: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{path} is not a readable .npz file: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 
 def read_from(path: str | Path, start: int = 0) -> Iterator[tuple[UnitResult | None, int]]:

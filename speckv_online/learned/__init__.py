@@ -1,0 +1,1 @@
+"""What policies learnt, kept from one run to the next: only for those who ask for it (``remember``)."""
