@@ -138,7 +138,7 @@ class LevelCosts:
             if 0.0 < most < draft:
                 draft = most
             ratio = draft * pace / (self.first + self.draft * drafted) if self.first + self.draft > 0 else 1.0
-            self._draft_lately += LATELY * (min(ratio, 3.0) - self._draft_lately)
+            self._draft_lately += 4.0 * LATELY * (min(ratio, 3.0) - self._draft_lately)
             sums[0] += g
             sums[1] += g * drafted
             sums[2] += g * drafted * drafted
