@@ -95,7 +95,7 @@ def bench_level(config: SampledConfig, level: str) -> dict[str, Any]:
         decoders[name] = SpeculativeDecoder(pair.drafter, policy=make_policy(spec), target=pair.target, level=level)
         decoders[name].policy.set_costs(level, cost)
     names, calls = list(decoders), defaultdict[str, list[tuple[int, float]]](list)
-    accepted, drafted, looked_up = ({name: 0 for name in names} for _ in range(3))
+    accepted, drafted, looked_up = (dict.fromkeys(names, 0) for _ in range(3))
     for number, prompt in enumerate(prompts):
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -140,9 +140,8 @@ def show(config: SampledConfig, results: Sequence[dict[str, Any]]) -> str:
             interval = "" if x["low"] is None else f" [{x['low']:.3f}, {x['high']:.3f}]"
             lines.append(f"       {what}: {x['ratio']:.3f}{interval}")
     means = geometric_means(results)
-    return "\n".join(
-        [*lines, "", "geometric mean over the levels", *(f"       {w}: {v:.3f}" for w, v in means.items())]
-    )
+    lines += ["", "geometric mean over the levels", *(f"       {what}: {mean:.3f}" for what, mean in means.items())]
+    return "\n".join(lines)
 
 
 def bench(config: SampledConfig) -> int:

@@ -48,7 +48,7 @@ class NgramDrafter:
         return found.token
 
     def lookup_confidence(self) -> float:
-        """Return the coming proposal's confidence, in sampled decoding how likely it is right; 0 where there is none."""
+        """Return the coming proposal's confidence, 0 where there is none; moved by the text where tokens are drawn."""
         found = self.ngrams.propose()
         if self.text_chances is not None:
             return self.text_chances.of(found)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from speckv_online.lookup.gate import chance_of
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal
 
-#: By how much log-odds are moved before a text begins, and the information, in units of p (1 - p), that this counts for.
+#: By how much log-odds are moved before a text begins, and the information, sums of p (1 - p), that this counts for.
 #: Fitted to the training prompts: -0.26 at a temperature of 0.7, -0.73 at 1, over all texts of each.
 START, PRIOR = -0.3, 8.0
 #: Least that a token tells: keeps one surprise from moving the odds by much.
@@ -20,7 +20,8 @@ class TextChances:
     The weights were fitted to greedy decoding. A draw agrees with a lookup less often than the likeliest token does,
     and less often the higher the temperature. The odds differ by nearly a constant factor. In sampled decoding that
     factor is learnt from all tokens of the text so far. They are distributed as the target says, whatever was drafted,
-    so each of them tells without bias whether the lookup was right. Every text begins anew: a seeded run repeats itself.
+    so each of them tells without bias whether the lookup was right. Every text begins anew, so that a seeded run
+    repeats itself.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Lookups in sampled decoding: offered as in greedy decoding, lossless to the last bit of probability, and well told."""
+"""Lookups in sampled decoding: offered as in greedy decoding, lossless over every way to go, and well told."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ NEW = 4
 class Swayed(Policy):
     """Does what it can to bias the output: all that it chooses depends on the tokens drafted so far.
 
-    After a 0 it goes on, after a 1 it turns to lookups, after a 2 it stops; it submits all of a draft that begins with a
-    0 and none of any other, as far as it may.
+    After a 0 it goes on, after a 1 it turns to lookups, after a 2 it stops. It submits all of a draft that begins with
+    a 0 and none of any other, as far as it may.
     """
 
     def __init__(self, first: str = "") -> None:
@@ -90,7 +90,7 @@ KINDS: dict[str, Callable[[PreTrainedModel], Drafter]] = {
 @pytest.mark.parametrize("first", ["", LOOKUP], ids=["drafts first", "looks up first"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_adds_up_to_the_target(target: PreTrainedModel, kind: str, first: str, together: bool) -> None:
-    """All outcomes of whole texts with their exact probabilities: drafted, looked up, dropped, accepted and replaced."""
+    """All outcomes of whole texts with their exact probabilities: drafted, looked up, dropped, accepted, replaced."""
     policy, sampler = Swayed(first), Enumerated(0.8, top_p=0.97)
     decoder = SpeculativeDecoder(KINDS[kind](perturbed(target, 0.4)), policy=policy, target=target)
     greedy = plain(target, [2, 0, 1], NEW)
