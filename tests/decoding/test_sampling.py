@@ -39,8 +39,11 @@ def test_one_token_by_enumeration(seed: int, vocab: int, sharpness: float, drawn
     torch.testing.assert_close(said, p, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("drawn", [(True, True), (False, False), (True, False)], ids=["drawn", "lookups", "turned"])
-@pytest.mark.parametrize("way", ["verify", "verify_at_once"])
+@pytest.mark.parametrize(
+    ("drawn", "way"),
+    [((True, True), "verify"), ((False, False), "verify"), ((True, False), "verify"), ((True, False), "at once")],
+    ids=["drawn", "lookups", "turned", "turned, at once"],
+)
 def test_verify_follows_the_target_as_root_n(drawn: tuple[bool, bool], way: str) -> None:
     """100,000 runs of two drafts: the distance to p falls as 1/√N, that to a wrong distribution does not."""
     vocab, k, n = 4, 2, 100_000

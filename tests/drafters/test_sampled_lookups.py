@@ -35,8 +35,8 @@ NEW = 4
 class Swayed(Policy):
     """Does what it can to bias the output: all that it chooses depends on the tokens drafted so far.
 
-    After a 0 it goes on, after a 1 it turns to lookups, after a 2 it stops. It submits all of a draft that begins with
-    a 0 and none of any other, as far as it may.
+    By the latest token modulo 3 it goes on (0), turns to lookups (1) or stops (2). It submits all of a draft whose
+    first token is a multiple of 3, and none of any other, as far as it may.
     """
 
     def __init__(self, first: str = "") -> None:
@@ -48,11 +48,11 @@ class Swayed(Policy):
         return Decision(self.new_id(), 3, ask_per_token=not turns, drafter=turns, ask_at_submit=bool(turns))
 
     def proceed(self, decision: Decision, draft: Draft) -> bool | str:
-        latest = draft.tokens[-1]
+        latest = draft.tokens[-1] % 3
         return LOOKUP if latest == 1 and draft.lookup_alternative else latest != 2
 
     def submit(self, decision: Decision, draft: Draft) -> int:
-        wanted = draft.drafted if draft.tokens[0] == 0 else 0
+        wanted = draft.drafted if draft.tokens[0] % 3 == 0 else 0
         self.submitted.append((decision.id, wanted))
         return wanted
 
@@ -154,8 +154,7 @@ def test_many_samples_follow_the_target(kind: str, rows: int, least: int) -> Non
     for row, spread in zip(surplus, covariance, strict=True):
         chi2 = float(row @ np.linalg.pinv(spread, rcond=1e-9) @ row)
         assert chi2 < 5 + 5 * np.sqrt(10)  # mean 5, standard deviation √10 under the truth
-    drafted = sum(o.drafted for o in policy.outcomes)
-    assert 0.1 * drafted < sum(sum(p > 0 for p in o.lookups[: o.drafted]) for o in policy.outcomes)
+    assert sum(sum(p > 0 for p in o.lookups[: o.drafted]) for o in policy.outcomes) > count / 50
     assert not decoder.policy.faults
 
 
