@@ -60,9 +60,11 @@ class Warpers:
                     inside = np.flatnonzero(~(left < kth_largest(left, warper.top_k)))  # those that are no number too
                 elif isinstance(warper, TopPLogitsWarper):
                     inside = nucleus(weights_of(left), warper.top_p)
-                else:
+                elif isinstance(warper, MinPLogitsWarper):
                     weights = weights_of(left)
                     inside = np.flatnonzero(~(weights < np.float32(warper.min_p) * weights.max()))
+                else:
+                    raise TypeError(f"{type(warper).__name__} is no usual warper")
                 kept, left = inside if kept is None else kept[inside], left[inside]
             p = weights_of(left)
             p /= p.sum()

@@ -130,12 +130,12 @@ def test_many_samples_follow_the_target(kind: str, rows: int, least: int) -> Non
     target = tiny_llama(vocab=vocab, layers=1)
     target.lm_head.weight.data.mul_(0.4)
     draft = perturbed(target, 0.4)
-    drafter = {
+    drafters: dict[str, Drafter] = {
         "model": ModelDrafter(draft, vocab), "ngram": NgramDrafter(),
         "hybrid, skips": HybridDrafter(draft, vocab, gate=gate_that(False, 0.5), skip=0.5),
-    }[kind]  # fmt: skip
+    }  # fmt: skip
     policy, sampler, rng = Swayed(LOOKUP if rows == 1 else ""), Sampler(0.9, top_k=5, seed=3), np.random.default_rng(1)
-    decoder = SpeculativeDecoder(drafter, policy=policy, target=target)
+    decoder = SpeculativeDecoder(drafters[kind], policy=policy, target=target)
     surplus, covariance, count = np.zeros((vocab, vocab)), np.zeros((vocab, vocab, vocab)), 0
     while count < least:
         prompts = rng.integers(0, vocab, (rows, 8)).tolist()
@@ -182,12 +182,12 @@ def test_the_same_is_told_as_in_greedy_decoding(tiny_pair: TinyPair, kind: str) 
     """
     found = []
     for batch, sampled in product((False, True), (False, True)):
-        drafter = {
+        drafters: dict[str, Drafter] = {
             "model": ModelDrafter(tiny_pair.draft, 260), "hybrid": HybridDrafter(tiny_pair.draft, 260),
             "ngram": NgramDrafter(),
-        }[kind]  # fmt: skip
+        }  # fmt: skip
         policy, sampler = Notes(), Sampler(top_k=1) if sampled else None
-        decoder = SpeculativeDecoder(drafter, policy=policy, target=tiny_pair.target)
+        decoder = SpeculativeDecoder(drafters[kind], policy=policy, target=tiny_pair.target)
         if batch:
             (out,) = decoder.decode_batch([REPEATING], 3, eos_ids=(), samplers=[sampler])
         else:
