@@ -300,14 +300,15 @@ class Policy(ABC):
         """Return whether to draft another token, given those drafted so far.
 
         One of ``context.drafters``, by name, means to go on as that drafter until the step ends. Lookups alone take
-        next to nothing: in greedy decoding they are then drafted to the end unasked, and :meth:`submit` sees them all.
+        next to nothing: they are then drafted to the end unasked, and :meth:`submit` sees them all.
         """
         return True
 
     def submit(self, decision: Decision, draft: Draft) -> int:
         """Return how many of the drafted tokens to send to the target.
 
-        Asked in greedy decoding only, of a decision that ``ask_per_token`` or ``ask_at_submit``.
+        Asked of a decision that ``ask_per_token`` or ``ask_at_submit``. In sampled decoding a drawn token may not be
+        dropped for what it is: it is asked only of drafts that end with lookups, and only those are dropped.
         """
         return draft.drafted
 

@@ -7,6 +7,7 @@ inside a draft means, and what an outcome says is settled here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -110,8 +111,8 @@ class Speculation:
     signals : ndarray, shape (max_gamma, N_SIGNALS)
         Where the signals of the step's drafts stand: the driver's own, of which policies get read-only views.
     may_drop : bool
-        Whether drafted tokens may be dropped before they are verified. Not in sampled decoding: to drop a drawn token
-        for what it is would bias the output.
+        Whether any drafted token may be dropped before it is verified. Not in sampled decoding: to drop a drawn token
+        for what it is would bias the output. See :meth:`submit`.
 
     Attributes
     ----------
@@ -204,8 +205,8 @@ class Speculation:
         draft = Draft(k, self._shown(k), tokens[:], lookups[:], proposer.lookup_alternative())
         answer = self._policy.proceed(self.decision, draft)
         if isinstance(answer, str):
-            # Lookups take next to nothing: they are drafted to the end unasked if they may be dropped then.
-            self._asks = proposer.use(answer) != LOOKUP or not self.may_drop
+            # Lookups take next to nothing, and may be dropped: they are drafted to the end unasked.
+            self._asks = proposer.use(answer) != LOOKUP
             lookups[-1] = proposer.lookup_confidence()
             return True
         return answer
@@ -221,12 +222,22 @@ class Speculation:
         self.tokens += tokens
         self.lookups += lookups
 
-    def submit(self) -> int:
-        """End the draft: drop the tokens that the policy does not submit, and return how many are left."""
+    def submit(self, proposals: Sequence[object] | None = None) -> int:
+        """End the draft: drop the tokens that the policy does not submit, and return how many are left.
+
+        Parameters
+        ----------
+        proposals : sequence, optional
+            In sampled decoding, what each draft was drawn from, None for a deterministic one. Those at the end that are
+            deterministic, such as lookups, may be dropped: each follows from the tokens before it, so that whether it
+            is dropped does so too. By default none may be.
+        """
         tokens = self.tokens
         k = len(tokens)
-        if k and self.may_drop and self._submits:
-            k = self._policy.submit(self.decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
+        drawn = 0 if self.may_drop else k if proposals is None else drawn_of(proposals[:k])
+        if k > drawn and self._submits:
+            wanted = self._policy.submit(self.decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
+            k = wanted if wanted > drawn else drawn
             del tokens[k:]
         return k
 
@@ -271,6 +282,14 @@ class Speculation:
         )  # fmt: skip
         history.update(outcome)
         return outcome
+
+
+def drawn_of(proposals: Sequence[object]) -> int:
+    """Return how many drafts there are up to the last one that was drawn."""
+    count = len(proposals)
+    while count and proposals[count - 1] is None:
+        count -= 1
+    return count
 
 
 def judged(drafted: int, accepted: int, produced: int) -> tuple[int, int]:

@@ -239,8 +239,8 @@ def _draft(decoder: DecodingLoop, drafter: RowDrafter | None, rows: list[Row]) -
             if token != NO_PROPOSAL and rows[i].step.add(token):
                 going.append(i)
         wanted = going
-    for row in rows:
-        row.step.submit()
+    for i, row in enumerate(rows):
+        row.step.submit(None if drafter is None else drafter.proposals(i))
     return seconds
 
 

@@ -47,4 +47,4 @@ def draft(step: Speculation, drafter: Drafter) -> None:
         token = drafter.draft(step.signals[len(step.tokens)])
         if token == NO_PROPOSAL or not step.add(token):
             break
-    step.submit()
+    step.submit(drafter.proposals)

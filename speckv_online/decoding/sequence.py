@@ -41,7 +41,7 @@ class TokenSequence:
         ``logits`` are the target's, shape (k + 1, vocab), row i after the first i of the k drafts.
         """
         if self.sampler is not None:
-            return self.sampler.verify(self.sampler.probabilities(logits, self.tokens, drafts), drafts, proposals)
+            return self.sampler.verify(logits, self.tokens, drafts, proposals)
         return matching(drafts, likeliest(logits))
 
     def settle(

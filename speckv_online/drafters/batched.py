@@ -12,8 +12,8 @@ import torch
 from policies.base import LOOKUP, NGRAM
 from speckv_online.drafters.base import NO_PROPOSAL, Drafter, write_draft_signals
 from speckv_online.drafters.model import ModelDrafter, is_pure
-from speckv_online.lookup.gate import chance_of
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
+from speckv_online.lookup.text_chances import TextChances
 from speckv_online.modeling.sampling import Sampler
 
 
@@ -139,6 +139,7 @@ class ModelRows:
         self.drafted: list[list[int]] = [[] for _ in prompts]
         self.drawn: list[list[torch.Tensor | None]] = [[] for _ in prompts]
         self.ngrams = [NgramIndex(p) for p in prompts]
+        self.text_chances = [TextChances(drafter.chances, sampler is not None) for sampler in samplers]
         self.kinds = [drafter.names[0]] * len(prompts)
 
     def use(self, row: int, name: str) -> str:
@@ -187,8 +188,7 @@ class ModelRows:
             token = index if head_ids is None else head_ids[index]
             proposal = None
             if sampler is not None:
-                prefix = [*self.contexts[row], *self.drafted[row]]
-                token, proposal = sampler.propose(self.drafter.whole(logits[i]), prefix)
+                token, proposal = self.drafter.propose(logits[i], sampler, self.contexts[row], self.drafted[row])
             write_draft_signals(found, signals[i])
             signals[i][NGRAM] = self.ngrams[row].signal(self.drafted[row], token)
             self.drafted[row].append(token)
@@ -203,11 +203,10 @@ class ModelRows:
 
     def lookup_alternative(self, row: int) -> float:
         """See :class:`RowDrafter`."""
-        return 0.0 if self.kinds[row] == LOOKUP or self.samplers[row] is not None else self._chance(row)
+        return 0.0 if self.kinds[row] == LOOKUP else self._chance(row)
 
     def _chance(self, row: int) -> float:
-        found = self._found(row)
-        return 0.0 if found is None else chance_of(found, self.drafter.chances)
+        return self.text_chances[row].of(self._found(row))
 
     def proposals(self, row: int) -> list[torch.Tensor | None]:
         """See :class:`RowDrafter`."""
@@ -218,10 +217,10 @@ class ModelRows:
         self.model.cached[row] = min(self.model.cached[row], len(self.contexts[row]) + accepted)
         self.drafted[row], self.drawn[row], self.kinds[row] = [], [], self.drafter.names[0]
         self.contexts[row] += tokens
-        self.ngrams[row].extend(tokens)
+        self.text_chances[row].extend(self.ngrams[row], tokens)
 
     def keep(self, rows: list[int]) -> None:
         """See :class:`RowDrafter`."""
         self.model.keep(rows)
-        for name in ("contexts", "drafted", "drawn", "ngrams", "samplers", "kinds"):
+        for name in ("contexts", "drafted", "drawn", "ngrams", "text_chances", "samplers", "kinds"):
             setattr(self, name, [getattr(self, name)[r] for r in rows])

@@ -113,7 +113,7 @@ class HybridDrafter(ModelDrafter):
         """Return how sure the gate is of a lookup where that is enough not to ask the model, else 0."""
         if found is None or self.skip >= 1.0 or self.kind == "model":
             return 0.0
-        p = self._chance(found)
+        p = self.text_chances.of(found)
         return p if p >= self.skip else 0.0
 
     def lookup_confidence(self) -> float:

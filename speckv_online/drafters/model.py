@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from policies.base import LOOKUP, NGRAM
 from speckv_online.drafters.base import NO_PROPOSAL, draft_signals, write_draft_signals
-from speckv_online.lookup.gate import chance_of, shipped_chances
+from speckv_online.lookup.gate import shipped_chances
 from speckv_online.lookup.ngram_index import NgramIndex, Proposal, write_signals
+from speckv_online.lookup.text_chances import TextChances
 from speckv_online.modeling.device_signals import device_signals
 from speckv_online.modeling.forward_backend import CompiledForward, ForwardBackend, backend_of
 from speckv_online.modeling.introspection import embedded_of, longest_of, text_config
@@ -26,8 +27,8 @@ from speckv_online.modeling.sampling import Sampler
 class ModelDrafter:
     """Drafts with a causal language model: its likeliest token, or in sampled decoding a draw from it.
 
-    In greedy decoding it offers lookups of the context's own n-grams in place of forwards: a policy may choose, in
-    every step and within one, between ``model`` and ``ngram`` (which may have nothing to propose).
+    It offers lookups of the context's own n-grams in place of forwards: a policy may choose, in every step and within
+    one, between ``model`` and ``ngram`` (which may have nothing to propose).
 
     The model's cache may lag behind the context (after steps that drafted nothing, and before the first draft of a
     sequence): the next draft feeds all missing tokens in one forward.
@@ -88,6 +89,7 @@ class ModelDrafter:
         self.context: list[int] = list(tokens)
         self.drafted: list[int] = []
         self.ngrams = NgramIndex(tokens)
+        self.text_chances = TextChances(self.chances, sampler is not None)
         self.kind = self.names[0]
 
     @property
@@ -178,14 +180,11 @@ class ModelDrafter:
 
     def lookup_confidence(self) -> float:
         """Return how likely the coming lookup is right, 0 where the model drafts, or there is none."""
-        return self._chance(self._found()) if self.kind == LOOKUP else 0.0
+        return self.text_chances.of(self._found()) if self.kind == LOOKUP else 0.0
 
     def lookup_alternative(self) -> float:
-        """Return how likely a lookup in the model's place would be right; 0 if there is none, or tokens are drawn."""
-        return 0.0 if self.kind == LOOKUP or self.sampler is not None else self._chance(self._found())
-
-    def _chance(self, found: Proposal | None) -> float:
-        return 0.0 if found is None else chance_of(found, self.chances)
+        """Return how likely a lookup in the model's place would be right; 0 if there is none."""
+        return 0.0 if self.kind == LOOKUP else self.text_chances.of(self._found())
 
     def likeliest(self, signals: np.ndarray) -> tuple[int, torch.Tensor]:
         """Return the model's likeliest next token and its logits; write all signals but the n-gram's."""
@@ -207,17 +206,31 @@ class ModelDrafter:
 
     def _sample(self, logits: torch.Tensor, sampler: Sampler) -> int:
         """Draw a token from the draft's distribution, over the whole vocabulary."""
-        token, proposal = sampler.propose(self.whole(logits), [*self.context, *self.drafted])
+        token, proposal = self.propose(logits, sampler, self.context, self.drafted)
         self.proposals.append(proposal)
         return token
 
-    def whole(self, logits: torch.Tensor) -> torch.Tensor:
-        """Spread the logits of the head's rows over the whole vocabulary, shape (vocab_size,)."""
-        if self._head_ids is None and len(logits) == self.vocab_size:
-            return logits
-        full = logits.new_full((self.vocab_size,), float("-inf"))
-        where = torch.arange(len(logits), device=logits.device) if self._head_ids is None else self._head_ids
-        return full.index_copy_(0, where, logits)
+    def propose(
+        self, logits: torch.Tensor, sampler: Sampler, context: list[int], drafted: list[int]
+    ) -> tuple[int, torch.Tensor | None]:
+        """Draw a token from the logits of the head's rows, after a context and drafts: see :meth:`Sampler.propose`."""
+        if sampler.draft_needs_prefix:
+            return sampler.propose(self._spread(logits, float("-inf")), [*context, *drafted])
+        row, proposal = sampler.propose(logits, [])
+        token = row if self.head_ids is None else self.head_ids[row]
+        return token, None if proposal is None else self._spread(proposal, 0.0)
+
+    def _spread(self, numbers: torch.Tensor, other: float) -> torch.Tensor:
+        """Spread a number for each row of the head over the whole vocabulary, shape (vocab_size,)."""
+        if self._head_ids is None and len(numbers) == self.vocab_size:
+            return numbers
+        if numbers.device.type == "cpu":  # with numpy, which wakes no threads
+            spread = np.full(self.vocab_size, other, np.float32)
+            spread[slice(len(numbers)) if self._head_ids is None else self._head_ids.numpy()] = numbers.numpy()
+            return torch.from_numpy(spread)
+        full = numbers.new_full((self.vocab_size,), other)
+        where = torch.arange(len(numbers), device=numbers.device) if self._head_ids is None else self._head_ids
+        return full.index_copy_(0, where, numbers)
 
     def end(self, accepted: int) -> None:
         """Drop the cache entries of rejected drafts."""
@@ -228,7 +241,7 @@ class ModelDrafter:
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context."""
         self.context += tokens
-        self.ngrams.extend(tokens)
+        self.text_chances.extend(self.ngrams, tokens)
 
 
 def is_pure(drafter: object) -> TypeGuard[ModelDrafter]:

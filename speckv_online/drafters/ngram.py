@@ -8,7 +8,11 @@ import torch
 from policies.base import LOOKUP
 from speckv_online.drafters.base import NO_PROPOSAL
 from speckv_online.lookup.ngram_index import NgramIndex, write_signals
+from speckv_online.lookup.text_chances import TextChances
 from speckv_online.modeling.sampling import Sampler
+
+#: Weights of :func:`~speckv_online.lookup.gate.chance_of` with which a chance is the lookup's own confidence.
+CONFIDENT = (0.0, 1.0, 0.0, 0.0, 0.0)
 
 
 class NgramDrafter:
@@ -24,8 +28,9 @@ class NgramDrafter:
     lag = 1
 
     def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
-        """Start a sequence; a sampler changes nothing, as proposals are deterministic."""
+        """Start a sequence; with a sampler the proposals stay the same, what is told of their chance does not."""
         self.ngrams = NgramIndex(tokens)
+        self.text_chances = None if sampler is None else TextChances(CONFIDENT, True)
         self.proposals: list[torch.Tensor | None] = []
 
     def use(self, name: str) -> str:
@@ -43,8 +48,10 @@ class NgramDrafter:
         return found.token
 
     def lookup_confidence(self) -> float:
-        """Return the coming proposal's confidence, 0 where there is none."""
+        """Return the coming proposal's confidence, 0 where there is none; moved by the text where tokens are drawn."""
         found = self.ngrams.propose()
+        if self.text_chances is not None:
+            return self.text_chances.of(found)
         return 0.0 if found is None else found.confidence
 
     def lookup_alternative(self) -> float:
@@ -58,4 +65,7 @@ class NgramDrafter:
 
     def extend(self, tokens: list[int]) -> None:
         """Append settled tokens to the context."""
-        self.ngrams.extend(tokens)
+        if self.text_chances is None:
+            self.ngrams.extend(tokens)
+        else:
+            self.text_chances.extend(self.ngrams, tokens)

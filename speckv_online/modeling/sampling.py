@@ -7,7 +7,8 @@ deterministic proposal is the case of a one-hot q.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import (
@@ -39,9 +40,8 @@ from transformers import (
 )
 
 from speckv_online.errors import UserError
+from speckv_online.modeling.warpers import PREFIX_FREE, Warpers, draw_from, is_usual
 
-#: Processors that look at the scores alone, so that all rows of a verification go through them at once.
-_PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 #: transformers' own processors that are functions of the tokens and scores alone, each row's of its own. Nobody can
 #: tell how often they are asked, or about what. All others may keep a state, or know some prefixes only.
 _PURE = {
@@ -68,6 +68,65 @@ class PaddedProcessor(LogitsProcessor):
 def is_pure(processor: LogitsProcessor) -> bool:
     """Whether a processor is known to be a function of one row's tokens and scores, which may be asked at any time."""
     return type(processor.inner if isinstance(processor, PaddedProcessor) else processor) in _PURE
+
+
+class Chain:
+    """Processors that scores go through, split into those that are asked first and the usual warpers at the end.
+
+    Parameters
+    ----------
+    processors : sequence of LogitsProcessor
+        All of them, in order.
+
+    Attributes
+    ----------
+    needs_prefix : bool
+        Whether any of them looks at the tokens before.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor]) -> None:
+        usual = len(processors)
+        while usual and is_usual(processors[usual - 1]):
+            usual -= 1
+        self._all, self._first = _listed(processors), _listed(processors[:usual])
+        self.needs_prefix = not all(type(p) in PREFIX_FREE for p in processors)
+        self._warpers = Warpers(processors[usual:])
+
+    def scores(self, scores: torch.Tensor, context: list[int], drafts: Sequence[int] = ()) -> torch.Tensor:
+        """Return what all of them make of scores, shape (n, vocab); row i follows the first i drafts."""
+        return torch.cat(list(self._through(self._all, scores, context, drafts)))
+
+    def distributions(
+        self, scores: torch.Tensor, context: list[int], drafts: Sequence[int] = ()
+    ) -> Iterator[torch.Tensor]:
+        """Yield each row's distribution, shape (vocab,); on the host it is made when it is asked for."""
+        if scores.device.type != "cpu":
+            yield from self.scores(scores, context, drafts).softmax(-1)
+            return
+        for part in self._through(self._first, scores, context, drafts):
+            for row in part.numpy():
+                yield torch.from_numpy(self._warpers.distribution(row))
+
+    def _through(
+        self,
+        processors: Callable[..., torch.Tensor] | None,
+        scores: torch.Tensor,
+        context: list[int],
+        drafts: Sequence[int],
+    ) -> Iterator[torch.Tensor]:
+        """Yield what processors make of the scores, all rows at once or one by one."""
+        if processors is None:
+            yield scores
+        elif not self.needs_prefix:
+            yield processors(None, scores)
+        else:
+            ids, n = torch.tensor([[*context, *drafts]], device=scores.device), len(context)
+            for i in range(len(scores)):
+                yield processors(ids[:, : n + i], scores[i : i + 1])
+
+
+def _listed(processors: Sequence[LogitsProcessor]) -> Callable[..., torch.Tensor] | None:
+    return LogitsProcessorList(processors) if processors else None
 
 
 class Sampler:
@@ -114,10 +173,10 @@ class Sampler:
             chain += [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
             chain += [TopKLogitsWarper(top_k)] if top_k else []
             chain += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        # What looks at the scores alone need not see the padding.
+        chain = [p.inner if isinstance(p, PaddedProcessor) and type(p.inner) in PREFIX_FREE else p for p in chain]
         pure = [p for p in chain if is_pure(p)]
-        self.processors: Callable[..., torch.Tensor] | None = LogitsProcessorList(chain) if chain else None
-        self._on_drafts: Callable[..., torch.Tensor] | None = LogitsProcessorList(pure) if pure else None
-        self._needs_prefix = not all(isinstance(p, _PREFIX_FREE) for p in chain)
+        self._chain, self._on_drafts = Chain(chain), Chain(pure)
         self.in_order = len(pure) < len(chain)
         self.kept: list[torch.Tensor] | None = None
         self.generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
@@ -139,28 +198,21 @@ class Sampler:
         Tensor, shape (n, vocab), fp32
             One-hot rows in greedy decoding.
         """
-        return self.distribution(self._processed(self.processors, logits.float(), context, drafts))
+        return torch.stack(list(self._distributions(self._chain, logits.float(), context, drafts)))
 
-    def _processed(
-        self,
-        processors: Callable[..., torch.Tensor] | None,
-        scores: torch.Tensor,
-        context: list[int],
-        drafts: Sequence[int] = (),
-    ) -> torch.Tensor:
-        if processors is None:
-            return scores
-        if not self._needs_prefix:
-            return processors(None, scores)
-        ids, n = torch.tensor([[*context, *drafts]], device=scores.device), len(context)
-        return torch.cat([processors(ids[:, : n + i], scores[i : i + 1]) for i in range(len(scores))])
+    def _distributions(
+        self, chain: Chain, scores: torch.Tensor, context: list[int], drafts: Sequence[int] = ()
+    ) -> Iterator[torch.Tensor]:
+        if self.greedy:
+            return iter(self.distribution(chain.scores(scores, context, drafts)))
+        return chain.distributions(scores, context, drafts)
 
     def next_distribution(self, logits: torch.Tensor, context: list[int]) -> torch.Tensor:
         """Return the distribution, shape (vocab,), of the token after ``context``; processors are asked once.
 
         ``logits`` are the target's, shape (1, vocab); they stay as they are.
         """
-        scores = self._processed(self.processors, logits.to(torch.float32, copy=True), context)
+        scores = self._chain.scores(logits.to(torch.float32, copy=True), context)
         if self.kept is not None:
             self.kept.append(scores)
         return self.distribution(scores)[0]
@@ -175,27 +227,49 @@ class Sampler:
         """Draw one token from a distribution of shape (vocab,)."""
         if self.greedy:
             return int(probabilities.argmax())
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        if probabilities.device.type != "cpu":
+            return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return draw_from(probabilities.numpy(), self._uniform())
+
+    def accepts(self, p: float, q: float) -> bool:
+        """Return True with probability min(1, p / q); False where p is no number: whoever draws then will say so."""
+        return self._uniform() * q < p
+
+    def _uniform(self) -> float:
+        """Return a number that is uniform in [0, 1)."""
+        return torch.rand((), dtype=torch.float64, generator=self.generator, device=self.generator.device).item()
+
+    @property
+    def draft_needs_prefix(self) -> bool:
+        """Whether :meth:`propose` looks at the tokens before a draft; else a part of the vocabulary is as good."""
+        return self._on_drafts.needs_prefix
 
     def propose(self, logits: torch.Tensor, context: list[int]) -> tuple[int, torch.Tensor | None]:
         """Draw a draft after ``context`` from a drafter's logits, shape (vocab,); return it and what it was drawn from.
 
         A drafter may not know any token that the processors allow: then its likeliest one is proposed as it is.
         """
-        proposal = self.distribution(self._processed(self._on_drafts, logits[None].float(), context))[0]
-        if proposal.isnan().any():
+        proposal = next(self._distributions(self._on_drafts, logits[None].float(), context))
+        largest = (proposal.numpy() if proposal.device.type == "cpu" else proposal).max().item()
+        if largest != largest:  # as it does if any is no number
             return int(logits.argmax()), None
         return self.draw(proposal), proposal
 
     def verify(
-        self, target: torch.Tensor, drafts: Sequence[int], proposals: Sequence[torch.Tensor | None]
+        self,
+        logits: torch.Tensor,
+        context: list[int],
+        drafts: Sequence[int],
+        proposals: Sequence[torch.Tensor | None],
     ) -> tuple[int, int]:
         """Accept a run of drafted tokens and draw the one after it.
 
         Parameters
         ----------
-        target : Tensor, shape (k + 1, vocab)
-            The target's distributions p, as :meth:`probabilities` gives them.
+        logits : Tensor, shape (k + 1, vocab)
+            The target's, as for :meth:`probabilities`.
+        context : list of int
+            Settled tokens.
         drafts : sequence of int
             The k drafted tokens.
         proposals : sequence of (Tensor of shape (vocab,) or None)
@@ -206,6 +280,20 @@ class Sampler:
         accepted, next : int
             Number of accepted tokens, and the token that follows them.
         """
+        if logits.device.type != "cpu":
+            return self.verify_at_once(self.probabilities(logits, context, drafts), drafts, proposals)
+        # Row by row, up to the first refusal: what a row costs is its whole vocabulary.
+        rows = self._distributions(self._chain, logits.float(), context, drafts)
+        for i, (draft, proposal) in enumerate(zip(drafts, proposals, strict=True)):
+            token, accepted = self.judge(next(rows), draft, proposal)
+            if not accepted:
+                return i, token
+        return len(drafts), self.draw(next(rows))
+
+    def verify_at_once(
+        self, target: torch.Tensor, drafts: Sequence[int], proposals: Sequence[torch.Tensor | None]
+    ) -> tuple[int, int]:
+        """Do what :meth:`verify` does with the target's distributions, shape (k + 1, vocab), in one transfer."""
         if not drafts:
             return 0, self.draw(target[0])
         uniform = torch.rand(len(drafts), generator=self.generator, device=target.device)
@@ -222,8 +310,8 @@ class Sampler:
 
         ``target`` is the target's distribution, shape (vocab,). A draft that it makes impossible is never accepted.
         """
-        q = 1.0 if proposal is None else proposal[draft]
-        if torch.rand((), generator=self.generator, device=target.device) * q < target[draft]:
+        q = 1.0 if proposal is None else float(proposal[draft])
+        if self.accepts(float(target[draft]), q):
             return draft, True
         return self.draw(residual(target, proposal, draft)), False
 
@@ -234,10 +322,17 @@ def residual(p: torch.Tensor, q: torch.Tensor | None, drafted: int) -> torch.Ten
     ``q`` is None for a deterministic proposal, the one-hot distribution at ``drafted``. Where rounding leaves nothing
     of the difference, p and q are equal, and p itself is returned.
     """
-    rest = p.clone()
+    if p.device.type == "cpu":
+        return torch.from_numpy(_residual(p.numpy(), None if q is None else q.numpy(), drafted))
+    return _residual(p, q, drafted)
+
+
+def _residual(p: Any, q: Any, drafted: int) -> Any:
+    """Do what :func:`residual` does with tensors, or with arrays, which wake no threads."""
     if q is None:
+        rest = p + 0
         rest[drafted] = 0
     else:
-        rest = (p - q).clamp_(min=0)
+        rest = (p - q).clip(0)
     total = rest.sum()
     return rest / total if total > 0 else p

@@ -39,8 +39,12 @@ def test_one_token_by_enumeration(seed: int, vocab: int, sharpness: float, drawn
     torch.testing.assert_close(said, p, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("drawn", [True, False])
-def test_verify_follows_the_target_as_root_n(drawn: bool) -> None:
+@pytest.mark.parametrize(
+    ("drawn", "way"),
+    [((True, True), "verify"), ((False, False), "verify"), ((True, False), "verify"), ((True, False), "at once")],
+    ids=["drawn", "lookups", "turned", "turned, at once"],
+)
+def test_verify_follows_the_target_as_root_n(drawn: tuple[bool, bool], way: str) -> None:
     """100,000 runs of two drafts: the distance to p falls as 1/√N, that to a wrong distribution does not."""
     vocab, k, n = 4, 2, 100_000
     p = distributions(1, vocab**k + vocab + 1, vocab).float()  # one row per prefix of up to two tokens
@@ -49,20 +53,24 @@ def test_verify_follows_the_target_as_root_n(drawn: bool) -> None:
     row = lambda prefix: sum(vocab**i for i in range(len(prefix))) + sum(t * vocab**i for i, t in enumerate(prefix))  # noqa: E731
     rng = np.random.default_rng(3)
     draws = np.empty((n, k), dtype=int)
-    cumulative, likeliest = q.double().cumsum(-1).numpy(), q.argmax(-1)
+    cumulative, likeliest = q.double().cumsum(-1).numpy(), q.argmax(-1).tolist()
+    logits = p.log()
     for i in range(n):
-        prefix: list[int] = []
-        for _ in range(k):
+        prefix, points = list[int](), rng.random(k)
+        for j in range(k):
             at = row(prefix)
-            point = rng.random() * cumulative[at, -1]
-            prefix.append(int(np.searchsorted(cumulative[at], point)) if drawn else int(likeliest[at]))
-        proposals = [q[row(prefix[:j])] if drawn else None for j in range(k)]
-        target = torch.stack([p[row(prefix[:j])] for j in range(k + 1)])
-        accepted, following = sampler.verify(target, prefix, proposals)
+            point = points[j] * cumulative[at, -1]
+            prefix.append(int(np.searchsorted(cumulative[at], point)) if drawn[j] else likeliest[at])
+        rows = [row(prefix[:j]) for j in range(k + 1)]
+        proposals = [q[rows[j]] if drawn[j] else None for j in range(k)]
+        if way == "verify":
+            accepted, following = sampler.verify(logits[rows], [], prefix, proposals)
+        else:
+            accepted, following = sampler.verify_at_once(p[rows], prefix, proposals)
         said = [*prefix[:accepted], following]
         # Cut to two tokens; where only one was said, the plain way says the second.
         if len(said) == 1:
-            said.append(int(torch.multinomial(p[row(said)], 1, generator=sampler.generator)))
+            said.append(sampler.draw(p[row(said)]))
         draws[i] = said[:2]
     truth = np.array([[float(p[0, a] * p[row([a]), b]) for b in range(vocab)] for a in range(vocab)])
     wrong = np.array([[float(q[0, a] * p[row([a]), b]) for b in range(vocab)] for a in range(vocab)])
