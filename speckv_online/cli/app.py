@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.set_defaults(command=policies)
     add.add_argument("--json", action="store_true", help="print JSON")
 
-    add = commands.add_parser("evaluate", help="evaluate SpecKV on records or traces, as published or honestly")
+    add = commands.add_parser("evaluate", help="reproduce SpecKV's published evaluation from its records")
     add.set_defaults(command=evaluate)
     evaluation_arguments(add)
 

@@ -1,8 +1,8 @@
 """The published evaluation of SpecKV (arXiv 2605.02888), as it was done, on its released records.
 
 It splits by row, fits the predictor again on all rows, test rows included, and lets that predictor score the choices
-that it made itself. So what it calls tokens per step is what the predictor expects, not what was decoded; see
-:mod:`speckv_online.evaluation.released` for what was. Kept to the letter here so that the published digits come out.
+that it made itself. So what it calls tokens per step is what the predictor expects, not what was decoded. Kept to the
+letter here so that the published digits come out; the realised figures beside them are what was decoded.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _same_grid(rows: Sequence[StepRow], runs: Sequence[Run]) -> None:
             odd = ", ".join(map(str, sorted(cells ^ wanted)[0]))
             raise UserError(
                 f"the {name} are not the release's: the cell ({odd}) is missing or extra; the paper protocol needs "
-                f"levels {'/'.join(LEVELS)}, tasks {'/'.join(TASKS)} and gammas 2/4/6/8; use --protocol honest"
+                f"levels {'/'.join(LEVELS)}, tasks {'/'.join(TASKS)} and gammas 2/4/6/8"
             )
 
 

@@ -94,29 +94,6 @@ def _signals(plt: Any, table: Table) -> Any:
     return figure
 
 
-def _policies(plt: Any, table: Table) -> Any:
-    """Policies by level with their intervals; hindsight hatched."""
-    levels = _names(table, "level")
-    rows = {level: _records(table, level=level) for level in levels}
-    most = max(map(len, rows.values()))
-    figure, axes = _panels(plt, levels, table.title, 5.2, 0.8 + 0.28 * most)
-    for level, axis in zip(levels, axes, strict=True):
-        here = rows[level][::-1]
-        value = np.array([r["tokens/s"] for r in here])
-        error = np.nan_to_num(np.array([[r["tokens/s"] - r["low"], r["high"] - r["tokens/s"]] for r in here]).T)
-        bars = axis.barh(range(len(here)), value, xerr=np.maximum(error, 0), capsize=2, color="#5DA5DA")
-        for bar, r in zip(bars, here, strict=True):
-            if r["kind"] != "policy":
-                bar.set(hatch="///", facecolor="#DDDDDD")
-        axis.set_yticks(range(len(here)), [f"{r['policy']}{_kind(r['kind'])}" for r in here], fontsize=6)
-        axis.set_xlabel("tokens/s")
-    return figure
-
-
-def _kind(kind: str) -> str:
-    return "" if kind == "policy" else f" [{kind}]"
-
-
 def _intervals(plt: Any, table: Table) -> Any:
     """Means with intervals, as published."""
     figure, (axis,) = _panels(plt, [""], table.title, 6.0, 2.6)
@@ -139,23 +116,18 @@ def _expected(plt: Any, table: Table) -> Any:
 
 
 def _improvement(plt: Any, table: Table) -> Any:
-    """Improvement over gamma 4 in percent, by level and task; a panel per policy."""
-    many = "policy" in table.columns
-    policies = _names(table, "policy") if many else ["MLP-16"]
-    policies = [p for p in policies if p != "fixed:4"][-4:]
-    figure, axes = _panels(plt, policies, table.title, 4.2, 3.0)
+    """Improvement over gamma 4 in percent, by level and task."""
+    figure, (axis,) = _panels(plt, ["MLP-16"], table.title, 4.2, 3.0)
     levels, tasks = _names(table, "level"), _names(table, "task")
-    for policy, axis in zip(policies, axes, strict=True):
-        rows = _records(table, **({"policy": policy} if many else {}))
-        cells = {(r["level"], r["task"]): r["improvement %"] for r in rows}
-        grid = np.array([[cells.get((level, task), np.nan) for level in levels] for task in tasks])
-        bound = max(1.0, float(np.nanmax(np.abs(grid)))) if np.isfinite(grid).any() else 1.0
-        axis.imshow(grid, cmap="RdYlGn", vmin=-bound, vmax=bound, aspect="auto")
-        for i, j in np.argwhere(np.isfinite(grid)):
-            axis.text(j, i, f"{grid[i, j]:+.1f}", ha="center", va="center", fontsize=8)
-        axis.set_xticks(range(len(levels)), levels, fontsize=8)
-        axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
-        axis.grid(False)
+    cells = {(r["level"], r["task"]): r["improvement %"] for r in _records(table)}
+    grid = np.array([[cells[level, task] for level in levels] for task in tasks])
+    bound = max(1.0, float(np.abs(grid).max()))
+    axis.imshow(grid, cmap="RdYlGn", vmin=-bound, vmax=bound, aspect="auto")
+    for i, j in np.ndindex(grid.shape):
+        axis.text(j, i, f"{grid[i, j]:+.1f}", ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(levels)), levels, fontsize=8)
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axis.grid(False)
     return figure
 
 
@@ -163,20 +135,12 @@ def _shares(plt: Any, table: Table) -> Any:
     """Distribution of the gammas by level."""
     levels = _names(table, "level")
     figure, axes = _panels(plt, levels, table.title)
-    policies = _names(table, "policy") if "policy" in table.columns else [None]
-    policies = [p for p in policies if p is None or p.lower().startswith(("mlp16", "online"))][:4]
-    gammas = sorted(_names(table, "gamma"))
     for level, axis in zip(levels, axes, strict=True):
-        for i, policy in enumerate(policies):
-            rows = _records(table, level=level, **({} if policy is None else {"policy": policy}))
-            share = {r["gamma"]: 100 * r["share"] for r in rows}
-            place = np.arange(len(gammas)) + i * 0.8 / len(policies)
-            axis.bar(place, [share.get(g, 0) for g in gammas], 0.8 / len(policies), label=policy)
-        axis.set_xticks(range(len(gammas)), gammas)
+        rows = _records(table, level=level)
+        axis.bar(range(len(rows)), [100 * r["share"] for r in rows], 0.8)
+        axis.set_xticks(range(len(rows)), [r["gamma"] for r in rows])
         axis.set_xlabel("gamma")
     axes[0].set_ylabel("% of steps")
-    if policies[0] is not None:
-        axes[-1].legend(fontsize=6)
     return figure
 
 
@@ -192,28 +156,13 @@ def _estimators(plt: Any, table: Table) -> Any:
     return figure
 
 
-def _reliability(plt: Any, table: Table) -> Any:
-    """Predicted against observed acceptance."""
-    figure, (axis,) = _panels(plt, [""], table.title, 5.0, 4.2)
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for features in _names(table, "features"):
-        rows = _records(table, features=features)
-        axis.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], marker="o", label=features)
-    axis.set_xlabel("predicted acceptance")
-    axis.set_ylabel("observed acceptance")
-    axis.legend(fontsize=8)
-    return figure
-
-
 FIGURES: dict[str, Callable[[Any, Table], Any]] = {
     "speed_by_gamma": _speed_by_gamma,
     "acceptance_by_level": _acceptance,
     "signals": _signals,
-    "policies": _policies,
     "expected_tokens": _expected,
     "intervals": _intervals,
     "improvement": _improvement,
     "gamma_share": _shares,
     "estimators": _estimators,
-    "reliability": _reliability,
 }

@@ -1,4 +1,4 @@
-"""Tables of what was decoded, for both protocols: speed and acceptance by gamma, and signals against acceptance."""
+"""Tables of what was decoded: speed and acceptance by gamma, and signals against acceptance."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def speed_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def acceptance_table(rows: Sequence[StepRow], runs: Sequence[Run] = ()) -> Table:
-    """Accepted ÷ drafted tokens and tokens per step by level and gamma; from runs also tokens/s and the best gamma."""
+def acceptance_table(rows: Sequence[StepRow], runs: Sequence[Run]) -> Table:
+    """Accepted ÷ drafted tokens, tokens per step and tokens/s by level and gamma, and the best gamma by tokens/s."""
     table = Table(
         "acceptance_by_level",
         "Realised acceptance, tokens/step and measured tokens/s by level and gamma",
@@ -48,9 +48,8 @@ def acceptance_table(rows: Sequence[StepRow], runs: Sequence[Run] = ()) -> Table
     drafted, accepted, made = (column(rows, n) for n in ("drafted", "accepted", "tokens_produced"))
     for name in dict.fromkeys(level.tolist()):
         gammas = sorted(set(gamma[(level == name) & (drafted > 0)].tolist()))
-        groups = {g: [r for r in runs if (r.compression, r.gamma) == (name, g)] for g in gammas}
-        speed = {g: goodput(group) if group else float("nan") for g, group in groups.items()}
-        best = max(speed, key=lambda g: speed[g]) if runs else None
+        speed = {g: goodput(r for r in runs if (r.compression, r.gamma) == (name, g)) for g in gammas}
+        best = max(speed, key=lambda g: speed[g])
         for g in gammas:
             here = (level == name) & (gamma == g)
             rate = float(accepted[here].sum() / drafted[here].sum())

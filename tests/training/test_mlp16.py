@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +284,17 @@ def test_cards_name_no_directory_of_a_machine(tmp_path: Path) -> None:
     trace.meta["target"] = str(tmp_path / "a-model")
     assert describe([trace])["target"] == ["a-model"]
     assert describe([trace])["draft"] == [trace.meta.get("draft")]
+
+
+def test_further_traces_are_of_the_same_split_and_levels(tmp_path: Path) -> None:
+    for name, level, split, prompts in (
+        ("own", "fp16", "train", range(4)), ("more", "fp16", "", (4,)), ("more", "fp16", "test", (5,)),
+        ("more", "nf4", "train", (6,)),
+    ):  # fmt: skip
+        for i in prompts:
+            trace = replace(made_trace(i, level), split=split)
+            trace.save(tmp_path / name / level / f"{trace.prompt_id}.npz")
+    arguments = ["--traces", str(tmp_path / "own"), "--more", str(tmp_path / "more"), "--out", str(tmp_path / "w")]
+    assert main([*arguments, "--levels", "fp16", "--gammas", "1,4", "--epochs", "1", "--seeds", "1"]) == 0
+    card = json.loads((tmp_path / "w" / "goodput.json").read_text())
+    assert (card["levels"], card["data"]["traces"]) == (["fp16"], 5)
