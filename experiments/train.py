@@ -35,7 +35,6 @@ class TrainConfig:
 
     traces: str = option("", "directory of traces, from python -m experiments.profile")
     more: tuple[str, ...] = option((), "directories of further traces, for the acceptance weights, comma separated")
-    records: str = option("", "CSV of step records instead of traces")
     split: str = option("train", "which split of the prompts to train on: train, test or all")
     features: str = option(
         "causal", "inputs of MLP16: causal (lagged signals) or step-mean (the step's own, as published)"
@@ -49,8 +48,8 @@ class TrainConfig:
     out: str = option("", "directory of the weights (default: where the policies look for theirs)")
 
     def __post_init__(self) -> None:
-        if bool(self.traces) == bool(self.records):
-            raise UserError("give either --traces DIRECTORY or --records FILE.csv")
+        if not self.traces:
+            raise UserError("--traces DIRECTORY is missing: collect some with python -m experiments.profile")
         if self.features not in ("causal", "step-mean"):
             raise UserError(f"--features must be causal or step-mean, got {self.features!r}")
         if self.split not in ("train", "test", "all"):
@@ -59,8 +58,6 @@ class TrainConfig:
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
         if self.seeds < 1 or self.epochs < 1 or not 1 <= self.holdout <= 90 or self.seed < 0:
             raise UserError("--seeds and --epochs must be at least 1, --holdout from 1 to 90 and --seed not negative")
-        if self.more and self.records:
-            raise UserError("--more adds traces to --traces: leave it out with --records")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,29 +73,18 @@ def train(config: TrainConfig) -> int:
     from speckv_online.io import manifest
     from speckv_online.io.run_directory import check_writable
     from speckv_online.traces.trace import load_traces
-    from speckv_online.training.mlp16 import data_from_rows, data_from_traces
-    from speckv_online.training.step_table import read_rows
+    from speckv_online.training.mlp16 import data_from_traces
 
     out = Path(config.out).expanduser() if config.out else DEFAULT_WEIGHTS.parent
     splits = () if config.split == "all" else (config.split, "")
     common: dict[str, Any] = {
         "made": manifest.now(),
         "split": {"by": "prompt", "held_out_percent": config.holdout, "seed": config.seed},
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("traces", "more", "records", "out")},
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("traces", "more", "out")},
         "software": manifest.software(),
         "git": manifest.git_state(),
     }
     torch.set_num_threads(1)  # batches this small only lose by being split over threads
-    if config.records:
-        rows = [r for r in read_rows(config.records) if not splits or r.split in splits]
-        rows = [r for r in rows if not config.levels or r.compression in config.levels]
-        if not rows:
-            raise UserError(f"{config.records} has no steps of the chosen --levels and --split {config.split}")
-        data = data_from_rows(rows, config.features)
-        check_writable(out)
-        source = {"kind": "step records", "file": Path(config.records).name}
-        write_mlp16(config, out, data, common | {"data": source})
-        return 0
     traces = load_traces(config.traces, levels=config.levels, splits=splits)
     check_writable(out)
     common["data"] = describe(traces)

@@ -98,7 +98,6 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--once", action="store_true", help="show what there is and return")
     add.add_argument("--json", action="store_true", help="print JSON, one object per line")
     add.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)")
-    add.add_argument("--tensorboard", default="", metavar="DIR", help="write TensorBoard events there too")
     return parser
 
 
@@ -209,10 +208,4 @@ def watch(arguments: argparse.Namespace) -> None:
     """Run ``speckv watch``."""
     from speckv_online.reporting.watch import watch as show
 
-    show(
-        arguments.run,
-        once=arguments.once,
-        as_json=arguments.json,
-        interval=arguments.interval,
-        tensorboard=arguments.tensorboard,
-    )
+    show(arguments.run, once=arguments.once, as_json=arguments.json, interval=arguments.interval)

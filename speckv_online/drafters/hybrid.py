@@ -12,7 +12,6 @@ from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import Gate, gate_features
 from speckv_online.lookup.ngram_index import Proposal, write_signals
 from speckv_online.modeling.forward_backend import CompiledForward
-from speckv_online.modeling.sampling import Sampler
 
 
 class HybridDrafter(ModelDrafter):

@@ -33,13 +33,13 @@ def evaluate(source: str | Path, *, experiment: str | Path | None = None, out: s
     UserError
         If a file is missing or broken, or scikit-learn is not installed.
     """
+    from speckv_online.evaluation.estimators import require_sklearn
     from speckv_online.evaluation.paper import paper_protocol
     from speckv_online.evaluation.plots import draw
     from speckv_online.evaluation.release_runs import read_runs
+    from speckv_online.evaluation.release_steps import read_rows
     from speckv_online.io.run_directory import check_writable
     from speckv_online.io.tables import write_tables
-    from speckv_online.training.estimators import require_sklearn
-    from speckv_online.training.step_table import read_rows
 
     require_sklearn()
     source, folder = Path(source), Path(out or "runs/evaluate-paper").expanduser()

@@ -16,6 +16,7 @@ import numpy as np
 
 from policies.learned.mlp16 import level_code
 from speckv_online.errors import UserError
+from speckv_online.evaluation.estimators import compare_estimators, error_and_correlation, estimators, fit_quietly
 from speckv_online.evaluation.published import (
     GAMMAS,
     LEVELS,
@@ -26,11 +27,10 @@ from speckv_online.evaluation.published import (
     TASKS,
 )
 from speckv_online.evaluation.release_runs import Run, best_gamma_by_task, goodput
+from speckv_online.evaluation.release_steps import LAGGED, StepRow, column
 from speckv_online.evaluation.tables import INPUTS, acceptance_table, signal_table, speed_table
 from speckv_online.io.tables import Table
-from speckv_online.training.estimators import compare_estimators, error_and_correlation, estimators, fit_quietly
 from speckv_online.training.mlp16 import Data
-from speckv_online.training.step_table import LAGGED, StepRow, column
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def paper_protocol(
     Parameters
     ----------
     rows : sequence of StepRow
-        The released step records, see :func:`speckv_online.training.step_table.read_rows`.
+        The released step records, see :func:`speckv_online.evaluation.release_steps.read_rows`.
     runs : sequence of Run
         The released experiments, the source of seconds and of the task oracle.
     say : callable

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from speckv_online.evaluation.estimators import error_and_correlation
 from speckv_online.evaluation.release_runs import Run, goodput
+from speckv_online.evaluation.release_steps import StepRow, column
 from speckv_online.io.tables import Table
-from speckv_online.training.estimators import error_and_correlation
-from speckv_online.training.step_table import StepRow, column
 
 #: Signals of the tokens drafted in a step, by the names of the tables.
 SIGNALS = {

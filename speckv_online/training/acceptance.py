@@ -23,7 +23,7 @@ from policies.acceptance.step import Step
 from policies.base import Context, Decision, Draft, Outcome
 from speckv_online.errors import UserError
 from speckv_online.traces.trace import Trace
-from speckv_online.training.step_table import Schedule, replay_untimed, schedule_gammas
+from speckv_online.training.schedules import Schedule, replay_untimed, schedule_gammas
 
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
 RIDGE = 1.0

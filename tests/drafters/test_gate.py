@@ -21,9 +21,8 @@ from speckv_online.drafters.ngram import NgramDrafter
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.errors import UserError
 from speckv_online.lookup.gate import FEATURES, Gate
-from speckv_online.profiling.draft_table import draft_table
 from speckv_online.profiling.trace_collection import collect_trace
-from speckv_online.simulate.simulator import Replay, Simulator, replay_fixed
+from speckv_online.simulate.simulator import Simulator, replay_fixed
 from speckv_online.traces.trace import Trace, agreement
 from speckv_online.training.acceptance import tokens_from_traces, train_acceptance
 from speckv_online.training.gate import (
@@ -37,7 +36,7 @@ from speckv_online.training.gate import (
 from tests.support.drafting import one_by_one
 from tests.support.lookups import REPEATING, gate_that
 from tests.support.replays import COST, POLICIES, compare
-from tests.support.tiny_models import TinyPair, perturbed
+from tests.support.tiny_models import TinyPair
 
 
 def make(kind: str, pair: TinyPair) -> Drafter:
