@@ -1,7 +1,8 @@
 """Distil the default draft: ``python -m experiments.distill [--stages generate,train,export]``.
 
 Every stage reads what the one before left in the working folder, so that each can be run again, or go on after it was
-interrupted: ``conversations/shard-*.npz``, ``checkpoint.safetensors``, ``settings.json``. How good the draft is, :mod:`experiments.profile` says.
+interrupted: ``conversations/shard-*.npz``, ``checkpoint.safetensors``, ``settings.json``. How good the draft is,
+:mod:`experiments.profile` says.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from typing import Any
 
 from speckv_online.console import say
 from speckv_online.errors import UserError
-from speckv_online.io.tables import Table, finite
+from speckv_online.io.tables import finite
 
 
 def evaluate(source: str | Path, *, experiment: str | Path | None = None, out: str | Path = "") -> dict[str, Any]:
-    """Reproduce the published evaluation, and write its tables and figures.
+    """Reproduce the published evaluation, and write its tables.
 
     Parameters
     ----------
@@ -35,7 +35,6 @@ def evaluate(source: str | Path, *, experiment: str | Path | None = None, out: s
     """
     from speckv_online.evaluation.estimators import require_sklearn
     from speckv_online.evaluation.paper import paper_protocol
-    from speckv_online.evaluation.plots import draw
     from speckv_online.evaluation.release_runs import read_runs
     from speckv_online.evaluation.release_steps import read_rows
     from speckv_online.io.run_directory import check_writable
@@ -49,11 +48,9 @@ def evaluate(source: str | Path, *, experiment: str | Path | None = None, out: s
     check_writable(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     checks, tables = paper_protocol(read_rows(source), read_runs(experiment or _beside(source)), say)
     check_writable(folder)
-    say("drawing figures")
     notes = [
         "Expected tokens per step are what the predictor expects of its own choices, after it was fitted to the test "
-        "rows too. Realised figures are labelled so. Intervals are over rows, as published.",
-        *(f"![{path.stem}]({path.name})" for path in draw(tables, folder)),
+        "rows too. Realised figures are labelled so. Intervals are over rows, as published."
     ]
     return {
         "out": str(folder),
@@ -69,11 +66,9 @@ def show(result: dict[str, Any], as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(finite(result)))
         return
-    print(Path(result["report"]).read_text(encoding="utf-8").split("\n![", 1)[0].strip())
-    rows = result["tables"]["figures"]
-    print("\n" + Table("figures", "figures", list(rows[0]), [list(row.values()) for row in rows]).markdown())
-    print(f"{result['same']} of {result['stated']} stated figures came out to their last digit")
-    print(f"tables and figures: {result['out']}")
+    print(Path(result["report"]).read_text(encoding="utf-8").strip())
+    print(f"\n{result['same']} of {result['stated']} stated figures came out to their last digit")
+    print(f"tables: {result['out']}")
 
 
 def _beside(source: Path) -> Path:

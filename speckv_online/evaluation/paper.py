@@ -28,9 +28,11 @@ from speckv_online.evaluation.published import (
 )
 from speckv_online.evaluation.release_runs import Run, best_gamma_by_task, goodput
 from speckv_online.evaluation.release_steps import LAGGED, StepRow, column
-from speckv_online.evaluation.tables import INPUTS, acceptance_table, signal_table, speed_table
 from speckv_online.io.tables import Table
 from speckv_online.training.mlp16 import Data
+
+#: MLP16's inputs, in its order.
+INPUTS = ("mean entropy", "mean confidence", "max entropy", "min confidence", "compression", "gamma")
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,7 @@ def paper_protocol(
     )
     checks = [Check(name, "published", text, found[name]) for name, text in PUBLISHED.items()]
     checks += [Check(name, "recomputed", text, found[name]) for name, text in RECOMPUTED.items()]
-    tables += [share, cost, speed_table(runs), acceptance_table(rows, runs), signal_table(rows)]
-    return checks, [checks_table(checks), *tables]
+    return checks, [checks_table(checks), *tables, share, cost]
 
 
 def released_data(rows: Sequence[StepRow], lagged: bool = False) -> Data:
