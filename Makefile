@@ -14,7 +14,7 @@ ARGS ?=
 # What `make test` runs once more on plain transformers modules: what decodes with models that the engine would run.
 COVERED := $(foreach part,decoding drafters models modeling,--cov=speckv_online/$(part))
 WITHOUT_ENGINE := $(patsubst %,tests/decoding/test_%.py,batch caches changed_models hf_assistant hf_generate loop same_steps) \
-	tests/drafters tests/models tests/simulate/test_traces.py
+	$(patsubst %,tests/drafters/test_%.py,drafters gate lookups drafter_commands) tests/models tests/simulate/test_traces.py
 CODE := docs experiments policies speckv_online tests
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Where the parts of `make results` are kept, each resumable: remove a part to have it made anew.
