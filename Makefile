@@ -1,6 +1,6 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
 # make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below.
-#            It prints what the quick tests of decoding and replays cover: the total, and the ten least covered files
+#            It prints what the quick tests of decoding cover: the total, and the ten least covered files
 # make results  everything that docs/results.md shows, two to four hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
 # make results-modelled  the parts on traces only
@@ -11,9 +11,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
-# What `make test` runs once more on plain transformers modules.
-COVERED := $(foreach part,decoding drafters models modeling simulate traces,--cov=speckv_online/$(part))
-WITHOUT_ENGINE := tests/decoding tests/drafters tests/models tests/simulate
+# What `make test` runs once more on plain transformers modules: what decodes with models that the engine would run.
+COVERED := $(foreach part,decoding drafters models modeling,--cov=speckv_online/$(part))
+WITHOUT_ENGINE := $(patsubst %,tests/decoding/test_%.py,batch caches changed_models hf_assistant hf_generate loop same_steps) \
+	$(patsubst %,tests/drafters/test_%.py,drafters gate lookups drafter_commands) tests/models tests/simulate/test_traces.py
 CODE := docs experiments policies speckv_online tests
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # Where the parts of `make results` are kept, each resumable: remove a part to have it made anew.
@@ -34,20 +35,17 @@ test: setup
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@echo "== mypy"
 	@$(BIN)/mypy
-	@echo "== layout: layers, import circles, sizes"
-	@$(BIN)/python -m pytest -q tests/test_layout.py
-	@echo "== examples in docstrings"
-	@$(BIN)/python -m pytest -q --doctest-modules policies speckv_online
 	@echo "== preparing the default model pair"
 	@$(BIN)/speckv models prepare smollm2
-	@echo "== tests that need neither the real models nor Ray, two processes at a time"
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(ARGS) || test $$? -eq 5
+	@echo "== tests that need neither the real models nor Ray, and examples in docstrings, two processes at a time"
+	@$(BIN)/python -m pytest -n 2 --doctest-modules -m "not slow and not ray" policies speckv_online tests $(ARGS) \
+		|| test $$? -eq 5
 	@echo "== the quick tests of what decodes once more, on plain transformers modules, and what they cover"
 	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(COVERED) --cov-report= $(WITHOUT_ENGINE) $(ARGS) \
 		|| test $$? -eq 5
 	@$(BIN)/python -m tests.support.coverage_summary
-	@echo "== tests with the real models and a real Ray"
-	@$(BIN)/python -m pytest -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none of them was asked for
+	@echo "== tests with the real models, and beside them those with a real Ray, one at a time"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none was asked for
 
 
 results: results-measured results-modelled

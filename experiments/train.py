@@ -1,7 +1,8 @@
 """Train the weights that policies start from, and write them with cards that say where they come from.
 
-``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments, ``online.npz``
-the acceptance weights of token-level policies, which only exact traces can teach. Each card is a JSON file of the same name.
+``mlp16.npz`` has MLP16 in the published layout (W1, b1, W2, b2) with the features' second moments; ``online.npz`` the
+acceptance weights of token-level policies, which only exact traces can teach. Each card is a JSON file of the same
+name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from speckv_online.traces.trace import Trace
-    from speckv_online.training.mlp16 import Data, Fit
+    from speckv_online.training.mlp16 import Data
 
 
 #: How many other choices of held-out prompts a card reports, and what of them.
@@ -34,7 +35,6 @@ class TrainConfig:
 
     traces: str = option("", "directory of traces, from python -m experiments.profile")
     more: tuple[str, ...] = option((), "directories of further traces, for the acceptance weights, comma separated")
-    records: str = option("", "CSV of step records instead of traces")
     split: str = option("train", "which split of the prompts to train on: train, test or all")
     features: str = option(
         "causal", "inputs of MLP16: causal (lagged signals) or step-mean (the step's own, as published)"
@@ -43,14 +43,13 @@ class TrainConfig:
     gammas: tuple[str, ...] = option(("1", "2", "4", "6", "8", "12", "16"), "gammas to label at each step of a trace")
     seeds: int = option(5, "starts from different initial weights; the best on held-out prompts is kept")
     holdout: int = option(25, "percentage of the prompts to hold out")
-    compare: bool = option(False, "also train Ridge, MLP-32, RF-10 and RF-100, and put their scores into the card")
     epochs: int = option(200, "most passes over the data")
     seed: int = option(0, "seed of the split, the schedules and the first start")
     out: str = option("", "directory of the weights (default: where the policies look for theirs)")
 
     def __post_init__(self) -> None:
-        if bool(self.traces) == bool(self.records):
-            raise UserError("give either --traces DIRECTORY or --records FILE.csv")
+        if not self.traces:
+            raise UserError("--traces DIRECTORY is missing: collect some with python -m experiments.profile")
         if self.features not in ("causal", "step-mean"):
             raise UserError(f"--features must be causal or step-mean, got {self.features!r}")
         if self.split not in ("train", "test", "all"):
@@ -59,8 +58,6 @@ class TrainConfig:
             raise UserError(f"--gammas must be whole numbers from 1 to 16, got {','.join(self.gammas)}")
         if self.seeds < 1 or self.epochs < 1 or not 1 <= self.holdout <= 90 or self.seed < 0:
             raise UserError("--seeds and --epochs must be at least 1, --holdout from 1 to 90 and --seed not negative")
-        if self.more and self.records:
-            raise UserError("--more adds traces to --traces: leave it out with --records")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,41 +73,24 @@ def train(config: TrainConfig) -> int:
     from speckv_online.io import manifest
     from speckv_online.io.run_directory import check_writable
     from speckv_online.traces.trace import load_traces
-    from speckv_online.training.estimators import require_sklearn
-    from speckv_online.training.mlp16 import data_from_rows, data_from_traces
-    from speckv_online.training.step_table import read_rows
+    from speckv_online.training.mlp16 import data_from_traces
 
     out = Path(config.out).expanduser() if config.out else DEFAULT_WEIGHTS.parent
-    if config.compare:
-        require_sklearn()  # before the training, which takes a while
     splits = () if config.split == "all" else (config.split, "")
     common: dict[str, Any] = {
         "made": manifest.now(),
         "split": {"by": "prompt", "held_out_percent": config.holdout, "seed": config.seed},
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("traces", "more", "records", "out")},
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("traces", "more", "out")},
         "software": manifest.software(),
         "git": manifest.git_state(),
     }
     torch.set_num_threads(1)  # batches this small only lose by being split over threads
-    if config.records:
-        rows = [r for r in read_rows(config.records) if not splits or r.split in splits]
-        rows = [r for r in rows if not config.levels or r.compression in config.levels]
-        if not rows:
-            raise UserError(f"{config.records} has no steps of the chosen --levels and --split {config.split}")
-        data = data_from_rows(rows, config.features)
-        check_writable(out)
-        source = {"kind": "step records", "file": Path(config.records).name}
-        write_mlp16(config, out, data, common | {"data": source})
-        return 0
     traces = load_traces(config.traces, levels=config.levels, splits=splits)
     check_writable(out)
     common["data"] = describe(traces)
     more = [trace for folder in config.more for trace in load_traces(folder, levels=config.levels, splits=splits)]
-
-    def labelled(chosen: Sequence[Trace]) -> Data:
-        return data_from_traces(chosen, config.features, [int(g) for g in config.gammas], config.seed)
-
-    write_mlp16(config, out, labelled(traces), common)
+    data = data_from_traces(traces, config.features, [int(g) for g in config.gammas], config.seed)
+    write_mlp16(config, out, data, common)
     write_acceptance(config, out, traces + more, common | {"data": describe(traces + more)})
     return 0
 
@@ -139,39 +119,16 @@ def write_mlp16(config: TrainConfig, out: Path, data: Data, common: dict[str, An
         "noise_var": fit.noise_var,
         "starts": fit.runs,
     }
-    arrays = fit.arrays(len(data))
-    if config.compare:
-        card["compared"] = compare(config, data, fit)
     card["data"] = card["data"] | {
         "rows": len(data),
         "prompts": len(set(data.prompt.tolist())),
         "sha256": data.sha256(),
     }
-    write(out / "mlp16.npz", arrays, card)
+    write(out / "mlp16.npz", fit.arrays(len(data)), card)
     scores = {name: [m[name] or 0.0 for m in (fit.metrics, *others)] for name in SCORES}
     mse, plain, correlation = (" ".join(f"{v:.3f}" for v in scores[name]) for name in SCORES)
     print(f"MLP16: {len(data)} rows; on held-out prompts, by {1 + SPLITS} splits: mean squared error {mse}")
     print(f"  (mean rate per level and gamma alone: {plain}), correlation {correlation}")
-
-
-def compare(config: TrainConfig, data: Data, fit: Fit) -> list[dict[str, Any]]:
-    """Score the publication's other estimators on the prompts that MLP16's card holds out, and print them."""
-    import numpy as np
-
-    from speckv_online.training.estimators import ROWS, compare_estimators
-    from speckv_online.training.mlp16 import split_by_prompt
-
-    inside, outside = split_by_prompt(data.prompt, config.holdout / 100, config.seed)
-    train, held = data[inside], data[outside]
-    some = np.random.default_rng(config.seed).permutation(len(train))[:ROWS]
-    gammas = sorted({int(g) for g in data.x[:, -1]})
-    others = compare_estimators((train.x[some], train.y[some]), (held.x, held.y), gammas)
-    rows = [{"model": "MLP16 (torch)", "rows": len(train), "mse": fit.metrics["mse"]}]
-    rows[0]["correlation"] = fit.metrics["correlation"]
-    rows += [{"model": s.model, "rows": len(some), "mse": s.mse, "correlation": s.correlation} for s in others]
-    for row in rows:
-        print(f"  {row['model']:<14} mean squared error {row['mse']:.4f}, correlation {row['correlation'] or 0:.3f}")
-    return rows
 
 
 def write_acceptance(config: TrainConfig, out: Path, traces: list[Trace], common: dict[str, Any]) -> None:

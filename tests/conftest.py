@@ -18,6 +18,13 @@ from tests.support.tiny_models import TinyPair, perturbed, tiny_llama, tiny_toke
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that start a Ray in one process of ``--dist loadgroup``: two at a time would starve each other."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     """A tiny pair on disk: ``--target target_dir --draft draft_dir`` works with it."""

@@ -1,9 +1,8 @@
-"""k-fold over prompts: what learned policies start from is fitted to the prompts outside of the fold that is played."""
+"""Prompts in parts, and what learned policies start from, fitted to some of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,6 @@ import numpy as np
 from experiments.train import TrainConfig, describe, write_acceptance, write_mlp16
 from speckv_online.errors import UserError
 from speckv_online.traces.trace import Trace
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Prompts that are played (all, if None), and the policies' options that name the weights to start from."""
-
-    prompts: frozenset[str] | None
-    defaults: dict[str, str] = field(default_factory=dict)
-
-    def holds(self, trace: Trace) -> bool:
-        """True if a trace's prompt is in the fold."""
-        return self.prompts is None or trace.prompt_id in self.prompts
 
 
 def split(traces: Sequence[Trace], count: int, seed: int) -> list[frozenset[str]]:
@@ -36,16 +23,6 @@ def split(traces: Sequence[Trace], count: int, seed: int) -> list[frozenset[str]
     if len(order) < count:
         raise UserError(f"{len(order)} prompts are too few for {count} folds")
     return [frozenset(order[i::count]) for i in range(count)]
-
-
-def fit_folds(traces: Sequence[Trace], count: int, seed: int, out: Path) -> list[Fold]:
-    """Fit the weights of every fold and write them below ``out``, each with its cards."""
-    folds = []
-    for i, prompts in enumerate(split(traces, count, seed)):
-        others = [t for t in traces if t.prompt_id not in prompts]
-        about = {"fold": {"number": i + 1, "of": count, "played": sorted(prompts)}}
-        folds.append(Fold(prompts, fit_weights(others, seed, out / f"{i + 1}-of-{count}", about)))
-    return folds
 
 
 def fit_weights(traces: Sequence[Trace], seed: int, folder: Path, about: dict[str, Any]) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Distil the default draft: ``python -m experiments.distill`` (stages: generate, train, evaluate, export)."""
+"""Distil the default draft: ``python -m experiments.distill`` (stages: generate, train, export)."""

@@ -1,14 +1,14 @@
-"""Distil the default draft: ``python -m experiments.distill [--stages generate,train,evaluate,export]``.
+"""Distil the default draft: ``python -m experiments.distill [--stages generate,train,export]``.
 
 Every stage reads what the one before left in the working folder, so that each can be run again, or go on after it was
-interrupted: ``conversations/shard-*.npz``, ``checkpoint.safetensors``, ``settings.json``, ``acceptance.json``.
+interrupted: ``conversations/shard-*.npz``, ``checkpoint.safetensors``, ``settings.json``. How good the draft is,
+:mod:`experiments.profile` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import sys
@@ -20,10 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import speckv_online
-from experiments.common.bundled_prompts import bundled
 from experiments.distill.data import Conversations, choose_head_ids, load_conversations
 from experiments.distill.draft import Draft
-from experiments.distill.evaluate import evaluate, greedy_answers
 from experiments.distill.export import export_draft, write_card
 from experiments.distill.generate import generate
 from experiments.distill.settings import Settings
@@ -32,13 +30,12 @@ from speckv_online.console import run_command
 from speckv_online.errors import UserError
 from speckv_online.io.files import write_atomically
 from speckv_online.io.manifest import sha256
-from speckv_online.models.pairs import chat_prompt, load_target, load_tokenizer, prepare
+from speckv_online.models.pairs import load_target, load_tokenizer, prepare
 from speckv_online.models.smollm2 import cache_dir
 
 log = logging.getLogger(__name__)
 
-STAGES = ("generate", "train", "evaluate", "export")
-ANSWER_LENGTH = 80
+STAGES = ("generate", "train", "export")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,7 +70,7 @@ def _write(path: Path, text: str) -> None:
 
 
 class Distillation:
-    """The four stages, with the models and the working folder that they share."""
+    """The three stages, with the models and the working folder that they share."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -133,35 +130,13 @@ class Distillation:
             init=self.args.init.name if self.args.init else "", max_seconds=self.args.max_minutes * 60,
         )  # fmt: skip
 
-    def evaluate(self) -> None:
-        """Measure acceptance on the hand-written prompts; the target's answers are kept for the next time."""
-        draft, _ = self._trained()
-        result = {}
-        for split in ("train", "test"):
-            prompts = bundled(split)
-            ids = [chat_prompt(self.tokenizer, prompt.text) for prompt in prompts]
-            key = hashlib.sha256(json.dumps([self.folder.name, ids, ANSWER_LENGTH]).encode()).hexdigest()[:16]
-            cache = self.work / f"answers-{key}.json"
-            if cache.exists():
-                answers = json.loads(cache.read_text())
-            else:
-                log.info("decoding %d answers of the target (%s prompts)", len(ids), split)
-                answers = greedy_answers(self.target, ids, ANSWER_LENGTH, self.tokenizer.eos_token_id)
-                _write(cache, json.dumps(answers))
-            result["prompts_" + split] = evaluate(draft, [prompt.task for prompt in prompts], ids, answers)
-            for task, row in result["prompts_" + split].items():
-                log.info("%s prompts, %-14s %s", split, task, row)
-        _write(self.work / "acceptance.json", json.dumps(result, indent=1))
-
     def export(self) -> None:
         """Write the draft file and its card."""
         draft, notes = self._trained()
-        acceptance = self.work / "acceptance.json"
         export_draft(draft, notes["settings"]["pair"], self.out)
         write_card(
             self.out.with_suffix(".json"),
             notes,
-            json.loads(acceptance.read_text()) if acceptance.exists() else {},
             sha256(self.folder / "model.safetensors"),
             sha256(self.out),
         )

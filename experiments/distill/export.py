@@ -35,11 +35,10 @@ def export_draft(draft: Draft, pair: str, path: Path) -> None:
 def write_card(
     path: Path,
     notes: dict[str, Any],
-    acceptance: dict[str, Any],
     target_sha256: str,
     draft_sha256: str,
 ) -> None:
-    """Write the draft's card as JSON: the settings and log of its training (``notes``), and acceptance on prompts."""
+    """Write the draft's card as JSON: the settings and log of its training (``notes``)."""
     card = {
         "format": "speckv-draft",
         "version": "1",
@@ -50,6 +49,5 @@ def write_card(
         "license_note": LICENSE_NOTE,
         "settings": notes["settings"],
         "training": {k: v for k, v in notes.items() if k != "settings"},
-        "acceptance": acceptance,
     }
     write_atomically(path, lambda f: f.write(json.dumps(card, indent=1) + "\n"))

@@ -1,13 +1,12 @@
-"""Collect exact traces of a model pair, and from them step records and a cost table.
+"""Collect exact traces of a model pair, and a cost table.
 
 Writes one trace per level and prompt (``LEVEL/PROMPT.npz``), the timed steps of the generations
-(``steps-LEVEL.jsonl``), a cost table fitted to them (``cost.json``) and step records in the published release's columns
-and more (``steps.csv``). A run that was stopped goes on where it was: traces that are there are not collected again.
+(``steps-LEVEL.jsonl``) and a cost table fitted to them (``cost.json``). A run that was stopped goes on where it was:
+traces that are there are not collected again.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -39,10 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def profile(config: ProfileConfig) -> int:
     """Collect what is missing, then write the tables."""
-    if config.ray:
-        from experiments.runtime.ray_runner import set_environment
-
-        set_environment(os.environ.get("RAY_ADDRESS", ""))  # some library below imports ray
     from speckv_online.io.run_directory import check_writable
     from speckv_online.models.levels import get_level
 
@@ -53,19 +48,14 @@ def profile(config: ProfileConfig) -> int:
     with exclusive(out):
         check_request(request(config), out)
         before = timed_units(out)
-        if config.ray:
-            from experiments.profile.ray_tasks import collect_levels
-
-            collect_levels(config, prompts, out)
-        else:
-            for level in config.levels:
-                collect_level(config, level, prompts, out)
+        for level in config.levels:
+            collect_level(config, level, prompts, out)
         write_tables(config, out, timed_units(out) != before)
     return 0
 
 
 def write_tables(config: ProfileConfig, out: Path, measured: bool) -> None:
-    """Write ``cost.json`` and ``steps.csv``, and print a summary.
+    """Write ``cost.json``, and print a summary.
 
     The cost table says where its steps were timed: of a run that timed none, that is what it said before.
     """
@@ -73,7 +63,6 @@ def write_tables(config: ProfileConfig, out: Path, measured: bool) -> None:
     from speckv_online.io.run_directory import read_units
     from speckv_online.simulate.cost_table import fit_cost, load_cost
     from speckv_online.traces.trace import load_traces
-    from speckv_online.training.step_table import trace_rows, write_rows
 
     traces = load_traces(out)
     timed: dict[str, list[Any]] = {}
@@ -97,13 +86,9 @@ def write_tables(config: ProfileConfig, out: Path, measured: bool) -> None:
         cost.save(file)
     elif file.exists():
         say(f"{file} is of steps that are no longer there")
-    rows = trace_rows(traces, config.seed)
-    write_rows(out / "steps.csv", rows)
     for line in summary(traces, cost):
         print(line)
-    print(
-        f"{len(rows)} step records: {out / 'steps.csv'}, traces: {out}" + f", costs: {out / 'cost.json'}" * bool(timed)
-    )
+    print(f"traces: {out}" + f", costs: {file}" * bool(timed))
 
 
 def summary(traces: list[Trace], cost: CostTable) -> Iterator[str]:

@@ -47,7 +47,6 @@ class ProfileConfig:
     threads: int = option(0, "CPU threads (0: all cores)")
     device: str = option("auto", "auto, cpu or cuda")
     engine: str | None = option(None, ENGINE)
-    ray: bool = option(False, "collect each level in a Ray task, on the cluster of RAY_ADDRESS or a Ray of its own")
     out: str = option("runs/profile", "directory of the traces")
 
     def __post_init__(self) -> None:
@@ -147,7 +146,7 @@ def collect_level(config: ProfileConfig, level: str, prompts: list[Prompt], out:
     from speckv_online.models.pairs import chat_prompt, load_pair
     from speckv_online.models.quiet import quiet_libraries
     from speckv_online.profiling.trace_collection import collect_trace, redraft
-    from speckv_online.training.step_table import Schedule
+    from speckv_online.training.schedules import Schedule
 
     quiet_libraries()
     torch.set_num_threads(config.threads or cores())

@@ -42,7 +42,7 @@ def replays(config: ReplaysConfig) -> int:
     check_place(config.doc, MARKER)
     out = Path(config.out).expanduser()
     check_writable(out)
-    cells = run_cells(config, out)
+    cells = run_cells(config)
     facts = {"git": manifest.git_state(), "settings": asdict(config), "made": manifest.now()}
     learned = [spec for spec in config.policies if is_learned(spec)]
     text = as_document(cells, learned, facts)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.common.trace_sources import check_traces
 from experiments.config import option
@@ -15,7 +13,6 @@ from speckv_online.errors import UserError
 
 if TYPE_CHECKING:
     from speckv_online.simulate.replay_scores import ReplayEvaluation, Score
-    from speckv_online.traces.trace import Trace
 
 FIXED = ("autoregressive", *(f"fixed:{gamma}" for gamma in (1, 2, 4, 6, 8, 12, 16)))
 
@@ -44,8 +41,7 @@ class ReplaysConfig:
     policies: tuple[str, ...] = option(POLICIES, "policies, comma separated (default: all registered ones)")
     split: str = option("test", "which split of the prompts: train, test or all")
     orders: int = option(10, "seeded orders of the prompts; learning policies start afresh in each")
-    folds: int = option(0, "fit what learned policies start from anew, k-fold over the prompts (0: what ships)")
-    seed: int = option(0, "first seed of the orders, and seed of the folds")
+    seed: int = option(0, "first seed of the orders")
     doc: str = option("", "document to put the tables into, between its markers")
     out: str = option("runs/replays", "directory of the tables")
 
@@ -55,8 +51,8 @@ class ReplaysConfig:
             raise UserError("--costs and --policies must each name at least one")
         if self.split not in ("train", "test", "all"):
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
-        if self.orders < 1 or self.folds < 0 or self.folds == 1:
-            raise UserError("--orders must be at least 1, --folds 0 or at least 2")
+        if self.orders < 1:
+            raise UserError("--orders must be at least 1")
 
 
 @dataclass
@@ -70,14 +66,13 @@ class Cell:
     scores: dict[str, Score] = field(default_factory=dict)
 
 
-def run_cells(config: ReplaysConfig, out: Path) -> list[Cell]:
+def run_cells(config: ReplaysConfig) -> list[Cell]:
     """Play every policy in every cell."""
     from tqdm import tqdm
 
-    from experiments.common.cross_validation import Fold, fit_folds
     from experiments.common.trace_sources import named_costs
     from speckv_online.simulate.hindsight import by_level
-    from speckv_online.simulate.replay_scores import ReplayEvaluation
+    from speckv_online.simulate.replay_scores import ReplayEvaluation, play
     from speckv_online.traces.trace import load_traces
 
     splits = () if config.split == "all" else (config.split,)
@@ -89,14 +84,6 @@ def run_cells(config: ReplaysConfig, out: Path) -> list[Cell]:
         for name, table in named_costs(config.costs)
         for level, group in by_level(traces).items()
     ]
-    folds = [Fold(None)]
-    if config.folds:
-        # What ships is fitted to one pair and used for all: so are the folds' weights, to the pair named first.
-        first, *others = loaded.values()
-        folds = fit_folds(first, config.folds, config.seed, out / "folds")
-        # No fold was fitted to prompts that this pair does not have.
-        more = {t.prompt_id for traces in others for t in traces} - {t.prompt_id for t in first}
-        folds[0] = Fold(frozenset(more.union(folds[0].prompts or ())), folds[0].defaults)
     seeds = range(config.seed, config.seed + config.orders)
     bar = tqdm(total=len(cells) * len(config.policies), unit="policy", disable=not sys.stderr.isatty(), file=sys.stderr)
     for cell in cells:
@@ -104,21 +91,9 @@ def run_cells(config: ReplaysConfig, out: Path) -> list[Cell]:
             where = f"{cell.pair}, {cell.cost}, {cell.level}"
             print(f"{where}: {len(cell.evaluation.traces)} prompts", file=sys.stderr, flush=True)
         for spec in config.policies:
-            cell.scores[spec] = play_folds(spec, cell.evaluation, folds, seeds)
+            cell.scores[spec] = play(spec, cell.evaluation.traces, cell.evaluation.cost, seeds)
             bar.update()
     return cells
-
-
-def play_folds(spec: str, evaluation: ReplayEvaluation, folds: list[Any], seeds: Sequence[int]) -> Score:
-    """Play a policy on each fold's prompts, with the weights that were fitted to the others."""
-    from speckv_online.simulate.replay_scores import joined, play
-
-    parts: list[tuple[list[Trace], Score]] = []
-    for fold in folds:
-        own = [t for t in evaluation.traces if fold.holds(t)]
-        if own:
-            parts.append((own, play(spec, own, evaluation.cost, seeds, **fold.defaults)))
-    return joined(evaluation.traces, parts)
 
 
 def is_learned(spec: str) -> bool:

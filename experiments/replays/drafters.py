@@ -67,7 +67,7 @@ def drafters(config: DraftersConfig) -> int:
     out = Path(config.out).expanduser()
     check_writable(out)
     replays = ReplaysConfig(**{k: v for k, v in asdict(config).items() if k != "doc"})
-    cells = run_cells(replays, out)
+    cells = run_cells(replays)
     text = as_document(cells, {"git": manifest.git_state(), "settings": asdict(replays)})
     write_atomically(out / "drafters.md", lambda f: f.write(text))
     if config.doc:

@@ -140,14 +140,13 @@ def about(cells: Sequence[Cell], facts: dict[str, Any]) -> str:
     """Return a paragraph on what the tables are made of."""
     settings, git = facts["settings"], facts["git"]
     counts = ", ".join(f"{pair} {len({t.prompt_id for t in traces})}" for pair, traces in _traces(cells).items())
-    fitted = f"weights fitted anew in {settings['folds']} folds over the prompts"
-    start = fitted if settings["folds"] else "the shipped weights"
     commit = f"{str(git['commit'])[:10]}{', with changes' if git['dirty'] else ''}" if git.get("commit") else "unknown"
     return (
         f"All figures are `modelled`: exact traces replayed with a cost table's seconds. {len(cells)} cells; prompts "
         f"by pair: {counts} (split: {settings['split']}); {settings['orders']} seeded orders of the prompts; learned "
-        f"policies start from {start}. Intervals are 95 %, by bootstrap over prompts. Rows marked *hindsight* were "
-        f"chosen on the outcomes that they are scored on, and no policy could have known them. Commit: {commit}."
+        "policies start from the shipped weights. Intervals are 95 %, by bootstrap over prompts. Rows marked "
+        "*hindsight* were chosen on the outcomes that they are scored on, and no policy could have known them. "
+        f"Commit: {commit}."
     )
 
 

@@ -207,7 +207,7 @@ class AcceptanceModel:
         self._tested = list[float](), list[float]()
 
     def _read(self) -> None:
-        self._weights: dict[str, tuple[list[float], list[float]]] = {}
+        self._weights: dict[str, tuple[list[float], list[float], Net]] = {}
         self._known: dict[str, float] = {}
 
     def state(self) -> State:

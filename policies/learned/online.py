@@ -175,7 +175,7 @@ class Online(CostAware):
         super().__init__(**options)
         if learn not in ("all", "costs", "none"):
             raise PolicyError(f"learn must be all, costs or none, got '{learn}'")
-        self.learning, self.learns = learn, learn == "all"
+        self.learning = learn
         if not 1 <= refresh < WAITING or not 0 <= cap <= MAX_GAMMA:
             wanted = f"refresh must be from 1 to {WAITING - 1} and cap from 0 to {MAX_GAMMA}"
             raise PolicyError(f"{wanted}, got {refresh} and {cap}")

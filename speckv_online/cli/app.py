@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("learned", help="list, show or forget what --remember kept")
     learned_arguments(add)
 
-    add = commands.add_parser("evaluate", help="evaluate SpecKV on records or traces, as published or honestly")
+    add = commands.add_parser("evaluate", help="reproduce SpecKV's published evaluation from its records")
     add.set_defaults(command=evaluate)
     evaluation_arguments(add)
 
@@ -103,7 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--once", action="store_true", help="show what there is and return")
     add.add_argument("--json", action="store_true", help="print JSON, one object per line")
     add.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)")
-    add.add_argument("--tensorboard", default="", metavar="DIR", help="write TensorBoard events there too")
     return parser
 
 
@@ -217,10 +216,4 @@ def watch(arguments: argparse.Namespace) -> None:
     """Run ``speckv watch``."""
     from speckv_online.reporting.watch import watch as show
 
-    show(
-        arguments.run,
-        once=arguments.once,
-        as_json=arguments.json,
-        interval=arguments.interval,
-        tensorboard=arguments.tensorboard,
-    )
+    show(arguments.run, once=arguments.once, as_json=arguments.json, interval=arguments.interval)

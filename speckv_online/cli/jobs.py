@@ -15,7 +15,7 @@ from speckv_online.errors import UserError
 
 #: Subcommand -> what it does; each is the module of that name.
 JOBS = {
-    "profile": "collect traces, step records and a cost table of a model pair",
+    "profile": "collect traces and a cost table of a model pair",
     "train": "train the weights that policies start from",
 }
 

@@ -82,11 +82,6 @@ class PackedLinear(nn.Linear):
         return out if self.bias is None else out.add_(self.bias)
 
 
-def can_pack(use: Shape) -> bool:
-    """Return True if the kernels can be compiled here and agree with ``nn.Linear`` for weights of each type."""
-    return not why_not(use)
-
-
 @cache
 def why_not(use: Shape) -> str:
     """Return why no linear layer can be packed here, empty if it can."""

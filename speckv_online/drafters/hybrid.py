@@ -12,7 +12,6 @@ from speckv_online.drafters.model import ModelDrafter
 from speckv_online.lookup.gate import Gate, gate_features
 from speckv_online.lookup.ngram_index import Proposal, write_signals
 from speckv_online.modeling.forward_backend import CompiledForward
-from speckv_online.modeling.sampling import Sampler
 
 
 class HybridDrafter(ModelDrafter):
@@ -34,9 +33,6 @@ class HybridDrafter(ModelDrafter):
         As for :class:`~speckv_online.drafters.ModelDrafter`.
     gate : Gate, optional
         The one that ships by default.
-    online : bool
-        The gate goes on learning, from positions that the target judged and where the model was asked and disagreed
-        with the lookup. Proposals then depend on what was seen before, so traces need a frozen gate.
     skip : float, optional
         How sure the lookup has to be for the model not to be asked, by default as the gate has it; 1 asks it always.
     """
@@ -51,20 +47,12 @@ class HybridDrafter(ModelDrafter):
         compiled: CompiledForward | None = None,
         *,
         gate: Gate | None = None,
-        online: bool = False,
         skip: float | None = None,
     ) -> None:
         super().__init__(model, vocab_size, head_ids, compiled)
-        gate = gate or Gate.load()
-        self.gate = gate.copy() if online else gate
+        self.gate = gate or Gate.load()
         self.skip = self.gate.skip if skip is None else skip
-        self.online, self.chances = online, self.gate.sure_weights
-
-    def begin(self, tokens: list[int], capacity: int, sampler: Sampler | None = None) -> None:
-        """Start a sequence."""
-        super().begin(tokens, capacity, sampler)
-        # Disagreements of this step: position in the draft, both tokens, the gate's features.
-        self._open: list[tuple[int, int, int, list[float]]] = []
+        self.chances = self.gate.sure_weights
 
     def draft(self, signals: np.ndarray) -> int:
         """Propose one token; nothing if only the lookup may propose and has nothing."""
@@ -76,8 +64,6 @@ class HybridDrafter(ModelDrafter):
             token = self.settle(token, logits)
             signals[NGRAM] = 0.0 if found is None else found.length if found.token == token else -found.length
             return self._append(token)
-        if self.online and found is not None and found.token != token:
-            self._open.append((len(self.drafted), found.token, token, gate_features(found, signals)))
         chosen = self.choose(found, token, signals)
         if chosen != token:
             self.proposals.append(None)
@@ -141,11 +127,3 @@ class HybridDrafter(ModelDrafter):
         """Drop what belongs to this step's drafts."""
         super().end(accepted)
         self.ngrams.undo()
-
-    def extend(self, tokens: list[int]) -> None:
-        """Append settled tokens to the context; they say which proposals were right."""
-        super().extend(tokens)
-        for position, looked_up, modelled, features in self._open:
-            if position < len(tokens) and (tokens[position] == looked_up) != (tokens[position] == modelled):
-                self.gate.update(features, tokens[position] == looked_up)
-        self._open = []

@@ -1,4 +1,4 @@
-"""Drafters by name, as command lines and configs give them: ``model``, ``ngram``, ``hybrid``, ``hybrid:online=true``.
+"""Drafters by name, as command lines and configs give them: ``model``, ``ngram``, ``hybrid``, ``hybrid:skip=0.8``.
 
 Other packages add drafters in the entry-point group ``speckv_online.drafters``: a class with the methods of
 :class:`~speckv_online.drafters.base.Drafter`. Its constructor takes ``(model, vocab_size, head_ids, quick)`` as
@@ -28,7 +28,7 @@ GROUP = "speckv_online.drafters"
 KINDS = ("model", "ngram", "hybrid")
 #: Help of the command-line flag.
 HELP = (
-    "what drafts: model, ngram (no draft model needed) or hybrid, also hybrid:online=true,skip=0.8,gate=FILE, or a "
+    "what drafts: model, ngram (no draft model needed) or hybrid, also hybrid:skip=0.8,gate=FILE, or a "
     "plug-in's NAME:OPTION=VALUE"
 )
 #: What a plug-in's constructor is given besides its options, if it needs a model.
@@ -43,8 +43,6 @@ class DrafterSpec:
     ----------
     kind : str
         One of :data:`KINDS`, or a plug-in's name.
-    online : bool
-        The hybrid's gate goes on learning.
     skip : float or None
         How sure the hybrid's lookup has to be for the model not to be asked; None for what the gate says.
     gate : str
@@ -56,7 +54,6 @@ class DrafterSpec:
     """
 
     kind: str = "model"
-    online: bool = False
     skip: float | None = None
     gate: str = ""
     plugin: type | None = None
@@ -120,7 +117,7 @@ class DrafterSpec:
         if self.kind == "model":
             return ModelDrafter(model, vocab_size, head_ids, compiled)
         gate = Gate.load(self.gate or None)
-        return HybridDrafter(model, vocab_size, head_ids, compiled, gate=gate, online=self.online, skip=self.skip)
+        return HybridDrafter(model, vocab_size, head_ids, compiled, gate=gate, skip=self.skip)
 
 
 def parse_drafter(text: str) -> DrafterSpec:
@@ -133,18 +130,15 @@ def parse_drafter(text: str) -> DrafterSpec:
     if kind not in KINDS:
         return _parse_plugin(kind, rest)
     options = dict(piece.partition("=")[::2] for piece in rest.split(",") if piece)
-    if unknown := sorted(set(options) - ({"online", "skip", "gate"} if kind == "hybrid" else set())):
-        raise UserError(f"the drafter {kind} has no option {unknown[0]!r}; hybrid has online, skip and gate")
-    online = options.get("online", "false").lower()
-    if online not in ("true", "false"):
-        raise UserError(f"the drafter's option online must be true or false, got {online!r}")
+    if unknown := sorted(set(options) - ({"skip", "gate"} if kind == "hybrid" else set())):
+        raise UserError(f"the drafter {kind} has no option {unknown[0]!r}; hybrid has skip and gate")
     try:
         skip = float(options["skip"]) if "skip" in options else None
     except ValueError:
         skip = -1.0
     if skip is not None and not 0.0 <= skip <= 1.0:
         raise UserError(f"the drafter's option skip must be a probability, got {options['skip']!r}")
-    return DrafterSpec(kind, online == "true", skip, options.get("gate", ""))
+    return DrafterSpec(kind, skip, options.get("gate", ""))
 
 
 def _parse_plugin(name: str, text: str) -> DrafterSpec:

@@ -1,1 +1,1 @@
-"""SpecKV's published evaluation, made again and corrected."""
+"""SpecKV's published evaluation, made again."""

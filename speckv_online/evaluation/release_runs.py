@@ -17,7 +17,7 @@ class Run:
     """One prompt decoded at one level with one gamma; times in seconds of wall clock.
 
     ``prompt_id`` numbers the prompts of a task in the order in which they ran, as
-    :func:`speckv_online.training.step_table.read_rows` does.
+    :func:`speckv_online.evaluation.release_steps.read_rows` does.
     """
 
     compression: str

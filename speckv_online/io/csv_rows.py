@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
 def read_csv(
-    path: str | Path, kinds: Mapping[str, type], required: Sequence[str], empty: Sequence[str] = ()
+    path: str | Path, kinds: Mapping[str, type], required: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, values by column) for every row of a CSV file with a header.
 
@@ -30,8 +29,6 @@ def read_csv(
         Columns to take, each ``int``, ``float`` or ``str``; numbers must be finite.
     required : sequence of str
         Columns that must be there.
-    empty : sequence of str
-        Columns of numbers whose cells may be empty, which gives NaN.
 
     Raises
     ------
@@ -68,7 +65,7 @@ def read_csv(
         if len(cells) > len(header):
             raise UserError(f"{where}, column {len(header) + 1}: one cell more than the header has columns")
         pairs = ((name, cell) for name, cell in zip(header, cells, strict=True) if name in kinds)
-        yield reader.line_num, {n: _value(c, kinds[n], n in empty, f"{where}, column {n}") for n, c in pairs}
+        yield reader.line_num, {n: _value(c, kinds[n], f"{where}, column {n}") for n, c in pairs}
     if not header:
         raise UserError(f"{path} line 1: the file is empty; it needs the columns {','.join(required)}")
 
@@ -83,12 +80,10 @@ def _header(names: list[str], path: Path, line: int, required: Sequence[str]) ->
     return names
 
 
-def _value(cell: str, kind: type, may_be_empty: bool, where: str) -> Any:
+def _value(cell: str, kind: type, where: str) -> Any:
     cell = cell.strip()
     if kind is str:
         return cell
-    if not cell and may_be_empty:
-        return math.nan
     shown = cell if len(cell) <= 40 else f"{cell[:37]}..."
     try:
         value = kind(cell)

@@ -28,9 +28,6 @@ SHIPPED = "gate-smollm2.npz"
 LOOKUP_FEATURES = ("one", "lookup log-odds", "lookup entropy", "match length", "log2 hits")
 FEATURES = (*LOOKUP_FEATURES, "model log-odds", "model entropy", "model margin")
 
-#: Records that the training data count for when the gate goes on learning.
-PRIOR_RECORDS = 300.0
-
 
 class Gate:
     """Chooses between the model's and the lookup's proposals.
@@ -41,30 +38,22 @@ class Gate:
         Of :data:`FEATURES`; above zero the lookup is right rather than the model, given that one of them is.
     sure : array_like, shape (5,)
         Of :data:`LOOKUP_FEATURES`: log-odds that the lookup is right.
-    information : array_like, shape (8, 8)
-        Fisher information of ``weights`` per training record: what :meth:`update` starts from.
     skip : float
         How sure the lookup has to be for the model not to be asked at all; 1 asks it always.
     card : dict, optional
         What it was fitted to.
     """
 
-    def __init__(
-        self, weights: Any, sure: Any, information: Any, skip: float = 1.0, card: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, weights: Any, sure: Any, skip: float = 1.0, card: dict[str, Any] | None = None) -> None:
         arrays = {"weights": np.array(weights, float), "sure": np.array(sure, float)}
-        arrays["information"] = np.array(information, float)
-        n, m = len(FEATURES), len(LOOKUP_FEATURES)
-        for (name, array), shape in zip(arrays.items(), ((n,), (m,), (n, n)), strict=True):
-            if array.shape != shape or not np.isfinite(array).all():
-                raise ValueError(f"{name} has shape {array.shape} or is not finite, expected {shape}")
+        for (name, array), inputs in zip(arrays.items(), (FEATURES, LOOKUP_FEATURES), strict=True):
+            if array.shape != (len(inputs),) or not np.isfinite(array).all():
+                raise ValueError(f"{name} has shape {array.shape} or is not finite, expected ({len(inputs)},)")
         self.weights: list[float] = arrays["weights"].tolist()
         self.sure_weights: list[float] = arrays["sure"].tolist()
         if not 0.0 <= skip <= 1.0:
             raise ValueError(f"skip must be a probability, got {skip}")
-        self.information, self.skip, self.card = arrays["information"], float(skip), dict(card or {})
-        # A small ridge keeps directions that the training data never showed from moving without bound.
-        self._covariance = np.linalg.inv(PRIOR_RECORDS * self.information + 0.1 * np.eye(n))
+        self.skip, self.card = float(skip), dict(card or {})
 
     def lookup_confidence(self, found: Proposal) -> float:
         """Return the probability that the lookup's proposal is right, whatever the model says."""
@@ -73,23 +62,6 @@ class Gate:
     def prefers_lookup(self, features: list[float]) -> bool:
         """Return whether to take the lookup's proposal; ``features`` as :func:`gate_features` gives them."""
         return _dot(self.weights, features) > 0.0
-
-    def update(self, features: list[float], lookup_right: bool) -> None:
-        """Learn from a position where the two disagreed and exactly one was right.
-
-        One step of online Newton on the logistic loss (a Gaussian posterior, updated by Laplace's approximation): the
-        training data are its prior, worth :data:`PRIOR_RECORDS` records.
-        """
-        x = np.array(features)
-        p = _sigmoid(_dot(self.weights, features))
-        step = self._covariance @ x
-        curvature = p * (1.0 - p)
-        self._covariance -= np.outer(step, step) * (curvature / (1.0 + curvature * float(x @ step)))
-        self.weights = (np.array(self.weights) + self._covariance @ x * (float(lookup_right) - p)).tolist()
-
-    def copy(self) -> Gate:
-        """Return a gate with these weights that learns on its own."""
-        return Gate(self.weights, self.sure_weights, self.information, self.skip, dict(self.card))
 
     @property
     def digest(self) -> str:
@@ -102,7 +74,7 @@ class Gate:
         facts = {"features": FEATURES, "skip": self.skip, "card": self.card}
         head = json.dumps({"format": FORMAT, "version": VERSION} | facts)
         arrays: dict[str, Any] = {"weights": np.array(self.weights), "sure": np.array(self.sure_weights)}
-        arrays |= {"information": self.information, "head": np.array(head)}
+        arrays["head"] = np.array(head)
         write_atomically(path, lambda f: np.savez(f, **arrays), binary=True)
         card = {"format": FORMAT, "version": VERSION, "digest": self.digest, "skip": self.skip} | self.card
         write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(card, indent=1) + "\n"))
@@ -121,7 +93,7 @@ class Gate:
                     raise ValueError(f"expected {FORMAT} version {VERSION}")
                 if tuple(head["features"]) != FEATURES:
                     raise ValueError("it was fitted to other features")
-                return cls(file["weights"], file["sure"], file["information"], head["skip"], head["card"])
+                return cls(file["weights"], file["sure"], head["skip"], head["card"])
         except FileNotFoundError:
             raise UserError(f"no gate {path}: fit one with python -m experiments.gate") from None
         except UNREADABLE as error:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from speckv_online.errors import UserError
@@ -27,9 +25,7 @@ TITLES = (
 )
 
 
-def watch(
-    path: str, *, once: bool = False, as_json: bool = False, interval: float = 2.0, tensorboard: str = ""
-) -> None:
+def watch(path: str, *, once: bool = False, as_json: bool = False, interval: float = 2.0) -> None:
     """Show a run until it has finished.
 
     Parameters
@@ -42,25 +38,20 @@ def watch(
         Print one JSON object per line: each time that something is new, or once.
     interval : float
         Seconds between looks at the files.
-    tensorboard : str
-        Folder for TensorBoard event files, written along; needs the package ``tensorboard``.
 
     Raises
     ------
     UserError
-        If there is no run, or TensorBoard is asked for and not installed.
+        If there is no run.
     """
     if not 0 < interval <= 86400:
         raise UserError(f"--interval must be above zero and at most a day (86400), got {interval}")
     progress = Progress(path)
     with ExitStack() as stack:
-        writer = stack.enter_context(closing(Events(tensorboard))) if tensorboard else None
         live = sys.stdout.isatty() and not (once or as_json)
         screen = stack.enter_context(_screen()) if live else None
         while True:
             fresh = progress.update()
-            if writer is not None:
-                writer.write(fresh, progress)
             if screen is not None:
                 screen.update(table(progress.snapshot()), refresh=True)
             elif once and not as_json:
@@ -128,36 +119,6 @@ def table(snapshot: dict[str, Any]) -> Any:
         last = i + 1 == len(snapshot["rows"]) or snapshot["rows"][i + 1]["level"] != row["level"]
         made.add_row(*row_cells(row), end_section=last)
     return made
-
-
-class Events:
-    """Writes TensorBoard scalars, one point per finished unit: tokens/s, acceptance, mean gamma by level and policy."""
-
-    def __init__(self, folder: str | Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e:
-            raise UserError("TensorBoard is not installed: pip install tensorboard") from e
-        self._writer = SummaryWriter(str(folder))
-        self._points: dict[tuple[str, str], int] = {}
-
-    def write(self, fresh: Sequence[UnitResult], progress: Progress) -> None:
-        """Add the points of new units."""
-        for result in fresh:
-            key = result.unit.level, result.unit.policy
-            step = self._points[key] = self._points.get(key, 0) + 1
-            drafted = sum(s.drafted for s in result.steps)
-            values = {"tokens_per_second": result.tokens / result.seconds, "mean_gamma": drafted / len(result.steps)}
-            if drafted:
-                values["acceptance"] = sum(s.accepted for s in result.steps) / drafted
-            for name, value in values.items():
-                self._writer.add_scalar(f"{name}/{'/'.join(key)}", value, step)
-        if fresh:
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Close the event file."""
-        self._writer.close()
 
 
 def _screen() -> Any:

@@ -140,21 +140,6 @@ def play(
     return score(spec, POLICY, orders, learns=learns, faults=faults)
 
 
-def joined(traces: Sequence[Trace], parts: Sequence[tuple[Sequence[Trace], Score]]) -> Score:
-    """Put scores of disjoint sets of prompts together, in the order of ``traces``."""
-    if len(parts) == 1:
-        return parts[0][1]
-    place = {id(trace): i for i, trace in enumerate(traces)}
-    order = np.argsort([place[id(trace)] for own, _ in parts for trace in own])
-    found = [part for _, part in parts]
-    tokens, seconds = (np.concatenate([getattr(f, column) for f in found])[order] for column in ("tokens", "seconds"))
-    names = ("steps", "drafted", "accepted", "proposed", "faults")
-    sums: dict[str, Any] = {name: sum(getattr(f, name) for f in found) for name in names}
-    # Tokens do not depend on the order, so an order's seconds are tokens over goodput.
-    rates = tokens.sum() / np.sum([f.tokens.sum() / f.orders for f in found], axis=0)
-    return Score(found[0].name, POLICY, tokens, seconds, orders=rates, learns=found[0].learns, **sums)
-
-
 class ReplayEvaluation:
     """Traces of one level with what hindsight knows of them.
 

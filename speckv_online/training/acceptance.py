@@ -25,7 +25,7 @@ from policies.acceptance.step import Step
 from policies.base import Context, Decision, Draft, Outcome
 from speckv_online.errors import UserError
 from speckv_online.traces.trace import Trace
-from speckv_online.training.step_table import Schedule, replay_untimed, schedule_gammas
+from speckv_online.training.schedules import Schedule, replay_untimed, schedule_gammas
 
 #: Prior weight of a head's coefficients, in tokens: keeps what the data does not know near the untrained head.
 RIDGE = 1.0
@@ -243,7 +243,7 @@ def train_acceptance(tokens: Tokens, seed: int = 0) -> dict[str, np.ndarray]:
     some = np.concatenate([rng.permutation(mine)[:ROWS] for mine in tokens.groups()])
     rows, m = tokens.with_history(table, own)[some], m[some]
     arrays = {"history": table.astype(np.float32), "mlp16": np.array(MLP16_WEIGHT)}
-    offset = {"before": 0.0, "after": MLP16_WEIGHT * rows.rate}
+    offset: dict[str, np.ndarray | float] = {"before": 0.0, "after": MLP16_WEIGHT * rows.rate}
     for name, prior in zip(HEADS, prior_means(), strict=True):
         arrays[name], precision = fit_logistic(lines(getattr(rows, name), m), rows.y, prior, offset=offset[name])
         d = len(prior) // 2

@@ -15,7 +15,6 @@ import numpy as np
 from speckv_online.errors import UserError
 from speckv_online.lookup.gate import FEATURES, LOOKUP_FEATURES, Gate, gate_features
 from speckv_online.lookup.ngram_index import NgramIndex
-from speckv_online.simulate.cost_table import LevelCost
 from speckv_online.traces.trace import Trace
 
 #: Ridge of both logistic fits, on standardised features.
@@ -86,13 +85,13 @@ def fit_gate(data: Positions) -> Gate:
         raise UserError(
             f"{int(rows.sum())} decisive positions are too few to fit a gate: collect more traces of the draft model"
         )
-    weights, information = _logistic(data.features[rows], data.lookup[rows])
-    sure, _ = _logistic(data.features[found][:, : len(LOOKUP_FEATURES)], data.lookup[found])
-    return Gate(weights, sure, information / int(rows.sum()))
+    weights = _logistic(data.features[rows], data.lookup[rows])
+    sure = _logistic(data.features[found][:, : len(LOOKUP_FEATURES)], data.lookup[found])
+    return Gate(weights, sure)
 
 
-def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weights of a ridge-penalised logistic regression on raw features, and their Fisher information."""
+def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the weights of a ridge-penalised logistic regression on raw features."""
     # Standardised but for the constant, so that one ridge fits all; the weights are given back on the raw scale.
     mean, scale = x.mean(0), x.std(0) + 1e-9
     mean[0], scale[0] = 0.0, 1.0
@@ -108,7 +107,7 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             break
     raw = w / scale
     raw[0] -= float(raw @ mean)
-    return raw, (x * (p * (1 - p))[:, None]).T @ x
+    return raw
 
 
 def choose(gate: Gate, data: Positions, skip: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -133,50 +132,6 @@ def cross_fit(data: Positions, skip: float = 1.0, folds: int = 10) -> tuple[np.n
         if held.any():
             right[held], asked[held] = choose(fit_gate(data.select(~held)), data.select(held), skip)
     return right, asked
-
-
-def fixed_goodput(
-    traces: Sequence[Trace],
-    data: Positions,
-    right: np.ndarray,
-    asked: np.ndarray,
-    offered: np.ndarray,
-    gamma: int,
-    cost: LevelCost,
-) -> float:
-    """Return the modelled tokens per second of drafting ``gamma`` tokens in every step.
-
-    Parameters
-    ----------
-    traces : sequence of Trace
-        Of one level; ``data`` has the positions of these.
-    right, asked, offered : ndarray of bool, shape (n,)
-        Whether the proposal at each position is right, whether it costs a forward of the draft model, and whether there
-        is one at all. What comes after a wrong one is not known: a drafter that ever asks the model is taken to ask
-        it there, and any other to propose on.
-    gamma : int
-        Tokens to draft.
-    cost : LevelCost
-        Where the seconds come from; catching up is one forward, as it is on real models.
-    """
-    tokens, seconds, beyond = 0.0, 0.0, float(asked.any())
-    for number, trace in enumerate(traces):
-        rows = data.trace == number
-        hit, forward, there, t = right[rows].tolist(), asked[rows].tolist(), offered[rows].tolist(), 0
-        while t < len(trace):
-            k, n, forwards = min(gamma, trace.budget - t - 1), 0, 0.0
-            while n < k and t + n < len(trace) and hit[t + n]:
-                forwards += forward[t + n]
-                n += 1
-            if n < k and t + n < len(trace) and not there[t + n]:
-                k = n  # nothing was proposed
-            elif n < k:  # the first wrong one, and those after it
-                forwards += (forward[t + n] if t + n < len(trace) else beyond) + (k - n - 1) * beyond
-            produced = min(n + 1, len(trace) - t)
-            seconds += cost.seconds(k, len(trace.prompt) + t, forwards)
-            tokens += produced
-            t += produced
-    return tokens / seconds
 
 
 def tune_skip(data: Positions) -> float:

@@ -20,7 +20,7 @@ from policies.base import ARMS, Context, Decision
 from speckv_online.context import summarise
 from speckv_online.errors import UserError
 from speckv_online.traces.trace import Trace
-from speckv_online.training.step_table import LAGGED, Schedule, StepRow, replay_untimed, schedule_gammas
+from speckv_online.training.schedules import Schedule, replay_untimed, schedule_gammas
 
 GAMMAS = ARMS[1:]
 
@@ -53,21 +53,6 @@ class Data:
     def sha256(self) -> str:
         """Return a hash of inputs and labels."""
         return hashlib.sha256(np.ascontiguousarray(np.c_[self.x, self.y]).tobytes()).hexdigest()
-
-
-def data_from_rows(rows: Iterable[StepRow], features: str = "causal") -> Data:
-    """Make one row per step that drafted something.
-
-    Parameters
-    ----------
-    rows : iterable of StepRow
-        Steps, see :func:`speckv_online.training.step_table.read_rows`.
-    features : {'causal', 'step-mean'}
-    """
-    kept = [row for row in rows if row.drafted > 0]
-    names = tuple(LAGGED if features == "causal" else LAGGED.values())
-    x = [[*(getattr(r, name) for name in names), level_code(r.compression), r.drafted] for r in kept]
-    return _data(x, [r.accepted / r.drafted for r in kept], [(r.prompt_id, r.compression, r.task) for r in kept])
 
 
 def data_from_traces(

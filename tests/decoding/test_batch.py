@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments.bench import batch as bench
-from experiments.bench import decoder as decoder_bench
 from policies.base import ENTROPY, Context, Decision, Draft, Outcome, Policy
 from policies.registry import make_policy
 from speckv_online.decoding.batch import level_name
@@ -217,14 +216,11 @@ def test_benchmark_of_batches(tiny_pair: TinyPair, capsys: pytest.CaptureFixture
     "flags", [["--max-new-tokens", "0"], ["--prompts", "0"], ["--threads", "-1"], ["--policies", ""]]
 )
 def test_benchmark_of_batches_refuses_in_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (bench.main, decoder_bench.main):
-        if main is decoder_bench.main and flags[0] == "--policies":
-            flags = ["--levels", ""]
-        assert main(flags) == 2
-        out, error = capsys.readouterr()
-        assert out == ""
-        assert flags[0] in error
-        assert error.count("\n") == 1
+    assert bench.main(flags) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert flags[0] in error
+    assert error.count("\n") == 1
 
 
 class Halting(NgramDrafter):

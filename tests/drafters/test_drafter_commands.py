@@ -17,7 +17,7 @@ from speckv_online.traces.trace import load_traces
 from tests.support.tiny_models import TinyPair
 
 TEXT = "abcabcabc abcabc"
-KINDS = ("model", "ngram", "hybrid", "hybrid:online=true")
+KINDS = ("model", "ngram", "hybrid", "hybrid:skip=0.5")
 
 
 def models(pair: TinyPair, drafter: str) -> list[str]:

@@ -35,7 +35,6 @@ def drafters(pair: TinyPair) -> dict[str, Drafter]:
         "hybrid, never asks": HybridDrafter(model, 260, skip=0.0),
         "hybrid, takes the lookup": HybridDrafter(model, 260, gate=gate_that(True), skip=1.0),
         "hybrid, skips at random": HybridDrafter(model, 260, gate=gate_that(False), skip=0.5),
-        "hybrid, online": HybridDrafter(model, 260, online=True),
     }
 
 
@@ -243,15 +242,14 @@ def test_two_mixed_drafts_by_enumeration(seed: int, drawn: list[bool]) -> None:
     torch.testing.assert_close(said, p[0][:, None] * p[1:], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["ngram", "hybrid, takes the lookup", "hybrid, online"])
+@pytest.mark.parametrize("kind", ["ngram", "hybrid, takes the lookup", "hybrid, asks the model"])
 def test_sampling_follows_the_target(kind: str) -> None:
     """The first two tokens of many short runs against the target's own joint distribution."""
     vocab, n = 5, 600
     target = tiny_llama(vocab=vocab, layers=1)
     with torch.no_grad():
         target.lm_head.weight.mul_(0.3)
-    gate, online = gate_that("takes" in kind), "online" in kind
-    hybrid = HybridDrafter(perturbed(target, 0.4), vocab, gate=gate, skip=1.0, online=online)
+    hybrid = HybridDrafter(perturbed(target, 0.4), vocab, gate=gate_that("takes" in kind), skip=1.0)
     prompt = [1, 2, 3, 4, 1, 2, 4, 3, 1, 2]
     with torch.inference_mode():
         first = target(torch.tensor([prompt])).logits[0, -1].softmax(-1)

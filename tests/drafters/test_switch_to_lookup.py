@@ -18,6 +18,7 @@ from policies.guards.safety import SafetyGuard
 from policies.learned.online import Online
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.base import Drafter
+from speckv_online.drafters.fingerprint import drafter_fingerprint
 from speckv_online.drafters.hybrid import HybridDrafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.drafters.ngram import NgramDrafter
@@ -101,8 +102,17 @@ def facts(outcome: Outcome) -> tuple:
     return o.drafted, o.accepted, o.labelled, o.produced, o.forwards, o.exhausted
 
 
+#: What was traced already, by the drafter's fingerprint: a trace takes longer than what is done with it.
+TRACED: dict[str, list[Trace]] = {}
+
+
 def traced(pair: TinyPair, drafter: Drafter) -> list[Trace]:
-    return [collect_trace(pair.target, drafter, p, 30, level="fp32", task="chat", eos_ids=())[0] for p in PROMPTS]
+    key = drafter_fingerprint(drafter)
+    if key not in TRACED:
+        TRACED[key] = [
+            collect_trace(pair.target, drafter, p, 30, level="fp32", task="chat", eos_ids=())[0] for p in PROMPTS
+        ]
+    return TRACED[key]
 
 
 def turns_alike(target: PreTrainedModel, drafter: Drafter, traces: list[Trace]) -> None:

@@ -76,8 +76,8 @@ def test_contents_are_what_files_hold(tmp_path: Path) -> None:
     assert contents([str(again), *moved[1:]]) != first
 
 
-#: Modules that play the cells of experiments.streams and experiments.scale.
-PLAYERS = ("experiments.streams.cells", "experiments.scale.simulated")
+#: Modules that play the cells of experiments.streams.
+PLAYERS = ("experiments.streams.cells",)
 
 
 @pytest.mark.parametrize("player", PLAYERS)

@@ -1,4 +1,4 @@
-"""Distillation on a tiny random Llama: generation, training, evaluation and export, each for real."""
+"""Distillation on a tiny random Llama: generation, training and export, each for real."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from experiments.distill.data import (
     plan_batches,
 )
 from experiments.distill.draft import Draft, distillation_loss
-from experiments.distill.evaluate import accepted_and_tested, evaluate, greedy_answers, matches
 from experiments.distill.export import export_draft
 from experiments.distill.generate import count_answers, generate
 from experiments.distill.ragged import RaggedLlama
@@ -207,35 +206,6 @@ def test_export_round_trips_through_the_loader(target: PreTrainedModel, conversa
     ids = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, draft(ids) @ draft.head.T, atol=2e-2, rtol=1e-2)
-
-
-def test_greedy_answers_and_acceptance(target: PreTrainedModel) -> None:
-    prompts = [[5, 9, 30], [7, 7, 7, 7, 100, 3], [250]]
-    answers = greedy_answers(target, prompts, 12, EOS)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        expected = target.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=EOS
-        )
-        assert answer == expected[0, len(prompt) :].tolist()
-    everything = Draft(target, (0, 1, 2), np.arange(300)).eval()  # the target itself is always right
-    result = evaluate(everything, ["chat", "math", "math"], prompts, answers)
-    assert {r["teacher_forced"] for r in result.values()} == {1.0}
-    assert result["all"]["positions"] == sum(map(len, answers))
-    without = np.setdiff1d(np.arange(300), answers[0])  # a head that lacks every id of the first answer
-    assert not matches(Draft(target, (0, 1, 2), without).eval(), prompts[0], answers[0]).any()
-
-
-@pytest.mark.parametrize(
-    ("hits", "gamma", "expected"),
-    [
-        ("1111", 4, (4, 4)),
-        ("11111111", 4, (7, 7)),  # 4 accepted, one from the target, 3 accepted
-        ("0000", 4, (0, 4)),  # each step is rejected at once and yields the target's own token
-        ("1011101", 2, (4, 6)),
-    ],
-)
-def test_accepted_over_tested(hits: str, gamma: int, expected: tuple[int, int]) -> None:
-    assert accepted_and_tested(np.array([h == "1" for h in hits]), gamma) == expected
 
 
 def test_prompts_are_disjoint_and_balanced() -> None:

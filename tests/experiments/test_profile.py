@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,6 @@ from speckv_online.io.files import exclusive
 from speckv_online.io.run_directory import read_units
 from speckv_online.simulate.cost_table import load_cost
 from speckv_online.traces.trace import Trace, load_traces
-from speckv_online.training.step_table import read_rows
-from tests.support.runs import ROOT, environment
 from tests.support.tiny_models import TinyPair
 
 PROMPTS = [
@@ -41,7 +37,7 @@ def arguments(pair: TinyPair, prompts: Path, out: Path, *more: str) -> list[str]
     return [*models, "--levels", "fp32", "--prompts", str(prompts), "--max-new-tokens", "20", "--out", str(out), *more]
 
 
-def test_profile_writes_traces_costs_and_records(
+def test_profile_writes_traces_and_costs(
     tiny_pair: TinyPair, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -65,8 +61,6 @@ def test_profile_writes_traces_costs_and_records(
     assert {u.unit.prompt for u in units} == {t.prompt_id for t in traces}
     cost = load_cost(out / "cost.json")
     assert cost.level("fp32").draft_seconds > 0
-    rows = read_rows(out / "steps.csv")
-    assert {r.prompt_id for r in rows} == {t.prompt_id for t in traces}
     assert str(tmp_path) not in (out / "cost.json").read_text()
 
 
@@ -209,23 +203,6 @@ def test_splits_are_kept_apart(prompts: Path) -> None:
     unlabelled.write_text(json.dumps(PROMPTS[2]) + "\n")
     with pytest.raises(UserError, match="no prompts of the split 'train'"):
         select_prompts(ProfileConfig(prompts=str(unlabelled)))
-
-
-@pytest.mark.ray
-def test_levels_are_collected_in_ray_tasks(tiny_pair: TinyPair, prompts: Path, tmp_path: Path) -> None:
-    more = ("--levels", "fp32,bf16", "--max-new-tokens", "6", "--limit", "1")
-    assert main(arguments(tiny_pair, prompts, tmp_path / "here", *more)) == 0
-    # In a process of its own, as Ray keeps what it first read of its environment.
-    command = [sys.executable, "-m", "experiments.profile", *arguments(tiny_pair, prompts, tmp_path / "ray", *more)]
-    done = subprocess.run([*command, "--ray"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "fp32: 1 traces of 1 prompts" in done.stderr
-    here, there = load_traces(tmp_path / "here"), load_traces(tmp_path / "ray")
-    assert [t.level for t in there] == ["bf16", "fp32"]
-    for a, b in zip(here, there, strict=True):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.drafts, b.drafts)
-    assert read_rows(tmp_path / "ray" / "steps.csv")
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_decoded(

@@ -1,10 +1,9 @@
-"""Scaling and transfer on small traces, and the learner's benchmark on a real Ray."""
+"""Merging and transfer on small traces, and the learner's benchmark on a real Ray."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import deque
@@ -14,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from experiments.bench.learner import BenchConfig, Load, judge, made_up_delta
-from experiments.scale.__main__ import main
-from experiments.scale.exchange_cost import observed, weigh
 from experiments.streams.merge import exchange
 from experiments.streams.walker import Walker, endless
 from experiments.transfer import main as transfer
@@ -72,68 +69,6 @@ def test_the_bar_is_judged_by_processor_time() -> None:
     assert [check["pass"] for check in judge(compiled, config)] == [True, True]
     slow = [Load("online", 32, 100, 1.0, 1.0, 2000, 2000), Load("online", 2048, 50, 1.0, 1.0, 2000, 2000)]
     assert [check["pass"] for check in judge(slow, config)] == [False, False]
-
-
-def test_scale_prints_and_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save(TRACES, tmp_path / "traces")
-    out = ["--out", str(tmp_path / "out"), "--policies", "online"]
-    more = ["--traces", str(folder), "--workers", "1,2", "--delays", "0,20", "--every", "10", "--steps", "30"]
-    assert main([*out, *more, "--parts", "simulated"]) == 0
-    assert main([*out, "--parts", "arithmetic", "--rate", "64", "--fleet", "4"]) == 0
-    found = json.loads((tmp_path / "out" / "scale.json").read_text())
-    rows = found["simulated"]["rows"]
-    assert [(row["delay"], row["workers"]) for row in rows] == [(0, 1), (0, 2), (20, 1), (20, 2)]
-    (row,) = found["arithmetic"]["rows"]
-    assert row["exchanges/s"] == 2.0
-    assert row["kB/s up"] == pytest.approx(2 * row["kB/batch"])
-    assert row["workers at saturation"] == int(row["outcomes/s, one learner"] / 64)
-    assert found["arithmetic"]["kind"].startswith("calculated")
-    assert found["simulated"]["kind"].startswith("modelled")
-    assert (tmp_path / "out" / "scale.png").stat().st_size > 1000
-    assert "tokens/s, per worker" in capsys.readouterr().out
-
-
-def test_cells_of_other_costs_or_traces_are_not_taken_for_these(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Files of the same names may hold something else by the time that a run is started again."""
-    folder, cost = tmp_path / "traces", tmp_path / "cost.json"
-    flags = ["--parts", "simulated", "--policies", "online", "--workers", "1", "--delays", "0", "--steps", "20"]
-    flags += ["--walkers", "1", "--traces", str(folder), "--cost", str(cost), "--out", str(tmp_path / "out")]
-    found = []
-    for seconds, traces in ((0.1, TRACES), (0.2, TRACES), (0.2, TRACES), (0.2, random_traces(4, ("int8",), 0.2))):
-        shutil.rmtree(folder, ignore_errors=True)
-        save(traces, folder)
-        CostTable("same name", {"int8": LevelCost(0.01, (seconds,))}).save(cost)
-        assert main(flags) == 0
-        rows = json.loads((tmp_path / "out" / "scale.json").read_text())["simulated"]["rows"]
-        found.append((rows[0]["tokens/s, per worker"], "1/1 online" in capsys.readouterr().err))
-    assert [played for _, played in found] == [True, True, False, True]
-    assert found[0][0] > found[1][0] == found[2][0]
-
-
-def test_a_worker_alone_gets_less_back_than_one_of_many(tmp_path: Path) -> None:
-    alone, many = (weigh("online", observed("online", 20, TRACES, COST, n), tmp_path) for n in (1, 8))
-    assert alone.alone == many.alone
-    whole = sum(array.nbytes for array in make_policy("online").state_dict().values())
-    assert alone.received == alone.alone < many.received < whole
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--parts", "real,what"], "parts are real, simulated, arithmetic"),
-        (["--workers", "0"], "--workers must be whole numbers of at least 1"),
-        (["--parts", "simulated"], "--traces"),
-        (["--parts", "arithmetic", "--policies", "fixed:4"], "shares nothing"),
-        (["--parts", "arithmetic", "--rate", "inf"], "--rate above zero"),
-        (["--parts", "arithmetic", "--seed", "-1"], "--seed not negative"),
-        (["--parts", "simulated", "--traces", "none", "--images", "/proc/nowhere"], "/proc/nowhere"),
-    ],
-)
-def test_mistakes_are_told(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*flags, "--out", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_transfer_leaves_each_level_out_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

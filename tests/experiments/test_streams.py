@@ -259,7 +259,7 @@ def test_settled_copies_meet_other_prompts_of_every_kind(
     [
         (["--traces", "nowhere"], "NAME=DIRECTORY"),
         (["--traces", "a=x,a=y"], "each name once"),
-        (["--traces", "a=x", "--folds", "1"], "--folds 0 or at least 2"),
+        (["--traces", "a=x", "--orders", "0"], "--orders must be at least 1"),
         (["--traces", "a=x", "--split", "both"], "--split must be"),
     ],
 )
@@ -271,12 +271,11 @@ def test_mistakes_are_one_line(flags: list[str], message: str, capsys: pytest.Ca
 
 
 def test_pairs_may_have_prompts_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights are fitted to folds of the first pair's prompts: what they never held may be played in any fold."""
     traces = random_traces(5, ("nf4",))
     own = save(traces, tmp_path / "own")
     other = save([replace(t, prompt_id=f"other-{t.prompt_id}") for t in traces[1:]] + traces[:1], tmp_path / "other")
     flags = ["--split", "all", "--policies", "fixed:2,online", "--orders", "1", "--out", str(tmp_path / "out")]
-    assert replays.main(["--traces", f"own={own},other={other}", "--folds", "2", *flags]) == 0
+    assert replays.main(["--traces", f"own={own},other={other}", *flags]) == 0
     assert "Pair other" in capsys.readouterr().out
     assert replays.main(["--traces", f"own={own}", "--costs", "rtx3090-release,rtx3090-release", *flags]) == 2
     assert "two cost tables have the same name" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from speckv_online.drafters.model import ModelDrafter, is_pure
 from speckv_online.drafters.spec import parse_drafter
 from speckv_online.gpu_engine.graphed_llama import attach
 from speckv_online.modeling.sampling import Sampler
+from speckv_online.profiling.draft_table import draft_table
 from tests.support.decoding import Scripted, plain, prompt_of
 from tests.support.recorded_capture import RecordedCapture
 from tests.support.tiny_models import TinyPair, perturbed, tiny_llama
@@ -75,6 +76,19 @@ def test_outcomes_are_those_of_one_by_one(models: tuple[Any, Any]) -> None:
         np.testing.assert_allclose(one.signals, other.signals, atol=1e-4)
         assert one.forwards <= other.forwards <= one.forwards + 2  # all of a chunk but one
     assert sum(o.forwards for o in seen[1]) > sum(o.forwards for o in seen[0])
+
+
+def test_a_table_of_drafts_is_that_of_one_by_one(models: tuple[Any, Any]) -> None:
+    target, draft = models
+    prompt = prompt_of(20)
+    tokens = plain(target, prompt, 24)
+    one, other = (
+        draft_table(drafter, prompt, tokens, 8)
+        for drafter in (ModelDrafter(draft, target.config.vocab_size), chunked(models))
+    )
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_allclose(one[1], other[1], atol=1e-4)
+    assert (one[0][:, 0] != tokens).any()
 
 
 @torch.inference_mode()

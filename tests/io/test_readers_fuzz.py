@@ -17,17 +17,17 @@ from policies.acceptance.mlp16 import load_weights
 from policies.base import PolicyError
 from speckv_online.errors import UserError
 from speckv_online.evaluation.release_runs import read_runs
+from speckv_online.evaluation.release_steps import COLUMNS, read_rows
 from speckv_online.io.csv_rows import read_csv
 from speckv_online.io.prompts import read_prompts
 from speckv_online.io.run_directory import StepWriter, Unit, read_units
 from speckv_online.io.step_records import StepRecord
 from speckv_online.simulate.cost_table import RTX3090_RELEASE, load_cost
 from speckv_online.traces.trace import Trace
-from speckv_online.training.step_table import RELEASE_COLUMNS, read_rows
 from tests.support.made_traces import made_trace
 
 STEPS = [
-    ",".join(RELEASE_COLUMNS),
+    ",".join(COLUMNS),
     "fp16,4,code,0,1,0.25,2,1.5,0.6,2.0,0.4",
     "fp16,4,code,1,4,1.0,5,0.5,0.9,0.75,0.8",
     "fp16,4,code,2,0,0.0,1,2.5,0.4,3.0,0.1",
@@ -206,7 +206,7 @@ def test_harmless_differences_change_nothing(tmp_path: Path, kind: str) -> None:
 )
 def test_a_wrong_cell_is_named_by_line_and_column(tmp_path: Path, line: int, column: str, cell: str, said: str) -> None:
     rows = [row.split(",") for row in STEPS]
-    rows[line - 1][RELEASE_COLUMNS.index(column)] = cell
+    rows[line - 1][COLUMNS.index(column)] = cell
     path = tmp_path / "steps.csv"
     path.write_text("\n".join(map(",".join, rows)))
     with pytest.raises(UserError) as caught:
@@ -227,7 +227,7 @@ def test_rows_of_the_wrong_length_and_text_of_the_wrong_kind_are_named(tmp_path:
     path.write_bytes("\n".join([*STEPS, "fp16,4,é"]).encode("latin-1"))
     with pytest.raises(UserError, match="line 6: not UTF-8"):
         read_rows(path)
-    path.write_text(",".join([*RELEASE_COLUMNS, "gamma"]))
+    path.write_text(",".join([*COLUMNS, "gamma"]))
     with pytest.raises(UserError, match="column gamma: named twice"):
         list(read_csv(path, {"gamma": int}, ("gamma",)))
     path.write_text("")

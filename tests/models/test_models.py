@@ -20,7 +20,7 @@ from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.models import smollm2
 from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.levels import LEVELS, get_level
-from speckv_online.models.pairs import chat_prompt, load_pair, load_target, prepare
+from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair, load_target, prepare
 from tests.support.decoding import Scripted, plain, prompt_of
 from tests.support.engine import SUPPORTED, needs_level
 from tests.support.tiny_models import TinyPair, tiny_llama, tiny_tokenizer
@@ -269,8 +269,8 @@ def test_preparing_again_checks_what_is_there(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_the_shipped_draft_belongs_to_the_default_target() -> None:
-    pair = load_pair(level="fp32", device="cpu")
+def test_the_shipped_draft_belongs_to_the_default_target(real_pair: LoadedPair) -> None:
+    pair = real_pair
     assert pair.target.config.num_hidden_layers == 30
     prompt = chat_prompt(pair.tokenizer, "Name three rivers in Europe.")
     policy = Scripted([4])

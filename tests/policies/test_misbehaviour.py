@@ -86,7 +86,7 @@ class Vandal(Policy):
         return self.act(None, context)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(acts=st.lists(ACTS, min_size=1, max_size=12), batch=st.booleans())
 def test_random_misbehaviour_changes_no_token(tiny_pair: TinyPair, acts: list[tuple[str, int]], batch: bool) -> None:
     drafter, prompts = ModelDrafter(perturbed(tiny_pair.target, 0.02), 260), [prompt_of(9, 4), prompt_of(12, 1)]

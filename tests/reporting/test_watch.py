@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -103,16 +102,3 @@ def test_mistakes_are_told(tmp_path: Path, run: RunDir, capsys: pytest.CaptureFi
     for interval in ("0", "nan", "1e20"):
         assert main(["watch", str(run.path), "--once", "--interval", interval]) == 2
         assert "--interval must be above zero and at most a day" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
-def test_tensorboard_is_asked_for_by_name(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["watch", str(run.path), "--once", "--tensorboard", str(run.path / "tb")]) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs TensorBoard")
-def test_tensorboard_events_are_written(run: RunDir) -> None:
-    StepWriter(run.path / "steps-nf4.jsonl").write(unit(), steps(3))
-    assert main(["watch", str(run.path), "--once", "--tensorboard", str(run.path / "tb")]) == 0
-    assert [file.name.split(".")[1] for file in (run.path / "tb").iterdir()] == ["out"]

@@ -15,7 +15,7 @@ from policies.baselines.svip import Svip
 from speckv_online.cli.app import main
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import CostTable, LevelCost
-from speckv_online.simulate.replay_scores import ReplayEvaluation, joined, play, prepared
+from speckv_online.simulate.replay_scores import ReplayEvaluation, play, prepared
 from speckv_online.simulate.simulator import Simulator, replay_plan
 from speckv_online.simulate.threshold_oracles import ask_per_token, tuned
 from speckv_online.traces.trace import Trace
@@ -102,16 +102,6 @@ def test_what_is_no_contest_is_refused_at_once(traces: list[Trace]) -> None:
     other = replace(nf4[0], meta={"draft_fingerprint": "another"})
     with pytest.raises(UserError, match="traces of 2 drafts at nf4"):
         ReplayEvaluation([*nf4[1:], other], COST)
-
-
-def test_scores_of_disjoint_prompts_join(traces: list[Trace]) -> None:
-    whole = play("fixed:2", traces, COST, range(2))
-    parts = [(own, play("fixed:2", own, COST, range(2))) for own in (traces[1::2], traces[0::2])]
-    both = joined(traces, parts)
-    for name in ("tokens", "seconds", "orders"):
-        np.testing.assert_allclose(getattr(both, name), getattr(whole, name))
-    assert both.steps == whole.steps
-    assert both.goodput == pytest.approx(whole.goodput)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

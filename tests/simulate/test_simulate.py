@@ -310,9 +310,15 @@ LEARNED = (
 )
 
 
+@pytest.fixture(scope="module")
+def real_traces(real_pair: LoadedPair) -> list[Trace]:
+    prompts = [chat_prompt(real_pair.tokenizer, text) for text in ("What is a prime number?", "Write a haiku.")]
+    return [collect_trace(real_pair.target, real_pair.drafter, p, 16, level="fp32")[0] for p in prompts]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fixed:4", "random", "stopping", *LEARNED])
-def test_simulator_agrees_with_the_decoder_on_the_real_pair(real_pair: LoadedPair, name: str) -> None:
-    prompts = [chat_prompt(real_pair.tokenizer, text) for text in ("What is a prime number?", "Write a haiku.")]
-    target, drafter = real_pair.target, real_pair.drafter
-    compare(target, drafter, [collect_trace(target, drafter, p, 16, level="fp32")[0] for p in prompts], name, None)
+def test_simulator_agrees_with_the_decoder_on_the_real_pair(
+    real_pair: LoadedPair, real_traces: list[Trace], name: str
+) -> None:
+    compare(real_pair.target, real_pair.drafter, real_traces, name, None)

@@ -1,4 +1,4 @@
-"""Exact traces: the batched collection against drafting one token after the other, and the file format."""
+"""Exact traces: the collection against drafting one token after the other, and the file format."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def test_draft_table_is_what_the_drafter_drafts(noise: float) -> None:
         assert (0 < trace.accepted.mean() < left.mean()) if noise < 1 else trace.accepted.mean() < 0.5
 
 
-def test_draft_table_with_a_reduced_head_and_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speckv_online.profiling.draft_table.BATCH", 3)
+def test_draft_table_with_a_reduced_head() -> None:
     head_ids = torch.randperm(260, generator=torch.Generator().manual_seed(0))[:100]
     drafter = ModelDrafter(tiny_llama(seed=3, vocab=260), 260, head_ids)
     drafter.model.lm_head = torch.nn.Linear(64, 100, bias=False).requires_grad_(False)

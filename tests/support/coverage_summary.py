@@ -20,7 +20,7 @@ def main() -> int:
         print("coverage: none of these tests ran")
         return 0
     rows = [line for line in out.getvalue().splitlines() if ".py " in line]
-    print(f"coverage of decoding, drafters, models and replays: {total:.0f} %; least covered (lines, missed, covered):")
+    print(f"coverage of decoding, drafters and models: {total:.0f} %; least covered (lines, missed, covered):")
     print("\n".join(rows[:10]))
     return 0
 

@@ -13,4 +13,4 @@ def gate_that(prefers_lookup: bool, sure: float = 0.5) -> Gate:
     """A gate that always takes one side, with a constant sureness of the lookup."""
     weights, head = np.zeros(len(FEATURES)), np.zeros(len(LOOKUP_FEATURES))
     weights[0], head[0] = (1.0 if prefers_lookup else -1.0), np.log(sure / (1 - sure))
-    return Gate(weights, head, np.eye(len(FEATURES)))
+    return Gate(weights, head)

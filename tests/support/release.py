@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,19 @@ import numpy as np
 RELEASE = Path(os.environ.get("SPECKV_RELEASE", Path(__file__).parents[3] / "shared" / "speckv_release"))
 
 
-def made_release(folder: Path, prompts: int = 3) -> tuple[Path, Path]:
-    """Two small files like the release's: two levels, two tasks, gammas 2 and 4, a timed run of each prompt."""
+def made_release(
+    folder: Path,
+    prompts: int = 3,
+    levels: Sequence[str] = ("fp16", "nf4"),
+    tasks: Sequence[str] = ("code", "chat"),
+    gammas: Sequence[int] = (2, 4),
+) -> tuple[Path, Path]:
+    """Two small files like the release's: some levels, tasks and gammas, a timed run of each prompt."""
     rng = np.random.default_rng(0)
     steps, runs = [], []
-    for level in ("fp16", "nf4"):
-        for gamma in (2, 4):
-            for task in ("code", "chat"):
+    for level in levels:
+        for gamma in gammas:
+            for task in tasks:
                 for number in range(prompts):
                     count, tokens = 12, 0
                     for step in range(count):

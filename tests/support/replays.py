@@ -14,7 +14,7 @@ from speckv_online.io.step_records import StepRecord
 from speckv_online.simulate.cost_table import CostTable, LevelCost
 from speckv_online.simulate.simulator import Simulator
 from speckv_online.traces.trace import Trace, agreement
-from speckv_online.training.step_table import Schedule
+from speckv_online.training.schedules import Schedule
 
 LEVEL = LevelCost(0.01, (0.05, 0.06), 0.002, 1e-4, 50, catch_up_seconds=1e-3, first_draft_seconds=0.004)
 

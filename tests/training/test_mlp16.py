@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.train import describe, main
+from experiments.train import main
 from policies.acceptance.context_table import SHAPE
 from policies.acceptance.features import token_features
 from policies.acceptance.mlp16 import DEFAULT_WEIGHTS, Mlp16, load_weights
@@ -26,8 +27,7 @@ from speckv_online.training.acceptance import (
     tokens_from_traces,
     train_acceptance,
 )
-from speckv_online.training.mlp16 import Data, data_from_rows, data_from_traces, evaluate, split_by_prompt, train_mlp16
-from speckv_online.training.step_table import COLUMNS, RELEASE_COLUMNS, read_rows, trace_rows, write_rows
+from speckv_online.training.mlp16 import Data, data_from_traces, evaluate, split_by_prompt, train_mlp16
 from tests.support.made_traces import made_trace
 from tests.support.release import RELEASE
 
@@ -48,53 +48,6 @@ def test_labels_of_every_gamma_are_those_of_the_trace() -> None:
     assert data.y[:2].tolist() == [min(int(trace.accepted[0]), g) / g for g in (1, 4)]
     assert (data.x[:, 4] == 0).all()
     assert (data_from_traces([made_trace(7, "nf4")]).x[:, 4] == 2).all()
-
-
-def test_causal_and_step_mean_features_differ_in_time() -> None:
-    trace = made_trace(4, length=20)
-    rows = trace_rows([trace])
-    causal, step_mean = data_from_rows(rows), data_from_rows(rows, "step-mean")
-    np.testing.assert_array_equal(causal.y, step_mean.y)
-    played = [r for r in rows if r.drafted]
-    for i, row in enumerate(played):
-        t, k = row.position, row.drafted
-        assert step_mean.x[i, 1] == pytest.approx(trace.signals[t, :k, 1].mean())
-        if row.schedule.startswith("fixed") and row.step:
-            before = played[i - 1]
-            assert causal.x[i, 1] == pytest.approx(trace.signals[before.position, : before.drafted, 1].mean())
-
-
-def test_rows_round_trip_and_start_with_the_release_s_columns(tmp_path: Path) -> None:
-    rows = trace_rows([made_trace(3, length=15)])
-    path = write_rows(tmp_path / "steps.csv", rows)
-    header = path.read_text().splitlines()[0]
-    assert header == ",".join(COLUMNS)
-    assert header.startswith(
-        "compression,gamma,task,step,accepted,acceptance_rate,tokens_produced,mean_draft_entropy,"
-        "mean_draft_confidence,max_draft_entropy,min_draft_confidence,"
-    )
-    for row, again in zip(rows, read_rows(path), strict=True):
-        for name in COLUMNS:
-            a, b = getattr(row, name), getattr(again, name)
-            assert a == b or a == pytest.approx(b, rel=1e-5, nan_ok=True), name
-    # A reset of the sequence: a run of steps adds up to the whole output under every schedule.
-    totals = {name: sum(r.tokens_produced for r in rows if r.schedule == name) for name in {r.schedule for r in rows}}
-    assert set(totals.values()) == {15}
-    assert any(r.drafted == 0 and np.isnan(r.acceptance_rate) for r in rows)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("compression,gamma\nfp16,2\n", "lacks the columns task"),
-        (",".join(RELEASE_COLUMNS) + "\n", "no step records"),
-    ],
-)
-def test_broken_records_are_named(tmp_path: Path, text: str, reason: str) -> None:
-    path = tmp_path / "steps.csv"
-    path.write_text(text)
-    with pytest.raises(UserError, match=reason):
-        read_rows(path)
 
 
 def test_no_prompt_is_on_both_sides(traces: list[Trace]) -> None:
@@ -181,23 +134,13 @@ def test_command_writes_weights_that_the_policies_read(
         assert replay.tokens == sum(len(t) for t in traces[:4])
 
 
-def test_command_trains_on_records_too(traces: list[Trace], tmp_path: Path) -> None:
-    write_rows(tmp_path / "steps.csv", trace_rows(traces[:8]))
-    arguments = ["--records", str(tmp_path / "steps.csv"), "--features", "step-mean", "--epochs", "2", "--seeds", "1"]
-    assert main([*arguments, "--out", str(tmp_path / "w")]) == 0
-    assert not (tmp_path / "w" / "online.npz").exists()
-    assert json.loads((tmp_path / "w" / "mlp16.json").read_text())["data"]["kind"] == "step records"
-
-
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "either --traces"),
+        ([], "--traces DIRECTORY is missing"),
         (["--traces", "nowhere"], "nowhere"),
-        (["--records", "nowhere.csv"], "nowhere.csv"),
-        (["--records", "a.csv", "--features", "psychic"], "psychic"),
-        (["--records", "a.csv", "--gammas", "0,2"], "from 1 to 16"),
-        (["--records", "a.csv", "--more", "others"], "--more adds traces to --traces"),
+        (["--traces", "nowhere", "--features", "psychic"], "psychic"),
+        (["--traces", "nowhere", "--gammas", "0,2"], "from 1 to 16"),
         (["--traces", "nowhere", "--seed", "-1"], "--seed not negative"),
     ],
 )
@@ -266,20 +209,15 @@ def test_shipped_weights_are_described_by_their_card() -> None:
     assert card["held_out"]["mse"] < card["held_out"]["mse_of_mean_per_level_and_gamma"]
 
 
-@pytest.mark.skipif(not RECORDS.exists(), reason="the release's records are not here")
-def test_release_records_read_as_published() -> None:
-    rows = read_rows(RECORDS)
-    assert len(rows) == 5112
-    assert len({r.prompt_id for r in rows}) == 20
-    fours = [r.tokens_produced for r in rows if r.gamma == 4]
-    assert np.mean(fours) == pytest.approx(3.76, abs=0.005)
-    data = data_from_rows(rows, "step-mean")
-    fit = train_mlp16(data, epochs=60, seeds=[0])
-    assert 0.5 < fit.metrics["correlation"] < 0.8  # 0.651 with whole prompts held out, cross-validated
-
-
-def test_cards_name_no_directory_of_a_machine(tmp_path: Path) -> None:
-    trace = made_trace(0)
-    trace.meta["target"] = str(tmp_path / "a-model")
-    assert describe([trace])["target"] == ["a-model"]
-    assert describe([trace])["draft"] == [trace.meta.get("draft")]
+def test_further_traces_are_of_the_same_split_and_levels(tmp_path: Path) -> None:
+    for name, level, split, prompts in (
+        ("own", "fp16", "train", range(4)), ("more", "fp16", "", (4,)), ("more", "fp16", "test", (5,)),
+        ("more", "nf4", "train", (6,)),
+    ):  # fmt: skip
+        for i in prompts:
+            trace = replace(made_trace(i, level), split=split)
+            trace.save(tmp_path / name / level / f"{trace.prompt_id}.npz")
+    arguments = ["--traces", str(tmp_path / "own"), "--more", str(tmp_path / "more"), "--out", str(tmp_path / "w")]
+    assert main([*arguments, "--levels", "fp16", "--gammas", "1,4", "--epochs", "1", "--seeds", "1"]) == 0
+    card = json.loads((tmp_path / "w" / "online.json").read_text())
+    assert (card["levels"], card["data"]["traces"]) == (["fp16"], 5)

@@ -14,8 +14,6 @@ import numpy as np
 
 from speckv_online.errors import UserError
 
-#: Most rows that the estimators are fitted to where there are plenty: the forests take long and need no more.
-ROWS = 20_000
 #: Predictions timed per decision cost, after as many to warm up.
 DECISIONS = 10
 

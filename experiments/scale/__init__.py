@@ -1,1 +1,0 @@
-"""Many workers and one learner."""
