@@ -92,7 +92,7 @@ class Display:
             text = f"ready: {(event.facts or {}).get('arithmetic', '')}"
         elif event.kind == "finished":
             text = f"worker {event.worker} finished"
-        elif event.kind in ("failed", "trouble"):
+        elif event.kind in ("failed", "trouble", "given up"):
             text = f"failed: {event.text}" if event.kind == "failed" else event.text
         elif event.progress is not None:
             p = event.progress

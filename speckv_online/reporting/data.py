@@ -175,6 +175,9 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
             notes.append(f"{level}: policy {policy} failed and fell back {faults} times.")
     for level, reason in manifest.get("failed", {}).items():
         notes.append(f"Not everything was decoded at {level}: {reason}. What is missing is not in any figure here.")
+    for policy, entry in manifest.get("given_up", {}).items():
+        missing = f" {entry['units']} of its prompts are missing." if "units" in entry else ""
+        notes.append(f"Policy {policy} was given up: {entry['reason']}.{missing}")
     if manifest.get("status") not in ("finished", "incomplete"):
         notes.append("The run is not finished.")
     return notes

@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import socket
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,62 @@ class Brim(Counter):
         return super().decide(context)
 
 
+class Hard(Counter):
+    """Does something that no guard can catch, in the call and at the prompt (by its number of calls) that it is told.
+
+    ``exit`` ends the process; ``loop`` never comes back; ``deaf`` catches whatever would end its loop; ``native`` loops
+    without giving any Python code a chance; ``panic`` raises what is no exception.
+    """
+
+    def __init__(
+        self, *, act: str = "exit", call: str = "decide", after: int = 2, seed: int = 0, worker: int = 0
+    ) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.act, self.call, self.left = act, call, after
+
+    def perhaps(self, call: str) -> None:
+        if call != self.call:
+            return
+        self.left -= 1
+        if self.left >= 0:
+            return
+        if self.act == "exit":
+            os._exit(7)
+        if self.act == "panic":
+            raise Panic("on purpose")
+        if self.act == "native":
+            deque(repeat(None), maxlen=0)
+        while True:
+            try:
+                while True:
+                    pass
+            except BaseException:
+                if self.act != "deaf":
+                    raise
+
+    def decide(self, context: Context) -> Decision:
+        self.perhaps("decide")
+        return super().decide(context)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.perhaps("learn")
+        super().learn(decision, outcome)
+
+    def take_delta(self) -> State:
+        self.perhaps("take_delta")
+        return super().take_delta()
+
+    def merge(self, delta: State) -> None:
+        self.perhaps("merge")
+        super().merge(delta)
+
+
+class Panic(BaseException):
+    """What extensions in Rust raise."""
+
+
 COUNTER, HERMIT, FAULTY = (f"tests.support.runs:{name}" for name in ("Counter", "Hermit", "Faulty"))
+HARD = "tests.support.runs:Hard"
 
 
 def make_config(pair: TinyPair, **changes: Any) -> CompareConfig:
