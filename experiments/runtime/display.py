@@ -66,8 +66,13 @@ class Display:
         """Show a line."""
         if self.bars is not None:
             self.bars.console.print(text)
-        else:
+            return
+        try:
             print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a full disk does not end a run
+            pass
 
     def tell_loading(self) -> None:
         """Say which workers still load, and for how long."""

@@ -55,6 +55,7 @@ class RunManifest:
         self.facts["notes"] = list(dict.fromkeys([*facts.get("notes", []), *earlier.get("notes", [])]))
         self.errors: list[BaseException] = []
         self.first: dict[str, int] = {}  # by level the worker that was ready first
+        self.unwritten = ""  # what was said last of a manifest that cannot be written
 
     def other_weights(self, event: Event) -> Event | None:
         """Return a failure to put in an event's place, if its worker has other weights than those of the records."""
@@ -102,8 +103,11 @@ class RunManifest:
         """Write the manifest; a full disk must not end a run that can still decode."""
         try:
             self.run.write_manifest(self.facts)
+            self.unwritten = ""
         except UserError as error:
-            self.display.say(str(error))
+            if str(error) != self.unwritten:
+                self.display.say(str(error))
+            self.unwritten = str(error)
 
     def finish(self, *, as_json: bool) -> int:
         """Write and print the report; return the exit code. A run in which nothing worked raises what went wrong."""
@@ -122,7 +126,7 @@ class RunManifest:
             report = write_report(self.run.path)
         except UserError as error:
             self.display.say(str(error))
-            report, last = build_report(self.run.path), f"Run: {where}"
+            report, last = build_report(self.run.path, self.facts), f"Run: {where}"
             status = "incomplete"
         print(json.dumps(to_json(report) | {"run": where}) if as_json else f"\n{to_text(report)}\n{last}")
         if self.errors:

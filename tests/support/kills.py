@@ -29,7 +29,7 @@ from tests.support.runs import COUNTER, ROOT, environment, flags, make_config, w
 from tests.support.tiny_models import TinyPair, perturbed, tiny_llama, tiny_tokenizer
 
 #: Who is killed, and how often in comparison.
-VICTIMS = {"WorkerActor": 5, "LearnerActor": 3, "Driver": 2}
+VICTIMS = {"WorkerActor": 5, "LearnerActor": 4, "Driver": 1}
 LAYERS = 24
 
 
@@ -132,6 +132,7 @@ class Killer:
             if busy and pids:
                 os.kill(pids[int(pick * len(pids))], signal.SIGKILL)
                 self.killed[kind] += 1
+                print(f"killed the {kind}, {self.killed.total()} in this run", file=sys.stderr, flush=True)
                 if kind == "Driver":
                     job.wait(60)
                 return

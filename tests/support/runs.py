@@ -8,10 +8,11 @@ import resource
 import socket
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from experiments.runtime.settings import CompareConfig
 from policies.base import Context, Decision, Outcome, Policy, PolicyError, State
 from policies.learned.mlp16 import SHAPES
 from speckv_online.io.prompts import Prompt
-from tests.support.tiny_models import TinyPair
+
+if TYPE_CHECKING:  # the learner imports the policies of this module, and has no use for torch
+    from tests.support.tiny_models import TinyPair
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [Prompt("p0", "chat", "hello"), Prompt("p1", "code", "x = 1"), Prompt("p2", "math", "2+2")]
@@ -93,6 +96,24 @@ class Brim(Counter):
     def decide(self, context: Context) -> Decision:
         limit = 9000 if context.level == "fp32" else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return super().decide(context)
+
+
+class Filler(Counter):
+    """Fills the disk that a file is on, in its fifth decision, and only once."""
+
+    def __init__(self, *, file: str = "", seed: int = 0, worker: int = 0) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.file, self.left = Path(file), 5
+
+    def decide(self, context: Context) -> Decision:
+        self.left -= 1
+        once = self.file.with_suffix(".once")
+        if not self.left and not once.exists():
+            once.touch()
+            with suppress(OSError), self.file.open("wb", buffering=0) as ballast:
+                while ballast.write(bytes(1 << 12)):
+                    pass
         return super().decide(context)
 
 
