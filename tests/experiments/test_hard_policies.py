@@ -13,6 +13,7 @@ import pytest
 
 from experiments.compare.__main__ import main
 from experiments.runtime.call_watch import CallWatch, LateCall, PolicyCall, forget_note, note_path, read_note
+from experiments.runtime.learner import checkpoint_name, read_checkpoint
 from experiments.runtime.settings import CompareConfig
 from speckv_online.io.run_directory import read_manifest, read_units
 from tests.support.runs import COUNTER, HARD, ROOT, environment, flags, make_config, write_prompts
@@ -79,6 +80,15 @@ def test_what_is_no_exception_costs_the_policy_only(config: CompareConfig, tmp_p
     config = replace(config, policies=("fixed:2", hard, COUNTER))
     assert main(flags(config, "--out", tmp_path / "run")) == 1
     check(tmp_path / "run", config, {hard: "raised Panic: on purpose"})
+
+
+def test_what_fails_in_the_learner_costs_the_policy_only(config: CompareConfig, tmp_path: Path) -> None:
+    hard = f"{HARD}:act=raise,call=merge,after=1"
+    config = replace(config, policies=("fixed:2", hard, COUNTER))
+    assert main(flags(config, "--out", tmp_path / "run")) == 1
+    check(tmp_path / "run", config, {hard: "merge raised ValueError in the learner: on purpose"})
+    state, batches = read_checkpoint(tmp_path / "run" / checkpoint_name((hard, 0)))
+    assert (len(batches), float(state["total"]) > 0) == (1, True)  # what was merged before stays
 
 
 def test_a_policy_alone_leaves_nothing_to_report(

@@ -121,7 +121,7 @@ class Hard(Counter):
     """Does something that no guard can catch, in the call and at the prompt (by its number of calls) that it is told.
 
     ``exit`` ends the process; ``loop`` never comes back; ``deaf`` catches whatever would end its loop; ``native`` loops
-    without giving any Python code a chance; ``panic`` raises what is no exception.
+    without giving any Python code a chance; ``panic`` raises what is no exception; ``raise`` raises one.
     """
 
     def __init__(
@@ -138,6 +138,8 @@ class Hard(Counter):
             return
         if self.act == "exit":
             os._exit(7)
+        if self.act == "raise":
+            raise ValueError("on purpose")
         if self.act == "panic":
             raise Panic("on purpose")
         if self.act == "native":
