@@ -167,7 +167,7 @@ class RayRun:
             done, _ = ray.wait(list(self.running), num_returns=1, timeout=self.patience / 3)
             yield from self._look()
             ref = done[0] if done else None
-            if ref not in self.running:  # nothing yet, or its worker is gone
+            if ref is None or ref not in self.running:  # nothing yet, or its worker is gone
                 continue
             post = self.running.pop(ref)
             try:

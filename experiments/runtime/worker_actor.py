@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.runtime.call_watch import CallWatch, PolicyCall, note_path, read_note
 from experiments.runtime.settings import CompareConfig
-from experiments.runtime.worker import Decoded, Failed, Worker
+from experiments.runtime.worker import Decoded, Failed, Sync, Worker
+from speckv_online.io.prompts import Prompt
 from speckv_online.io.run_directory import Unit
 
 #: Seconds to wait for a look at another machine.
@@ -20,12 +22,22 @@ class WorkerActor(Worker):
     ----------
     note : str
         Names the note of its policies' calls.
-    *arguments
-        As for :class:`~experiments.runtime.worker.Worker`, but for the last.
+    config, level, index, threads, prompts, sync
+        As for :class:`~experiments.runtime.worker.Worker`.
     """
 
-    def __init__(self, note: str, config: CompareConfig, *arguments: Any) -> None:
-        super().__init__(config, *arguments, CallWatch(note_path(note), config.call_seconds))
+    def __init__(
+        self,
+        note: str,
+        config: CompareConfig,
+        level: str,
+        index: int,
+        threads: int,
+        prompts: Sequence[Prompt],
+        sync: Sync,
+    ) -> None:
+        watch = CallWatch(note_path(note), config.call_seconds)
+        super().__init__(config, level, index, threads, prompts, sync, watch)
 
     def load(self) -> dict[str, Any]:
         import ray
