@@ -121,8 +121,8 @@ class CallWatch:
 
     Parameters
     ----------
-    path : Path
-        Of the note, see :func:`note_path`.
+    path : Path or None
+        Of the note, see :func:`note_path`; None to keep it in this process.
     limit : float
         Seconds that a call may take.
     interrupts : bool
@@ -137,12 +137,12 @@ class CallWatch:
         Calls in which earlier processes ended.
     """
 
-    def __init__(self, path: Path, limit: float, *, interrupts: bool = True, outlived: bool = False) -> None:
+    def __init__(self, path: Path | None, limit: float, *, interrupts: bool = True, outlived: bool = False) -> None:
         self.path, self.limit = path, limit
         self.interrupts = interrupts and hasattr(signal, "pthread_kill")
         self.call, self.number, self.policy, self.where = "", 0, "", ""
         self.ended: list[PolicyCall] = []
-        if outlived:
+        if outlived and path is not None:
             earlier, last = _json_at(_read(path), _ENDED), read_note(path)
             self.ended = [PolicyCall(*found) for found in earlier or []] + ([last] if last else [])
         self._map = self._open()
@@ -151,6 +151,8 @@ class CallWatch:
         self._former: Any = None
 
     def _open(self) -> mmap.mmap:
+        if self.path is None:
+            return mmap.mmap(-1, _SIZE)
         forget_note(self.path)
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
@@ -178,7 +180,8 @@ class CallWatch:
         self._done.set()
         if self.interrupts:
             signal.signal(signal.SIGALRM, self._former or signal.SIG_DFL)
-        forget_note(self.path)
+        if self.path is not None:
+            forget_note(self.path)
 
     def about(self, policy: str, where: str) -> None:
         """Say whose calls come next, and what for."""

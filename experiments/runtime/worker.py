@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from experiments.runtime.call_watch import CallWatch, LateCall, PolicyGivenUp, note_path
+from experiments.runtime.call_watch import CallWatch, LateCall, PolicyGivenUp
 from experiments.runtime.learner import Key, Merged
 from experiments.runtime.metrics import Meter
 from experiments.runtime.patches import patched
@@ -103,7 +102,7 @@ class Worker:
     ) -> None:
         self.config, self.level, self.index, self.threads = config, level, index, threads
         self.prompts, self.sync = prompts, sync
-        self.watch = watch or CallWatch(note_path(os.getpid(), id(self)), config.call_seconds)
+        self.watch = watch or CallWatch(None, config.call_seconds)
         self.seats: dict[tuple[str, int], Seat] = {}
         self.meter = Meter(level)
 
