@@ -35,18 +35,30 @@ def run_command(prog: str, command: Callable[[], Any]) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except BrokenPipeError:
-        # The reader (head, less) has gone; stop quietly, and keep Python from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the reader (head, less) has gone: stop quietly
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"{prog}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         message = user_message(error)
         if message is None:
             raise
-        print(f"{prog}: error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # where standard error goes may be full
+            print(f"{prog}: error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
+
+
+def _let_go(stream: Any) -> None:
+    """Flush a stream; one that cannot be written is not tried again at exit, where that would change the exit code."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # a stream without a file of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:

@@ -66,8 +66,13 @@ class Display:
         """Show a line."""
         if self.bars is not None:
             self.bars.console.print(text)
-        else:
+            return
+        try:
             print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a full disk does not end a run
+            pass
 
     def tell_loading(self) -> None:
         """Say which workers still load, and for how long."""
@@ -92,7 +97,7 @@ class Display:
             text = f"ready: {(event.facts or {}).get('arithmetic', '')}"
         elif event.kind == "finished":
             text = f"worker {event.worker} finished"
-        elif event.kind in ("failed", "trouble"):
+        elif event.kind in ("failed", "trouble", "given up"):
             text = f"failed: {event.text}" if event.kind == "failed" else event.text
         elif event.progress is not None:
             p = event.progress

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Condition, Lock
 from time import sleep
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.runtime.call_watch import CallWatch, PolicyGivenUp
 from experiments.runtime.patches import Changes, Reply
-from policies.base import Policy, State
-from policies.registry import make_policy
+from policies.base import Policy, PolicyError, State
+from policies.registry import make_policy, policy_class
 from speckv_online.errors import UserError
 from speckv_online.io.run_directory import load_arrays, save_arrays
 
@@ -98,10 +100,19 @@ class Learner:
     ----------
     folder : Path
         Where checkpoints ``policy-*.npz`` go; those that are there are taken up.
+    watch : CallWatch, optional
+        Is told of each call of a policy.
+
+    Attributes
+    ----------
+    refused : dict
+        Specs of policies whose methods failed here, and how: nothing of theirs is merged any more, and who asks for it
+        is told by :class:`~experiments.runtime.call_watch.PolicyGivenUp`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, watch: CallWatch | None = None) -> None:
+        self.folder, self.watch = Path(folder), watch
+        self.refused: dict[str, str] = {}
         self.policies: dict[Key, Policy] = {}
         self.applied: dict[Key, Batches] = {}
         self.changes: dict[Key, Changes] = {}
@@ -142,12 +153,14 @@ class Learner:
             whole arrays only.
         """
         with self._merging:
+            self._check(deltas)
             for key, delta in deltas.items():
                 if not delta or (source == START and len(self._applied(key))):
                     continue
                 if (source, sequence) not in self._applied(key):
                     policy = self.policies[key]
-                    (policy.load_state_dict if whole else policy.merge)(delta)
+                    with self._calling(key, "load_state_dict" if whole else "merge"):
+                        (policy.load_state_dict if whole else policy.merge)(delta)
                     self.applied[key].add(source, sequence)
                     self._dirty.add(key)
                     self._merges += 1
@@ -157,6 +170,7 @@ class Learner:
             self._confirm(ticket)
         merged: dict[Key, Merged] = {}
         with self._merging:
+            self._check(deltas)
             for key in deltas:
                 if key in self.changes or (self.folder / checkpoint_name(key)).exists():
                     self._applied(key)  # another batch's failure may have dropped it
@@ -170,14 +184,46 @@ class Learner:
     def _applied(self, key: Key) -> Batches:
         """Return what was added to a policy, which is taken up from its checkpoint at first use."""
         if key not in self.policies:
-            policy, applied = make_policy(key.spec, seed=key.seed), Batches()
+            with contextlib.suppress(PolicyError):  # making it says the same
+                policy_class(key.spec)  # what it imports may take its time
+            with self._calling(key, "its constructor"):
+                policy, applied = make_policy(key.spec, seed=key.seed), Batches()
             file = self.folder / checkpoint_name(key)
             if file.exists():
                 state, applied = read_checkpoint(file)
-                policy.load_state_dict(state)
+                with self._calling(key, "load_state_dict"):
+                    policy.load_state_dict(state)
+            with self._calling(key, "state_dict"):
+                known = own_state(policy)
             self.policies[key], self.applied[key] = policy, applied
-            self.changes[key] = Changes(len(applied), own_state(policy))
+            self.changes[key] = Changes(len(applied), known)
         return self.applied[key]
+
+    @contextlib.contextmanager
+    def _calling(self, key: Key, name: str) -> Iterator[None]:
+        """Note a call of a policy. If it fails, the policy is refused from now on, and others go on."""
+        calling = self.watch.calling(name) if self.watch else contextlib.nullcontext()
+        if self.watch and self.watch.policy != key.spec:
+            self.watch.about(key.spec, "in the learner")
+        try:
+            with calling:
+                yield
+        except (Exception, SystemExit) as error:
+            said = " ".join(str(error).split())[:300]
+            self._refuse(key.spec, f"{name} raised {type(error).__name__} in the learner: {said}")
+            raise PolicyGivenUp(key.spec, self.refused[key.spec]) from error
+        except BaseException:
+            self._refuse(key.spec, f"{name} did not end as it should")
+            raise
+
+    def _refuse(self, spec: str, reason: str) -> None:
+        self.refused.setdefault(spec, reason)
+        self._dirty = {key for key in self._dirty if key.spec != spec}
+
+    def _check(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            if key.spec in self.refused:
+                raise PolicyGivenUp(key.spec, self.refused[key.spec])
 
     def _confirm(self, ticket: int) -> None:
         """Return once the first ``ticket`` merges are on disk; raises :class:`UserError` if they cannot be."""
@@ -203,7 +249,10 @@ class Learner:
             sleep(GATHER)
         with self._merging:
             first, last = self._saved + 1, self._merges
-            states = {key: (len(self.applied[key]), own_state(self.policies[key])) for key in sorted(self._dirty)}
+            states: dict[Key, tuple[int, State]] = {}
+            for key in sorted(self._dirty):
+                with contextlib.suppress(PolicyGivenUp), self._calling(key, "state_dict"):
+                    states[key] = len(self.applied[key]), own_state(self.policies[key])
             names = {key: json.dumps(self.applied[key].packed()).encode() for key in states}
             self._dirty.clear()
         try:
@@ -228,7 +277,9 @@ class Learner:
 def own_state(policy: Policy) -> State:
     """Return a policy's state in arrays that nobody writes to: several versions and workers may share them."""
     state = {name: np.array(value) for name, value in policy.state_dict().items()}
-    for array in state.values():
+    for name, array in state.items():
+        if array.dtype.hasobject:
+            raise PolicyError(f"its state {name!r} holds Python objects and cannot be saved")
         array.flags.writeable = False
     return state
 

@@ -7,9 +7,10 @@ import logging
 import traceback
 from collections.abc import Iterator
 
+from experiments.runtime.call_watch import CallWatch, note_path
 from experiments.runtime.learner import Learner
 from experiments.runtime.work_queue import Event, Job
-from experiments.runtime.worker import Worker
+from experiments.runtime.worker import Failed, Worker
 from speckv_online.console import user_message
 
 log = logging.getLogger(__name__)
@@ -17,19 +18,28 @@ log = logging.getLogger(__name__)
 
 def run_local(job: Job) -> Iterator[Event]:
     """Run the levels one after the other; a level that fails does not stop the others."""
-    learner = Learner(job.out)
+    watch = CallWatch(note_path(job.out), job.config.call_seconds)
+    with watch:
+        yield from _levels(job, watch)
+
+
+def _levels(job: Job, watch: CallWatch) -> Iterator[Event]:
+    learner = Learner(job.out, watch)
     for level in job.config.levels:
         worker = None
         try:
             work = job.work(level)
-            if work.done >= work.total:
+            if not work.left:
                 continue
             yield Event(level, "loading")
-            worker = Worker(job.config, level, 0, job.schedule.shares[level].threads, job.prompts, learner.sync)
+            worker = Worker(job.config, level, 0, job.schedule.shares[level].threads, job.prompts, learner.sync, watch)
             yield Event(level, "ready", facts=worker.load())
             while units := work.take():
                 for unit, prompt in units:
                     done = worker.decode(unit, prompt)
+                    if isinstance(done, Failed):
+                        yield from job.give_up(level, 0, unit.policy, done.reason)
+                        continue
                     progress = work.record(unit, done.steps, done.facts, done.seconds)
                     yield Event(level, "unit", progress=progress)
             yield Event(level, "finished", facts=worker.finish())

@@ -12,16 +12,19 @@ import logging
 import os
 import secrets
 import socket
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.runtime.call_watch import TRIES, PolicyCall, forget_note, note_path
 from experiments.runtime.local_runner import failure
 from experiments.runtime.schedule import Node
 from experiments.runtime.serialization import LEARNER, LearnerActor, RemoteSync
 from experiments.runtime.work_queue import Event, Job, Work
-from experiments.runtime.worker import Worker
+from experiments.runtime.worker import Failed
+from experiments.runtime.worker_actor import WorkerActor, note_of
 from speckv_online.errors import UserError
 from speckv_online.io.manifest import cores
 from speckv_online.io.run_directory import Unit
@@ -29,6 +32,8 @@ from speckv_online.io.run_directory import Unit
 OBJECT_STORE_BYTES = 100_000_000
 #: Times that a worker may die in a row, without having finished a unit in between, before it is not replaced.
 DEATHS = 3
+#: Times that a unit is tried again whose worker died within a call of its policy.
+RETRIES = 1
 #: Workers that the learner serves at a time; those that wait for the disk share a checkpoint.
 CALLS = 64
 #: How Ray runs the learner. Its replies, up to 200 kB, go with the answer to the call: by default Ray would pass those
@@ -117,6 +122,11 @@ class Post:
     index: int
     actor: Any = None
     call: str = ""
+    node: str = ""
+    note: str = ""
+    since: float = 0.0
+    #: Number of the policy's call that was at hand when somebody looked.
+    seen: int = -1
     units: deque[tuple[Unit, int]] = field(default_factory=deque)
     deaths: int = 0
 
@@ -125,7 +135,8 @@ class RayRun:
     """One run on Ray; :meth:`events` does it. :func:`connect` must be active.
 
     Ray starts a worker as soon as its cores and GPUs are free. A worker that dies, alone or with its machine, is
-    replaced, and its unit is decoded again. A learner that dies is restarted by Ray, takes its checkpoints up, and is
+    replaced, and its unit is decoded again. If it died within a call of a policy twice in the same unit, or had to be
+    killed there, the policy is given up. A learner that dies is restarted by Ray, takes its checkpoints up, and is
     asked again; batches that it has are not added twice.
     """
 
@@ -135,19 +146,29 @@ class RayRun:
         self.posts: list[Post] = []
         self.running: dict[Any, Post] = {}  # what is awaited -> whose it is
         self.failed: set[str] = set()
+        self.ended: Counter[tuple[str, str, str, int]] = Counter()  # by unit: deaths in its policy's calls
+        #: A worker ends late calls itself, unless native code keeps it from that.
+        self.patience = 1.5 * job.config.call_seconds + 2 * TRIES
 
     def events(self) -> Iterator[Event]:
         """Run everything; yield what happens."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.here = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(self.here, soft=False)
         options = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here} | LEARNER_OPTIONS
-        learner: Any = ray.remote(LearnerActor).options(name=LEARNER, **options).remote(self.job.out)
+        forget_note(note_path(self.job.out, LEARNER))  # of a run that was killed
+        limit = self.job.config.call_seconds
+        learner: Any = ray.remote(LearnerActor).options(name=LEARNER, **options).remote(self.job.out, limit)
         self.prompts = ray.put(list(self.job.prompts))
         yield from self._open()
         while self.running:
-            (ref,), _ = ray.wait(list(self.running), num_returns=1)
+            done, _ = ray.wait(list(self.running), num_returns=1, timeout=self.patience / 3)
+            yield from self._look()
+            ref = done[0] if done else None
+            if ref is None or ref not in self.running:  # nothing yet, or its worker is gone
+                continue
             post = self.running.pop(ref)
             try:
                 result = ray.get(ref)
@@ -158,9 +179,10 @@ class RayRun:
             else:
                 yield from self._go_on(post, result)
         for level, work in self.works.items():
-            if level not in self.failed and work.done < work.total:
+            if level not in self.failed and work.left:
                 yield from self._fail(level, self._given_up(level))
         ray.kill(learner)
+        forget_note(note_path(self.job.out, LEARNER))
 
     def _open(self) -> Iterator[Event]:
         shares = self.job.schedule.shares
@@ -179,13 +201,15 @@ class RayRun:
         import ray
 
         share = self.job.schedule.shares[post.level]
-        make: Any = ray.remote(Worker).options(num_cpus=share.threads, num_gpus=share.gpus)
-        post.actor = make.remote(self.job.config, post.level, post.index, share.threads, self.prompts, RemoteSync())
+        make: Any = ray.remote(WorkerActor).options(num_cpus=share.threads, num_gpus=share.gpus)
+        post.node, post.note = "", secrets.token_hex(16)
+        work = post.level, post.index, share.threads, self.prompts, RemoteSync()
+        post.actor = make.remote(post.note, self.job.config, *work)
         self._call(post, "load")
         return Event(post.level, "loading", post.index)
 
     def _call(self, post: Post, method: str, *arguments: Any) -> None:
-        post.call = method
+        post.call, post.since, post.seen = method, time.monotonic(), -1
         self.running[getattr(post.actor, method).remote(*arguments)] = post
 
     def _go_on(self, post: Post, result: Any) -> Iterator[Event]:
@@ -195,17 +219,22 @@ class RayRun:
             self._dismiss(post)
             yield Event(post.level, "finished", post.index, facts=result)
             return
-        event = Event(post.level, "ready", post.index, facts=result)
-        if post.call == "decode":
+        event: Event | None
+        if post.call == "load":
+            post.node = result.pop("node")
+            event = Event(post.level, "ready", post.index, facts=result)
+        elif isinstance(result, Failed):
+            event = None
+            yield from self.job.give_up(post.level, post.index, result.unit.policy, result.reason)
+        else:
             try:
                 progress = work.record(result.unit, result.steps, result.facts, result.seconds)
             except UserError as error:
                 yield from self._fail(post.level, error)
                 return
-            post.units.popleft()
             post.deaths = 0
             event = Event(post.level, "unit", post.index, progress=progress)
-        post.units = post.units or work.take()
+        post.units = deque(item for item in post.units if work.wanted(item[0])) or work.take()
         if post.units:
             self._call(post, "decode", *post.units[0])
         else:
@@ -213,22 +242,54 @@ class RayRun:
             for other in self.posts:  # those that still wait for a place are not needed any more
                 if other.level == post.level and other.call == "load":
                     self._dismiss(other)
-        yield event
+        if event is not None:
+            yield event
 
     def _bury(self, post: Post) -> Iterator[Event]:
         """A worker died: give its unit back and replace it, unless it dies again and again."""
+        call = self._at_hand(post)
+        if call is None:
+            post.deaths += 1
+        else:
+            unit = post.units[0][0]
+            self.ended[unit.key] += 1
+            reason = call.reason(self.job.config.call_seconds)
+            if call.late or self.ended[unit.key] > RETRIES:
+                yield from self.job.give_up(post.level, post.index, call.policy, reason)
+            else:
+                text = f"policy {call.policy}: {reason}; it is tried once more"
+                yield Event(post.level, "trouble", post.index, text=text)
+        yield from self._replace(post)
+
+    def _replace(self, post: Post) -> Iterator[Event]:
         work = self.works[post.level]
         work.give_back(post.units)
         post.units = deque()
         self._dismiss(post)
         if not work:  # it had nothing left to do
             return
-        post.deaths += 1
         if post.deaths < DEATHS:
             yield Event(post.level, "trouble", post.index, text=f"worker {post.index} died and is replaced")
             yield self._start(post)
         else:
             yield Event(post.level, "trouble", post.index, text=f"worker {post.index} died {DEATHS} times in a row")
+
+    def _look(self) -> Iterator[Event]:
+        """Kill workers whose policy's call does not end, and which cannot end it themselves."""
+        for post in [post for post in self.posts if post.call == "decode"]:
+            if time.monotonic() - post.since < self.patience:
+                continue
+            call = self._at_hand(post)
+            if call is not None and call.number == post.seen:
+                reason = call._replace(late=True).reason(self.job.config.call_seconds)
+                yield from self.job.give_up(post.level, post.index, call.policy, reason)
+                yield from self._replace(post)
+            else:
+                post.since, post.seen = time.monotonic(), call.number if call is not None else -1
+
+    def _at_hand(self, post: Post) -> PolicyCall | None:
+        """Return the call of a policy that a worker is in, or died in."""
+        return note_of(post.note, post.node) if post.call == "decode" and post.units else None
 
     def _fail(self, level: str, error: BaseException) -> Iterator[Event]:
         """A level cannot go on: let its workers go."""
@@ -244,6 +305,8 @@ class RayRun:
 
         if post.actor is not None:
             ray.kill(post.actor)
+            if post.node in ("", self.here):
+                forget_note(note_path(post.note))
         post.actor, post.call = None, ""
         self.running = {ref: other for ref, other in self.running.items() if other is not post}
 

@@ -5,11 +5,15 @@ A message of a dozen small arrays costs Ray several times what one of a single b
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.runtime.call_watch import CallWatch, note_path
 from experiments.runtime.learner import Key, Learner, Merged
 from experiments.runtime.patches import Patch, Reply
 from policies.base import State
@@ -62,7 +66,30 @@ def unpack(packed: Packed) -> Reply:
 
 
 class LearnerActor(Learner):
-    """The learner as an actor: its messages hold a block of bytes for each state."""
+    """The learner as an actor: its messages hold a block of bytes for each state.
+
+    A policy that ends its process, or does not come back, is refused: at once if it did not come back, else at the
+    second time. Ray restarts the learner in between, and the note of its calls outlives it.
+
+    Parameters
+    ----------
+    folder : Path
+        Where checkpoints go.
+    call_seconds : float
+        Seconds that a call of a policy may take.
+    """
+
+    def __init__(self, folder: str | Path, call_seconds: float = math.inf) -> None:
+        if math.isinf(call_seconds):
+            super().__init__(folder)
+            return
+        watch = CallWatch(note_path(folder, LEARNER), call_seconds, interrupts=False, outlived=True)
+        super().__init__(folder, watch)
+        counts = Counter(call.policy for call in watch.ended)
+        for call in watch.ended:
+            if call.late or counts[call.policy] > 1:
+                self.refused[call.policy] = call.reason(call_seconds)
+        watch.__enter__()  # until the process ends
 
     def exchange(
         self, source: str, sequence: int, deltas: Mapping[Key, Packed], whole: bool, known: Mapping[Key, int]

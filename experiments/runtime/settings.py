@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from experiments.config import option
@@ -52,6 +53,7 @@ class CompareConfig:
         False, "start from what earlier runs learnt here, and add to it; levels then learn apart from each other"
     )
     sync_every: int = option(32, "steps after which a worker sends what a policy learnt and pulls the merged one")
+    call_seconds: float = option(60.0, "seconds that one call of a policy may take, before the policy is given up")
     workers: int = option(1, "workers per level, on Ray")
     threads: int = option(0, "CPU threads per worker (0: its part of the cores, up to 8)")
     resources: dict[str, Resources] = field(
@@ -66,7 +68,7 @@ class CompareConfig:
     json: bool = option(False, "print the report as JSON instead of text")
 
     #: Settings that may change when a run is continued.
-    VOLATILE = ("out", "json", "local", "threads", "workers", "resources", "address")
+    VOLATILE = ("out", "json", "local", "threads", "workers", "resources", "address", "call_seconds")
     #: ``--resume RUN_DIR`` takes the settings of an earlier run.
     RESUMES = True
     #: What a run's ``config.yaml`` holds besides.
@@ -84,6 +86,8 @@ class CompareConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(self, name)}")
+        if not 0 < self.call_seconds < math.inf:
+            raise UserError(f"--call-seconds must be above 0, got {self.call_seconds}")
         if self.sharing not in SHARING:
             raise UserError(f"--sharing must be one of {', '.join(SHARING)}, got {self.sharing!r}")
         if unknown := set(self.resources) - {*self.levels, "default"}:

@@ -7,13 +7,15 @@ worker, so that a drift of the machine hits all alike; they take turns in going 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from experiments.runtime.call_watch import PolicyGivenUp
 from experiments.runtime.schedule import Schedule
 from experiments.runtime.settings import CompareConfig
 from speckv_online.io.prompts import Prompt
@@ -50,11 +52,16 @@ class Work:
         All blocks of the level.
     writer : StepWriter
         The level's records; units that they hold are done.
+    given_up : mapping, optional
+        Policies whose units are left out from when they are in it; it may change.
     """
 
-    def __init__(self, blocks: Sequence[Block], writer: StepWriter) -> None:
-        self.writer = writer
-        self.total = sum(len(block.units) for block in blocks)
+    def __init__(
+        self, blocks: Sequence[Block], writer: StepWriter, given_up: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.writer, self.given_up = writer, given_up
+        self.units = [unit for block in blocks for unit in block.units]
+        self.total = len(self.units)
         self._waiting = deque(blocks)
 
     @property
@@ -62,11 +69,20 @@ class Work:
         """Number of finished units."""
         return len(self.writer.done)
 
+    @property
+    def left(self) -> int:
+        """Number of units that are still to be decoded."""
+        return sum(map(self.wanted, self.units))
+
+    def wanted(self, unit: Unit) -> bool:
+        """Whether a unit is still to be decoded."""
+        return unit.key not in self.writer.done and unit.policy not in self.given_up
+
     def take(self) -> deque[tuple[Unit, int]]:
         """Return the units of the next block that are not done yet, with their prompt's number; empty at the end."""
         while self._waiting:
             block = self._waiting.popleft()
-            if left := deque((unit, block.prompt) for unit in block.units if unit.key not in self.writer.done):
+            if left := deque((unit, block.prompt) for unit in block.units if self.wanted(unit)):
                 return left
         return deque()
 
@@ -82,7 +98,7 @@ class Work:
 
     def __bool__(self) -> bool:
         """True while there are units that nobody has taken."""
-        return any(unit.key not in self.writer.done for block in self._waiting for unit in block.units)
+        return any(self.wanted(unit) for block in self._waiting for unit in block.units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +117,8 @@ class Event:
     """Something that happened at a level.
 
     ``loading``, ``ready`` (facts), ``unit`` (a Progress), ``finished`` (facts), ``trouble`` (text: something that the
-    run gets over by itself) or ``failed`` (error: the level does not go on).
+    run gets over by itself), ``given up`` (error: a policy that does not go on, at any level) or ``failed`` (error: the
+    level does not go on).
     """
 
     level: str
@@ -121,8 +138,17 @@ class Job:
     prompts: Sequence[Prompt]
     out: Path
     schedule: Schedule
+    #: Policies whose units are not decoded any more, and why.
+    given_up: dict[str, str] = field(default_factory=dict)
+
+    def give_up(self, level: str, worker: int, policy: str, reason: str) -> Iterator[Event]:
+        """Leave a policy's units out from now on, and say so once."""
+        if policy not in self.given_up:
+            self.given_up[policy] = reason
+            error = PolicyGivenUp(policy, reason)
+            yield Event(level, "given up", worker, text=str(error), error=error)
 
     def work(self, level: str) -> Work:
         """Return a level's queue, and open its records."""
         writer = StepWriter(self.out / f"steps-{level}.jsonl")
-        return Work(blocks(self.config, self.prompts, level), writer)
+        return Work(blocks(self.config, self.prompts, level), writer, self.given_up)

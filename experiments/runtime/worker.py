@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+from experiments.runtime.call_watch import CallWatch, LateCall, PolicyGivenUp
 from experiments.runtime.learner import START, Key, Merged
 from experiments.runtime.metrics import Meter
 from experiments.runtime.patches import patched
 from experiments.runtime.remembered import Learnt, Remembered
 from experiments.runtime.settings import CompareConfig
-from policies.base import Policy, State
-from policies.registry import make_policy
+from policies.base import PolicyError, State
+from policies.guards.fault import FaultGuard
+from policies.guards.watched import Watched
+from policies.registry import make_policy, policy_class
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.errors import UserError
 from speckv_online.io.manifest import now, weight_hashes
@@ -42,10 +45,18 @@ class Decoded:
 
 
 @dataclass(slots=True)
+class Failed:
+    """A unit that its policy keeps from being decoded, and what the policy did."""
+
+    unit: Unit
+    reason: str
+
+
+@dataclass(slots=True)
 class Seat:
     """A policy at work in one seeded order, and the version of the merged statistics that it took over last."""
 
-    policy: Policy
+    policy: FaultGuard
     decoder: SpeculativeDecoder
     key: Key
     version: int = 0
@@ -78,13 +89,23 @@ class Worker:
         All prompts of the run.
     sync : callable
         See :data:`Sync`.
+    watch : CallWatch, optional
+        Notes which policy is being called, and ends calls that take too long; by default nobody does.
     """
 
     def __init__(
-        self, config: CompareConfig, level: str, index: int, threads: int, prompts: Sequence[Prompt], sync: Sync
+        self,
+        config: CompareConfig,
+        level: str,
+        index: int,
+        threads: int,
+        prompts: Sequence[Prompt],
+        sync: Sync,
+        watch: CallWatch | None = None,
     ) -> None:
         self.config, self.level, self.index, self.threads = config, level, index, threads
         self.prompts, self.sync = prompts, sync
+        self.watch = watch or CallWatch(None, config.call_seconds)
         self.seats: dict[tuple[str, int], Seat] = {}
         self.meter = Meter(level)
 
@@ -125,13 +146,32 @@ class Worker:
             "calibration": asdict(self.cost),
         }
 
-    def decode(self, unit: Unit, prompt: int) -> Decoded:
-        """Decode a unit, whose prompt has the given number, and exchange what was learnt."""
+    def decode(self, unit: Unit, prompt: int) -> Decoded | Failed:
+        """Decode a unit, whose prompt has the given number, and exchange what was learnt.
+
+        A unit that fails for what its policy does says so, and leaves the worker as it was.
+        """
+        self.watch.about(unit.policy, f"prompt {unit.prompt} at {unit.level}")
+        try:
+            return self._decode(unit, prompt)
+        except PolicyGivenUp as error:
+            reason = error.reason
+        except LateCall as error:
+            reason = self.watch.at_hand(str(error), late=True).reason(self.watch.limit)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # what no guard catches, such as a panic of native code
+            reason = f"it raised {type(error).__name__}: {error}"
+        self.watch.leave()
+        self.seats.pop((unit.policy, unit.seed), None)
+        return Failed(unit, reason)
+
+    def _decode(self, unit: Unit, prompt: int) -> Decoded:
         seat = self._seat(unit.policy, unit.seed)
         seat.steps = seat.sent = 0
         seat.pulls = []
         version, ids = seat.version, self.ids[prompt]
-        faults = seat.decoder.policy.faults.total()
+        faults = seat.policy.faults.total()
 
         def after_step(tokens: list[int]) -> None:  # not part of the step's time
             seat.steps += 1
@@ -142,8 +182,8 @@ class Worker:
         if seat.steps:
             self._share(seat, unit)
         if self.remembered is not None and seat.learnt is not None:
-            self.remembered.add(seat.learnt, seat.decoder.policy.state_dict(), len(result.steps), len(result.tokens))
-        self.meter.add(unit.policy, result.steps, seat.decoder.policy.faults.total() - faults)
+            self.remembered.add(seat.learnt, seat.policy.state_dict(), len(result.steps), len(result.tokens))
+        self.meter.add(unit.policy, result.steps, seat.policy.faults.total() - faults)
         facts = {
             "output": result.tokens,
             "finish": result.finish,
@@ -158,7 +198,7 @@ class Worker:
 
     def finish(self) -> dict[str, Any]:
         """Return facts for the manifest at the end."""
-        faults = {f"{spec} seed {seed}": s.decoder.policy.faults.total() for (spec, seed), s in self.seats.items()}
+        faults = {f"{spec} seed {seed}": s.policy.faults.total() for (spec, seed), s in self.seats.items()}
         known = {} if self.remembered is None else {"remembered_steps": self.remembered.steps()}
         return {"finished": now(), "faults": {name: count for name, count in faults.items() if count}} | known
 
@@ -174,7 +214,12 @@ class Worker:
     def _seat(self, spec: str, seed: int) -> Seat:
         """The policy of a spec in one seeded order, made at first use and started from what is known by then."""
         if (spec, seed) not in self.seats:
-            policy = make_policy(spec, seed=seed, worker=self.index)
+            try:
+                policy_class(spec)  # what it imports may take its time
+                with self.watch.calling("its constructor"):
+                    policy = Watched(make_policy(spec, seed=seed, worker=self.index), self.watch)
+            except PolicyError as error:
+                raise PolicyGivenUp(spec, str(error)) from error
             decoder = SpeculativeDecoder(self.pair.drafter, policy=policy, target=self.pair.target, level=self.level)
             shared, own = self._keys(spec, seed)
             learnt, start = None, dict[Key, State]()
@@ -184,7 +229,7 @@ class Worker:
             known = self.sync(START, 0, {shared: {}, own: {}} | start, True, {})
             # A policy that cannot share left its state under this worker's own name.
             key = shared if known[shared].version else own
-            self.seats[spec, seed] = Seat(policy, decoder, key, learnt=learnt)
+            self.seats[spec, seed] = Seat(decoder.policy, decoder, key, learnt=learnt)
             self._take_over(self.seats[spec, seed], known[key])
         return self.seats[spec, seed]
 
@@ -198,9 +243,12 @@ class Worker:
     def _take_over(self, seat: Seat, merged: Merged) -> None:
         seat.version, seat.state = merged.version, patched(seat.state, merged.state)
         if seat.state:
-            seat.policy.load_state_dict(seat.state)
+            try:
+                seat.policy.load_state_dict(seat.state)
+            except PolicyError as error:
+                raise PolicyGivenUp(seat.key.spec, f"it refuses the merged statistics: {error}") from error
         # The calibration is this worker's own and not part of what is shared.
-        seat.decoder.policy.set_costs(self.level, self.cost)
+        seat.policy.set_costs(self.level, self.cost)
 
     def _share(self, seat: Seat, unit: Unit) -> None:
         """Send what the policy learnt since the last exchange, if anything, and take the merged statistics over."""

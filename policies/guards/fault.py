@@ -225,7 +225,10 @@ class FaultGuard(Wrapper):
         if not self.faults:
             if isinstance(reason, BaseException):
                 reason = f"{type(reason).__name__}: {reason}"
-            name = type(self.policy).__name__
+            inner = self.policy
+            while isinstance(inner, Wrapper):
+                inner = inner.policy
+            name = type(inner).__name__
             log.warning(
                 "policy %s failed (%s: %s); such steps fall back to gamma %d", name, kind, reason, self.fallback_gamma
             )

@@ -62,9 +62,12 @@ class Report:
         return list(dict.fromkeys(row.level for row in self.rows))
 
 
-def build_report(path: str | Path) -> Report:
-    """Read a run directory and compute its report; raises :class:`UserError` if there is no finished unit."""
-    manifest, every = read_manifest(path), read_units(path)
+def build_report(path: str | Path, manifest: dict[str, Any] | None = None) -> Report:
+    """Read a run directory and compute its report; raises :class:`UserError` if there is no finished unit.
+
+    A manifest that could not be written there may be given.
+    """
+    manifest, every = manifest if manifest is not None else read_manifest(path), read_units(path)
     units = [result for result in every if result.steps]
     if not units:
         raise UserError(f"{path} holds no finished prompt yet: continue the run first")
@@ -175,6 +178,9 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
             notes.append(f"{level}: policy {policy} failed and fell back {faults} times.")
     for level, reason in manifest.get("failed", {}).items():
         notes.append(f"Not everything was decoded at {level}: {reason}. What is missing is not in any figure here.")
+    for policy, entry in manifest.get("given_up", {}).items():
+        missing = f" {entry['units']} of its prompts are missing." if "units" in entry else ""
+        notes.append(f"Policy {policy} was given up: {entry['reason']}.{missing}")
     if manifest.get("status") not in ("finished", "incomplete"):
         notes.append("The run is not finished.")
     return notes

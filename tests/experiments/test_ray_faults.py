@@ -6,8 +6,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,8 @@ from experiments.runtime.learner import checkpoint_name, read_checkpoint
 from experiments.runtime.settings import CompareConfig
 from speckv_online.io.prompts import Prompt
 from speckv_online.io.run_directory import read_manifest, read_units
-from tests.support.runs import COUNTER, ROOT, environment, flags, free_port, make_config, write_prompts
+from tests.support.kills import actors, kill_runs, start
+from tests.support.runs import COUNTER, environment, flags, free_port, make_config, write_prompts
 from tests.support.tiny_models import TinyPair
 
 pytestmark = pytest.mark.ray
@@ -35,34 +34,6 @@ def config(tiny_pair: TinyPair, tmp_path: Path) -> CompareConfig:
         tiny_pair, levels=("fp32",), policies=("fixed:3", COUNTER), prompts=str(file), workers=2, sync_every=3,
         local=False,
     )  # fmt: skip
-
-
-def start(config: CompareConfig, out: Path, cores: set[int] | None = None, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.compare", *flags(config, "--out", out)], stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(**env), start_new_session=True,
-        preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
-    )  # fmt: skip
-
-
-def actors(job: int, kind: str) -> list[int]:
-    """Process ids of the actors of a class that descend from a process."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                titles[int(folder.name)] = (folder / "cmdline").read_text()
-            except OSError:
-                continue  # it has just ended
-    found = []
-    for pid, title in titles.items():
-        if title.startswith(f"ray::{kind}"):
-            above = pid
-            while above in parents and above != job:
-                above = parents[above]
-            found += [pid] if above == job else []
-    return found
 
 
 def check(run: Path, config: CompareConfig) -> None:
@@ -114,6 +85,13 @@ def test_workers_the_learner_and_the_job_are_killed(config: CompareConfig, tmp_p
     assert not any("Traceback" in line for line in shown)
     assert main(["--resume", str(run), "--local"]) == 0
     check(run, config)
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_units(tmp_path: Path) -> None:
+    """Every unit once, and what was learnt as if undisturbed; `python -m tests.support.kills` does it 50 times."""
+    found = kill_runs(tmp_path, kills=4, seed=1, prompts=8, tokens=24)
+    assert sum(found["kills"].values()) == 4
 
 
 def test_levels_that_fail_leave_the_others_alone(config: CompareConfig, tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import json
 import os
 import resource
 import socket
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +20,9 @@ from experiments.runtime.settings import CompareConfig
 from policies.acceptance.mlp16 import SHAPES
 from policies.base import Context, Decision, Outcome, Policy, PolicyError, State
 from speckv_online.io.prompts import Prompt
-from tests.support.tiny_models import TinyPair
+
+if TYPE_CHECKING:  # the learner imports the policies of this module, and has no use for torch
+    from tests.support.tiny_models import TinyPair
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [Prompt("p0", "chat", "hello"), Prompt("p1", "code", "x = 1"), Prompt("p2", "math", "2+2")]
@@ -94,7 +99,82 @@ class Brim(Counter):
         return super().decide(context)
 
 
+class Filler(Counter):
+    """Fills the disk that a file is on, in its fifth decision, and only once."""
+
+    def __init__(self, *, file: str = "", seed: int = 0, worker: int = 0) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.file, self.left = Path(file), 5
+
+    def decide(self, context: Context) -> Decision:
+        self.left -= 1
+        once = self.file.with_suffix(".once")
+        if not self.left and not once.exists():
+            once.touch()
+            with suppress(OSError), self.file.open("wb", buffering=0) as ballast:
+                while ballast.write(bytes(1 << 12)):
+                    pass
+        return super().decide(context)
+
+
+class Hard(Counter):
+    """Does something that no guard can catch, in the call and at the prompt (by its number of calls) that it is told.
+
+    ``exit`` ends the process; ``loop`` never comes back; ``deaf`` catches whatever would end its loop; ``native`` loops
+    without giving any Python code a chance; ``panic`` raises what is no exception; ``raise`` raises one.
+    """
+
+    def __init__(
+        self, *, act: str = "exit", call: str = "decide", after: int = 2, seed: int = 0, worker: int = 0
+    ) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.act, self.call, self.left = act, call, after
+
+    def perhaps(self, call: str) -> None:
+        if call != self.call:
+            return
+        self.left -= 1
+        if self.left >= 0:
+            return
+        if self.act == "exit":
+            os._exit(7)
+        if self.act == "raise":
+            raise ValueError("on purpose")
+        if self.act == "panic":
+            raise Panic("on purpose")
+        if self.act == "native":
+            deque(repeat(None), maxlen=0)
+        while True:
+            try:
+                while True:
+                    pass
+            except BaseException:
+                if self.act != "deaf":
+                    raise
+
+    def decide(self, context: Context) -> Decision:
+        self.perhaps("decide")
+        return super().decide(context)
+
+    def learn(self, decision: Decision, outcome: Outcome) -> None:
+        self.perhaps("learn")
+        super().learn(decision, outcome)
+
+    def take_delta(self) -> State:
+        self.perhaps("take_delta")
+        return super().take_delta()
+
+    def merge(self, delta: State) -> None:
+        self.perhaps("merge")
+        super().merge(delta)
+
+
+class Panic(BaseException):
+    """What extensions in Rust raise."""
+
+
 COUNTER, HERMIT, FAULTY = (f"tests.support.runs:{name}" for name in ("Counter", "Hermit", "Faulty"))
+HARD = "tests.support.runs:Hard"
 
 
 def make_config(pair: TinyPair, **changes: Any) -> CompareConfig:
