@@ -55,7 +55,7 @@ class JointPolicy(Policy):
     """A policy that decides the rows of a batch together; alone, a sequence is decided as by any policy.
 
     The methods follow those of :class:`~policies.base.Policy`, with lists in place of single arguments. They are asked
-    about batches of two rows or more.
+    about batches that begin with two rows or more, to their end.
     """
 
     joint = True

@@ -76,7 +76,7 @@ class BatchCosts:
         self._keep = 0.5 ** (1.0 / half_life)
         self._shape = (ALWAYS + _N) / (ALWAYS + 1.0)
         told = 0.0
-        if alone is not None and (alone.steps > WIDTHS or not alone._vague):
+        if alone is not None and (alone.steps > WIDTHS or not alone.vague):
             table = alone.verify
             slope = max(float(table[-1] - table[8]) / (WIDTHS - 9), 0.0)
             more = table[-1] + slope * np.arange(1, MOST - WIDTHS + 1)

@@ -19,6 +19,7 @@ much left.
 
 from __future__ import annotations
 
+from math import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +38,13 @@ NEAR, SHARE = 2.0, 0.1
 FEW, DOUBTFUL, PATIENCE = 4, 0.15, 12
 #: Tokens that the expected gains of the draft are worth beforehand, and what is kept of the account at each step.
 BELIEF, KEEP = 4.0, 0.995
+#: Share of what is left that a text uses before it ends, about. Tokens that texts may have lost by reading for the
+#: draft, beyond which no more is read, and what is kept of that account at each step.
+USED, DEBT, FORGIVE = 0.5, 10.0, 0.998
 #: Kept of the account of the latest rate at each step.
 LATELY = 0.98
+#: The row that ends last gains less than the rows do on the whole, the more so the more there are: a power of that.
+LAST = -0.33
 _GRID = 64
 
 
@@ -65,8 +71,8 @@ class Prices(NamedTuple):
     ----------
     wider : ndarray
         By K, what K more tokens in the forward cost.
-    slope : float
-        What one more token costs about.
+    slope, most : float
+        What one more token costs about, and what it may cost.
     first, each_round, each, read : float
         Of drafting, see :attr:`~policies.costs.batch_costs.BatchCosts.draft`.
     savings : ndarray, shape (rows,)
@@ -79,6 +85,7 @@ class Prices(NamedTuple):
 
     wider: np.ndarray
     slope: float
+    most: float
     first: float
     each_round: float
     each: float
@@ -96,8 +103,11 @@ class Prices(NamedTuple):
         few = rows if pads else max((rows + 1) // 2, 1)
         times = verify[: rows + 1] + costs.rest * np.arange(rows + 1)
         savings = np.maximum(np.diff(times), 0.0) / (token * gain)
+        savings[0] *= rows**LAST
         draft = [seconds / token for seconds in costs.draft]
-        return cls(wider, float(wider[few]) / few, *draft, savings, pads, may_drop)
+        slope = float(wider[few]) / few
+        dear = verify[rows + few] * exp(costs.doubt(rows, rows + few)) - verify[rows]
+        return cls(wider, slope, float(dear) / few / token, *draft, savings, pads, may_drop)
 
     def worth(self, remaining: list[int]) -> np.ndarray:
         """Return what an accepted token of each row saves, shape (rows,)."""
@@ -208,6 +218,8 @@ class Account:
     ----------
     expected, true : float
         Gains of the draft that were expected, and what came true of them, in tokens.
+    net : float
+        What came true of the draft's gains, less what it cost to read.
     tokens, plain : float
         Tokens of the latest steps, and what no drafts would have made in the same seconds.
     waited : int
@@ -215,7 +227,7 @@ class Account:
     """
 
     def __init__(self) -> None:
-        self.expected = self.true = 0.0
+        self.expected = self.true = self.net = 0.0
         self.tokens = self.plain = 0.0
         self.waited = 0
 
@@ -235,3 +247,4 @@ class Account:
         self.tokens, self.plain = LATELY * self.tokens + tokens, LATELY * self.plain + plain
         self.expected *= KEEP
         self.true *= KEEP
+        self.net *= FORGIVE

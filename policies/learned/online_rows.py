@@ -15,7 +15,7 @@ from policies.batches import Forward, JointPolicy
 from policies.costs.batch_costs import BatchCosts
 from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel
-from policies.learned.batch_rule import DOUBTFUL, FEW, PATIENCE, Account, Prices, RowStep
+from policies.learned.batch_rule import DEBT, DOUBTFUL, FEW, PATIENCE, USED, Account, Prices, RowStep
 
 KEY = "batch_costs."
 
@@ -157,8 +157,11 @@ class OnlineRows(CostAware, JointPolicy):
         drafts = going.tolist()
         read = sum(c.unread for c, goes in zip(contexts, drafts, strict=True) if goes)
         if read > FEW * rows:
-            left = sum(c.remaining for c in contexts) / rows
-            if expected * left / account.gain <= prices.read * read:
+            # What it costs is sure, what it brings is not.
+            dear = prices._replace(slope=prices.most)
+            gains = np.where(going, account.factor * dear.plan(chance, worth), 0.0)
+            sure, left = dear.rounds(gains, looks, False)[0], sum(c.remaining for c in contexts) / rows
+            if account.net < -DEBT or USED * sure * left / account.gain <= prices.read * read:
                 return None
         self._expected = expected
         return [step if goes else None for step, goes in zip(steps, drafts, strict=True)]
@@ -248,6 +251,7 @@ class OnlineRows(CostAware, JointPolicy):
                 true -= prices.first + prices.each_round * forward.rounds
                 account.expected += self._expected
                 account.true += max(true, -3.0 * self._expected)
+                account.net += true - prices.read * forward.read
         self._expected = 0.0
 
     @abstractmethod

@@ -23,18 +23,19 @@ class RowsPolicy:
     Attributes
     ----------
     together : bool
-        Whether the step under way is decided for all rows at once.
+        Whether the step under way is decided for all rows at once: of a batch that began with several, to its end.
     asleep : bool
         Whether it is taken plainly and unasked.
     """
 
     def __init__(self, policy: FaultGuard) -> None:
-        self._policy, self.together, self.asleep = policy, False, False
+        self._policy, self._begun, self.together, self.asleep = policy, 0, False, False
         self._deciding = self._learning = 0.0
 
     def decide(self, rows: list[Row], drafter: RowDrafter | None, limits: list[int], pads: bool) -> list[int]:
         """Begin a step of every row; return the rows that draft."""
-        self.together = self._policy.joint and len(rows) > 1
+        self._begun = max(self._begun, len(rows))
+        self.together = self._policy.joint and self._begun > 1
         proposers = [None if drafter is None else RowProposer(drafter, i) for i in range(len(rows))]
         if not self.together:
             self.asleep = False
