@@ -145,10 +145,10 @@ def measure_size(
                 for prompt in part:
                     decoders[spec, way].generate(prompt, new, eos_ids=())
             seconds[spec, way].append(clock() - started)
-        for spec, tokens in said.items():
-            differing[spec] += sum(a != b for a, b in zip(tokens, said[config.policies[0]], strict=True))
+        for spec, found in said.items():
+            differing[spec] += sum(a != b for a, b in zip(found, said[config.policies[0]], strict=True))
     tokens = [float(len(part) * new) for part in parts]
-    found = list[dict[str, Any]]()
+    rows = list[dict[str, Any]]()
     for spec in config.policies:
         own, base = seconds[spec, "one_cache"], seconds[config.policies[0], "one_cache"]
         ratio = paired_ratio(tokens, own, tokens, base)
@@ -157,8 +157,8 @@ def measure_size(
         if config.alone:
             row["transformers"] = sum(tokens) / sum(seconds["", "transformers"])
         row |= {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
-        found.append(row | {"differing": differing[spec], "kind": "measured", "clock": config.clock})
-    return found
+        rows.append(row | {"differing": differing[spec], "kind": "measured", "clock": config.clock})
+    return rows
 
 
 def show(rows: list[dict[str, Any]]) -> str:

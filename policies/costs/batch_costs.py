@@ -9,7 +9,7 @@ read first.
 
 from __future__ import annotations
 
-from math import log
+from math import log, sqrt
 from typing import Final
 
 import numpy as np
@@ -74,6 +74,8 @@ class BatchCosts:
 
     def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None) -> None:
         self._keep = 0.5 ** (1.0 / half_life)
+        self.verify = list[float]()
+        self.draft = 0.0, 0.0, 0.0, 0.0
         self._shape = (ALWAYS + _N) / (ALWAYS + 1.0)
         told = 0.0
         if alone is not None and (alone.steps > WIDTHS or not alone.vague):
@@ -116,7 +118,7 @@ class BatchCosts:
             at, part = _AT[n - 1], _PART[n - 1]
             weights[at] += sign * (1.0 - part)
             weights[at + 1] += sign * part
-        return float(weights @ self._covariance @ weights) ** 0.5
+        return sqrt(max(float(weights @ self._covariance @ weights), 0.0))
 
     def observe(self, forward: Forward) -> None:
         """Take in what a step took; steps whose seconds are not those of a usual one have none."""
@@ -191,7 +193,8 @@ class BatchCosts:
         if not (shape > 0.0).all() or means[0] < 0.0:
             raise PolicyError("the state's costs of batches must be above zero")
         self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(ALL), 0
-        self.steps, self.rest, self.deviation, self._now, self._lately, self._start = int(means[0]), *means[1:6]
+        self.steps = int(means[0])
+        self.rest, self.deviation, self._now, self._lately, self._start = means[1:6]
         self.told = bool(means[6])
         self._refit()
 

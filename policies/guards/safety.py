@@ -251,13 +251,14 @@ class SafetyGuard(PassesRows, Wrapper):
         ledger.spacing = [int(PROBE * times * times) for times in behind]
 
     def state_dict(self) -> State:
-        found = self.policy.state_dict()
+        found: State = self.policy.state_dict()
         for level, x in self._ledgers.items():
             found[f"safety.{level}"] = np.array(x.row())
             found[f"safety_sleep.{level}"] = np.array(x.sleep.row())
         if not self._shared:
             found |= self.model.state()
-        return found | self.rows.state()
+        found |= self.rows.state()
+        return found
 
     def load_state_dict(self, state: State) -> None:
         if any(key.startswith("safety_nap.") for key in state):
@@ -290,7 +291,8 @@ class SafetyGuard(PassesRows, Wrapper):
     def info(self) -> dict[str, Any]:
         held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
         slept = {f"{level}.slept": ledger.sleep.slept for level, ledger in self._ledgers.items() if ledger.sleep.slept}
-        return self.policy.info() | held | slept | self.rows.info()
+        found: dict[str, Any] = self.policy.info() | held | slept | self.rows.info()
+        return found
 
 
 def _before(outcome: Outcome, drafted: int) -> Outcome:

@@ -44,7 +44,7 @@ USED, DEBT, FORGIVE = 0.5, 10.0, 0.998
 #: Kept of the account of the latest rate at each step.
 LATELY = 0.98
 #: The row that ends last gains less than the rows do on the whole, the more so the more there are: a power of that.
-LAST = -0.33
+LAST = -0.15
 _GRID = 64
 
 
@@ -104,10 +104,10 @@ class Prices(NamedTuple):
         times = verify[: rows + 1] + costs.rest * np.arange(rows + 1)
         savings = np.maximum(np.diff(times), 0.0) / (token * gain)
         savings[0] *= rows**LAST
-        draft = [seconds / token for seconds in costs.draft]
+        first, each_round, each, read = (seconds / token for seconds in costs.draft)
         slope = float(wider[few]) / few
         dear = verify[rows + few] * exp(costs.doubt(rows, rows + few)) - verify[rows]
-        return cls(wider, slope, float(dear) / few / token, *draft, savings, pads, may_drop)
+        return cls(wider, slope, float(dear) / few / token, first, each_round, each, read, savings, pads, may_drop)
 
     def worth(self, remaining: list[int]) -> np.ndarray:
         """Return what an accepted token of each row saves, shape (rows,)."""
@@ -189,7 +189,8 @@ class Prices(NamedTuple):
         at = int(net.argmax())
         if net[at] <= 0.0:
             return [0] * len(counts)
-        return np.bincount(owner[order[: at + 1]], minlength=len(counts)).tolist()
+        found: list[int] = np.bincount(owner[order[: at + 1]], minlength=len(counts)).tolist()
+        return found
 
 
 class RowStep:

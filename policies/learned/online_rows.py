@@ -118,7 +118,7 @@ class OnlineRows(CostAware, JointPolicy):
         room = np.array(limits) > 0
         free = np.array([max(c.lookup_confidence, c.lookup_alternative if self.lookups else 0.0) for c in contexts])
         looks = np.where(room, prices.lookup(free, worth), 0.0)
-        steps, nobody = [None] * rows, [None] * rows
+        steps, nobody = list[Step | None]([None] * rows), list[Step | None]([None] * rows)
         known = costs.told or costs.doubt(rows, 2 * rows) < DOUBTFUL
         account.waited += not known
         if known or account.waited > PATIENCE:
