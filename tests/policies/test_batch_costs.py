@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -126,9 +128,8 @@ def test_wider_batches_draft_less() -> None:
         policy = make_policy("online", bare=True)
         assert isinstance(policy, Online)
         policy.batch_costs.levels["fp16"] = taught()
-        contexts = [
-            Context(level=f"fp16@{rows}", rows=rows, remaining=100, lookup_alternative=0.55) for _ in range(rows)
-        ]
+        context = Context(level=f"fp16@{rows}", rows=rows, remaining=40, lookup_alternative=0.55, unread=120)
+        contexts = [replace(context, memory={}) for _ in range(rows)]
         drafted[rows] = sum(d.gamma > 0 for d in policy.decide_rows(contexts, False, True))
     assert drafted[2] == 2
     assert drafted[16] == 0
