@@ -91,6 +91,10 @@ class Context:
         on as the drafter ``ngram`` (:attr:`Decision.drafter`, :meth:`Policy.proceed`); 0 if it has none.
     memory : dict
         Scratch space of the policy for this sequence; new for every prompt.
+    rows : int
+        How many sequences share the target's forward, 1 alone.
+    unread : int
+        Tokens that the draft model has to read before its first draft, beyond the latest one; told in batches only.
     """
 
     level: str = "fp16"
@@ -113,6 +117,8 @@ class Context:
     lookup_confidence: float = 0.0
     lookup_alternative: float = 0.0
     memory: dict[Any, Any] = field(default_factory=dict)
+    rows: int = 1
+    unread: int = 0
 
 
 class Draft(NamedTuple):
@@ -262,6 +268,8 @@ class Policy(ABC):
     summary: ClassVar[str] = ""
     #: True if the policy changes with what it observes, estimates of times aside.
     learns: ClassVar[bool] = False
+    #: True for policies that decide a batch's rows together, see :mod:`policies.batches`.
+    joint: bool = False
 
     def __init__(self, *, seed: int = 0, worker: int = 0) -> None:
         self.rng = np.random.default_rng([seed, worker])

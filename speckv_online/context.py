@@ -87,6 +87,8 @@ class History:
         remaining: int = 1 << 62,
         lookup_confidence: float = 0.0,
         lookup_alternative: float = 0.0,
+        rows: int = 1,
+        unread: int = 0,
     ) -> Context:
         """Return a new context of the coming step; the arguments are as there."""
         mean_entropy, max_entropy, mean_confidence, min_confidence = self._signals
@@ -94,6 +96,7 @@ class History:
             self.level, self.task, self.step, self.position, self.context_length, max_gamma, remaining, self._drafted,
             self._accepted, self._idle, self._acceptance, mean_entropy, mean_confidence, max_entropy, min_confidence,
             self.drafters, self._tokens, lookup_confidence, lookup_alternative, self._memory,
+            rows, unread,
         )  # fmt: skip
 
     def update(self, outcome: Outcome) -> None:

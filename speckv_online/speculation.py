@@ -134,6 +134,7 @@ class Speculation:
 
     __slots__ = (
         "_asks",
+        "_drawn",
         "_policy",
         "_proposer",
         "_submits",
@@ -158,6 +159,7 @@ class Speculation:
         self.tokens: list[int] = []
         self.lookups: list[float] = []
         self._asks = self.asks = self._submits = False
+        self._drawn = 0
         self.choice = Choice(0, 0, 1.0, 0)
         self._proposer: Proposer = _NOBODY
 
@@ -171,16 +173,28 @@ class Speculation:
         proposer : Proposer or None
             Who proposes this step's tokens; None if nobody does.
         """
-        self.tokens = []
+        context = self.begin(max_gamma, remaining, proposer)
+        confidence = context.lookup_confidence  # of this moment: a policy may write to its context
+        return self.take(self._policy.decide(context), max_gamma, confidence)
+
+    def begin(
+        self, max_gamma: int, remaining: int, proposer: Proposer | None, rows: int = 1, unread: int = 0
+    ) -> Context:
+        """Begin a step: return its context. The arguments are as of :meth:`decide`, and as in the context."""
+        self.tokens, self.lookups, self.drafter = [], [], ""
+        self._proposer = _NOBODY if proposer is None else proposer
         if proposer is None:
-            decision = self._policy.decide(self.history.context(max_gamma, remaining))
-            self.lookups, self.drafter = [], ""
-        else:
-            self._proposer = proposer
-            confidence = proposer.lookup_confidence()
-            decision = self._policy.decide(
-                self.history.context(max_gamma, remaining, confidence, proposer.lookup_alternative())
-            )
+            return self.history.context(max_gamma, remaining, rows=rows)
+        confidence, other = proposer.lookup_confidence(), proposer.lookup_alternative()
+        return self.history.context(max_gamma, remaining, confidence, other, rows, unread)
+
+    def take(self, decision: Decision, max_gamma: int, confidence: float) -> int:
+        """Take the step's decision; return how many tokens to draft at most.
+
+        ``max_gamma`` and ``confidence``, that of the default drafter's lookup, are of before it was made.
+        """
+        proposer = self._proposer
+        if proposer is not _NOBODY:
             name = decision.drafter
             self.drafter = proposer.use(name)
             self.lookups = [proposer.lookup_confidence() if name else confidence]
@@ -192,22 +206,42 @@ class Speculation:
         self.gamma = gamma = gamma if gamma < max_gamma else max_gamma
         return gamma
 
+    def rest(self) -> None:
+        """Take a step that drafts nothing, of which the policy is neither asked nor told."""
+        self.tokens, self.lookups, self.drafter, self._proposer = [], [], "", _NOBODY
+        self.take(Decision(0, 0), 0, 0.0)
+
     def add(self, token: int) -> bool:
         """Take a drafted token in, whose signals are written; return whether to draft another."""
         tokens, lookups, proposer = self.tokens, self.lookups, self._proposer
         tokens.append(token)
         lookups.append(proposer.lookup_confidence())
-        k = len(tokens)
-        if k >= self.gamma:
+        if len(tokens) >= self.gamma:
             return False
-        if not self._asks:
-            return True
-        draft = Draft(k, self._shown(k), tokens[:], lookups[:], proposer.lookup_alternative())
-        answer = self._policy.proceed(self.decision, draft)
+        return self.answer(self._policy.proceed(self.decision, self.draft())) if self._asks else True
+
+    def note(self, token: int) -> bool:
+        """Take a drafted token in, as :meth:`add` does; return whether more may be drafted, if the policy agrees."""
+        self.tokens.append(token)
+        self.lookups.append(self._proposer.lookup_confidence())
+        return len(self.tokens) < self.gamma
+
+    @property
+    def awaits(self) -> bool:
+        """Whether the policy is to be asked before another token is drafted."""
+        return self._asks
+
+    def draft(self) -> Draft:
+        """Return what the policy is shown before another token."""
+        k = len(self.tokens)
+        return Draft(k, self._shown(k), self.tokens[:], self.lookups[:], self._proposer.lookup_alternative())
+
+    def answer(self, answer: bool | str) -> bool:
+        """Take the policy's answer; return whether to draft another token."""
         if isinstance(answer, str):
             # Lookups take next to nothing, and may be dropped: they are drafted to the end unasked.
-            self._asks = proposer.use(answer) != LOOKUP
-            lookups[-1] = proposer.lookup_confidence()
+            self._asks = self._proposer.use(answer) != LOOKUP
+            self.lookups[-1] = self._proposer.lookup_confidence()
             return True
         return answer
 
@@ -225,6 +259,16 @@ class Speculation:
     def submit(self, proposals: Sequence[object] | None = None) -> int:
         """End the draft: drop the tokens that the policy does not submit, and return how many are left.
 
+        ``proposals`` are those of :meth:`whole`.
+        """
+        draft = self.whole(proposals)
+        if draft is not None:
+            self.keep(self._policy.submit(self.decision, draft))
+        return len(self.tokens)
+
+    def whole(self, proposals: Sequence[object] | None = None) -> Draft | None:
+        """Return the draft that the policy is to judge before it is verified; None where it need not.
+
         Parameters
         ----------
         proposals : sequence, optional
@@ -232,14 +276,15 @@ class Speculation:
             deterministic, such as lookups, may be dropped: each follows from the tokens before it, so that whether it
             is dropped does so too. By default none may be.
         """
-        tokens = self.tokens
-        k = len(tokens)
-        drawn = 0 if self.may_drop else k if proposals is None else drawn_of(proposals[:k])
-        if k > drawn and self._submits:
-            wanted = self._policy.submit(self.decision, Draft(k, self._shown(k), tokens[:], self.lookups[:]))
-            k = wanted if wanted > drawn else drawn
-            del tokens[k:]
-        return k
+        k = len(self.tokens)
+        self._drawn = 0 if self.may_drop else k if proposals is None else drawn_of(proposals[:k])
+        if k > self._drawn and self._submits:
+            return Draft(k, self._shown(k), self.tokens[:], self.lookups[:])
+        return None
+
+    def keep(self, count: int) -> None:
+        """Drop all but the first tokens, as :meth:`whole` allows."""
+        del self.tokens[max(count, self._drawn) :]
 
     def commit(
         self,

@@ -1,20 +1,23 @@
-"""Tokens per second of batches, of the same prompts one after the other, and of transformers' own batches.
+"""Tokens per second of batches, policy by policy, and what they gain over plain batches of the same prompts.
 
-``one cache`` is :meth:`SpeculativeDecoder.decode_batch` (where it is one program, each sequence has a cache of its own;
-elsewhere one serves all), ``caches`` decodes the same prompts one after the other, ``transformers`` is plain
-``generate`` of the same target, its layers packed as for us, with padding on the left (no draft). They take turns,
-batch by batch, in an order that rotates. The prompts' reading is part of the time of all. Greedy, without an end of
-sequence, so that every row gives the same number of tokens.
+For every level and size, each policy decodes the same batches (:meth:`SpeculativeDecoder.decode_batch`), in turns and
+in an order that rotates. The prompts' reading is part of the time of all. Each policy begins anew at every size, so
+that what it takes to learn counts too. Greedy, without an end of sequence: all rows give the same number of tokens, and
+the same tokens whatever the policy, which is checked (but at int8, see docs/decoding.md). The ratio to the first policy
+has an interval over batches.
+
+``--alone`` also decodes the same prompts one after the other (``caches``), and by plain ``generate`` of the same
+target, its layers packed as for us, with padding on the left and no draft (``transformers``). ``--clock cpu`` takes the
+process's CPU time, for machines that others use too.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -30,10 +33,12 @@ from speckv_online.modeling.engine import HELP as ENGINE
 from speckv_online.modeling.engine import choose_engine
 from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair
 from speckv_online.models.quiet import quiet_libraries
+from speckv_online.stats import paired_ratio
 
-#: Ways of keeping the rows of a batch apart.
-WAYS = ("one_cache", "caches")
-PLAIN = ("", "transformers")
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
+#: What ``--quick`` sets. Fewest batches of a size: prompts are taken again, in other company, until there are so many.
+QUICK = {"prompts": 16, "max_new_tokens": 32}
+LEAST = 3
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,17 @@ class BatchConfig:
     pair: str = option("smollm2", "named model pair, see `speckv models`")
     target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer")
-    level: str = option("fp16", "compression level of the target")
-    policies: tuple[str, ...] = option(("fixed:2", "online"), "policies to decode with")
-    sizes: tuple[str, ...] = option(("1", "4", "16"), "sizes of the batch")
-    prompts: int = option(16, "how many of the bundled held-out prompts")
-    max_new_tokens: int = option(32, "tokens to decode per prompt")
+    levels: tuple[str, ...] = option(("fp16", "nf4"), "compression levels of the target")
+    policies: tuple[str, ...] = option(
+        ("autoregressive", "fixed:1", "fixed:2", "fixed:4", "online"),
+        "policies to decode with; ratios are to the first",
+    )
+    sizes: tuple[str, ...] = option(("2", "4", "8", "16"), "sizes of the batch")
+    prompts: int = option(32, "how many of the bundled held-out prompts")
+    max_new_tokens: int = option(48, "tokens to decode per prompt")
+    alone: bool = option(False, "also decode one prompt after the other, and by transformers' own batches")
+    clock: str = option("wall", "wall or cpu: the clock that is read")
+    quick: bool = option(False, "16 prompts, 32 tokens each")
     threads: int = option(0, "CPU threads (0: as torch chooses)")
     device: str = option("auto", "auto, cpu or cuda")
     engine: str | None = option(None, ENGINE)
@@ -55,6 +66,12 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "engine", choose_engine(self.engine))
+        for name, value in QUICK.items() if self.quick else ():
+            object.__setattr__(self, name, value)
+        if self.clock not in CLOCKS:
+            raise UserError(f"--clock must be wall or cpu, got {self.clock}")
+        if not self.levels:
+            raise UserError("--levels must name at least one level")
         if not self.sizes or not all(n.isdecimal() and 1 <= int(n) <= MAX_BATCH for n in self.sizes):
             raise UserError(f"--sizes must be from 1 to {MAX_BATCH}, got {','.join(self.sizes)}")
         if min(self.prompts, self.max_new_tokens) < 1 or not 0 <= self.threads <= 1024 or not self.policies:
@@ -62,79 +79,99 @@ class BatchConfig:
                             "and --policies must name at least one")  # fmt: skip
 
 
-def transformers_batch(pair: LoadedPair, prompts: list[list[int]], new: int) -> float:
-    """Return the seconds of plain ``generate`` over a batch, padded on the left."""
+def transformers_batch(pair: LoadedPair, prompts: list[list[int]], new: int) -> None:
+    """Decode a batch by plain ``generate``, padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=pair.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=pair.device)
     target: Any = pair.target  # modules are typed as holding tensors and modules only
-    started = perf_counter()
     target.generate(
         ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0
     ).tolist()
-    return perf_counter() - started
 
 
 def measure(config: BatchConfig) -> list[dict[str, Any]]:
-    """Return a row for every size and policy: tokens per second of each way."""
-    pair = load_pair(
-        config.pair,
-        level=config.level,
-        device=config.device,
-        target=config.target,
-        draft=config.draft,
-        engine=config.engine,
-    )
-    prompts = [chat_prompt(pair.tokenizer, p.text) for p in choose(bundled(), config.prompts)]
-    new, rows = config.max_new_tokens, list[dict[str, Any]]()
-    transformers_batch(pair, prompts[:1], 2)  # warm-up is no data
-    SpeculativeDecoder(pair.drafter, policy="fixed:2", target=pair.target).decode_batch(prompts[:2], 4, eos_ids=())
-    for turn, size in enumerate(map(int, config.sizes)):
-        decoders = {
-            spec: [
-                SpeculativeDecoder(pair.drafter, policy=make_policy(spec), target=pair.target, level=config.level)
-                for _ in WAYS
-            ]
-            for spec in config.policies
-        }
-        seconds: dict[tuple[str, str], float] = defaultdict(float)
-        order = [(spec, way) for spec in config.policies for way in WAYS] + [PLAIN]
-        for number, start in enumerate(range(0, len(prompts), size)):
-            part = prompts[start : start + size]
-            first = (number + turn) % len(order)
-            for spec, way in order[first:] + order[:first]:
-                if (spec, way) == PLAIN:
-                    seconds[PLAIN] += transformers_batch(pair, part, new)
-                    continue
-                started = perf_counter()
-                together, apart = decoders[spec]
-                if way == WAYS[0]:
-                    together.decode_batch(part, new, eos_ids=())
-                else:
-                    for prompt in part:
-                        apart.generate(prompt, new, eos_ids=())
-                seconds[spec, way] += perf_counter() - started
-        tokens = len(prompts) * new
-        for spec in config.policies:
-            rates = {way: tokens / seconds[spec, way] for way in WAYS}
-            rows.append(
-                {"size": size, "policy": spec, "transformers": tokens / seconds[PLAIN], "tokens": tokens} | rates
-            )
-        print(f"batches of {size} done", file=sys.stderr, flush=True)
+    """Return a row for every level, size and policy."""
+    rows = list[dict[str, Any]]()
+    for level in config.levels:
+        pair = load_pair(
+            config.pair,
+            level=level,
+            device=config.device,
+            target=config.target,
+            draft=config.draft,
+            engine=config.engine,
+        )
+        prompts = [chat_prompt(pair.tokenizer, p.text) for p in choose(bundled(), config.prompts)]
+        # Warm-up is no data.
+        SpeculativeDecoder(pair.drafter, policy="fixed:2", target=pair.target).decode_batch(prompts[:2], 4, eos_ids=())
+        if config.alone:
+            transformers_batch(pair, prompts[:1], 2)
+        for turn, size in enumerate(map(int, config.sizes)):
+            rows += measure_size(config, pair, level, prompts, size, turn)
+            print(f"{level}: batches of {size} done", file=sys.stderr, flush=True)
+        del pair
+    return rows
+
+
+def measure_size(
+    config: BatchConfig, pair: LoadedPair, level: str, prompts: list[list[int]], size: int, turn: int
+) -> list[dict[str, Any]]:
+    """Return a row for every policy at one level and size."""
+    new, clock = config.max_new_tokens, CLOCKS[config.clock]
+    ways = ("one_cache", "caches") if config.alone else ("one_cache",)
+    decoders = {
+        (spec, way): SpeculativeDecoder(pair.drafter, policy=make_policy(spec), target=pair.target, level=level)
+        for spec in config.policies
+        for way in ways
+    }
+    order = [*decoders, ("", "transformers")] if config.alone else list(decoders)
+    seconds = {key: list[float]() for key in order}
+    parts = list[list[list[int]]]()
+    while len(parts) < LEAST:
+        shift = len(parts) * size // 2
+        again = prompts[shift % len(prompts) :] + prompts[: shift % len(prompts)]
+        parts += [again[start : start + size] for start in range(0, len(prompts), size)]
+    differing = dict.fromkeys(config.policies, 0)
+    for number, part in enumerate(parts):
+        first, said = (number + turn) % len(order), dict[str, list[list[int]]]()
+        for spec, way in order[first:] + order[:first]:
+            started = clock()
+            if not spec:
+                transformers_batch(pair, part, new)
+            elif way == "one_cache":
+                said[spec] = [out.tokens for out in decoders[spec, way].decode_batch(part, new, eos_ids=())]
+            else:
+                for prompt in part:
+                    decoders[spec, way].generate(prompt, new, eos_ids=())
+            seconds[spec, way].append(clock() - started)
+        for spec, found in said.items():
+            differing[spec] += sum(a != b for a, b in zip(found, said[config.policies[0]], strict=True))
+    tokens = [float(len(part) * new) for part in parts]
+    rows = list[dict[str, Any]]()
+    for spec in config.policies:
+        own, base = seconds[spec, "one_cache"], seconds[config.policies[0], "one_cache"]
+        ratio = paired_ratio(tokens, own, tokens, base)
+        row: dict[str, Any] = {"level": level, "size": size, "policy": spec, "tokens": int(sum(tokens))}
+        row |= {way: sum(tokens) / sum(seconds[spec, way]) for way in ways}
+        if config.alone:
+            row["transformers"] = sum(tokens) / sum(seconds["", "transformers"])
+        row |= {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
+        rows.append(row | {"differing": differing[spec], "kind": "measured", "clock": config.clock})
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     """Format the measurements as a table."""
-    lines = [
-        "tokens per second, measured, prompts included",
-        f"{'size':>4} {'policy':<16} {'one cache':>10} {'caches':>10} {'ratio':>6} {'transformers':>13}",
-    ]
+    alone = "caches" in rows[0]
+    head = f"{'level':<6} {'size':>4} {'policy':<18} {'tokens/s':>9} {'ratio':>6} {'interval':>14} {'differing':>9}"
+    more = f" {'one by one':>10} {'transformers':>13}" if alone else ""
+    lines = [f"tokens per second, measured ({rows[0]['clock']} clock), prompts included", head + more]
     for r in rows:
-        lines.append(
-            f"{r['size']:>4} {r['policy']:<16} {r['one_cache']:>10.2f} {r['caches']:>10.2f} "
-            f"{r['one_cache'] / r['caches']:>6.2f} {r['transformers']:>13.2f}"
-        )
+        interval = f"[{r['low']:.2f}, {r['high']:.2f}]"
+        line = f"{r['level']:<6} {r['size']:>4} {r['policy']:<18} {r['one_cache']:>9.2f} {r['ratio']:>6.3f} "
+        line += f"{interval:>14} {r['differing']:>9}"
+        lines.append(line + (f" {r['caches']:>10.2f} {r['transformers']:>13.2f}" if alone else ""))
     return "\n".join(lines)
 
 

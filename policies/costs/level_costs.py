@@ -94,6 +94,11 @@ class LevelCosts:
         self._moments = np.column_stack([p * p, p * q, q * q, p, q, np.ones(WIDTHS)])
         self._refit()
 
+    @property
+    def vague(self) -> bool:
+        """Whether nothing was told of the level."""
+        return self._vague
+
     def observe(self, outcome: Outcome) -> None:
         """Take in one step's times."""
         verify, draft, total = outcome.verify_seconds, outcome.draft_seconds, outcome.seconds

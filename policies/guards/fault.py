@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite
 from time import perf_counter
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, PolicyError, State
+from policies.batches import Forward
 from policies.costs.prior import CostPrior
+from policies.guards.joint import FaultRows, PassesRows
 
 log = logging.getLogger(__name__)
 #: What a policy's call may end with. An interrupt is the user's.
@@ -86,7 +88,7 @@ class Wrapper(Policy):
         return self.policy.info()
 
 
-class FaultGuard(Wrapper):
+class FaultGuard(PassesRows, Wrapper):
     """Falls back to a fixed gamma where the policy raises, stalls, or answers with something impossible.
 
     Faults are counted by kind, and the first one is reported through :mod:`logging`. A gamma from 0 to 16 that is more
@@ -120,6 +122,8 @@ class FaultGuard(Wrapper):
         self._sit_out, self._penalty = 0, 1
         self._slow = 0  # id of the latest decision that stalled
         self._drafters: tuple[str, ...] = ()
+        self.joint = policy.joint
+        self.rows = FaultRows(policy, self._checked, self._fallback, self._fault, FAULTS)
 
     def decide(self, context: Context) -> Decision:
         # Values of before the call: a policy may write to its context.
@@ -130,23 +134,41 @@ class FaultGuard(Wrapper):
         started = perf_counter()
         try:
             decision = self.policy.decide(context)
-            gamma = decision.gamma
-            fine = type(gamma) is int and 0 <= gamma <= most and 0.0 < decision.propensity <= 1.0
-            if type(decision.id) is not int or type(decision.policy_version) is not int:
-                raise TypeError(f"id {decision.id!r} or version {decision.policy_version!r} is no whole number")
-            if decision.drafter and decision.drafter not in self._drafters:
-                self._fault("unknown drafter", f"asked for the drafter {decision.drafter!r}, not of {self._drafters}")
-                decision = replace(decision, drafter="")
-            if not fine:
-                repaired = self._repaired(decision, most)
-                decision, fine = repaired or decision, repaired is not None
+            checked = self._checked(decision, most)
         except FAULTS as error:
             self._fault("decide raised", error)
             return self._fallback(most)
         if perf_counter() - started > self.stall_seconds:
             self._slow = decision.id
             self._stall(f"deciding took longer than {self.stall_seconds} s")
-        return decision if fine else self._fallback(most)
+        return self._fallback(most) if checked is None else checked
+
+    def rests(self, level: str, rows: int) -> bool:
+        # While the policy sits out, nobody asks it anything.
+        return False if self._sit_out else super().rests(level, rows)
+
+    def decide_rows(self, contexts: Sequence[Context], pads: bool, may_drop: bool) -> list[Decision]:
+        if self._sit_out:
+            self._sit_out -= 1
+            return [self._fallback(context.max_gamma) for context in contexts]
+        self._drafters = contexts[0].drafters
+        return super().decide_rows(contexts, pads, may_drop)
+
+    def learn_rows(self, decisions: Sequence[Decision], outcomes: Sequence[Outcome], forward: Forward) -> None:
+        if forward.policy_seconds > self.stall_seconds:
+            self._stall(f"a step's calls took longer than {self.stall_seconds} s")
+        super().learn_rows(decisions, outcomes, forward)
+
+    def _checked(self, decision: Decision, most: int) -> Decision | None:
+        """Return a decision, repaired where it can be, else None."""
+        gamma = decision.gamma
+        fine = type(gamma) is int and 0 <= gamma <= most and 0.0 < decision.propensity <= 1.0
+        if type(decision.id) is not int or type(decision.policy_version) is not int:
+            raise TypeError(f"id {decision.id!r} or version {decision.policy_version!r} is no whole number")
+        if decision.drafter and decision.drafter not in self._drafters:
+            self._fault("unknown drafter", f"asked for the drafter {decision.drafter!r}, not of {self._drafters}")
+            decision = replace(decision, drafter="")
+        return decision if fine else self._repaired(decision, most)
 
     def _repaired(self, decision: Decision, most: int) -> Decision | None:
         """Return the decision with a usable gamma clipped; count a fault and return None for any other."""

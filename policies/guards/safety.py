@@ -22,6 +22,8 @@ As probes are few, the estimate may be off by a tenth; steps that are taken over
 
 The guard also settles when the policy sleeps (:mod:`policies.guards.sleep`). Steps asleep are plain decoding where that
 is the better baseline, and count for nothing here: neither do they fill the budget up, nor bring the next probe nearer.
+
+Batches of a policy that decides their rows together are compared with plain ones: :mod:`policies.guards.batch_guard`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel
 from policies.costs.level_costs import LevelCosts
 from policies.estimators.bayesian_linear import check_array
+from policies.guards.batch_guard import KEY as BATCH
+from policies.guards.batch_guard import BatchGuard
 from policies.guards.fault import Wrapper, whole
+from policies.guards.joint import PassesRows
 from policies.guards.ledger import CLOSE, FAR, OWN, PROBE, SHARE, Ledger
 from policies.guards.sleep import NUMBERS, STRETCH
 
@@ -55,7 +60,7 @@ class Asleep:
     __slots__ = ()
 
 
-class SafetyGuard(Wrapper):
+class SafetyGuard(PassesRows, Wrapper):
     """Modelled goodput at least (1 - epsilon) of the better of autoregressive and ``fixed:gamma``, past a burn-in.
 
     Gamma 0 and the fixed gamma are both re-probed for ever, at a falling rate: the j-th probe of either comes at step
@@ -95,6 +100,8 @@ class SafetyGuard(Wrapper):
         self._taken: dict[int, int] = {}
         # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
         self._switched: dict[int, int] = {}
+        self.joint = policy.joint
+        self.rows = BatchGuard(policy, epsilon, burn_in, sleeps)
 
     def ledger(self, level: str) -> Ledger:
         """Return a level's ledger, made on first use."""
@@ -244,23 +251,25 @@ class SafetyGuard(Wrapper):
         ledger.spacing = [int(PROBE * times * times) for times in behind]
 
     def state_dict(self) -> State:
-        found = self.policy.state_dict()
+        found: State = self.policy.state_dict()
         for level, x in self._ledgers.items():
             found[f"safety.{level}"] = np.array(x.row())
             found[f"safety_sleep.{level}"] = np.array(x.sleep.row())
         if not self._shared:
             found |= self.model.state()
+        found |= self.rows.state()
         return found
 
     def load_state_dict(self, state: State) -> None:
         if any(key.startswith("safety_nap.") for key in state):
             log.warning("a state of version 0.1: its sleep schedules are read under their former name")
             state = {key.replace("safety_nap.", "safety_sleep."): value for key, value in state.items()}
-        own = {k for k in state if k.startswith(("safety.", "safety_sleep."))}
+        own = {k for k in state if k.startswith(("safety.", "safety_sleep.", BATCH))}
         if not self._shared:
             own |= {k for k in state if k.startswith("cost.")}
             self.model.load(state)
         self.policy.load_state_dict({k: v for k, v in state.items() if k not in own})
+        self.rows.load(state)
         # A level without a ledger in the state (merged statistics have none) keeps the one it has.
         for key in (k for k in own if k.startswith("safety.")):
             row = np.asarray(state[key], dtype=float)
@@ -287,7 +296,8 @@ class SafetyGuard(Wrapper):
     def info(self) -> dict[str, Any]:
         held = {f"{level}.held_back": ledger.interventions for level, ledger in self._ledgers.items()}
         slept = {f"{level}.slept": ledger.sleep.slept for level, ledger in self._ledgers.items() if ledger.sleep.slept}
-        return self.policy.info() | held | slept
+        found: dict[str, Any] = self.policy.info() | held | slept | self.rows.info()
+        return found
 
 
 def _before(outcome: Outcome, drafted: int) -> Outcome:

@@ -29,6 +29,11 @@ NUMBERS = 9
 class SleepSchedule:
     """One level's account of being awake, and when to sleep.
 
+    Parameters
+    ----------
+    spread : float
+        How much a stretch's gain per token is taken to vary until there is data.
+
     Attributes
     ----------
     tokens, seconds : float
@@ -38,7 +43,8 @@ class SleepSchedule:
         Stretches slept through, in all and since the policy was awake last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spread: float = SPREAD) -> None:
+        self.spread = spread
         self.tokens = self.seconds = 0.0
         self.slept = self.latest = 0
         self._policy, self._steps = 0.0, 0
@@ -89,7 +95,7 @@ class SleepSchedule:
         if tokens * tokens < LEAST * squares or not tokens:
             return float("inf")
         count, mean = tokens * tokens / squares, gain / tokens
-        variance = (PRIOR * SPREAD**2 + count * max(spread / tokens - mean * mean, 0.0)) / (PRIOR + count)
+        variance = (PRIOR * self.spread**2 + count * max(spread / tokens - mean * mean, 0.0)) / (PRIOR + count)
         return mean + sqrt(2.0 * variance * log(1.0 + everything) / count)
 
     def row(self) -> list[float]:

@@ -20,6 +20,8 @@ underrates it, the more so the less certain p is, as the tokens' own signals wil
 
 Where a budget ends within a step's reach, tokens beyond it are worth nothing, and the last one is worth a plain step:
 left over, it would take one of its own.
+
+The rows of a batch are decided together: :mod:`policies.learned.batch_rule`.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ import numpy as np
 from policies.acceptance.model import WAITING, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
-from policies.costs.cost_aware import CostAware
 from policies.estimators.bayesian_linear import check_array
+from policies.learned.online_rows import OnlineRows
 
 STATE_FORMAT = 4
 #: Tokens that are less likely than that to be accepted need not be looked at.
@@ -128,7 +130,7 @@ class Rule(NamedTuple):
         return best
 
 
-class Online(CostAware):
+class Online(OnlineRows):
     """Token-level stopping by predicted acceptance and measured seconds.
 
     Parameters
@@ -182,6 +184,7 @@ class Online(CostAware):
         self.every, self.cap, self.lookups = refresh, cap, lookups
         self.acceptance_model = AcceptanceModel(acceptance, strength, discount, weights)
         self._rules: dict[str, Rule] = {}
+        self.start_batches()
 
     def _rule(self, level: str) -> Rule:
         """Return the level's rule under its latest costs."""
@@ -251,7 +254,9 @@ class Online(CostAware):
             self.teach(decision, outcome)
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
-        step: Step = decision.features
+        self.teach_step(decision.features, outcome)
+
+    def teach_step(self, step: Step, outcome: Outcome) -> None:
         # Where the guard drafted on, or a sampler did without asking, some tokens were not described yet.
         if outcome.forwards > step.forwards:
             step.extend(outcome.labelled, outcome)
@@ -271,20 +276,24 @@ class Online(CostAware):
         self.version += 1
 
     def state_dict(self) -> State:
-        return {"online.format": np.array(STATE_FORMAT)} | self.acceptance_model.state() | super().state_dict()
+        own = self.acceptance_model.state() | self.batch_costs.state()
+        return {"online.format": np.array(STATE_FORMAT)} | own | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
         if int(check_array(state, "online.format", ())) != STATE_FORMAT:
             raise PolicyError(f"not a state of format {STATE_FORMAT} of policy online: another version saved it")
         self.acceptance_model.load(state)
+        self.batch_costs.load(state)
+        self._prices.clear()
         super().load_state_dict(state)
         self._rules.clear()
         self.version += 1
 
     def take_delta(self) -> State:
-        return self.acceptance_model.take_delta() | super().take_delta()
+        return self.acceptance_model.take_delta() | self.batch_costs.take_delta() | super().take_delta()
 
     def merge(self, delta: State) -> None:
         self.acceptance_model.merge(delta)
+        self.batch_costs.merge(delta)
         super().merge(delta)
         self.version += 1

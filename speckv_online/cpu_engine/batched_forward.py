@@ -7,6 +7,8 @@ forward of its sequence alone.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from speckv_online.cpu_engine.llama_program import LlamaProgram
 from speckv_online.cpu_engine.target_forward import MOST_PIECES, MOST_ROWS
 from speckv_online.modeling.batched_model import BatchModel
+from speckv_online.modeling.choices import likeliest
 from speckv_online.modeling.kv_cache import KVCache
 
 
@@ -26,6 +29,8 @@ class CompiledBatch:
     rows, capacity, last_id
         As :class:`~speckv_online.modeling.batched_model.BatchModel` has them, and so the attribute ``cached``.
     """
+
+    pads = False
 
     def __init__(self, program: LlamaProgram, rows: int, capacity: int, last_id: int | None = None) -> None:
         self.program, self.last_id = program, last_id
@@ -45,6 +50,19 @@ class CompiledBatch:
 
     def feed(self, tokens: list[list[int]], last: bool = False) -> torch.Tensor:
         """Do what :meth:`speckv_online.modeling.batched_model.BatchModel.feed` does."""
+        logits, lengths = self._read(tokens, last)
+        if len(set(lengths)) == 1:
+            return logits.view(len(tokens), -1, logits.shape[-1])
+        return pad_sequence(list(logits.split(lengths)), batch_first=True)
+
+    def choices(self, tokens: list[list[int]]) -> list[list[int]]:
+        """Do what :meth:`speckv_online.modeling.batched_model.BatchModel.choices` does; nothing is copied."""
+        logits, lengths = self._read(tokens, False)
+        found, ends = likeliest(logits), [0, *accumulate(lengths)]
+        return [found[start:end] for start, end in pairwise(ends)]
+
+    def _read(self, tokens: list[list[int]], last: bool) -> tuple[torch.Tensor, list[int]]:
+        """Return the logits of all rows below each other, and of how many tokens each row's are."""
         for cache, length in zip(self._caches, self.cached, strict=True):
             cache.truncate(length)
         if self.last_id is not None:
@@ -52,9 +70,7 @@ class CompiledBatch:
         lengths = [min(len(row), 1) if last else len(row) for row in tokens]
         logits = self.program.read_all(tokens, self._caches, max(lengths))
         self.cached = [len(cache) for cache in self._caches]
-        if len(set(lengths)) == 1:
-            return logits.view(len(tokens), -1, logits.shape[-1])
-        return pad_sequence(list(logits.split(lengths)), batch_first=True)
+        return logits, lengths
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""

@@ -12,14 +12,16 @@ from typing import Protocol
 
 import torch
 
+from policies.batches import MOST_ROWS, Forward
 from policies.costs.level_costs import CAUGHT
 from speckv_online.decoding.generation import Generation
 from speckv_online.decoding.inputs import token_ids, whole_number
 from speckv_online.decoding.loop import DecodingLoop
 from speckv_online.decoding.row import Row
-from speckv_online.decoding.sequence import TokenSequence, likeliest, matching
+from speckv_online.decoding.rows_policy import RowsPolicy
+from speckv_online.decoding.sequence import TokenSequence, matching
 from speckv_online.drafters.base import NO_PROPOSAL
-from speckv_online.drafters.batched import ModelRows, RowDrafter, RowProposer, row_drafter
+from speckv_online.drafters.batched import ModelRows, RowDrafter, row_drafter
 from speckv_online.errors import UserError
 from speckv_online.modeling.forward_backend import BatchReader, backend_of
 from speckv_online.modeling.kv_cache import KVCache
@@ -40,7 +42,7 @@ class Together(Protocol):
 
 
 #: Most prompts at once.
-MAX_BATCH = 16
+MAX_BATCH = MOST_ROWS
 
 
 def level_name(level: str, rows: int) -> str:
@@ -67,8 +69,9 @@ def decode_batch(
 ) -> list[Generation]:
     """Continue up to 16 prompts at once, each by at most ``max_new_tokens`` tokens.
 
-    The policy decides, and learns, for each row by itself. Shared time is split: that of a forward evenly among the
-    rows that took part, so that tokens over seconds, summed over rows, are those of the whole batch.
+    A policy decides for all rows together (:class:`~policies.batches.JointPolicy`), or for each row by itself. Shared
+    time is split: that of the target's forward by the tokens that it read of each row, so that tokens over seconds,
+    summed over rows, are those of the whole batch.
 
     Parameters
     ----------
@@ -164,10 +167,11 @@ def _run(
     for row in rows:
         row.out.prefill_seconds = prefill
 
+    asks = RowsPolicy(decoder.policy)
     while rows:
         for row in rows:
             row.history.level = level_name(decoder.level, len(rows))
-        produced = _step(decoder, target, drafter, rows, together)
+        produced = _step(decoder, asks, target, drafter, rows, together)
         for row, tokens in zip(rows, produced, strict=True):
             if on_tokens is not None:
                 on_tokens(row.number, tokens)
@@ -186,81 +190,96 @@ def _run(
 
 def _step(
     decoder: DecodingLoop,
+    asks: RowsPolicy,
     target: BatchReader,
     drafter: RowDrafter | None,
     rows: list[Row],
     together: Together | None,
 ) -> list[list[int]]:
     """Draft, verify and commit once for every row; return the rows' new tokens."""
-    started = perf_counter()
-    lags = [1 if drafter is None else drafter.lag(i) for i in range(len(rows))]
-    draft_seconds = _draft(decoder, drafter, rows)
+    started, count = perf_counter(), len(rows)
+    lags = [1 if drafter is None else drafter.lag(i) for i in range(count)]
+    draft_seconds, rounds = _draft(decoder, asks, drafter, rows, target.pads)
     t = perf_counter()
     found = _verify(target, drafter, rows, together)
-    verify_seconds = (perf_counter() - t) / len(rows)
+    verify_seconds = perf_counter() - t
+    widths = [1 + len(row.step.tokens) for row in rows]
+    tokens_read = count * max(widths) if target.pads else sum(widths)
 
-    produced, outcomes = [], []
+    produced, outcomes, own = [], [], []
     for i, (row, (n, tokens)) in enumerate(zip(rows, found, strict=True)):
         step = row.step
         target.cached[i] = row.history.context_length + len(tokens) - 1
         if drafter is not None:
             drafter.end(i, min(n, len(tokens) - 1), tokens)
+        # A row pays for what the forward read of it.
+        share = verify_seconds * (1.0 / count if target.pads else widths[i] / tokens_read)
         outcome = row.commit(
             tokens, n, forwards=step.lookups[:-1].count(0.0), lag=lags[i],
             exhausted=is_exhausted(step.drafter, len(step.tokens), step.lookups), draft_seconds=draft_seconds[i],
-            verify_seconds=verify_seconds,
+            verify_seconds=share,
         )  # fmt: skip
         outcomes.append(outcome)
         produced.append(tokens)
+        own.append(row.policy.deciding + draft_seconds[i] + share)
     # Forwards in which a row had much to read take the others long too, which says nothing of what theirs take.
     reading = isinstance(drafter, ModelRows) and max(outcome.caught_up for outcome in outcomes) >= CAUGHT
-    own = [row.policy.deciding + spent + verify_seconds for row, spent in zip(rows, draft_seconds, strict=True)]
-    rest = max(perf_counter() - started - sum(own), 0.0) / len(rows)
-    for row, outcome, seconds in zip(rows, outcomes, own, strict=True):
-        # A step whose draft read the prompt first says nothing of what a step takes.
-        first = row.history.step == 1 and outcome.caught_up > 1
-        row.learn(outcome, seconds + rest, typical=not (first or (reading and outcome.caught_up < CAUGHT)))
+    rest = max(perf_counter() - started - sum(own), 0.0) / count
+    # A step whose draft read the prompt first says nothing of what a step takes.
+    typical = [
+        not ((row.history.step == 1 and o.caught_up > 1) or (reading and o.caught_up < CAUGHT))
+        for row, o in zip(rows, outcomes, strict=True)
+    ]
+    forward = Forward(
+        rows[0].history.level, count, tokens_read, rounds, sum(o.forwards for o in outcomes),
+        sum(o.caught_up for o in outcomes), sum(own) + rest * count, sum(draft_seconds), verify_seconds,
+    )  # fmt: skip
+    asks.learn(rows, outcomes, [seconds + rest for seconds in own], typical, forward)
     return produced
 
 
-def _draft(decoder: DecodingLoop, drafter: RowDrafter | None, rows: list[Row]) -> list[float]:
-    """Decide and draft for every row, one token for each row that still wants one at a time; return their seconds."""
-    wanted, seconds = [], [0.0] * len(rows)
-    for i, row in enumerate(rows):
-        limit = decoder.limit(row.remaining, row.history.context_length)
-        proposer = None if drafter is None else RowProposer(drafter, i)
-        if row.step.decide(limit, row.remaining, proposer):
-            wanted.append(i)
+def _draft(
+    decoder: DecodingLoop, asks: RowsPolicy, drafter: RowDrafter | None, rows: list[Row], pads: bool
+) -> tuple[list[float], int]:
+    """Decide and draft for every row, one token for each row that still wants one at a time.
+
+    Returns their seconds, and how many times a forward drafted.
+    """
+    seconds, rounds = [0.0] * len(rows), 0
+    limits = [decoder.limit(row.remaining, row.history.context_length) for row in rows]
+    wanted = asks.decide(rows, drafter, limits, pads)
     while wanted and drafter is not None:
-        found = drafter.draft(wanted, [rows[i].step.signals[len(rows[i].step.tokens)] for i in wanted])
-        going = []
-        for i, (token, spent) in zip(wanted, found, strict=True):
+        steps = [rows[i].step for i in wanted]
+        rounds += any(step.lookups[-1] == 0.0 for step in steps)
+        found = drafter.draft(wanted, [step.signals[len(step.tokens)] for step in steps])
+        for i, (_, spent) in zip(wanted, found, strict=True):
             seconds[i] += spent
-            if token != NO_PROPOSAL and rows[i].step.add(token):
-                going.append(i)
-        wanted = going
-    for i, row in enumerate(rows):
-        row.step.submit(None if drafter is None else drafter.proposals(i))
-    return seconds
+        there = [(i, token) for i, (token, _) in zip(wanted, found, strict=True) if token != NO_PROPOSAL]
+        going = asks.add([rows[i] for i, _ in there], [token for _, token in there])
+        wanted = [i for (i, _), goes in zip(there, going, strict=True) if goes]
+    asks.submit(rows, drafter)
+    return seconds, rounds
 
 
 def _verify(
     target: BatchReader, drafter: RowDrafter | None, rows: list[Row], together: Together | None
 ) -> list[tuple[int, list[int]]]:
     """Read all drafts with the target: return for each row how many it agrees with, and the row's new tokens."""
-    logits = target.feed([[row.sequence.tokens[-1], *row.step.tokens] for row in rows])
+    ids = [[row.sequence.tokens[-1], *row.step.tokens] for row in rows]
+    if together is None and not any(row.sampled for row in rows):
+        found = []
+        for row, choices in zip(rows, target.choices(ids), strict=True):
+            n, following = matching(row.step.tokens, choices)
+            found.append((n, row.sequence.append([*row.step.tokens[:n], following])))
+        return found
+    logits = target.feed(ids)
     if together is not None:
         return together.settle(
             rows, logits, [[] if drafter is None else drafter.proposals(i) for i in range(len(rows))]
         )
-    choices = [] if all(row.sampled for row in rows) else likeliest(logits)
     found = []
     for i, row in enumerate(rows):
         drafts = row.step.tokens
-        if not row.sampled:
-            n, following = matching(drafts, choices[i])
-            found.append((n, row.sequence.append([*drafts[:n], following])))
-        else:
-            proposals = drafter.proposals(i)[: len(drafts)] if drafter is not None else []
-            found.append(row.sequence.settle(logits[i, : len(drafts) + 1], drafts, proposals))
+        proposals = drafter.proposals(i)[: len(drafts)] if row.sampled and drafter is not None else []
+        found.append(row.sequence.settle(logits[i, : len(drafts) + 1], drafts, proposals))
     return found

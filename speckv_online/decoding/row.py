@@ -112,17 +112,27 @@ class Row:
         draft_typical : bool
             Whether the draft's are.
         """
-        decision, deciding, before = self.step.decision, self.policy.deciding, self.policy.learning
+        decision, told = self.step.decision, self.told(outcome, seconds, typical, draft_typical)
+        self.policy.learn(decision, told)
+        self.recorded(self.policy.learning)
+
+    def told(self, outcome: Outcome, seconds: float, typical: bool, draft_typical: bool = True) -> Outcome:
+        """Record the step; return what the policy is told of it. The arguments are as of :meth:`learn`."""
+        deciding, before = self.policy.deciding, self.policy.learning
         outcome.seconds, outcome.policy_seconds = seconds + before, deciding + before
         record = record_of(self, outcome)
-        told = outcome
-        if not typical:
-            drafting = outcome.draft_seconds if draft_typical else 0.0
-            told = replace(outcome, seconds=0.0, verify_seconds=0.0, draft_seconds=drafting)
-        self.policy.learn(decision, told)
-        record.decide_seconds, record.learn_seconds = deciding, self.policy.learning
-        record.seconds = seconds + self.policy.learning
+        record.decide_seconds, record.seconds = deciding, seconds
         self.out.steps.append(record)
+        if typical:
+            return outcome
+        drafting = outcome.draft_seconds if draft_typical else 0.0
+        return replace(outcome, seconds=0.0, verify_seconds=0.0, draft_seconds=drafting)
+
+    def recorded(self, learning: float) -> None:
+        """Note in the step's record what the policy took to learn from it."""
+        record, self.policy.learning = self.out.steps[-1], learning
+        record.learn_seconds = learning
+        record.seconds += learning
 
 
 def record_of(row: Row, outcome: Outcome) -> StepRecord:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from speckv_online.errors import UserError
+from speckv_online.modeling.choices import likeliest
 from speckv_online.modeling.grouped_attention import GROUPED
 from speckv_online.modeling.introspection import forward_arguments, longest_of, text_config
 from speckv_online.modeling.kv_cache import KVCache
@@ -116,6 +117,8 @@ class BatchModel:
         If the model's attention takes no mask.
     """
 
+    pads = True
+
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int, last_id: int | None = None) -> None:
         config = text_config(model)
         attention = config._attn_implementation
@@ -170,6 +173,11 @@ class BatchModel:
             return logits
         which = torch.tensor([places.index(e) for e in ends], device=self.device)
         return logits[torch.arange(len(ends), device=self.device), which][:, None]
+
+    def choices(self, tokens: list[list[int]]) -> list[list[int]]:
+        """Read each row's next tokens; return the likeliest one after each of them."""
+        found = likeliest(self.feed(tokens))
+        return [row[: len(own)] for row, own in zip(found, tokens, strict=True)]
 
     def _forward(self, tokens: list[list[int]], keep: int | torch.Tensor) -> torch.Tensor:
         width = max(map(len, tokens))

@@ -24,11 +24,16 @@ UNTOUCHED = EngineStatus(False, "plain transformers modules: not loaded with the
 class BatchReader(Protocol):
     """Reads several sequences at once. :class:`~speckv_online.modeling.batched_model.BatchModel` says how."""
 
+    #: Whether all rows of a forward are as wide as the widest.
+    pads: bool
     #: Tokens of each sequence that are read.
     cached: list[int]
 
     def feed(self, tokens: list[list[int]], last: bool = False) -> torch.Tensor:
         """Read each row's next tokens; return logits, shape (rows, width, vocab)."""
+
+    def choices(self, tokens: list[list[int]]) -> list[list[int]]:
+        """Read each row's next tokens; return the likeliest one after each of them."""
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""

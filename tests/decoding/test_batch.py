@@ -204,11 +204,17 @@ def test_inside_transformers(tiny_pair: TinyPair) -> None:
 
 
 def test_benchmark_of_batches(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--target", str(tiny_pair.target_dir), "--draft", str(tiny_pair.draft_dir), "--level", "fp32", "--json"]
-    flags += ["--policies", "fixed:2", "--sizes", "2", "--prompts", "2", "--max-new-tokens", "4", "--device", "cpu"]
+    flags = ["--target", str(tiny_pair.target_dir), "--draft", str(tiny_pair.draft_dir), "--levels", "fp32", "--json"]
+    flags += ["--policies", "autoregressive,fixed:2", "--sizes", "2", "--prompts", "2", "--max-new-tokens", "4"]
+    flags += ["--device", "cpu", "--clock", "cpu"]
     bench.main(flags)
-    [row] = json.loads(capsys.readouterr().out)
-    assert (row["size"], row["policy"], row["tokens"]) == (2, "fixed:2", 8)
+    base, row = json.loads(capsys.readouterr().out)
+    assert (row["level"], row["size"], row["policy"], row["tokens"]) == ("fp32", 2, "fixed:2", 24)
+    assert (base["ratio"], base["differing"], row["differing"]) == (1.0, 0, 0)
+    assert row["ratio"] == pytest.approx(row["one_cache"] / base["one_cache"])
+    assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    bench.main([*flags, "--alone"])
+    _, row = json.loads(capsys.readouterr().out)
     assert min(row["one_cache"], row["caches"], row["transformers"]) > 0
 
 

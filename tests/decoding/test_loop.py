@@ -16,10 +16,10 @@ from policies.base import N_SIGNALS, Context, Decision, Outcome
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.decoding.generation import Generation
 from speckv_online.decoding.greedy_check import check_greedy
-from speckv_online.decoding.sequence import likeliest
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.errors import UserError
 from speckv_online.io.step_records import StepRecord
+from speckv_online.modeling.choices import likeliest
 from speckv_online.modeling.kv_cache import KVCache
 from tests.support.decoding import Scripted, plain, prompt_of
 from tests.support.tiny_models import EOS, TinyPair, perturbed, tiny_llama

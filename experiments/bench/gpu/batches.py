@@ -29,7 +29,8 @@ def one_size(stage: Stage, size: str, models: tuple[Path, ...]) -> list[dict[str
     """Return a row per policy at fp16."""
     target, draft = map(str, models) if models else (None, None)
     config = BatchConfig(
-        target=target, draft=draft, policies=("autoregressive", "fixed:2", "online"), sizes=(size,),
+        target=target, draft=draft, policies=("autoregressive", "fixed:2", "online"), sizes=(size,), alone=True,
+        levels=("fp16",),
         prompts=4 if stage.tiny else 16, max_new_tokens=6 if stage.tiny else 32, device=str(stage.device),
     )  # fmt: skip
     return measure(config)

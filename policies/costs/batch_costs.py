@@ -1,0 +1,222 @@
+"""Seconds of a batch's forwards, learned online: one function of all tokens in the forward, whatever rows they are of.
+
+A forward that reads N tokens takes V(N) = P(N) e^u(N) seconds. P is a prior shape, and u changes slowly with log N: it
+is linear between knots, and its steps from knot to knot are a random walk. So V is regressed in logarithms, where noise
+is relative, an outlier weighs little, and the sums of several workers add up. Batches of all sizes teach the same
+function. Drafting in lock step takes first + round x rounds + each x forwards + read x tokens that the draft has to
+read first.
+"""
+
+from __future__ import annotations
+
+from math import log, sqrt
+from typing import Final
+
+import numpy as np
+
+from policies.base import MAX_GAMMA, PolicyError, State
+from policies.batches import MOST_ROWS, Forward
+from policies.costs.level_costs import HALF_LIFE, LATELY, NOW, LevelCosts
+from policies.costs.prior import WIDTHS
+from policies.estimators.bayesian_linear import check_array
+
+#: Most tokens that a forward may read, and where V is known by numbers of its own.
+MOST: Final = MOST_ROWS * (MAX_GAMMA + 1)
+KNOTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST], dtype=float)
+#: Standard deviation of a measured log V, of u from one knot to the next, and of u as a whole.
+NOISE, WALK, LEVEL = 0.1, 0.12, 3.0
+#: A forward of N tokens takes as long as a part that is always there, worth ALWAYS tokens, and N more: where nothing is
+#: known.
+ALWAYS = 8.0
+#: What drafting takes as shares of V(1) where nothing is known: first, round, each, read.
+DRAFT = np.array([0.03, 0.08, 0.012, 0.012])
+#: How sure that is: standard deviation as a share of it. Standard deviation of measured draft seconds, as a share too.
+DOUBT, DRAFT_NOISE = 1.0, 0.25
+#: Steps between refits once so many steps were seen.
+REFIT_EVERY, REFIT_ALWAYS = 8, 24
+#: Seconds of more than so many standard deviations above the estimate count as so many.
+FAR = 4.0
+#: Weight of the latest step in means.
+LATEST = 0.05
+_N = np.arange(1, MOST + 1, dtype=float)
+_AT = np.minimum(np.searchsorted(KNOTS, _N, side="right") - 1, len(KNOTS) - 2)
+_PART = (_N - KNOTS[_AT]) / np.diff(KNOTS)[_AT]
+_SIZE = len(KNOTS)
+_WALK = np.diff(np.eye(_SIZE), axis=0)
+#: Prior precision of u: differences, and hardly the level.
+PRECISION = _WALK.T @ _WALK / WALK**2 + np.eye(_SIZE) / (LEVEL**2 * _SIZE)
+#: All sums in one vector: V's matrix and vector, the draft's.
+PARTS = (_SIZE * _SIZE, _SIZE, 16, 4)
+ALL = sum(PARTS)
+
+
+class BatchCosts:
+    """Estimated seconds of one compression level's forwards in batches.
+
+    Parameters
+    ----------
+    half_life : float
+        Steps after which a measurement counts half.
+    alone : LevelCosts, optional
+        The level's costs in single decoding, where something is known of them: they give V its shape.
+
+    Attributes
+    ----------
+    verify : list of float
+        V(N) for N = 0 (zero seconds) to 272.
+    draft : tuple of float
+        Seconds of a step's first round on top, of a round, of a row in it, and of a token to read first.
+    rest : float
+        What a step takes besides, for each row.
+    steps, version : int
+        Steps seen, and how often the estimates were made anew.
+    """
+
+    def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None) -> None:
+        self._keep = 0.5 ** (1.0 / half_life)
+        self.verify = list[float]()
+        self.draft = 0.0, 0.0, 0.0, 0.0
+        self._shape = (ALWAYS + _N) / (ALWAYS + 1.0)
+        told = 0.0
+        if alone is not None and (alone.steps > WIDTHS or not alone.vague):
+            table = alone.verify
+            slope = max(float(table[-1] - table[8]) / (WIDTHS - 9), 0.0)
+            more = table[-1] + slope * np.arange(1, MOST - WIDTHS + 1)
+            self._shape, told = np.concatenate((table, more)) / table[0], log(float(table[0]))
+        self._start = told
+        self.told = bool(told)
+        self._sums, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
+        self._pending = 0
+        self.steps = self.version = 0
+        self.rest, self.deviation = 0.0, 0.15
+        self._now = self._lately = 0.0
+        self._refit()
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything is known of the scale."""
+        return self.told or bool(self._sums[0 : PARTS[0]].any())
+
+    def plain(self, rows: int) -> float:
+        """Return the seconds of a step that drafts nothing."""
+        return self.verify[rows] + self.rest * rows
+
+    def drafting(self, rounds: int, forwards: int, read: int) -> float:
+        """Return the seconds of drafting in so many rounds."""
+        first, each_round, each, reading = self.draft
+        return (first + each_round * rounds + each * forwards if rounds else 0.0) + reading * read
+
+    def step(self, forward: Forward) -> float:
+        """Return the estimated seconds of a step like this one, the policy's own left out."""
+        drafting = self.drafting(forward.rounds, forward.forwards, forward.read)
+        return self.verify[forward.tokens] + drafting + self.rest * forward.rows
+
+    def doubt(self, one: int, other: int) -> float:
+        """Return the standard deviation of log V(other) - log V(one)."""
+        weights = np.zeros(_SIZE)
+        for n, sign in ((one, -1.0), (other, 1.0)):
+            at, part = _AT[n - 1], _PART[n - 1]
+            weights[at] += sign * (1.0 - part)
+            weights[at + 1] += sign * part
+        return sqrt(max(float(weights @ self._covariance @ weights), 0.0))
+
+    def observe(self, forward: Forward) -> None:
+        """Take in what a step took; steps whose seconds are not those of a usual one have none."""
+        if not (0.0 < forward.verify_seconds < 1e9 and 0.0 <= forward.draft_seconds < 1e9):
+            return
+        self.steps += 1
+        if self.steps == 1 and not self.told:
+            return  # the first call warms caches up
+        n = forward.tokens
+        at, part = _AT[n - 1], _PART[n - 1]
+        z = log(forward.verify_seconds / self._shape[n - 1])
+        known = self.steps > 3 or self.told
+        if known:
+            expected = log(self.verify[n] / self._shape[n - 1])
+            z -= self._now - self._lately
+            off, most = z - expected, FAR * max(self.deviation, 0.5 * NOISE)
+            off = min(max(off, -most), most)
+            self.deviation += LATEST * (abs(off) - self.deviation)
+            off += self._now - self._lately
+            even = 1.0 / (self.steps - 2.0)
+            self._now += max(NOW, even) * (off - self._now)
+            self._lately += max(LATELY, even) * (off - self._lately)
+            z = expected + off - (self._now - self._lately)
+        hat = np.zeros(_SIZE)
+        hat[at], hat[at + 1] = 1.0 - part, part
+        more = np.zeros(ALL)
+        matrix, vector, draft_matrix, draft_vector = _split(more)
+        matrix[:] = np.outer(hat, hat).ravel() / NOISE**2
+        vector[:] = hat * (z - self._start) / NOISE**2
+        rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
+        usual = min(max(rest, 0.0), 0.3 * forward.verify_seconds) / forward.rows
+        self.rest += max(LATEST, 1.0 / self.steps) * (min(usual, 3.0 * self.rest or usual) - self.rest)
+        if forward.rounds and forward.draft_seconds > 0.0:
+            x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
+            told = self.drafting(forward.rounds, forward.forwards, forward.read)
+            taken = min(forward.draft_seconds, 4.0 * told)
+            weight = (DRAFT_NOISE * max(told, taken)) ** -2
+            draft_matrix[:] = weight * np.outer(x, x).ravel()
+            draft_vector[:] = weight * taken * x
+        for sums in (self._sums, self._delta):
+            sums *= self._keep
+            sums += more
+        self._count += 1
+        self._pending += 1
+        if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
+            self._refit()
+
+    def _refit(self) -> None:
+        self.version, self._pending = self.version + 1, 0
+        matrix, vector, draft_matrix, draft_vector = _split(self._sums)
+        precision = matrix.reshape(_SIZE, _SIZE) + PRECISION
+        self._covariance = np.linalg.inv(precision)
+        u = self._start + self._covariance @ vector
+        ratio = np.exp(np.clip(u[_AT] + _PART * (u[_AT + 1] - u[_AT]), -25.0, 25.0))
+        # More tokens never take less time.
+        self.verify = [0.0, *np.maximum.accumulate(self._shape * ratio).tolist()]
+        prior = DRAFT * self.verify[1]
+        doubt = np.diag((DOUBT * prior) ** -2.0)
+        found = np.linalg.solve(doubt + draft_matrix.reshape(4, 4), doubt @ prior + draft_vector)
+        first, each_round, each, read = np.maximum(found, 0.05 * prior).tolist()
+        self.draft = first, each_round, each, read
+
+    def state(self) -> State:
+        """Sums, shape and means."""
+        means = [self.steps, self.rest, self.deviation, self._now, self._lately, self._start, float(self.told)]
+        return {"sums": self._sums.copy(), "shape": self._shape.copy(), "means": np.array(means, dtype=float)}
+
+    def load(self, state: State) -> None:
+        """Restore :meth:`state`."""
+        shape, means = check_array(state, "shape", (MOST,)).astype(float), check_array(state, "means", (7,)).tolist()
+        sums = check_array(state, "sums", (ALL,)).astype(float)
+        if not (shape > 0.0).all() or means[0] < 0.0:
+            raise PolicyError("the state's costs of batches must be above zero")
+        self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(ALL), 0
+        self.steps = int(means[0])
+        self.rest, self.deviation, self._now, self._lately, self._start = means[1:6]
+        self.told = bool(means[6])
+        self._refit()
+
+    def take_delta(self) -> State:
+        """Sums since the last call."""
+        delta, count = self._delta, self._count
+        self._delta, self._count = np.zeros(ALL), 0
+        return {"sums": delta, "count": np.array(float(count)), "start": np.array([self._start, self._shape[-1]])}
+
+    def merge(self, delta: State) -> None:
+        """Add another copy's sums, if they are of the same shape."""
+        start, sums = check_array(delta, "start", (2,)), check_array(delta, "sums", (ALL,))
+        count = int(check_array(delta, "count", ()))
+        if not np.allclose(start, [self._start, self._shape[-1]]):
+            return
+        self._sums *= self._keep**count
+        self._sums += sums
+        self.steps += count
+        self._refit()
+
+
+def _split(sums: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return views of the parts of all sums."""
+    a, b, c, _ = np.cumsum(PARTS).tolist()
+    return sums[:a], sums[a:b], sums[b:c], sums[c:]
