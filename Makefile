@@ -84,8 +84,11 @@ results-modelled: setup
 		--out $(RUNS)/drafters
 	@echo "== learning over time on the traces"
 	@$(BIN)/python -m experiments.streams $(ON_TRACES) --processes 2 --images docs/img \
-		--settled default=$(RUNS)/train,high=$(RUNS)/high-train --out $(RUNS)/streams
+		$(SETTLED) --out $(RUNS)/streams
+	@echo "== does learning pay?"
+	@$(BIN)/python -m experiments.adaptation $(ON_TRACES) $(SETTLED) --processes 2 --images docs/img --out $(RUNS)/adaptation
 
+SETTLED := --settled default=$(RUNS)/train,high=$(RUNS)/high-train
 ON_TRACES := --traces default=$(RUNS)/test,high=$(RUNS)/high-test --costs $(RUNS)/test/cost.json,rtx3090-release \
 	--doc docs/results.md
 

@@ -27,13 +27,73 @@ from speckv_online.io.run_directory import Unit, load_arrays, save_arrays
 from speckv_online.models.pairs import LoadedPair, chat_prompt, load_pair
 from speckv_online.models.quiet import quiet_libraries
 from speckv_online.profiling.calibration import WARM_UP, calibrate
+from speckv_online.simulate.cost_table import LevelCost
 
 if TYPE_CHECKING:
     from experiments.drift.config import DriftConfig, Phase
 
 
-class Stage:
+#: What :class:`Models` takes of a config.
+SETTINGS = ("pair", "target", "draft", "device", "engine", "threads", "max_new_tokens")
+
+
+class Models:
+    """Models by level, each loaded and calibrated once, and drafters for them.
+
+    Parameters
+    ----------
+    threads, max_new_tokens : int
+        CPU threads (0: all cores), and most tokens of an output.
+    **pair
+        Which models, and where: options of :func:`~speckv_online.models.pairs.load_pair`.
+
+    Attributes
+    ----------
+    costs : dict of str to LevelCost
+        Calibrations with the pair's own draft, by level.
+    facts : dict of str to dict
+        What a run manifest says of each level.
+    """
+
+    def __init__(self, *, threads: int, max_new_tokens: int, **pair: Any) -> None:
+        quiet_libraries()
+        torch.set_num_threads(threads or cores())
+        self.pair, self.max_new_tokens = pair, max_new_tokens
+        self.pairs: dict[str, LoadedPair] = {}
+        self.drafters: dict[tuple[str, str], Drafter] = {}
+        self.costs: dict[str, LevelCost] = {}
+        self.facts: dict[str, Any] = {}
+
+    def generate(self, policy: Policy, level: str, draft: str, prompt: Prompt) -> Generation:
+        """Decode a prompt under a policy, with the target at a level and a draft."""
+        pair = self.load(level)
+        if (level, draft) not in self.drafters:
+            self.drafters[level, draft] = _drafter(pair, draft)
+        decoder = SpeculativeDecoder(self.drafters[level, draft], policy=policy, target=pair.target, level=level)
+        return decoder.generate(chat_prompt(pair.tokenizer, prompt.text), self.max_new_tokens, task=prompt.task)
+
+    def load(self, level: str) -> LoadedPair:
+        """Return the pair at a level; loads and calibrates it at first."""
+        if level not in self.pairs:
+            pair = load_pair(level=level, **self.pair)
+            cost = calibrate(pair.target, pair.drafter, level, chat_prompt(pair.tokenizer, WARM_UP))
+            self.facts[level] = {
+                "level": level,
+                "threads": torch.get_num_threads(),
+                "device": str(pair.device),
+                "arithmetic": pair.level.arithmetic(pair.device),
+                "engine": {role: asdict(status) for role, status in pair.engine.items()},
+                "models": pair.revision,
+                "calibration": asdict(cost),
+            }
+            self.pairs[level], self.costs[level] = pair, cost
+        return self.pairs[level]
+
+
+class Stage(Models):
     """Policies that live through the whole stream, and the models that it is decoded on.
+
+    Policies are told a level's calibration with the pair's own draft when it is loaded, and no other.
 
     Parameters
     ----------
@@ -45,64 +105,38 @@ class Stage:
     """
 
     def __init__(self, config: DriftConfig, out: Path) -> None:
-        quiet_libraries()
-        torch.set_num_threads(config.threads or cores())
-        self.config, self.out = config, out
-        self.pairs: dict[str, LoadedPair] = {}
-        self.drafters: dict[tuple[str, str], Drafter] = {}
-        self.facts: dict[str, Any] = {}
+        super().__init__(**{name: getattr(config, name) for name in SETTINGS})
+        self.seed, self.out = config.seed, out
         self.policies = {spec: self._policy(spec) for spec in config.policies}
 
     def decode(self, unit: Unit, phase: Phase, prompt: Prompt) -> Generation:
         """Decode a prompt under a policy, with the target and the draft of a phase."""
-        pair = self._pair(phase.level)
-        key = phase.level, phase.draft
-        if key not in self.drafters:
-            self.drafters[key] = self._drafter(pair, phase)
-        decoder = SpeculativeDecoder(
-            self.drafters[key], policy=self.policies[unit.policy], target=pair.target, level=phase.level
-        )
-        return decoder.generate(chat_prompt(pair.tokenizer, prompt.text), self.config.max_new_tokens, task=prompt.task)
+        if phase.level not in self.pairs:
+            self.load(phase.level)
+            for policy in self.policies.values():
+                FaultGuard(policy).set_costs(phase.level, self.costs[phase.level])
+        return self.generate(self.policies[unit.policy], phase.level, phase.draft, prompt)
 
     def save(self, spec: str) -> None:
         """Write a policy's checkpoint."""
         if state := self.policies[spec].state_dict():
-            save_arrays(self.out / checkpoint_name((spec, self.config.seed)), state)
+            save_arrays(self.out / checkpoint_name((spec, self.seed)), state)
 
     def _policy(self, spec: str) -> Policy:
-        policy = make_policy(spec, seed=self.config.seed)
-        file = self.out / checkpoint_name((spec, self.config.seed))
+        policy = make_policy(spec, seed=self.seed)
+        file = self.out / checkpoint_name((spec, self.seed))
         if file.exists():
             policy.load_state_dict(load_arrays(file))
         return policy
 
-    def _pair(self, level: str) -> LoadedPair:
-        """Load a level once; policies are told its calibration with the pair's own draft, and no other."""
-        if level not in self.pairs:
-            c = self.config
-            pair = load_pair(c.pair, level=level, device=c.device, target=c.target, draft=c.draft, engine=c.engine)
-            cost = calibrate(pair.target, pair.drafter, level, chat_prompt(pair.tokenizer, WARM_UP))
-            for policy in self.policies.values():
-                FaultGuard(policy).set_costs(level, cost)
-            self.facts[level] = {
-                "level": level,
-                "threads": torch.get_num_threads(),
-                "device": str(pair.device),
-                "arithmetic": pair.level.arithmetic(pair.device),
-                "engine": {role: asdict(status) for role, status in pair.engine.items()},
-                "models": pair.revision,
-                "calibration": asdict(cost),
-            }
-            self.pairs[level] = pair
-        return self.pairs[level]
 
-    def _drafter(self, pair: LoadedPair, phase: Phase) -> Drafter:
-        kind, _, count = phase.draft.partition(":")
-        if kind == "own":
-            return pair.drafter
-        if kind == "ngram":
-            return NgramDrafter()
-        return ModelDrafter(first_layers(pair.target, int(count)), pair.target.config.vocab_size)
+def _drafter(pair: LoadedPair, draft: str) -> Drafter:
+    kind, _, count = draft.partition(":")
+    if kind == "own":
+        return pair.drafter
+    if kind == "ngram":
+        return NgramDrafter()
+    return ModelDrafter(first_layers(pair.target, int(count)), pair.target.config.vocab_size)
 
 
 def first_layers(target: PreTrainedModel, count: int) -> PreTrainedModel:

@@ -1,9 +1,8 @@
-"""Warm start, drift and merging on streams of exact traces: what learning from prompt to prompt is worth over time.
+"""Drift and merging on streams of exact traces: how soon a policy is back after a change, and what sharing is worth.
 
-Three parts. *start*: steps until 95 % of the final goodput, from trained weights and from nothing. *drift*: streams
-that change level, task or draft every 1,000 steps. *merge*: goodput by number of workers and by the steps between
-merges. All seconds are modelled. Writes ``streams.md`` and plots, and with ``--doc`` puts the tables between the
-markers of a document. A run that was stopped is continued by the same command.
+Two parts. *drift*: streams that change level, task or draft every 1,000 steps. *merge*: goodput by number of workers
+and by the steps between merges. All seconds are modelled. Writes ``streams.md`` and plots; ``--doc`` puts the tables
+between the markers of a document. A run that was stopped is continued by the same command.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def streams(config: StreamsConfig) -> int:
             todo, partial(play, config), log, code=code, policies=specs, settings=held, weight=weight, processes=many
         )
         directory.write_manifest(facts | {"status": "finished", "finished": manifest.now()})
-    parts = {"start": _start, "drift": _drift, "merge": _merge}
+    parts = {"drift": _drift, "merge": _merge}
     text = "\n\n".join(
         "\n".join(parts[part](config, {c: found[c] for c in todo if c[0] == part}, images))
         for part in PARTS
@@ -74,24 +73,6 @@ def streams(config: StreamsConfig) -> int:
 
 
 Found = dict[tuple[str, ...], Any]
-
-
-def _start(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:
-    from experiments.streams.plots import plot_start
-    from experiments.streams.warm_start import Start, as_rows
-
-    starts = {(", ".join(cell[1:-1]), cell[-1]): Start.from_json(one) for cell, one in found.items()}
-    plot_start({k: v for k, v in starts.items() if k[1] == config.policies[0]}, images / "warm-start.png")
-    yield f"### Warm start (modelled; median and quartiles of {config.orders} orders)\n"
-    yield (
-        "Steps until goodput over the next 200 steps is 95 % of the final one, which is that of the same policy after "
-        "4,000 more steps on the same prompts. Cold: an untrained network of the same shape, or no acceptance weights. "
-        "Both are told the costs beforehand. Passed if warm takes at most a third of cold; where the cold start is as "
-        "good from the first step on, there is nothing to save.\n"
-    )
-    heads = ("cell", "policy", "steps, warm", "steps, cold", "first 100 steps, warm", "first 100 steps, cold", "")
-    yield from markdown_table([heads, *(as_rows(where, one) for (where, _), one in starts.items())])
-    yield "\n![Goodput by steps from warm and cold starts](img/warm-start.png)"
 
 
 def _drift(config: StreamsConfig, found: Found, images: Path) -> Iterator[str]:

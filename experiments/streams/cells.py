@@ -1,7 +1,6 @@
 """Cells of ``python -m experiments.streams``: what there is to play, and playing it.
 
-A cell is one policy in one place: a pair, cost table and level, a changing stream, or a number of workers and of steps
-between merges.
+A cell is one policy in one place: a changing stream, or a number of workers and of steps between merges.
 """
 
 from __future__ import annotations
@@ -30,9 +29,6 @@ def cells(config: StreamsConfig) -> list[Cell]:
     found: list[Cell] = []
     tables = [name for name, _ in named_costs(config.costs)]
     pairs = _pairs(config.traces, config.split)
-    if "start" in config.parts:
-        places = [(pair, name, lv) for pair, own in pairs.items() for name in tables for lv in by_level(own)]
-        found += [("start", *place, spec) for place in places for spec in config.policies]
     if "drift" in config.parts:
         if not streams(pairs):
             raise UserError(
@@ -55,12 +51,6 @@ def play(config: StreamsConfig, cell: Cell) -> Any:
     """Play one cell; the result is ready for JSON."""
     part, *where = cell
     costs, pairs = dict(named_costs(config.costs)), _pairs(config.traces, config.split)
-    if part == "start":
-        from experiments.streams.warm_start import start
-
-        pair, name, level, spec = where
-        group = by_level(pairs[pair])[level]
-        return start(spec, group, costs[name], orders=config.orders).as_json()
     if part == "drift":
         from experiments.streams.drift import drift
 

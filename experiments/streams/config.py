@@ -8,7 +8,7 @@ from experiments.common.trace_sources import check_traces
 from experiments.config import option
 from speckv_online.errors import UserError
 
-PARTS = ("start", "drift", "merge")
+PARTS = ("drift", "merge")
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class StreamsConfig:
     )
     costs: tuple[str, ...] = option(("rtx3090-release",), "cost tables: files or built-in names, comma separated")
     policies: tuple[str, ...] = option(("online",), "policies, comma separated")
-    parts: tuple[str, ...] = option(PARTS, "what to run: start, drift, merge, comma separated")
+    parts: tuple[str, ...] = option(PARTS, "what to run: drift, merge, comma separated")
     split: str = option("test", "which split of the prompts: train, test or all")
-    orders: int = option(20, "start: seeded orders of the prompts")
     streams: int = option(3, "drift: seeded streams of each kind")
     period: int = option(1000, "drift: steps between changes")
     rounds: int = option(3, "drift: how often a stream changes to each of its kinds")
@@ -49,6 +48,6 @@ class StreamsConfig:
             raise UserError(f"--split must be train, test or all, got {self.split!r}")
         if not all(text.isdecimal() and int(text) > 0 for text in (*self.workers, *self.every)):
             raise UserError("--workers and --every must be whole numbers above zero")
-        counts = ("orders", "streams", "rounds", "steps", "walkers", "processes")
+        counts = ("streams", "rounds", "steps", "walkers", "processes")
         if min(getattr(self, name) for name in counts) < 1 or self.period < 400:
             raise UserError(f"--period must be at least 400, and all of {', '.join(counts)} at least 1")

@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from experiments.streams.walker import Walker, endless
-from experiments.streams.warm_start import cold
+from policies.acceptance.mlp16 import HIDDEN, Weights
 from policies.base import Policy, State
-from policies.registry import make_policy
+from policies.registry import make_policy, options
 from speckv_online.simulate.cost_table import CostTable
 from speckv_online.simulate.replay_scores import tell_costs
 from speckv_online.traces.trace import Trace
 
+#: Pseudo-records that an untrained start counts for: next to nothing.
+UNTRAINED = 1.0
+#: Typical spread of MLP16's inputs: entropies in bits, confidences, level code, gamma.
+_SPREAD = np.array([2.0, 0.5, 4.0, 0.5, 1.0, 8.0])
 #: What is on its way to the learner: when it was sent, and every worker's batch.
 Sent = deque[tuple[int, list[State]]]
+
+
+def cold(spec: str, seed: int) -> dict[str, Any]:
+    """Return the options that make a policy start from nothing: no acceptance weights, or an untrained network."""
+    if "acceptance" in options(spec.partition(":")[0]):
+        return {"acceptance": "none"}
+    rng = np.random.default_rng([seed, 16])
+    # He et al. (2015): variance 2 / inputs; the head predicts one acceptance rate for everything.
+    w1 = rng.normal(0.0, (2 / len(_SPREAD)) ** 0.5, (len(_SPREAD), HIDDEN)) / _SPREAD[:, None]
+    weights = Weights(w1, rng.normal(0.0, 0.5, HIDDEN), np.zeros((HIDDEN, 1)), np.array([0.5]))
+    return {"weights": weights, "strength": UNTRAINED}
 
 
 def simulate(
@@ -48,10 +66,10 @@ def simulate(
     """
     levels = {trace.level for trace in traces}
     cost = replace(cost, levels={level: cost.level(level) for level in levels})  # others would be told at each exchange
-    options = cold(spec, seed)
-    learner = make_policy(spec, seed=seed, **options)
+    start = cold(spec, seed)
+    learner = make_policy(spec, seed=seed, **start)
     walkers = [
-        Walker(make_policy(spec, seed=seed, worker=i, **options), endless(traces, seed * workers + i), cost)
+        Walker(make_policy(spec, seed=seed, worker=i, **start), endless(traces, seed * workers + i), cost)
         for i in range(workers)
     ]
     sent: Sent = deque()

@@ -10,7 +10,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from experiments.streams.drift import Drift
-    from experiments.streams.warm_start import Start
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
@@ -21,23 +20,6 @@ def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def plot_start(found: Mapping[tuple[str, str], Start], path: Path) -> None:
-    """Goodput relative to the final one by steps, a panel for warm and one for cold starts."""
-    from experiments.streams.warm_start import BIN, SHARE
-
-    figure, panels = _figure(5, 3.6, 2)
-    for panel, name in zip(panels, ("warm", "cold"), strict=True):
-        for (where, _), start in found.items():
-            curve = start.warm_curve if name == "warm" else start.cold_curve
-            panel.plot((np.arange(len(curve)) + 0.5) * BIN, curve, label=where)
-        panel.axhline(SHARE, color="grey", linestyle=":")
-        policies = ", ".join(dict.fromkeys(spec for _, spec in found))
-        panel.set(title=f"{policies}, {name} start", xlabel="steps", ylabel="goodput / final goodput (modelled)")
-        panel.set_ylim(min(0.6, *(float(c.min()) for s in found.values() for c in (s.warm_curve, s.cold_curve))), 1.15)
-    panels[1].legend(fontsize=6)
-    figure.savefig(path, dpi=110)
 
 
 def plot_drift(found: Mapping[tuple[str, str], Drift], policies: Sequence[str], path: Path) -> None:

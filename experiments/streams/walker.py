@@ -1,6 +1,6 @@
 """Endless streams of traces: policies that walk over them step by step, share what they learn, and meet changes.
 
-What warm start, drift and merging have in common. Seconds are modelled. A policy is measured against a *settled* copy
+What adaptation, drift and merging have in common. Seconds are modelled. A policy is measured against a *settled* copy
 of itself, which has met the same kind of traces for long and replays the very same traces: so prompts that happen to
 be hard do not look like a policy that has not learnt yet.
 """
@@ -84,10 +84,10 @@ class Visit:
         return np.array([len(trace) for trace in self.traces])
 
 
-def visit(simulator: Simulator, kind: str, traces: Iterator[Trace], least_steps: int) -> Visit:
-    """Replay traces until a number of steps is reached; the last trace is finished."""
+def visit(simulator: Simulator, kind: str, traces: Iterator[Trace], least_steps: int, least_tokens: int = 0) -> Visit:
+    """Replay traces until a number of steps, and of tokens, is reached; the last trace is finished."""
     met, steps, seconds = list[Trace](), list[int](), list[float]()
-    while sum(steps) < least_steps:
+    while sum(steps) < least_steps or sum(map(len, met)) < least_tokens:
         trace = next(traces)
         replay = simulator.replay(trace)
         met.append(trace)
@@ -151,17 +151,3 @@ def relative(steps: np.ndarray, seconds: np.ndarray, settled: np.ndarray, bins: 
     """
     before = np.cumsum(steps) - steps
     return tuple(np.histogram(before, bins, weights=w)[0] for w in (seconds, settled))
-
-
-def reached(steps: np.ndarray, seconds: np.ndarray, settled: np.ndarray, share: float = 0.95, ahead: int = 200) -> int:
-    """Return after how many steps a policy has reached a share of its stationary goodput.
-
-    It has where goodput relative to its settled copy, over the next ``ahead`` steps, is at least ``share`` for the
-    first time; if it never is, all steps are returned.
-    """
-    before = np.cumsum(steps) - steps
-    for i, start in enumerate(before.tolist()):
-        window = slice(i, int(np.searchsorted(before, start + ahead)))
-        if settled[window].sum() >= share * seconds[window].sum():
-            return start
-    return int(steps.sum())

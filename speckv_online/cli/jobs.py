@@ -1,4 +1,4 @@
-"""``speckv profile`` and ``speckv train``: the jobs of the ``experiments`` package under one command.
+"""``speckv adaptation``, ``profile`` and ``train``: jobs of the ``experiments`` package under one command.
 
 ``experiments`` builds on this package, never the other way round. So a job is run as a module, as ``python -m`` would,
 and only if the package is there.
@@ -15,6 +15,7 @@ from speckv_online.errors import UserError
 
 #: Subcommand -> what it does; each is the module of that name.
 JOBS = {
+    "adaptation": "does learning pay? a policy against its own frozen copy",
     "profile": "collect traces and a cost table of a model pair",
     "train": "train the weights that policies start from",
 }

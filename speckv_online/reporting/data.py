@@ -14,8 +14,19 @@ from speckv_online.errors import UserError
 from speckv_online.io.run_directory import UnitResult, read_manifest, read_units
 from speckv_online.modeling.engine import EngineStatus
 from speckv_online.reporting.rows import Row
-from speckv_online.reporting.series import Modelled, Regret, Reliability, Shares, modelled, regrets, reliability, shares
-from speckv_online.reporting.verdict import BASELINE, advice, verdict
+from speckv_online.reporting.series import (
+    Gain,
+    Modelled,
+    Regret,
+    Reliability,
+    Shares,
+    gains,
+    modelled,
+    regrets,
+    reliability,
+    shares,
+)
+from speckv_online.reporting.verdict import BASELINE, advice, learning, verdict
 from speckv_online.stats import Estimate, bootstrap_goodput, paired_ratio
 
 #: The finished units of each (level, policy), in the order in which they were written.
@@ -40,7 +51,9 @@ class Report:
         Name of the run directory.
     advice : list of str
         One sentence per level that a reader can act on.
-    regret, shares, reliability, modelled : list
+    learning : list of str
+        Whether learning pays: one sentence for each policy that learns.
+    regret, gain, shares, reliability, modelled : list
         See :mod:`speckv_online.reporting.series`.
     """
 
@@ -51,7 +64,9 @@ class Report:
     kind: str = "measured"
     name: str = ""
     advice: list[str] = field(default_factory=list)
+    learning: list[str] = field(default_factory=list)
     regret: list[Regret] = field(default_factory=list)
+    gain: list[Gain] = field(default_factory=list)
     shares: list[Shares] = field(default_factory=list)
     reliability: list[Reliability] = field(default_factory=list)
     modelled: list[Modelled] = field(default_factory=list)
@@ -89,7 +104,9 @@ def build_report(path: str | Path, manifest: dict[str, Any] | None = None) -> Re
         rows, verdict(rows, ratio), _notes(rows, manifest) + _left_out(every), manifest,
         name=Path(path).resolve().name,
         advice=advice(rows, ratio),
+        learning=learning(rows, ratio),
         regret=regrets(groups),
+        gain=gains(groups),
         shares=shares(groups),
         reliability=reliability(groups),
         modelled=modelled(groups, manifest),

@@ -56,7 +56,7 @@ def runs_to_html(reports: list[Report]) -> str:
 
 
 def _run(report: Report) -> str:
-    advice = "\n".join(f"<li>{escape(text)}</li>" for text in report.advice)
+    advice = "\n".join(f"<li>{escape(text)}</li>" for text in (*report.advice, *report.learning))
     table = [_narrow_first(row) for row in ((*HEAD, ""), *((*cells(row), p_value(row)) for row in report.rows))]
     pictures = charts(report)
     parts = [

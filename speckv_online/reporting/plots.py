@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any
 
 from speckv_online.reporting.data import Report
-from speckv_online.reporting.series import GROUPS
+from speckv_online.reporting.series import GROUPS, Gain
 
 DPI = 160
 
@@ -55,9 +55,13 @@ def charts(report: Report) -> list[Chart]:
             against = next(r.against for r in report.regret if r.level == level)
             caption = f"{kind}, against {against}, the fastest policy of this run here, known only in hindsight"
             found.append(Chart(f"regret-{level}", level, "Regret", caption, figure(_regret, report, level)))
+        for gain in (g for g in report.gain if g.level == level and len(g.ratios) > 1):
+            caption = f"{kind}: how many times as fast as {gain.against}, which never learns, over all prompts so far"
+            name = f"gain-{level}-{_file(gain.policy)}"
+            found.append(Chart(name, level, f"Gain of {gain.policy}", caption, figure(_gain, gain)))
         for s in (s for s in report.shares if s.level == level):
             name = f"gamma-{level}-{_file(s.policy)}"
-            caption = f"{kind}: share of steps by drafted tokens, over the steps since the policy started afresh"
+            caption = f"{kind}: share of steps by drafted tokens, and the share of them accepted (line), over the steps"
             found.append(Chart(name, level, f"γ of {s.policy}", caption, figure(_shares, s)))
     return found
 
@@ -93,16 +97,25 @@ def _regret(axes: Any, report: Report, level: str) -> None:
     _legend(axes, len(curves), columns=2)
 
 
+def _gain(axes: Any, gain: Gain) -> None:
+    axes.plot(range(1, len(gain.ratios) + 1), gain.ratios, color=_colour(0), linewidth=1.6)
+    axes.axhline(1.0, color="0.7", linewidth=1, linestyle="--")
+    axes.set_xlabel("prompts decoded")
+    axes.set_ylabel(f"speed / {short(gain.against)}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 def _shares(axes: Any, s: Any) -> None:
     ramp = ("0.75", "#cfe1f2", "#93c4de", "#4b97c9", "#1f63a8", "#08306b")
     # Shares hold for a whole window, so its first and last value reach to the ends of the axis.
     x = [0.0, *s.steps, s.steps[-1] + s.steps[0]]
     rows = [[v[0], *v, v[-1]] for v in s.shares.values()]
     axes.stackplot(x, rows, labels=[f"γ {label}" for label, _ in GROUPS], colors=ramp)
+    axes.plot(s.steps, s.acceptance, color="#d95f02", linewidth=1.4)
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(0, 1)
     axes.set_xlabel("steps")
-    axes.set_ylabel("share of steps")
+    axes.set_ylabel("share of steps; accepted (line)")
     _legend(axes, len(GROUPS))
 
 

@@ -59,7 +59,9 @@ def write_reports(paths: Sequence[str | Path], out: str | Path) -> list[Report]:
 def to_text(report: Report) -> str:
     """Return the table, the notes, the verdict and the advice for a terminal."""
     lines = [f"{report.kind} on {describe(report.manifest)}", "", *text_table([HEAD, *map(cells, report.rows)])]
-    return "\n".join([*lines, "", *(f"Note: {note}" for note in report.notes), report.verdict, *report.advice])
+    return "\n".join(
+        [*lines, "", *(f"Note: {note}" for note in report.notes), report.verdict, *report.advice, *report.learning]
+    )
 
 
 def text_table(table: Sequence[Sequence[str]]) -> list[str]:
@@ -77,7 +79,7 @@ def text_table(table: Sequence[Sequence[str]]) -> list[str]:
 def to_markdown(report: Report, pictures: Sequence[Chart] = ()) -> str:
     """Return the report as Markdown; ``pictures`` are those that were written to ``plots/`` beside it."""
     made_on = f"Figures are {report.kind}: {describe(report.manifest)}."
-    lines = ["# Comparison of policies", "", *(f"- {text}" for text in report.advice), ""]
+    lines = ["# Comparison of policies", "", *(f"- {text}" for text in (*report.advice, *report.learning)), ""]
     lines += [report.verdict, "", made_on, ""]
     rows = [list(cells(row)) for row in report.rows]
     for texts, row in zip(rows, report.rows, strict=True):

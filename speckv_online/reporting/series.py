@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from speckv_online.io.run_directory import UnitResult
+from speckv_online.reporting.verdict import never_learns
 
 #: Drafted tokens per step, grouped as the charts show them: label and largest number.
 GROUPS = (("0", 0), ("1", 1), ("2", 2), ("3–4", 4), ("5–8", 8), ("9+", 1 << 30))
@@ -43,12 +45,29 @@ class Shares:
         Middle of each window, in steps since the policy started afresh.
     shares : dict
         Label of :data:`GROUPS` -> share of the window's steps, the mean over seeded orders.
+    acceptance : list of float
+        Accepted / drafted tokens of each window, all orders together; NaN where nothing was drafted.
     """
 
     level: str
     policy: str
     steps: list[float]
     shares: dict[str, list[float]]
+    acceptance: list[float]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What learning has gained so far over a policy that never learns (measured).
+
+    ``ratios[i]`` is how many times as fast the policy was as ``against`` over the first i + 1 prompts, all seeded
+    orders together.
+    """
+
+    level: str
+    policy: str
+    against: str
+    ratios: list[float]
 
 
 @dataclass(frozen=True)
@@ -102,20 +121,43 @@ def shares(groups: Mapping[tuple[str, str], Sequence[UnitResult]]) -> list[Share
     for (level, policy), results in groups.items():
         if policy.split(":")[0] in PLAIN:
             continue
-        by_seed: dict[int, list[int]] = {}
+        by_seed: dict[int, list[tuple[int, int]]] = {}
         for r in results:
-            by_seed.setdefault(r.unit.seed, []).extend(s.drafted for s in r.steps)
-        length = min(len(drafted) for drafted in by_seed.values())
+            by_seed.setdefault(r.unit.seed, []).extend((s.drafted, s.accepted) for s in r.steps)
+        length = min(len(steps) for steps in by_seed.values())
         windows = max(1, min(WINDOWS, length // FEWEST))
         bounds = np.linspace(0, length, windows + 1).astype(int)
-        table = np.zeros((windows, len(GROUPS)))
-        for drafted in by_seed.values():
-            group = np.searchsorted(edges, drafted[:length])
+        table, tokens = np.zeros((windows, len(GROUPS))), np.zeros((windows, 2))
+        for steps in by_seed.values():
+            drafted = np.array(steps[:length])
+            group = np.searchsorted(edges, drafted[:, 0])
             for w in range(windows):
+                tokens[w] += drafted[bounds[w] : bounds[w + 1]].sum(axis=0)
                 counts = np.bincount(group[bounds[w] : bounds[w + 1]], minlength=len(GROUPS))
                 table[w] += counts / counts.sum() / len(by_seed)
         middles = ((bounds[:-1] + bounds[1:]) / 2).tolist()
-        found.append(Shares(level, policy, middles, {g[0]: table[:, i].tolist() for i, g in enumerate(GROUPS)}))
+        rates = [accepted / drafted if drafted else math.nan for drafted, accepted in tokens.tolist()]
+        by_group = {g[0]: table[:, i].tolist() for i, g in enumerate(GROUPS)}
+        found.append(Shares(level, policy, middles, by_group, rates))
+    return found
+
+
+def gains(groups: Mapping[tuple[str, str], Sequence[UnitResult]]) -> list[Gain]:
+    """Return what every policy that learns has gained over prompts, where one ran that never learns."""
+    found = []
+    for (level, policy), results in groups.items():
+        against = never_learns(policy, [other for own, other in groups if own == level])
+        if not against:
+            continue
+        theirs = {(r.unit.prompt, r.unit.seed): r for r in groups[level, against]}
+        orders: dict[int, list[tuple[float, float]]] = {}
+        for r in results:
+            if other := theirs.get((r.unit.prompt, r.unit.seed)):  # in seconds per token of ours
+                orders.setdefault(r.unit.seed, []).append((r.seconds, other.seconds * r.tokens / other.tokens))
+        if orders:
+            shared = min(map(len, orders.values()))
+            sums = np.cumsum(sum(np.array(rows[:shared]) for rows in orders.values()), axis=0)
+            found.append(Gain(level, policy, against, (sums[:, 1] / sums[:, 0]).tolist()))
     return found
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 BASELINE = "autoregressive"
 #: With fewer prompts a bootstrap cannot tell a difference from chance, whatever its interval says.
 ENOUGH = 5
+#: Policies that learn, and those that are pretrained and learn nothing.
+LEARNERS, PRETRAINED = ("online", "goodput"), ("mlp16:read=step", "mlp16")
 
 #: (level, policy, other policy) -> ratio of their goodputs, paired by prompt; None if they share no prompt.
 Ratio: TypeAlias = Callable[[str, str, str], Estimate | None]
@@ -44,6 +46,31 @@ def advice(rows: Sequence[Row], ratio: Ratio) -> list[str]:
     """
     levels = list(dict.fromkeys(row.level for row in rows))
     return [_advise(level, [row for row in rows if row.level == level], ratio) for level in levels]
+
+
+def never_learns(policy: str, others: Sequence[str]) -> str:
+    """Return by which of the other policies a learning one is judged, if any: its frozen copy, else MLP16."""
+    name, _, options = policy.partition(":")
+    if name not in LEARNERS or "learn=" in options:
+        return ""
+    frozen = [other for other in others if other.partition(":")[0] == name and "learn=none" in other]
+    return next((other for other in (*frozen, *PRETRAINED) if other in others), "")
+
+
+def learning(rows: Sequence[Row], ratio: Ratio) -> list[str]:
+    """Answer in one sentence whether learning pays, for each policy that learns; parameters are those of
+    :func:`verdict`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        against = never_learns(row.policy, [other.policy for other in rows if other.level == row.level])
+        gain = ratio(row.level, row.policy, against) if against else None
+        if gain is not None:
+            sure = "not sure" if row.prompts < ENOUGH else "yes" if gain.above else "no" if gain.below else "not sure"
+            found.setdefault((row.policy, against), []).append(f"{row.level} {sure}, {_times(gain)}")
+    return [
+        f"Does learning pay? {policy} against {against}, which never learns: {'; '.join(parts)}."
+        for (policy, against), parts in found.items()
+    ]
 
 
 def _advise(level: str, rows: Sequence[Row], ratio: Ratio) -> str:

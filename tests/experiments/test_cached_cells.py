@@ -76,8 +76,8 @@ def test_contents_are_what_files_hold(tmp_path: Path) -> None:
     assert contents([str(again), *moved[1:]]) != first
 
 
-#: Modules that play the cells of experiments.streams.
-PLAYERS = ("experiments.streams.cells",)
+#: Modules that play the cells of experiments.adaptation and experiments.streams.
+PLAYERS = ("experiments.streams.cells", "experiments.adaptation.replay")
 
 
 @pytest.mark.parametrize("player", PLAYERS)
@@ -102,7 +102,7 @@ def test_the_digest_is_of_all_that_bears_on_a_replay(player: str, tmp_path: Path
         "speckv_online/traces/trace.py": True,
         "speckv_online/lookup/ngram_index.py": True,
         "speckv_online/context.py": True,
-        "experiments/streams/merge.py": True,
+        "experiments/streams/merge.py": player != "experiments.adaptation.replay",
         "policies/learned/online.py": True,
         "policies/data/online.npz": True,
         "policies/data/mlp16.json": True,

@@ -1,4 +1,4 @@
-"""Merging and transfer on small traces, and the learner's benchmark on a real Ray."""
+"""Merging on small traces, and the learner's benchmark on a real Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,11 @@ import pytest
 from experiments.bench.learner import BenchConfig, Load, judge, made_up_delta
 from experiments.streams.merge import exchange
 from experiments.streams.walker import Walker, endless
-from experiments.transfer import main as transfer
 from policies.base import State
 from policies.registry import make_policy
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import RTX3090_RELEASE as COST
-from speckv_online.simulate.cost_table import CostTable, LevelCost
-from tests.support.random_traces import random_traces, save
+from tests.support.random_traces import random_traces
 
 ROOT = Path(__file__).parents[2]
 TRACES = random_traces(6, ("int8",))
@@ -69,39 +66,6 @@ def test_the_bar_is_judged_by_processor_time() -> None:
     assert [check["pass"] for check in judge(compiled, config)] == [True, True]
     slow = [Load("online", 32, 100, 1.0, 1.0, 2000, 2000), Load("online", 2048, 50, 1.0, 1.0, 2000, 2000)]
     assert [check["pass"] for check in judge(slow, config)] == [False, False]
-
-
-def test_transfer_leaves_each_level_out_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = save(random_traces(6, ("nf4", "int8")), tmp_path / "traces"), tmp_path / "out"
-    flags = ["--traces", f"made={folder}", "--policies", "online", "--orders", "1", "--steps", "200"]
-    assert transfer([*flags, "--axes", "level,pair", "--settling", "100", "--out", str(out)]) == 0
-    found = json.loads((out / "transfer.json").read_text())
-    assert {(one["axis"], one["left_out"]) for one in found["found"]} == {("level", "nf4"), ("level", "int8")}
-    for level, other in (("nf4", "int8"), ("int8", "nf4")):
-        card = json.loads((out / f"level-{level}" / "mlp16.json").read_text())
-        assert card["left_out"] == {"level": level}
-        assert card["fitted_to"]["levels"] == [other]
-        assert card["data"]["traces"] == 3  # half of the prompts
-    assert (out / "transfer.png").stat().st_size > 1000
-    assert "steps, warm start" in capsys.readouterr().out
-    assert transfer([*flags, "--axes", "pair", "--out", str(out)]) == 2
-    assert "nothing can be left out" in capsys.readouterr().err
-
-
-def test_transfer_refuses_at_once_what_it_could_not_finish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    traces = random_traces(6, ("nf4", "int8"))
-    lonely = [replace(t, task="alone" if t.prompt_id == traces[0].prompt_id else "others") for t in traces]
-    folder, out = save(lonely, tmp_path / "traces"), tmp_path / "out"
-    half = CostTable("half", {"nf4": LevelCost(0.01, (0.1,))}).save(tmp_path / "half.json")
-    for more, said in (
-        (["--axes", "level,task"], "task alone: the 3 prompts that are fitted to leave no traces"),
-        (["--axes", "level", "--cost", str(half)], "no level 'int8'; it has nf4"),
-        (["--axes", "level", "--images", "/proc/nowhere"], "/proc/nowhere"),
-    ):
-        assert transfer(["--traces", f"made={folder}", "--orders", "1", "--out", str(out), *more]) == 2
-        told = capsys.readouterr().err
-        assert said in told
-        assert "fitting" not in told
 
 
 @pytest.mark.ray

@@ -12,7 +12,7 @@ import pytest
 from speckv_online.cli.app import main
 from speckv_online.io.run_directory import RunDir, StepWriter, Unit
 from speckv_online.reporting.report import build_report, to_markdown, write_report, write_reports
-from speckv_online.reporting.verdict import BASELINE
+from speckv_online.reporting.verdict import BASELINE, never_learns
 from tests.support.records import STEP
 
 CALIBRATION = {"draft_seconds": 0.01, "verify_seconds": [0.1], "overhead_seconds": 0.0}
@@ -88,6 +88,34 @@ def test_series_are_those_of_the_records(tmp_path: Path) -> None:
     modelled = {m.policy: m for m in report.modelled}
     assert modelled["online"].modelled == pytest.approx(2 / 0.11)
     assert modelled["online"].measured == pytest.approx(2 / 0.15 / 1.025)
+
+
+def test_what_learning_gains_is_said_once_and_drawn(tmp_path: Path) -> None:
+    run = made_run(tmp_path, {BASELINE: 0.1, "mlp16": 0.12, "online": 0.15})
+    report = build_report(run)
+    (gain,) = report.gain
+    assert (gain.policy, gain.against, len(gain.ratios)) == ("online", "mlp16", 6)
+    assert gain.ratios == pytest.approx([0.12 / 0.15] * 6)  # two tokens a step under either
+    assert report.learning == [
+        "Does learning pay? online against mlp16, which never learns: nf4 no, 0.80 times [0.80, 0.80]."
+    ]
+    assert all(shares.acceptance == [1.0] * len(shares.steps) for shares in report.shares)
+    write_report(run)
+    assert (run / "plots" / "gain-nf4-online.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("policy", "others", "expected"),
+    [
+        ("online", ["mlp16", "online:learn=none", "mlp16:read=step"], "online:learn=none"),
+        ("online:cap=4", ["mlp16", "mlp16:read=step"], "mlp16:read=step"),
+        ("online", ["fixed:4"], ""),
+        ("online:learn=none", ["mlp16"], ""),
+        ("linucb", ["mlp16"], ""),
+    ],
+)
+def test_learning_is_judged_by_the_frozen_copy_where_one_ran(policy: str, others: list[str], expected: str) -> None:
+    assert never_learns(policy, others) == expected
 
 
 def test_an_unfinished_calibration_leaves_the_modelled_part_out(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Whether learning pays: a policy against its own frozen copy."""
