@@ -40,7 +40,7 @@ FAR = 4.0
 #: nothing would stay nothing for ever.
 LITTLE = 0.01
 #: Where the pace leaves these bounds, earlier times are those of another machine, or of another load.
-SAME = 0.75, 1.35
+SAME = 0.87, 1.15
 #: Share of its time at the usual context length that a verification takes at least, however short the context.
 LEAST = 0.1
 _K = np.arange(WIDTHS)
