@@ -16,7 +16,8 @@ import numpy as np
 
 from policies.base import MAX_GAMMA, PolicyError, State
 from policies.batches import MOST_ROWS, Forward
-from policies.costs.level_costs import HALF_LIFE, LATELY, NOW, LevelCosts
+from policies.costs.level_costs import HALF_LIFE, LevelCosts
+from policies.costs.pace import LATELY, NOW
 from policies.costs.prior import WIDTHS
 from policies.estimators.bayesian_linear import check_array
 

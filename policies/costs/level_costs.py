@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from policies.base import ARMS, Outcome, PolicyError, State
+from policies.costs.pace import Pace
 from policies.costs.prior import VAGUE, WIDTHS, CostPrior
 from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, rescale, solve, whole
 from policies.estimators.bayesian_linear import check_array
@@ -27,9 +28,6 @@ REFIT_EVERY, REFIT_ALWAYS = 32, 16
 OWN = 5.0
 #: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
 CAUGHT, READ = 8, 10.0
-#: Weights of the latest step in two means of how many times its estimate a verification takes: the machine's pace now,
-#: and lately.
-NOW, LATELY = 0.12, 0.014
 #: How many steps that drafted a prior's ``first`` is worth.
 FIRST = 5.0
 #: How many drafted tokens that took a forward each an arm's price starts from.
@@ -39,8 +37,8 @@ FAR = 4.0
 #: What a part of a step may take, as a share of another's, even where it took next to nothing so far: three times
 #: nothing would stay nothing for ever.
 LITTLE = 0.01
-#: Where the pace leaves these bounds, earlier times are those of another machine, or of another load.
-SAME = 0.87, 1.15
+#: A machine on which draft and target compare in another way, by that factor, has a shape of its own: what is kept then.
+OTHER, KEPT = 1.3, 0.05
 #: Share of its time at the usual context length that a verification takes at least, however short the context.
 LEAST = 0.1
 _K = np.arange(WIDTHS)
@@ -77,7 +75,7 @@ class LevelCosts:
         self.steps = self.version = 0
         self.deviation = 0.3
         self._gain = 1.0
-        self._now, self._lately, self._draft_lately, self._paced = 1.0, 1.0, 1.0, 0
+        self._pace = Pace()
         # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
         self._own: tuple[float, float, float, int] | None = None
         # All sums, and those since the last exchange.
@@ -108,20 +106,21 @@ class LevelCosts:
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
         if self._own is not None:
-            (self.deviation, self._now, self._lately, self._paced), self._own = self._own, None
+            mine = self._pace
+            (self.deviation, mine.now, mine.lately, mine.steps), self._own = self._own, None
         self.steps += 1
         if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
         k, c, rest, pace = outcome.drafted, float(outcome.context_length), total - draft - verify, 1.0
         if verify > 0.0:
-            pace = self._now / self._lately
+            pace = self._pace.now / self._pace.lately
             verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
             expected = self._expected[k] + self._per_token * c
             if expected < self._least[k]:
                 expected = self._least[k]
             verify = self._clip(verify, expected)
             if not self._vague or self.steps > REFIT_ALWAYS:
-                self._note_pace(pace * verify / expected)
+                self._pace.verified(pace * verify / expected)
             g = self._gain
             of_width, seen, taken = self._block[k], g * c, g * verify
             of_width[0] += g
@@ -142,8 +141,8 @@ class LevelCosts:
             most = 3.0 * (self.first + self.draft * drafted) if told else verify * drafted
             if 0.0 < most < draft:
                 draft = most
-            ratio = draft * pace / (self.first + self.draft * drafted) if self.first + self.draft > 0 else 1.0
-            self._draft_lately += 4.0 * LATELY * (min(ratio, 3.0) - self._draft_lately)
+            if (usual := self.first + self.draft * drafted) > 0.0:
+                self._pace.drafted(draft * pace / usual)
             sums[0] += g
             sums[1] += g * drafted
             sums[2] += g * drafted * drafted
@@ -170,13 +169,6 @@ class LevelCosts:
         each = min(most, self.draft)
         self._block_sums[9] += self._gain * tokens
         self._block_sums[10] += self._gain * min(max(seconds, 0.0), each * tokens)
-
-    def _note_pace(self, ratio: float) -> None:
-        """Take in how many times its estimate a verification took."""
-        self._paced += 1
-        even = 1.0 / self._paced
-        self._now += (NOW if even < NOW else even) * (ratio - self._now)
-        self._lately += (LATELY if even < LATELY else even) * (ratio - self._lately)
 
     def _clip(self, value: float, expected: float) -> float:
         """Huber-clip a time around its estimate, and widen or narrow the allowance."""
@@ -216,21 +208,11 @@ class LevelCosts:
             sums += block
         self._count += self._pending
         self._clear_block()
-        if self._paced >= 16:
-            self._rescale()
-        self._refit()
-
-    def _rescale(self) -> None:
-        """Take earlier times over to another machine or load. Both models have to tell of one: a verification alone may
-        be off for its context."""
-        off = [
-            0 if SAME[0] < pace < SAME[1] else 1 if pace > 1.0 else -1 for pace in (self._lately, self._draft_lately)
-        ]
-        if off[1]:
-            target = self._lately if off[0] == off[1] else 1.0
+        if change := self._pace.change():
             for sums in (self._total, self._delta):
-                rescale(sums, target, self._draft_lately)
-            self._now, self._lately, self._draft_lately = self._now / target, self._lately / target, 1.0
+                rescale(sums, *change)
+                sums *= 1.0 if 1.0 / OTHER < change[0] / change[1] < OTHER else KEPT
+        self._refit()
 
     def _refit(self) -> None:
         self.version += 1
@@ -303,11 +285,11 @@ class LevelCosts:
     def state(self) -> State:
         """Sums and the prior, as arrays."""
         self.refit()
-        prior = self.prior
+        prior, pace = self.prior, self._pace
         times = [prior.draft_seconds, prior.overhead_seconds, prior.context_seconds]
         return {
             **parts(self._total.copy()),
-            "misc": np.array([self.steps, self.deviation, float(self._vague), self._now, self._lately, self._paced]),
+            "misc": np.array([self.steps, self.deviation, float(self._vague), pace.now, pace.lately, pace.steps]),
             "prior": np.array([*times, prior.context_length, prior.weight, *prior.verify_seconds]),
             "catch_up": np.array(prior.catch_up_seconds),
             "first": np.array(prior.first_draft_seconds),
@@ -326,11 +308,12 @@ class LevelCosts:
         vague = bool(misc[2])
         if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
             raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:]}")
+        pace = self._pace
         if misc[5]:
             self._own = None
-        elif self._paced:
-            self._own = self.deviation, self._now, self._lately, self._paced
-        self._now, self._lately, self._paced = misc[3], misc[4], int(misc[5])
+        elif pace.steps:
+            self._own = self.deviation, pace.now, pace.lately, pace.steps
+        pace.now, pace.lately, pace.steps = misc[3], misc[4], int(misc[5])
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]
         self._total, self._delta, self._count = total, np.zeros(ALL), 0

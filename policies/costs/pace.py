@@ -1,0 +1,73 @@
+"""How many times the estimates the machine's times are, now and lately, and whether it is another machine by now."""
+
+from __future__ import annotations
+
+#: Weights of the latest step in the pace now, and lately.
+NOW, LATELY = 0.12, 0.014
+#: Where the pace stays outside of these bounds for so many steps, the machine is another one, or its load.
+SAME, STEPS = (0.85, 1.18), 48
+#: So many drafts in those steps tell of the draft's pace; with fewer, it is taken for the target's.
+DRAFTS = 4
+
+
+class Pace:
+    """The pace of one level's steps.
+
+    Attributes
+    ----------
+    now, lately : float
+        A verification's time over its estimate: over the last few steps, and over many.
+    draft : float
+        The same of a draft, over the last few.
+    steps : int
+        How many steps told of it.
+    """
+
+    __slots__ = ("_drafts", "_off", "_off_draft", "_run", "_run_draft", "draft", "lately", "now", "steps")
+
+    def __init__(self) -> None:
+        self.now = self.lately = self.draft = 1.0
+        self.steps = self._off = self._off_draft = self._run = self._run_draft = self._drafts = 0
+
+    def verified(self, ratio: float) -> None:
+        """Note how many times its estimate a verification took."""
+        self.steps += 1
+        even = 1.0 / self.steps
+        self.now += (NOW if even < NOW else even) * (ratio - self.now)
+        self.lately += (LATELY if even < LATELY else even) * (ratio - self.lately)
+        off = self._side(self.now)
+        if off and off == self._off:
+            self._run += 1
+        else:
+            self._off, self._run, self._drafts = off, 0, 0
+
+    def drafted(self, ratio: float) -> None:
+        """Note how many times its estimate a draft took."""
+        self._drafts += 1
+        self.draft += NOW * ((ratio if ratio < 3.0 else 3.0) - self.draft)
+        off = self._side(self.draft)
+        if off and off == self._off_draft:
+            self._run_draft += 1
+        else:
+            self._off_draft, self._run_draft = off, 0
+
+    def change(self) -> tuple[float, float] | None:
+        """Return by how much to multiply earlier times of the target and of the draft, and begin anew; None to go on.
+
+        A verification alone may be off for its context, so drafts have to tell of a change of both models too.
+        """
+        both = self._run >= STEPS and (self._drafts < DRAFTS or self._off_draft == self._off)
+        if both:
+            target, draft = self.now, self.draft if self._drafts >= DRAFTS else self.now
+            self.now = self.lately = 1.0
+        elif self._run_draft >= STEPS:
+            target, draft = 1.0, self.draft
+        else:
+            return None
+        self.draft, self._off, self._off_draft = 1.0, 0, 0
+        self._run = self._run_draft = self._drafts = 0
+        return target, draft
+
+    @staticmethod
+    def _side(pace: float) -> int:
+        return 1 if pace > SAME[1] else -1 if pace < SAME[0] else 0
