@@ -137,6 +137,9 @@ class CallWatch:
         Calls in which earlier processes ended.
     """
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallWatch:
+        return self  # a copy of a policy is watched by the same
+
     def __init__(self, path: Path | None, limit: float, *, interrupts: bool = True, outlived: bool = False) -> None:
         self.path, self.limit = path, limit
         self.interrupts = interrupts and hasattr(signal, "pthread_kill")

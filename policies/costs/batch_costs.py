@@ -139,7 +139,7 @@ class BatchCosts:
             off = min(max(off, -most), most)
             self.deviation += LATEST * (abs(off) - self.deviation)
             off += self._now - self._lately
-            even = 1.0 / (self.steps - 2.0)
+            even = 1.0 / max(self.steps - 2.0, 1.0)
             self._now += max(NOW, even) * (off - self._now)
             self._lately += max(LATELY, even) * (off - self._lately)
             z = expected + off - (self._now - self._lately)

@@ -37,7 +37,7 @@ FAR = 4.0
 #: What a part of a step may take, as a share of another's, even where it took next to nothing so far: three times
 #: nothing would stay nothing for ever.
 LITTLE = 0.01
-#: A machine on which draft and target compare in another way, by that factor, has a shape of its own: what is kept then.
+#: Where draft and target compare in another way, by that factor, the machine has another shape: what is kept then.
 OTHER, KEPT = 1.3, 0.05
 #: Share of its time at the usual context length that a verification takes at least, however short the context.
 LEAST = 0.1

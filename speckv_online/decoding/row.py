@@ -11,7 +11,8 @@ from speckv_online.context import History, summarise
 from speckv_online.decoding.generation import Generation
 from speckv_online.decoding.sequence import TokenSequence
 from speckv_online.io.step_records import StepRecord
-from speckv_online.speculation import PolicyTimer, Speculation
+from speckv_online.policy_timer import PolicyTimer
+from speckv_online.speculation import Speculation
 
 
 class Row:

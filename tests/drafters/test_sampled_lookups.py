@@ -206,7 +206,7 @@ def test_a_learning_policy_turns_to_lookups_when_tokens_are_drawn(tiny_pair: Tin
     """Where forwards of the draft are dear it leaves them for lookups, alone and in a batch."""
     prompt = REPEATING * 3
     for rows in (1, 3):
-        policy = make_policy("goodput:acceptance=none")
+        policy = make_policy("online:acceptance=none")
         for level in ("fp32", "fp32@2", "fp32@4"):
             policy.set_costs(level, CostPrior(0.05, (0.1, 0.1), 0.001))  # type: ignore[attr-defined]
         decoder = SpeculativeDecoder(ModelDrafter(tiny_pair.draft, 260), policy=policy, target=tiny_pair.target)

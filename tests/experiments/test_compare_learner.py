@@ -39,8 +39,8 @@ def test_a_batch_counts_once_however_often_it_arrives(tmp_path: Path) -> None:
     assert (state, len(applied)) == ({"total": 9.0}, 4)
 
 
-def test_merged_statistics_of_online_are_those_of_one_process(tmp_path: Path) -> None:
-    spec = f"online:weights={write_weights(tmp_path / 'w.npz')},explore=greedy,safety=off"
+def test_merged_statistics_of_linucb_are_those_of_one_process(tmp_path: Path) -> None:
+    spec = f"linucb:weights={write_weights(tmp_path / 'w.npz')},safety=off"
     alone, learner = make_policy(spec), Learner(tmp_path)
     workers = {level: make_policy(spec, worker=i) for i, level in enumerate(("fp16", "nf4"))}
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def test_merged_statistics_of_online_are_those_of_one_process(tmp_path: Path) ->
     expected = alone.state_dict()
     assert set(merged[1]) == set(expected)
     for key, value in expected.items():
-        if key.startswith("head."):
+        if key.startswith("linear."):
             np.testing.assert_allclose(merged[1][key], value, rtol=1e-9, atol=1e-12)
 
 

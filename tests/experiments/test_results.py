@@ -143,7 +143,7 @@ def test_a_run_that_was_stopped_shows_the_same_prompts_at_all_levels(tmp_path: P
     (alone,) = levels_of(tmp_path, ("autoregressive", "online"), ("fp16",))
     assert alone.shared == ["a", "b", "c"]
     with pytest.raises(UserError, match="no prompt yet"):
-        levels_of(tmp_path, ("online",))
+        levels_of(tmp_path, ("goodput",))
 
 
 def test_calls_in_which_the_machine_stood_still_are_left_out_for_all_alike() -> None:
@@ -200,9 +200,9 @@ def test_contenders_without_a_common_prompt_have_empty_cells() -> None:
     assert figure(draw, [Level("fp16", units)])
     # Prompts of the short table that a contender has none of are no request for all of its prompts.
     few = [call("fixed:1", p, 10, 1.0) for p in "bcde"] + [call("online", p, 10, 1.0) for p in "bcde"]
-    few += [call(name, "a", 10, 1.0) for name in ("online", "transformers:constant-4")]
+    few += [call(name, "a", 10, 1.0) for name in ("mlp16", "transformers:constant-4")]
     text = headline([Level("fp16", few)], {})
-    assert "| ours, `online` (0 of them) |  |" in text
+    assert "| ours, frozen MLP16 (0 of them) |  |" in text
     assert "| **ours, `online`** | **10.0** |" in text
 
 

@@ -26,11 +26,11 @@ TRACES = random_traces(6, ("int8",))
 
 @pytest.mark.parametrize("delay", [0, 25, 1000])
 def test_a_worker_has_all_that_it_sent_and_the_others_after_the_delay(delay: int) -> None:
-    walkers = [Walker(make_policy("linucb", seed=i, worker=i), endless(TRACES, i), COST) for i in range(3)]
+    walkers = [Walker(make_policy("linucb:discount=1", seed=i, worker=i), endless(TRACES, i), COST) for i in range(3)]
     own = [0.0] * 3
     sent: deque[tuple[int, list[State]]] = deque()
     rounds: list[list[float]] = []  # what each worker sent, by round
-    learner = make_policy("linucb")
+    learner = make_policy("linucb:discount=1")
     for now in (10, 20, 30, 40):
         before = [known(walker) for walker in walkers]
         for walker in walkers:
