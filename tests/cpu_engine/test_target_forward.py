@@ -246,7 +246,7 @@ def test_a_model_of_some_of_the_layers_has_a_forward_of_its_own() -> None:
     assert len(model(input_ids=TEXT[None, :9], past_key_values=KVCache(LAYERS, 20)).past_key_values) == 9
 
 
-@pytest.mark.parametrize("policy", ["autoregressive", "fixed:3", "goodput"])
+@pytest.mark.parametrize("policy", ["autoregressive", "fixed:3", "online"])
 def test_a_batch_says_what_each_prompt_alone_does(pair: tuple[LlamaForCausalLM, LlamaForCausalLM], policy: str) -> None:
     """Rows of other lengths that end at other times, over more tokens than are read at once."""
     target, draft = pair[1], llama()

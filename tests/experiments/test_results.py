@@ -238,7 +238,7 @@ def test_real_run_is_lossless_and_goes_on_where_it_was(tmp_path: Path) -> None:
     )
     arguments = ["--levels", "fp16", "--some", "1", "--round", "1", "--max-new-tokens", "6", "--others", "fixed:1"]
     arguments += ["--threads", "1", "--out", str(tmp_path / "run"), "--doc", str(doc), "--readme", str(doc)]
-    contenders = "transformers,transformers:constant-4,autoregressive,goodput+hybrid"
+    contenders = "transformers,transformers:constant-4,autoregressive,online+hybrid"
     assert main([*arguments, "--prompts", "1", "--leading", "transformers"]) == 0
     costs = read_manifest(tmp_path / "run")["levels"]
     assert main([*arguments, "--prompts", "2", "--leading", contenders]) == 0

@@ -73,7 +73,7 @@ def test_the_benchmark_runs_on_a_real_ray() -> None:
     command = [sys.executable, "-m", "experiments.bench.learner", "--workers", "2", "--seconds", "1", "--json"]
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     done = subprocess.run(
-        [*command, "--policies", "online", "--outcomes", "8,64"], capture_output=True, text=True, cwd=ROOT, env=env,
+        [*command, "--policies", "linucb", "--outcomes", "8,64"], capture_output=True, text=True, cwd=ROOT, env=env,
         timeout=240,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr  # whether the bar holds is a matter of the machine

@@ -42,7 +42,7 @@ class Switch(Scripted):
         return LOOKUP if draft.drafted == 1 else True
 
 
-POLICIES = ["fixed:5", "mlp16", "goodput"]
+POLICIES = ["fixed:5", "mlp16", "online"]
 
 
 @pytest.mark.parametrize(
