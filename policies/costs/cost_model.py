@@ -74,11 +74,11 @@ class CostModel:
             self.level(name).merge(part)
 
 
-def split_levels(state: State) -> dict[str, State]:
-    """Group ``cost.<level>.<array>`` keys by level; other keys are left out."""
+def split_levels(state: State, prefix: str = "cost.") -> dict[str, State]:
+    """Group ``cost.<level>.<array>`` keys, or those with another prefix, by level; other keys are left out."""
     found: dict[str, State] = {}
     for key, value in state.items():
-        if key.startswith("cost."):
-            level, _, array = key.removeprefix("cost.").rpartition(".")
+        if key.startswith(prefix):
+            level, _, array = key.removeprefix(prefix).rpartition(".")
             found.setdefault(level, {})[array] = value
     return found

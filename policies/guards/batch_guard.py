@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from policies.base import Context, Decision, Draft, Outcome, PolicyError, State
+from policies.base import Context, Decision, Outcome, PolicyError, State
 from policies.batches import Forward
 from policies.estimators.bayesian_linear import check_array
+from policies.guards.joint import PassesRows
 from policies.guards.ledger import PROBE
 from policies.guards.sleep import NUMBERS, STRETCH, SleepSchedule
 
@@ -55,7 +56,7 @@ class BatchAccount:
         self.sleep.fill(row[OWN:])
 
 
-class BatchGuard:
+class BatchGuard(PassesRows):
     """Guards a joint policy in batches; a :class:`~policies.guards.safety.SafetyGuard` has one.
 
     Parameters
@@ -67,7 +68,7 @@ class BatchGuard:
     """
 
     def __init__(self, policy: Any, epsilon: float, burn_in: float, sleeps: bool) -> None:
-        self.policy, self.epsilon, self.burn_in, self.sleeps = policy, epsilon, burn_in, sleeps
+        self.rows, self.epsilon, self.burn_in, self.sleeps = policy, epsilon, burn_in, sleeps
         self._accounts: dict[str, BatchAccount] = {}
 
     def account(self, level: str) -> BatchAccount:
@@ -93,7 +94,7 @@ class BatchGuard:
 
     def decide_rows(self, contexts: Sequence[Context], pads: bool, may_drop: bool) -> list[Decision]:
         """Ask the policy, but for probes of a plain step."""
-        decisions: list[Decision] = self.policy.decide_rows(contexts, pads, may_drop)
+        decisions: list[Decision] = self.rows.decide_rows(contexts, pads, may_drop)
         account = self.account(contexts[0].level)
         account.steps += 1
         if account.steps >= account.due:
@@ -106,21 +107,11 @@ class BatchGuard:
         account.probes += 1
         account.due = max(PROBE * account.probes**2, account.steps + 1)
 
-    def proceed_rows(self, decisions: Sequence[Decision], drafts: Sequence[Draft]) -> list[bool | str]:
-        """Ask the policy."""
-        found: list[bool | str] = self.policy.proceed_rows(decisions, drafts)
-        return found
-
-    def submit_rows(self, decisions: Sequence[Decision], drafts: Sequence[Draft]) -> list[int]:
-        """Ask the policy."""
-        found: list[int] = self.policy.submit_rows(decisions, drafts)
-        return found
-
     def learn_rows(self, decisions: Sequence[Decision], outcomes: Sequence[Outcome], forward: Forward) -> None:
         """Teach the policy, and count the step."""
-        seen = self.policy.has_learnt(decisions[0].id)
-        self.policy.learn_rows(decisions, outcomes, forward)
-        costs = self.policy.batch_costs.level(forward.level)
+        seen = self.rows.has_learnt(decisions[0].id)
+        self.rows.learn_rows(decisions, outcomes, forward)
+        costs = self.rows.batch_costs.level(forward.level)
         if seen or not costs.ready:
             return
         account, rows = self.account(forward.level), forward.rows

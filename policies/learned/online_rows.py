@@ -14,7 +14,7 @@ from policies.base import LOOKUP, Context, Decision, Draft, Outcome, State
 from policies.batches import Forward, JointPolicy
 from policies.costs.batch_costs import BatchCosts
 from policies.costs.cost_aware import CostAware
-from policies.costs.cost_model import CostModel
+from policies.costs.cost_model import CostModel, split_levels
 from policies.learned.batch_rule import DEBT, DOUBTFUL, FEW, PATIENCE, USED, Account, Prices, RowStep
 
 KEY = "batch_costs."
@@ -56,22 +56,13 @@ class BatchCostModel:
     def load(self, state: State) -> None:
         """Restore :meth:`state`; states of versions without batches have none."""
         self.levels = {}
-        for name, part in _by_level(state).items():
+        for name, part in split_levels(state, KEY).items():
             self.level(name).load(part)
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums."""
-        for name, part in _by_level(delta).items():
+        for name, part in split_levels(delta, KEY).items():
             self.level(name).merge(part)
-
-
-def _by_level(state: State) -> dict[str, State]:
-    found: dict[str, State] = {}
-    for key, value in state.items():
-        if key.startswith(KEY):
-            level, _, array = key.removeprefix(KEY).rpartition(".")
-            found.setdefault(level, {})[array] = value
-    return found
 
 
 class OnlineRows(CostAware, JointPolicy):

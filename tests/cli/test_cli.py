@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +19,9 @@ from speckv_online.cli.app import main
 from speckv_online.cli.generate import Streamer
 from speckv_online.console import run_command
 from speckv_online.errors import UserError
+from tests.support.cli import Run
 from tests.support.engine import SUPPORTED
 from tests.support.tiny_models import TinyPair, loaded_after, tiny_tokenizer
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def speckv(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as e:  # argparse
-            code = int(e.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture
