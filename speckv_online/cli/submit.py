@@ -8,7 +8,6 @@ The run directory lies on the cluster's head node; it comes back through the log
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import binascii
 import importlib.util
@@ -17,7 +16,6 @@ import re
 import shlex
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -88,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pack(folder: str | Path) -> str:
     """Return a folder as base64 text of a compressed tar archive, between two marker lines."""
+    import tarfile
+
     folder, buffer = Path(folder).expanduser(), io.BytesIO()
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: the job ended before it wrote anything")
@@ -108,6 +108,8 @@ def unpack(text: str, folder: str | Path) -> int:
     UserError
         If the text holds no complete archive, or the archive holds anything but plain files inside of the folder.
     """
+    import tarfile
+
     begin, end = text.find(_BEGIN), text.rfind(_END)
     if begin < 0 or end < begin:
         raise UserError("the run directory did not come through")
@@ -213,6 +215,8 @@ def _submit(client: Any, command: str, runtime: dict[str, Any], metadata: dict[s
 
 def _follow(client: Any, job: str) -> int:
     """Print a job's log as it comes; return the exit code of its command, or 1 if it was never started or stopped."""
+
+    import asyncio
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
