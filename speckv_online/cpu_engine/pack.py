@@ -123,7 +123,8 @@ def pack(model: nn.Module) -> int:
     elif use is None:
         notes.lacks("compiled kernels", "none for this processor, or no llvmlite", failed=True)
     else:
-        count = notes.packed = _pack_linears(model, use, notes)
+        count = _pack_linears(model, use, notes)
+        notes.packed = count + sum(type(m).__name__ == "GgufLinear" for m in model.modules())
         if "packed linear layers" not in notes.missing:
             compile_forward(model)
     notes.report()

@@ -20,7 +20,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from speckv_online.cpu_engine.gguf_layers import GgufProduct, input_types
 from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
+from speckv_online.cpu_engine.kernels import gguf_blocks as kernels_gguf
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.kernels.llvm import double
@@ -41,7 +43,7 @@ _KNOWN = {"input_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
 class _Room:
-    """Where inputs are rounded to 8 bits: numbers, largest elements, outliers."""
+    """Where inputs are rounded: to 8 bits, numbers, largest elements, outliers; to 16 bits."""
 
     def __init__(self, widest: int) -> None:
         self._tensors = (
@@ -49,6 +51,7 @@ class _Room:
             torch.empty(MOST_ROWS),
             torch.empty(MOST_ROWS, widest + 1, dtype=torch.int32),
         )
+        self.blocks = kernels_gguf.inputs_for(MOST_ROWS, widest)
         self.pointers = [t.data_ptr() for t in self._tensors]
 
 
@@ -120,7 +123,9 @@ class _Int8:
         ]
 
 
-_KINDS: dict[str, Any] = {"PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8}
+_KINDS: dict[str, Any] = {
+    "PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8, "GgufLinear": GgufProduct,
+}  # fmt: skip
 
 
 def _together(*layers: Any) -> Any:
@@ -143,8 +148,8 @@ class CompiledTarget:
     """
 
     def __init__(self, model: LlamaForCausalLM, width: int) -> None:
-        to = "bfloat" if any(type(m).__name__ == "Linear4bit" for m in model.modules()) else "float"
-        names = "embed", "turn", f"attend_{to}", f"gate_{to}", "add", "shorten"
+        tos = input_types(model)
+        names = "embed", "turn", "add", "shorten", *(f"{name}_{to}" for to in tos for name in ("attend", "gate"))
         self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
         #: Whether somebody changes what the model's modules do, which the program does not see.
         self.watched = False
@@ -155,7 +160,15 @@ class CompiledTarget:
         self._x, self._more, room = torch.empty(MOST_ROWS, widest), torch.empty(MOST_ROWS, p.hidden), _Room(widest)
         self._kept: list[Any] = [room]  # what the steps point at
         state, x, y, more = (t.data_ptr() for t in (p.state, self._x, p.y, self._more))
-        add, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
+        #: Where inputs of each type are.
+        self._at = {"float": x, "bfloat": x, "i16": room.blocks.data_ptr()}
+        sum_, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
+
+        def added(product: Any) -> list[Step]:
+            if product.to == "i16":
+                return list(product.steps(self._at["i16"], state, room, add=1))
+            return [*product.steps(x, more, room), sum_]
+
         #: Steps of the program before each layer, and before the head.
         self.ends = [1]
         for i, layer in enumerate(body.layers):
@@ -164,14 +177,15 @@ class CompiledTarget:
             gated, down = _together(f.gate_proj, f.up_proj), _together(f.down_proj)
             self._kept += [out, down]
             steps += [
-                *self._normed(layer.input_layernorm, together), *together.steps(x, y, room),
-                *p.attention(i, out.to, x, scale), *out.steps(x, more, room), add,
-                *self._normed(layer.post_attention_layernorm, gated), *gated.steps(x, y, room),
-                (p.kernels[f"gate_{down.to}"], y, x, p.inner, 0), *down.steps(x, more, room), add,
+                *self._normed(layer.input_layernorm, together), *together.steps(self._at[together.to], y, room),
+                *p.attention(i, out.to, self._at[out.to], scale), *added(out),
+                *self._normed(layer.post_attention_layernorm, gated), *gated.steps(self._at[gated.to], y, room),
+                (p.kernels[f"gate_{down.to}"], y, self._at[down.to], p.inner, 0), *added(down),
             ]  # fmt: skip
             self.ends.append(1 + len(steps))
-        head = _Packed([model.lm_head])
-        p.finish(steps, [*self._normed(body.norm, head), *head.steps(x, 0, room)], head.outputs)
+        head = _together(model.lm_head)
+        logits = head.steps(self._at[head.to], 0, room)
+        p.finish(steps, [*self._normed(body.norm, head), *logits], head.outputs)
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
         self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
 
@@ -184,8 +198,10 @@ class CompiledTarget:
         if weight.dtype != torch.float32 or not weight.is_contiguous():
             raise ValueError("a norm in another type")
         self._kept += [weight, product]
-        x = self._x.data_ptr()
-        steps: list[Step] = [(norms.compiled(), p.state.data_ptr(), weight.data_ptr(), x, 0, p.hidden, eps)]
+        state, x = p.state.data_ptr(), self._at[product.to]
+        if product.to == "i16":
+            return [(kernels_gguf.compiled(p.form.lanes, "normed"), state, x, weight.data_ptr(), 0, p.hidden, eps)]
+        steps: list[Step] = [(norms.compiled(), state, weight.data_ptr(), x, 0, p.hidden, eps)]
         return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
 
     def room(self, cache: KVCache) -> int:
