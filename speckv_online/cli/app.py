@@ -47,10 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.set_defaults(command=generate)
     add.add_argument("--prompt", required=True, help="what to say to the model; - reads standard input")
     add.add_argument("--pair", default="smollm2", help="named model pair (default: %(default)s)")
-    add.add_argument("--target", help="target model: a Hugging Face id or a directory (with --draft)")
+    add.add_argument("--target", help="target model: a Hugging Face id, a directory or a GGUF file (with --draft)")
     add.add_argument("--draft", help="draft model with the same tokenizer")
     add.add_argument("--drafter", default="model", metavar="NAME", help=f"{DRAFTERS} (default: %(default)s)")
-    add.add_argument("--compression", default="fp16", help="compression level of the target (default: %(default)s)")
+    text = "compression level of the target (default: a GGUF file's own, else fp16)"
+    add.add_argument("--compression", "--level", metavar="LEVEL", help=text)
     add.add_argument("--policy", default="online", help="policy, see `speckv policies` (default: %(default)s)")
     add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens (default: 64)")
     add.add_argument("--task", default="", help="task label that the policy may use")
@@ -145,14 +146,14 @@ def generate(arguments: argparse.Namespace) -> None:
             drafter=arguments.drafter,
             engine=engine,
         )
-    decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
+    decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=pair.level.name)
     if arguments.remember:
         decoder.memory = Memory(decoder.policy, canonical(arguments.policy), arguments.policy)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)
     result = decoder.generate(
         chat_prompt(pair.tokenizer, text), arguments.max_new_tokens, task=arguments.task, on_tokens=streamer
     )
-    facts = as_json(result, pair, arguments.compression, arguments.policy) | {"remembered": remembered(decoder.memory)}
+    facts = as_json(result, pair, pair.level.name, arguments.policy) | {"remembered": remembered(decoder.memory)}
     if streamer is None:
         print(json.dumps(facts))
     else:
@@ -171,7 +172,7 @@ def models(arguments: argparse.Namespace) -> None:
     for pair in pairs:
         state = f"cached in {pair['path']}" if pair["cached"] else f"not cached: speckv models prepare {pair['name']}"
         print(f"{pair['name']}: {pair['summary']} ({state})")
-    print("Any two models with one tokenizer: --target ID_OR_DIR --draft ID_OR_DIR")
+    print("Any two models with one tokenizer: --target ID_DIR_OR_GGUF --draft ID_DIR_OR_GGUF")
 
 
 def prepare(arguments: argparse.Namespace) -> None:

@@ -20,8 +20,8 @@ from speckv_online.cpu_engine.llama_program import UNUSABLE, Step
 from speckv_online.cpu_engine.notes import describe
 from speckv_online.modeling.gguf_types import BlockType, dequantize, floats
 
-#: Largest difference from the de-quantized matrix, relative to the largest output: rounding to 16 bits.
-_TOLERANCE = 1e-4
+#: Largest difference from the de-quantized matrix, relative to the largest output, by how inputs are rounded.
+_TOLERANCE = {"float": 1e-5, "b8": 2e-2, "b16": 1e-4}
 
 
 class GgufLinear(nn.Module):
@@ -33,14 +33,18 @@ class GgufLinear(nn.Module):
         Blocks in the order of the file.
     kind : BlockType
     bias : Tensor, optional
+    to : str
+        How inputs of quantized weights are rounded: ``b8`` or ``b16``.
     """
 
-    def __init__(self, data: torch.Tensor, kind: BlockType, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, data: torch.Tensor, kind: BlockType, bias: torch.Tensor | None = None, to: str = "b8"
+    ) -> None:
         super().__init__()
         width, use = lanes(), floating.shape()
         if width is None or use is None:
             raise RuntimeError("no kernels for this processor, or no llvmlite")
-        self.kind, self.lanes, self._use = kind, width, use
+        self.kind, self.lanes, self._use, self.to = kind, width, use, to if kind.bits else "float"
         self.out_features, self.in_features = len(data), data.shape[1] // kind.bytes * kind.size
         together = width if kind.bits else use.features
         #: Outputs with those that fill up the last register.
@@ -68,8 +72,8 @@ class GgufLinear(nn.Module):
         elif self.kind.bits:
             numbers = kernels.inputs_for(count, self.in_features)
             there = rows.data_ptr(), numbers.data_ptr()
-            kernels.compiled(self.lanes, "rounded")(*there, 0, count, self.in_features)
-            kernel = kernels.compiled(self.lanes, f"dot_{self.kind.name}")
+            kernels.compiled(self.lanes, f"rounded_{self.to}")(*there, 0, count, self.in_features)
+            kernel = kernels.compiled(self.lanes, f"dot_{self.to}_{self.kind.name}")
             kernel(numbers.data_ptr(), weight, out.data_ptr(), *shape, 0, self.outputs)
         else:
             floating.compiled(self._use)[self.weight.dtype](rows.data_ptr(), weight, out.data_ptr(), *shape, 0)
@@ -122,10 +126,10 @@ class GgufProduct:
         if any(layer.outputs != layer.out_features for layer in layers):
             raise ValueError("outputs that do not fill the registers")
         self.inputs, self.outputs = layers[0].in_features, sum(layer.outputs for layer in layers)
-        quantized = {bool(layer.kind.bits) for layer in layers}
-        if len(quantized) > 1 or (len(layers) > 1 and not quantized == {True}):
+        kinds = {layer.to for layer in layers}
+        if len(kinds) > 1:
             raise ValueError("weights of several types")
-        self.layers, self.to = layers, "i16" if quantized == {True} else "float"
+        self.layers, self.to = layers, kinds.pop()
 
     def steps(self, x: int, out: int, room: Any, add: int = 0) -> list[Step]:
         """Return the kernels that multiply what is at ``x``, rounded unless weights are in floating point."""
@@ -135,24 +139,24 @@ class GgufProduct:
             if self.to == "float":
                 found.append((floating.compiled(layer._use)[layer.weight.dtype], *there, 0))
             else:
-                found.append((kernels.compiled(layer.lanes, f"dot_{layer.kind.name}"), *there, add, self.outputs))
+                found.append((kernels.compiled(layer.lanes, f"dot_{self.to}_{layer.kind.name}"), *there, add, self.outputs))
             at += layer.outputs
         return found
 
 
 def input_types(model: nn.Module) -> set[str]:
-    """Return what inputs the linear layers of a model multiply: fp32, bf16's values in fp32, rounded to 16 bits."""
+    """Return what inputs the linear layers of a model multiply: fp32, bf16's values in fp32, rounded to 8 or 16 bits."""
     found = set[str]()
     for layer in model.modules():
         if isinstance(layer, GgufLinear):
-            found.add("i16" if layer.kind.bits else "float")
+            found.add(layer.to)
         elif type(layer).__name__ == "Linear4bit":
             return {"bfloat"}
     return found or {"float"}
 
 
 @cache
-def why_not(kind: BlockType) -> str:
+def why_not(kind: BlockType, to: str = "b8") -> str:
     """Return why there are no such layers on this processor, empty if there are: a small one is tried."""
     if lanes() is None:
         return "this processor has neither AVX-512 nor AVX2 with FMA and F16C, or llvmlite is missing"
@@ -167,9 +171,10 @@ def why_not(kind: BlockType) -> str:
         data = numbers.to(floats(numbers.view(torch.uint8), kind).dtype).view(torch.uint8)
     weight = dequantize(data, kind)
     try:
-        found, rows = GgufLinear(data, kind)(x), GgufEmbedding(data, kind)(torch.arange(72))
+        layer = GgufLinear(data, kind, to=to)
+        found, rows = layer(x), GgufEmbedding(data, kind)(torch.arange(72))
     except UNUSABLE as error:
         return describe(error)
     expected = x @ weight.T
-    right = (found - expected).abs().max() <= _TOLERANCE * expected.abs().max() and torch.equal(rows, weight)
+    right = (found - expected).abs().max() <= _TOLERANCE[layer.to] * expected.abs().max() and torch.equal(rows, weight)
     return "" if right else f"the results of its kernels for {kind.name} are not those of the matrix"

@@ -161,12 +161,12 @@ class CompiledTarget:
         self._kept: list[Any] = [room]  # what the steps point at
         state, x, y, more = (t.data_ptr() for t in (p.state, self._x, p.y, self._more))
         #: Where inputs of each type are.
-        self._at = {"float": x, "bfloat": x, "i16": room.blocks.data_ptr()}
+        self._at = {"float": x, "bfloat": x} | dict.fromkeys(("b8", "b16"), room.blocks.data_ptr())
         sum_, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
 
         def added(product: Any) -> list[Step]:
-            if product.to == "i16":
-                return list(product.steps(self._at["i16"], state, room, add=1))
+            if isinstance(product, GgufProduct) and product.to != "float":
+                return product.steps(self._at[product.to], state, room, add=1)
             return [*product.steps(x, more, room), sum_]
 
         #: Steps of the program before each layer, and before the head.
@@ -199,8 +199,8 @@ class CompiledTarget:
             raise ValueError("a norm in another type")
         self._kept += [weight, product]
         state, x = p.state.data_ptr(), self._at[product.to]
-        if product.to == "i16":
-            return [(kernels_gguf.compiled(p.form.lanes, "normed"), state, x, weight.data_ptr(), 0, p.hidden, eps)]
+        if product.to in ("b8", "b16"):
+            return [(kernels_gguf.compiled(p.form.lanes, f"normed_{product.to}"), state, x, weight.data_ptr(), 0, p.hidden, eps)]
         steps: list[Step] = [(norms.compiled(), state, weight.data_ptr(), x, 0, p.hidden, eps)]
         return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -31,6 +32,8 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _REST = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+#: Environment variable: 8 or 16 bits for the inputs of quantized matrices.
+INPUTS = "SPECKV_GGUF_INPUTS"
 #: Factors of the rotary frequencies, as Llama 3.1 has them.
 _FACTORS = "rope_freqs.weight"
 
@@ -107,10 +110,10 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
     fp16 on a GPU.
     """
     config = read_config(file)
-    blocks = device.type == "cpu" and engine != "off"
-    if blocks:
+    to = _rounding() if device.type == "cpu" and engine != "off" else ""
+    if to:
         for kind in {t.kind for t in file.tensors.values() if len(t.shape) == 2}:
-            if reason := why_not(kind):
+            if reason := why_not(kind, to):
                 raise file.wrong(f"{reason}: give --engine off to de-quantize it")
     else:
         log.info("%s is de-quantized: its blocks are for CPUs with the engine", file.path.name)
@@ -126,7 +129,7 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
     for i in range(config.num_hidden_layers):
         names |= {f"blk.{i}.{theirs}": f"model.layers.{i}.{ours}" for theirs, ours in _LAYER.items()}
     for theirs, ours in names.items():
-        _fill(file, model, unread, theirs, ours, blocks, dtype)
+        _fill(file, model, unread, theirs, ours, to, dtype)
         file.forget()
     if unread:
         raise file.wrong(f"it has the tensor {min(unread)[:60]!r}, which is not known here")
@@ -141,10 +144,18 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
     return model.to(device).eval()
 
 
+def _rounding() -> str:
+    """Return how the inputs of quantized matrices are rounded, as the environment says."""
+    bits = os.environ.get(INPUTS) or "8"
+    if bits not in ("8", "16"):
+        raise UserError(f"${INPUTS} must be 8 or 16, got {bits!r}")
+    return f"b{bits}"
+
+
 def _fill(
-    file: GgufFile, model: Any, unread: dict[str, Tensor], theirs: str, ours: str, blocks: bool, dtype: torch.dtype
+    file: GgufFile, model: Any, unread: dict[str, Tensor], theirs: str, ours: str, to: str, dtype: torch.dtype
 ) -> None:
-    """Put the tensors of one module in its place."""
+    """Put the tensors of one module in its place, in blocks whose inputs are rounded in a way, or de-quantized."""
     parent, _, name = ours.rpartition(".")
     try:
         owner = model.get_submodule(parent)
@@ -169,8 +180,8 @@ def _fill(
     if model.config.model_type == "llama" and theirs.endswith(("attn_q", "attn_k")):
         order = _halves(len(data), int(model.config.head_dim))
         data, bias = data[order], None if bias is None else bias[order]
-    if blocks:
-        made = GgufEmbedding(data, tensor.kind) if ours.endswith("embed_tokens") else GgufLinear(data, tensor.kind, bias)
+    if to:
+        made = GgufEmbedding(data, tensor.kind) if ours.endswith("embed_tokens") else GgufLinear(data, tensor.kind, bias, to)
         setattr(owner, name, made)
         return
     module.weight = nn.Parameter(dequantize(data, tensor.kind).to(dtype), requires_grad=False)

@@ -1,10 +1,12 @@
 """Matrices in the blocks of a GGUF file, for the few rows of a verification.
 
 A block's 32 weights are ``scale * (number - offset)``, or ``scale * number + minimum``. The inputs of a matrix are
-rounded to 16 bits with a scale for each 32, so the products of a block are sums of whole numbers. They are exact, and
-what is lost is 1 / 65,000 of a block's largest input: results are those of the de-quantized matrix in fp32 but for
-rounding. Where a processor has AVX-512 VNNI an input is two digits of 8 bits, else a whole number of 16 bits: with the
-same results. A row's result depends on that row alone, to the last bit.
+rounded too, with a scale for each 32, so the products of a block are sums of whole numbers, which are exact. A row's
+result depends on that row alone, to the last bit.
+
+Inputs have 8 bits, as in llama.cpp (``b8``), or 16 in two digits (``b16``): the latter gives what the de-quantized
+matrix gives in fp32 but for rounding, in nearly twice the time where several rows are read. Without AVX-512 VNNI either
+is multiplied as 16 bits, with the same results.
 
 Argument 3 of each kernel is the number of rows.
 """
@@ -28,7 +30,7 @@ ROWS = 12
 #: times the scale.
 STRIDE, _SCALE, _LESS, _SUM = 80, 64, {8: 68, 128: 72}, 76
 #: The largest rounded input: 127 in the upper digit.
-_MOST = 127 * 256
+_MOST = {"b8": 127, "b16": 127 * 256}
 _QUANTIZED = {kind.name: kind for kind in TYPES.values() if kind.bits}
 _KINDS = {kind.name: kind for kind in TYPES.values()}
 
@@ -67,14 +69,14 @@ def block_of(c: VectorCode, numbers: str, row: str, block: str, blocks: str) -> 
     return c.at(numbers, c.whole("mul", index, STRIDE), "i8")
 
 
-def round_block(c: VectorCode, values: list[str], numbers: str) -> None:
+def round_block(c: VectorCode, to: str, values: list[str], numbers: str) -> None:
     """Round a block of inputs, and write what :func:`dot` needs of it."""
     most = c.call("fabs", values[0])
     for value in values[1:]:
         most = c.call("maxnum", most, c.call("fabs", value))
     top = c.let(f"call float @llvm.vector.reduce.fmax.v{c.lanes}f32({c.wide} {most})")
     some = c.let(f"fcmp ogt float {top}, 0.0")
-    inverse = c.let(f"select i1 {some}, float {c.let(f'fdiv float {single(_MOST)}, {top}')}, float 0.0")
+    inverse = c.let(f"select i1 {some}, float {c.let(f'fdiv float {single(_MOST[to])}, {top}')}, float 0.0")
     factor, total = c.everywhere(c.lanes, "float", inverse), "zeroinitializer"
     eight, shorts = f"<{c.lanes} x i8>", f"<{c.lanes} x i16>"
     for place, value in enumerate(values):
@@ -82,7 +84,8 @@ def round_block(c: VectorCode, values: list[str], numbers: str) -> None:
         total = c.let(f"add {c.ints} {total}, {number}")
         if c.lanes == 16:
             upper = c.let(f"ashr {c.ints} {c.let(f'add {c.ints} {number}, splat (i32 128)')}, splat (i32 8)")
-            for digit, kept in enumerate((upper, number)):  # the lower 8 bits are what the upper digit leaves
+            # The lower 8 bits are what the upper digit leaves.
+            for digit, kept in enumerate((number,) if to == "b8" else (upper, number)):
                 at = c.at(numbers, BLOCK * digit + 16 * place, "i8")
                 c.do(f"store {eight} {c.let(f'trunc {c.ints} {kept} to {eight}')}, ptr {at}, align 1")
         else:
@@ -90,7 +93,7 @@ def round_block(c: VectorCode, values: list[str], numbers: str) -> None:
             picked = ", ".join(f"i32 {i}" for i in order)
             turned = c.let(f"shufflevector {shorts} {short}, {shorts} poison, <8 x i32> <{picked}>")
             c.do(f"store {shorts} {turned}, ptr {c.at(numbers, 16 * place, 'i8')}, align 1")
-    scale = c.let(f"fmul float {top}, {single(1 / _MOST)}")
+    scale = c.let(f"fmul float {top}, {single(1 / _MOST[to])}")
     added = c.let(f"call i32 @llvm.vector.reduce.add.v{c.lanes}i32({c.ints} {total})")
     c.do(f"store float {scale}, ptr {c.at(numbers, _SCALE, 'i8')}")
     for offset, place_ in _LESS.items():
@@ -99,9 +102,9 @@ def round_block(c: VectorCode, values: list[str], numbers: str) -> None:
     c.do(f"store float {whole}, ptr {c.at(numbers, _SUM, 'i8')}")
 
 
-def rounded(lanes: int) -> str:
-    """Return the kernel ``rounded(x, numbers, _, rows, inputs)``: fp32 of shape (rows, inputs), rounded."""
-    c = VectorCode("rounded", lanes)
+def rounded(lanes: int, to: str) -> str:
+    """Return the kernel ``rounded_TO(x, numbers, _, rows, inputs)``: fp32 of shape (rows, inputs), rounded."""
+    c = VectorCode(f"rounded_{to}", lanes)
     x, numbers, rows, inputs = c.argument(0, "ptr"), c.argument(1, "ptr"), c.argument(3), c.argument(4)
     blocks = c.whole("udiv", inputs, BLOCK)
     low, high = c.share(c.whole("mul", rows, blocks))
@@ -109,16 +112,16 @@ def rounded(lanes: int) -> str:
         place = c.at(x, c.whole("mul", unit, BLOCK), "float")
         values = [c.load(c.wide, c.at(place, j, "float"), 4) for j in range(0, BLOCK, lanes)]
         row, block = c.whole("udiv", unit, blocks), c.whole("urem", unit, blocks)
-        round_block(c, values, block_of(c, numbers, row, block, blocks))
+        round_block(c, to, values, block_of(c, numbers, row, block, blocks))
     return c.text()
 
 
-def normed(lanes: int) -> str:
-    """Return the kernel ``normed(x, numbers, weight, rows, inputs, eps)``: an RMS norm, rounded.
+def normed(lanes: int, to: str) -> str:
+    """Return the kernel ``normed_TO(x, numbers, weight, rows, inputs, eps)``: an RMS norm, rounded.
 
     ``x`` is fp32 of shape (rows, inputs), ``weight`` fp32 and ``eps`` a double's bits.
     """
-    c = VectorCode("normed", lanes)
+    c = VectorCode(f"normed_{to}", lanes)
     x, numbers, weight = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, eps = c.argument(3), c.argument(4), c.single(c.argument(5))
     blocks = c.whole("udiv", inputs, BLOCK)
@@ -139,18 +142,18 @@ def normed(lanes: int) -> str:
                 value = c.load(c.wide, c.at(x, c.whole("add", start, at), "float"), 4)
                 size = c.load(c.wide, c.at(weight, at, "float"), 4)
                 values.append(c.f("fmul", size, c.f("fmul", value, factor)))
-            round_block(c, values, block_of(c, numbers, row, block, blocks))
+            round_block(c, to, values, block_of(c, numbers, row, block, blocks))
     return c.text()
 
 
-def dot(lanes: int, name: str) -> str:
-    """Return the kernel ``dot_TYPE(numbers, weights, out, rows, inputs, outputs, add, stride)``.
+def dot(lanes: int, to: str, name: str) -> str:
+    """Return the kernel ``dot_TO_TYPE(numbers, weights, out, rows, inputs, outputs, add, stride)``.
 
     ``out``, fp32, becomes the product of rounded inputs and weights, or where ``add`` is 1 has it added to it. Rows of
     ``out`` are ``stride`` apart, and ``outputs`` a multiple of ``lanes``. :func:`lay_out` gives the weights.
     """
     kind = _QUANTIZED[name]
-    c = VectorCode(f"dot_{name}", lanes)
+    c = VectorCode(f"dot_{to}_{name}", lanes)
     wide, whole = c.wide, c.ints
     x, weights, out = (c.argument(i, "ptr") for i in range(3))
     rows, inputs, outputs = (c.argument(i) for i in range(3, 6))
@@ -180,16 +183,16 @@ def dot(lanes: int, name: str) -> str:
 
                 for row in range(count):
                     less = one(row, _LESS[kind.offset]) if kind.offset else "zeroinitializer"
-                    total = _summed(c, numbers, less, lambda offset, row=row, one=one: one(row, offset))  # type: ignore[misc]
+                    total = _summed(c, to, numbers, less, lambda offset, row=row, one=one: one(row, offset))  # type: ignore[misc]
                     factor = c.f("fmul", heads[0], one(row, _SCALE, "float"))
                     c.add_product(lanes, totals[row], c.let(f"sitofp {whole} {total} to {wide}"), factor)
                     if kind.minimum:
                         c.add_product(lanes, totals[row], heads[1], one(row, _SUM, "float"))
             for row in range(count):
                 at = c.whole("add", c.whole("mul", c.whole("add", done, row), stride), c.whole("mul", part, lanes))
-                to = c.at(out, at, "float")
-                old = c.let(f"select i1 {add}, {wide} {c.load(wide, to, 4)}, {wide} zeroinitializer")
-                c.do(f"store {wide} {c.f('fadd', old, c.load(wide, totals[row]))}, ptr {to}, align 4")
+                place = c.at(out, at, "float")
+                old = c.let(f"select i1 {add}, {wide} {c.load(wide, place, 4)}, {wide} zeroinitializer")
+                c.do(f"store {wide} {c.f('fadd', old, c.load(wide, totals[row]))}, ptr {place}, align 4")
 
         c.chunks(rows, ROWS, some)
     return c.text()
@@ -214,18 +217,17 @@ def _unpacked(c: VectorCode, kind: BlockType, place: str) -> list[tuple[str, int
     return found
 
 
-def _summed(c: VectorCode, numbers: list[tuple[str, int]], less: str, x: Callable[[int], str]) -> str:
+def _summed(c: VectorCode, to: str, numbers: list[tuple[str, int]], less: str, x: Callable[[int], str]) -> str:
     """Return the sums of products of a block's weights and a row's rounded inputs, ``less`` added."""
     whole = c.ints
     if c.lanes == 16:
-        total = "zeroinitializer"
-        for digit in range(2):
+        total = less if to == "b8" else "zeroinitializer"
+        for digit in range(1 if to == "b8" else 2):
+            if digit:
+                total = c.let(f"add {whole} {c.let(f'shl {whole} {total}, splat (i32 8)')}, {less}")
             for number, first in numbers:
                 given = f"{whole} {total}, {whole} {number}, {whole} {x(BLOCK * digit + first)}"
                 total = c.let(f"call {whole} @llvm.x86.avx512.vpdpbusd.512({given})")
-            if not digit:
-                total = c.let(f"shl {whole} {total}, splat (i32 8)")
-                total = c.let(f"add {whole} {total}, {less}")
         return total
     total = less
     for number, first in numbers:
@@ -284,11 +286,15 @@ def _quantized_row(c: VectorCode, kind: BlockType, there: str) -> list[str]:
 
 @cache
 def compiled(lanes: int, name: str, cpu: str | None = None) -> Kernel:
-    """Return a kernel by its name, of which a type may be part, as in ``dot_Q4_1``.
+    """Return a kernel by its name, as in ``rounded_b8``, ``dot_b8_Q4_1`` or ``rows_Q4_1``.
 
     Errors are those of :class:`~speckv_online.cpu_engine.kernels.llvm.Library`.
     """
-    kernel, _, kind = name.partition("_")
-    texts = {"rounded": rounded, "normed": normed, "dot": dot, "rows": rows_of}
-    text = texts[kernel](lanes, kind) if kind else texts[kernel](lanes)  # type: ignore[operator]
+    kernel, _, rest = name.partition("_")
+    if kernel == "rows":
+        text = rows_of(lanes, rest)
+    elif kernel == "dot":
+        text = dot(lanes, *rest.split("_", 1))
+    else:
+        text = {"rounded": rounded, "normed": normed}[kernel](lanes, rest)
     return Library(vector_code.declarations(lanes) + dot_declarations(lanes) + text, cpu).function(name)

@@ -23,12 +23,12 @@ _SMALLEST = -60.0
 
 
 def _put(c: VectorCode, form: Form, values: list[str], out: str, row: str, block: str, blocks: str, to: str) -> None:
-    """Write a block of a row: rounded to 8 or 16 bits, or in fp32, as it is (``float``) or rounded to bf16."""
+    """Write a block of a row: rounded, or in fp32, as it is (``float``) or with bf16's values."""
     if to == "i8":
         round_block(c, form, values, block_of(c, form, out, row, block, blocks))
         return
-    if to == "i16":
-        kernels_gguf.round_block(c, values, kernels_gguf.block_of(c, out, row, block, blocks))
+    if to in ("b8", "b16"):
+        kernels_gguf.round_block(c, to, values, kernels_gguf.block_of(c, out, row, block, blocks))
         return
     place = c.at(out, c.whole("mul", c.whole("add", c.whole("mul", row, blocks), block), BLOCK), "float")
     for j, value in enumerate(values):
