@@ -129,18 +129,26 @@ class GgufProduct:
         kinds = {layer.to for layer in layers}
         if len(kinds) > 1:
             raise ValueError("weights of several types")
-        self.layers, self.to = layers, kinds.pop()
+        self.layers, self.to, self.weight = layers, kinds.pop(), layers[0].weight.detach()
+        if self.to == "float" and len(layers) > 1:  # their kernel writes whole rows: they are one matrix
+            if len({layer.weight.dtype for layer in layers}) > 1:
+                raise ValueError("weights of several types")
+            self.weight, at = torch.cat([layer.weight.detach() for layer in layers]), 0
+            for layer in layers:  # they share the memory
+                end = at + len(layer.weight)
+                layer.weight, at = nn.Parameter(self.weight[at:end], requires_grad=False), end
 
     def steps(self, x: int, out: int, room: Any, add: int = 0) -> list[Step]:
         """Return the kernels that multiply what is at ``x``, rounded unless weights are in floating point."""
-        found, at = list[Step](), 0
+        first, found, at = self.layers[0], list[Step](), out
+        if self.to == "float":
+            kernel = floating.compiled(first._use)[self.weight.dtype]
+            return [(kernel, x, self.weight.data_ptr(), out, 0, self.inputs, self.outputs, 0)]
         for layer in self.layers:
-            there = x, layer.weight.data_ptr(), out + 4 * at, 0, self.inputs, layer.outputs
-            if self.to == "float":
-                found.append((floating.compiled(layer._use)[layer.weight.dtype], *there, 0))
-            else:
-                found.append((kernels.compiled(layer.lanes, f"dot_{self.to}_{layer.kind.name}"), *there, add, self.outputs))
-            at += layer.outputs
+            kernel = kernels.compiled(layer.lanes, f"dot_{self.to}_{layer.kind.name}")
+            there = x, layer.weight.data_ptr(), at, 0, self.inputs, layer.outputs
+            found.append((kernel, *there, add, self.outputs))
+            at += 4 * layer.outputs
         return found
 
 

@@ -176,21 +176,21 @@ class GgufFile:
         """Return a whole number above zero; without a default it must be there."""
         found = self.fields.get(name, default)
         if type(found) is not int or not 0 < found < 1 << 32:
-            raise self.wrong(f"{name} is missing" if found is None else f"{name} is {str(found)[:40]!r}")
+            raise self.wrong(f"{name} is missing" if found is None else f"{name} is {repr(found)[:40]}")
         return found
 
     def real(self, name: str, default: float | None = None) -> float:
         """Return a number above zero; without a default it must be there."""
         found = self.fields.get(name, default)
         if type(found) not in (int, float) or not 0 < found < math.inf:
-            raise self.wrong(f"{name} is missing" if found is None else f"{name} is {str(found)[:40]!r}")
+            raise self.wrong(f"{name} is missing" if found is None else f"{name} is {repr(found)[:40]}")
         return float(found)
 
     def text(self, name: str, default: str = "") -> str:
         """Return a text."""
         found = self.fields.get(name, default)
         if not isinstance(found, str):
-            raise self.wrong(f"{name} is {str(found)[:40]!r}")
+            raise self.wrong(f"{name} is {repr(found)[:40]}")
         return found
 
 

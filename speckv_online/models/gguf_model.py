@@ -99,7 +99,10 @@ def read_config(file: GgufFile) -> Any:
         fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture == "mistral":
         fields["sliding_window"] = None
-    return AutoConfig.for_model(architecture, **fields)
+    try:
+        return AutoConfig.for_model(architecture, **fields)
+    except Exception as e:  # whatever transformers finds wrong with sizes
+        raise file.wrong(f"its sizes do not fit each other: {' '.join(str(e.__cause__ or e).split())[:200]}") from e
 
 
 @torch.inference_mode()
@@ -117,8 +120,11 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
                 raise file.wrong(f"{reason}: give --engine off to de-quantize it")
     else:
         log.info("%s is de-quantized: its blocks are for CPUs with the engine", file.path.name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
+        raise file.wrong(f"transformers makes no model of its sizes: {' '.join(str(e).split())[:200]}") from e
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unread, factors = dict(file.tensors), None
     if _FACTORS in unread:
