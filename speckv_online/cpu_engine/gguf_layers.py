@@ -37,9 +37,7 @@ class GgufLinear(nn.Module):
         How inputs of quantized weights are rounded: ``b8`` or ``b16``.
     """
 
-    def __init__(
-        self, data: torch.Tensor, kind: BlockType, bias: torch.Tensor | None = None, to: str = "b8"
-    ) -> None:
+    def __init__(self, data: torch.Tensor, kind: BlockType, bias: torch.Tensor | None = None, to: str = "b8") -> None:
         super().__init__()
         width, use = lanes(), floating.shape()
         if width is None or use is None:
@@ -153,7 +151,7 @@ class GgufProduct:
 
 
 def input_types(model: nn.Module) -> set[str]:
-    """Return what inputs the linear layers of a model multiply: fp32, bf16's values in fp32, rounded to 8 or 16 bits."""
+    """Return what inputs the linear layers of a model multiply: fp32, bf16's values in fp32, or rounded ones."""
     found = set[str]()
     for layer in model.modules():
         if isinstance(layer, GgufLinear):

@@ -123,9 +123,7 @@ class _Int8:
         ]
 
 
-_KINDS: dict[str, Any] = {
-    "PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8, "GgufLinear": GgufProduct,
-}  # fmt: skip
+_KINDS: Any = {"PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8, "GgufLinear": GgufProduct}
 
 
 def _together(*layers: Any) -> Any:
@@ -148,8 +146,8 @@ class CompiledTarget:
     """
 
     def __init__(self, model: LlamaForCausalLM, width: int) -> None:
-        tos = input_types(model)
-        names = "embed", "turn", "add", "shorten", *(f"{name}_{to}" for to in tos for name in ("attend", "gate"))
+        given = (f"{name}_{to}" for to in input_types(model) for name in ("attend", "gate"))
+        names = "embed", "turn", "add", "shorten", *given
         self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
         #: Whether somebody changes what the model's modules do, which the program does not see.
         self.watched = False
@@ -161,13 +159,12 @@ class CompiledTarget:
         self._kept: list[Any] = [room]  # what the steps point at
         state, x, y, more = (t.data_ptr() for t in (p.state, self._x, p.y, self._more))
         #: Where inputs of each type are.
-        self._at = {"float": x, "bfloat": x} | dict.fromkeys(("b8", "b16"), room.blocks.data_ptr())
-        sum_, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
+        self._at, steps = {"float": x, "bfloat": x} | dict.fromkeys(("b8", "b16"), room.blocks.data_ptr()), list[Step]()
 
         def added(product: Any) -> list[Step]:
             if isinstance(product, GgufProduct) and product.to != "float":
                 return product.steps(self._at[product.to], state, room, add=1)
-            return [*product.steps(x, more, room), sum_]
+            return [*product.steps(x, more, room), (p.kernels["add"], state, more, 0, 0, p.hidden)]
 
         #: Steps of the program before each layer, and before the head.
         self.ends = [1]
@@ -184,8 +181,7 @@ class CompiledTarget:
             ]  # fmt: skip
             self.ends.append(1 + len(steps))
         head = _together(model.lm_head)
-        logits = head.steps(self._at[head.to], 0, room)
-        p.finish(steps, [*self._normed(body.norm, head), *logits], head.outputs)
+        p.finish(steps, [*self._normed(body.norm, head), *head.steps(self._at[head.to], 0, room)], head.outputs)
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
         self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
 
@@ -200,7 +196,8 @@ class CompiledTarget:
         self._kept += [weight, product]
         state, x = p.state.data_ptr(), self._at[product.to]
         if product.to in ("b8", "b16"):
-            return [(kernels_gguf.compiled(p.form.lanes, f"normed_{product.to}"), state, x, weight.data_ptr(), 0, p.hidden, eps)]
+            kernel = kernels_gguf.compiled(p.form.lanes, f"normed_{product.to}")
+            return [(kernel, state, x, weight.data_ptr(), 0, p.hidden, eps)]
         steps: list[Step] = [(norms.compiled(), state, weight.data_ptr(), x, 0, p.hidden, eps)]
         return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
 

@@ -101,7 +101,9 @@ class GgufFile:
             name = self._string()
             self.fields[name] = self._value(self._number("I"))
         if self.fields.get("split.count", 1) not in (0, 1):
-            raise self.wrong(f"it is one part of {self.fields['split.count']}: merge them with llama-gguf-split --merge")
+            raise self.wrong(
+                f"it is one part of {self.fields['split.count']}: merge them with llama-gguf-split --merge"
+            )
         found = [self._entry() for _ in range(count)]
         alignment = self.integer("general.alignment", 32)
         self._start = -(-self._at // alignment) * alignment
@@ -167,7 +169,9 @@ class GgufFile:
         start = self._start + offset
         end = start + rows * width
         if end > len(self._bytes):
-            raise self.wrong(f"it ends within {name[:60]!r}, at {len(self._bytes)} of at least {end} bytes: fetch it again")
+            raise self.wrong(
+                f"it ends within {name[:60]!r}, at {len(self._bytes)} of at least {end} bytes: fetch it again"
+            )
         if offset % 4:
             raise self.wrong(f"{name[:60]!r} is not aligned")
         return name, Tensor(kind, shape, torch.from_numpy(self._map[start:end]).view(rows, width))

@@ -68,7 +68,10 @@ def read_config(file: GgufFile) -> Any:
     if "token_embd.weight" not in file.tensors:
         raise file.wrong("the tensor token_embd.weight is missing")
     size = file.integer(key("attention.key_length"), hidden // heads or None)
-    if file.integer(key("attention.value_length"), size) != size or file.integer(key("rope.dimension_count"), size) != size:
+    if (
+        file.integer(key("attention.value_length"), size) != size
+        or file.integer(key("rope.dimension_count"), size) != size
+    ):
         raise file.wrong("heads whose values or rotary embeddings have another size than their keys are not read")
     special = {
         name: found
@@ -187,7 +190,11 @@ def _fill(
         order = _halves(len(data), int(model.config.head_dim))
         data, bias = data[order], None if bias is None else bias[order]
     if to:
-        made = GgufEmbedding(data, tensor.kind) if ours.endswith("embed_tokens") else GgufLinear(data, tensor.kind, bias, to)
+        made = (
+            GgufEmbedding(data, tensor.kind)
+            if ours.endswith("embed_tokens")
+            else GgufLinear(data, tensor.kind, bias, to)
+        )
         setattr(owner, name, made)
         return
     module.weight = nn.Parameter(dequantize(data, tensor.kind).to(dtype), requires_grad=False)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.console import say
+from speckv_online.cpu_engine.gguf_layers import GgufEmbedding
 from speckv_online.cpu_engine.start import int8_draft, start_engine
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
@@ -220,8 +221,8 @@ def load_pair(
     pair : str
         A named pair; not used where ``target`` and ``draft`` are given.
     level : str or Level, optional
-        Compression level of the target: fp16 by default, of a GGUF file its own. A named pair's draft has its quick form where there is one, see
-        :mod:`speckv_online.cpu_engine.int8_draft`.
+        Compression level of the target: fp16 by default, of a GGUF file its own. A named pair's draft has its quick
+        form where there is one, see :mod:`speckv_online.cpu_engine.int8_draft`.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     target, draft : str, optional
@@ -262,12 +263,14 @@ def load_pair(
     if not spec.needs_model:
         draft_revision = spec.kind
     elif draft is not None:
-        own = None if is_gguf(draft) else "fp32" if where.type == "cpu" else "fp16"
-        small = load_target(draft, draft_level or own, device, engine)
+        usual = None if is_gguf(draft) else "fp32" if where.type == "cpu" else "fp16"
+        small = load_target(draft, draft_level or usual, device, engine)
         check_model(small, "draft")
         draft_revision = _revision(small, draft)
     else:
-        small, head_ids, digest = load_shipped_draft(Path(source), where)
+        own = big.get_input_embeddings()  # blocks of a file are read by the draft too
+        shared = own if isinstance(own, GgufEmbedding) else None
+        small, head_ids, digest = load_shipped_draft(Path(source), where, shared=shared)
         draft_revision = f"{pair}:sha256:{digest[:16]}"
         compiled = int8_draft(small, engine)
         if compiled is not None:

@@ -28,7 +28,9 @@ def blocks(outputs: int, inputs: int, kind: BlockType, generator: torch.Generato
     return data.view(outputs, -1)
 
 
-def product(x: torch.Tensor, data: torch.Tensor, kind: BlockType, to: str, width: int, start: float = 0.0) -> torch.Tensor:
+def product(
+    x: torch.Tensor, data: torch.Tensor, kind: BlockType, to: str, width: int, start: float = 0.0
+) -> torch.Tensor:
     """Return what the kernels give, added to a number; rows are further apart than they are long."""
     rows, inputs, outputs, cpu = len(x), x.shape[1], len(data), PROCESSORS[width]
     numbers, weights, stride = inputs_for(rows, inputs), lay_out(data, kind, width), outputs + 16

@@ -59,7 +59,9 @@ def test_dequantized_as_the_gguf_package_does(number: int) -> None:
     kind = TYPES[number]
     data = torch.randint(0, 256, (8, 64 // kind.size * kind.bytes), dtype=torch.uint8)
     if not kind.bits:
-        data = torch.randn(8, 64).to(torch.bfloat16 if kind.name == "BF16" else getattr(torch, f"float{8 * kind.bytes}"))
+        data = torch.randn(8, 64).to(
+            torch.bfloat16 if kind.name == "BF16" else getattr(torch, f"float{8 * kind.bytes}")
+        )
         data = data.view(torch.uint8)
     expected = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind.name])
     torch.testing.assert_close(dequantize(data, kind), torch.from_numpy(expected), rtol=0, atol=0, equal_nan=True)
@@ -216,10 +218,12 @@ def test_a_damaged_file_is_one_line_or_a_model(file: Path, tmp_path: Path, data:
         first, last = data.draw(st.sampled_from(ends))
         whole[data.draw(st.integers(first, last))] = data.draw(st.sampled_from([0, 1, 2, 8, 9, 127, 128, 255]))
     path.write_bytes(whole)
+    reason = ""
     try:
         load_gguf(GgufFile(path), CPU, "off")
     except UserError as error:
-        assert len(str(error).splitlines()) == 1
+        reason = str(error)
+    assert "\n" not in reason
 
 
 def test_bad_files_on_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,15 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.support.tiny_models import tiny_tokenizer
 
@@ -59,7 +66,9 @@ def neighbours(rows: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(-1, 2, size // 2, *rows.shape[1:]).swapaxes(1, 2)).reshape(rows.shape)
 
 
-def write_gguf(path: Path, model: PreTrainedModel, kind: str = "Q4_1", mixed: dict[str, str] | None = None, **fields: Any) -> Path:
+def write_gguf(
+    path: Path, model: PreTrainedModel, kind: str = "Q4_1", mixed: dict[str, str] | None = None, **fields: Any
+) -> Path:
     """Write a model, its matrices in a type; ``mixed`` has other types for some tensors, ``fields`` other numbers."""
     config, family = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, family)
