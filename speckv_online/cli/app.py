@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.append("")  # the working directory: a policy of one's own, MODULE:CLASS, is found as with `python -m`
+    if argv[:2] == ["models", "quality"]:
+        del argv[0]
     if argv and argv[0] in JOBS:
         return run_command("speckv", lambda: run_job(argv[0], argv[1:]))
     arguments = build_parser().parse_args(argv)
@@ -65,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("models", help="list model pairs, or prepare one")
     add.set_defaults(command=models)
     add.add_argument("--json", action="store_true", help="print JSON")
-    verbs = add.add_subparsers(metavar="[prepare]")
+    verbs = add.add_subparsers(metavar="[prepare|quality]")
+    verbs.add_parser("quality", help=JOBS["quality"], add_help=False)  # main() hands it over
     verb = verbs.add_parser("prepare", help="fetch and convert a pair into the cache")
     verb.set_defaults(command=prepare)
     verb.add_argument("pair", help="name of the pair")

@@ -156,6 +156,8 @@ def at_level(pair: str, target: str | None, level: str | Level | None) -> tuple[
         If there is no such level or file, or if the file is at another level.
     """
     asked = get_level(level) if isinstance(level, str) else level
+    if target is not None and Path(target).expanduser() == smollm2_dir():
+        pair, target = DEFAULT_PAIR, None
     if target is not None and is_gguf(target):
         file = GgufFile(target)
     elif asked is None or not asked.gguf:
