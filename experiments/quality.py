@@ -62,8 +62,9 @@ def run(config: QualityConfig) -> int:
         reference = load_target(source, None if file else "fp16", config.device, "off")
     for level in missing:
         model = load_target(source, level, config.device, "auto")
-        known[level] = quality = measure(model, reference, name, prompts)
-        keep_quality(config.pair, config.target, level, quality)
+        measured = measure(model, reference, name, prompts)
+        keep_quality(config.pair, config.target, level, measured)
+        known[level] = measured
         del model
     if config.json:
         print(json.dumps({level: asdict(quality) for level, quality in known.items() if quality is not None}))

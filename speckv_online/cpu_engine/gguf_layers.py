@@ -42,7 +42,9 @@ class GgufLinear(nn.Module):
         width, use = lanes(), floating.shape()
         if width is None or use is None:
             raise RuntimeError("no kernels for this processor, or no llvmlite")
-        self.kind, self.lanes, self._use, self.to = kind, width, use, to if kind.bits else "float"
+        self.kind, self.lanes, self._use = kind, width, use
+        #: What its inputs are rounded to.
+        self.rounding = to if kind.bits else "float"
         self.out_features, self.in_features = len(data), data.shape[1] // kind.bytes * kind.size
         together = width if kind.bits else use.features
         #: Outputs with those that fill up the last register.
@@ -70,8 +72,8 @@ class GgufLinear(nn.Module):
         elif self.kind.bits:
             numbers = kernels.inputs_for(count, self.in_features)
             there = rows.data_ptr(), numbers.data_ptr()
-            kernels.compiled(self.lanes, f"rounded_{self.to}")(*there, 0, count, self.in_features)
-            kernel = kernels.compiled(self.lanes, f"dot_{self.to}_{self.kind.name}")
+            kernels.compiled(self.lanes, f"rounded_{self.rounding}")(*there, 0, count, self.in_features)
+            kernel = kernels.compiled(self.lanes, f"dot_{self.rounding}_{self.kind.name}")
             kernel(numbers.data_ptr(), weight, out.data_ptr(), *shape, 0, self.outputs)
         else:
             floating.compiled(self._use)[self.weight.dtype](rows.data_ptr(), weight, out.data_ptr(), *shape, 0)
@@ -124,7 +126,7 @@ class GgufProduct:
         if any(layer.outputs != layer.out_features for layer in layers):
             raise ValueError("outputs that do not fill the registers")
         self.inputs, self.outputs = layers[0].in_features, sum(layer.outputs for layer in layers)
-        kinds = {layer.to for layer in layers}
+        kinds = {layer.rounding for layer in layers}
         if len(kinds) > 1:
             raise ValueError("weights of several types")
         self.layers, self.to, self.weight = layers, kinds.pop(), layers[0].weight.detach()
@@ -155,7 +157,7 @@ def input_types(model: nn.Module) -> set[str]:
     found = set[str]()
     for layer in model.modules():
         if isinstance(layer, GgufLinear):
-            found.add(layer.to)
+            found.add(layer.rounding)
         elif type(layer).__name__ == "Linear4bit":
             return {"bfloat"}
     return found or {"float"}
@@ -182,5 +184,7 @@ def why_not(kind: BlockType, to: str = "b8") -> str:
     except UNUSABLE as error:
         return describe(error)
     expected = x @ weight.T
-    right = (found - expected).abs().max() <= _TOLERANCE[layer.to] * expected.abs().max() and torch.equal(rows, weight)
+    right = (found - expected).abs().max() <= _TOLERANCE[layer.rounding] * expected.abs().max() and torch.equal(
+        rows, weight
+    )
     return "" if right else f"the results of its kernels for {kind.name} are not those of the matrix"

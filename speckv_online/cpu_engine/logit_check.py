@@ -35,8 +35,9 @@ UPDATE = 1e-5
 def kind_of(model: torch.nn.Module) -> str:
     """Return the kind of a model's weights, as :data:`LOGITS` has them."""
     names = {type(m).__name__ for m in model.modules()}
-    if "GgufLinear" in names:
-        return max(m.to for m in model.modules() if type(m).__name__ == "GgufLinear")
+    if "GgufLinear" in names:  # the coarser, of "b8", "b16" and "float"
+        kinds = {str(m.rounding) for m in model.modules() if type(m).__name__ == "GgufLinear"}
+        return next(kind for kind in ("b8", "b16", "float") if kind in kinds)
     return "int8" if "Linear8bitLt" in names else "4bit" if "Linear4bit" in names else "float"
 
 

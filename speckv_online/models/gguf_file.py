@@ -72,7 +72,7 @@ class GgufFile:
             self._map = np.memmap(self.path, np.uint8, "c")
         except (OSError, ValueError) as e:  # the latter for an empty file
             raise self.wrong(getattr(e, "strerror", None) or "it is empty") from e
-        self._bytes, self._at = memoryview(self._map), 0
+        self._bytes, self._at = memoryview(self._map.data), 0
         try:
             self._read()
         except struct.error:
@@ -186,7 +186,7 @@ class GgufFile:
     def real(self, name: str, default: float | None = None) -> float:
         """Return a number above zero; without a default it must be there."""
         found = self.fields.get(name, default)
-        if type(found) not in (int, float) or not 0 < found < math.inf:
+        if not isinstance(found, int | float) or not 0 < found < math.inf:
             raise self.wrong(f"{name} is missing" if found is None else f"{name} is {repr(found)[:40]}")
         return float(found)
 

@@ -78,13 +78,14 @@ def read_config(file: GgufFile) -> Any:
         for name in ("bos", "eos", "padding")
         if type(found := file.fields.get(f"tokenizer.ggml.{name}_token_id")) is int
     }
+    groups, layers = file.integer(key("attention.head_count_kv"), heads), file.integer(key("block_count"))
     fields = {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": file.integer(key("feed_forward_length")),
-        "num_hidden_layers": file.integer(key("block_count")),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": file.integer(key("attention.head_count_kv"), heads),
+        "num_key_value_heads": groups,
         "head_dim": size,
         "max_position_embeddings": file.integer(key("context_length")),
         "rms_norm_eps": file.real(key("attention.layer_norm_rms_epsilon"), 1e-5),
@@ -94,10 +95,10 @@ def read_config(file: GgufFile) -> Any:
         "pad_token_id": special.get("padding"),
         "tie_word_embeddings": False,  # head and embedding read the same blocks, each in its own order
     }
-    if heads % fields["num_key_value_heads"]:
-        raise file.wrong(f"{heads} heads and {fields['num_key_value_heads']} groups of keys do not fit")
-    if fields["num_hidden_layers"] > len(file.tensors):
-        raise file.wrong(f"it says {fields['num_hidden_layers']} layers and has {len(file.tensors)} tensors")
+    if heads % groups:
+        raise file.wrong(f"{heads} heads and {groups} groups of keys do not fit")
+    if layers > len(file.tensors):
+        raise file.wrong(f"it says {layers} layers and has {len(file.tensors)} tensors")
     if architecture == "llama":
         fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture == "mistral":

@@ -167,7 +167,7 @@ def at_level(pair: str, target: str | None, level: str | Level | None) -> tuple[
     else:
         check_pair(pair)
         file = GgufFile(find_gguf())
-    return get_level(check_level(file, asked and asked.name)), file
+    return get_level(check_level(file, None if asked is None else asked.name)), file
 
 
 def check_pair(pair: str) -> None:
