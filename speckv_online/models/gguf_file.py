@@ -67,11 +67,14 @@ class GgufFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(path)
         try:
+            self.path = self.path.expanduser()
             self._map = np.memmap(self.path, np.uint8, "c")
-        except (OSError, ValueError) as e:  # the latter for an empty file
-            raise self.wrong(getattr(e, "strerror", None) or "it is empty") from e
+        except (OSError, RuntimeError) as e:  # the latter for the home of an unknown user
+            raise self.wrong(getattr(e, "strerror", None) or str(e)) from e
+        except ValueError as e:
+            raise self.wrong("it is empty") from e
         self._bytes, self._at = memoryview(self._map.data), 0
         try:
             self._read()
@@ -210,11 +213,10 @@ def type_name(number: int) -> str:
 
 def is_gguf(source: str | Path) -> bool:
     """Return True for a file that says that it is GGUF, by its name or by its first bytes."""
-    path = Path(source).expanduser()
     if str(source).lower().endswith(".gguf"):
         return True
     try:
-        with path.open("rb") as f:
+        with Path(source).expanduser().open("rb") as f:
             return f.read(4) == MAGIC
-    except OSError:
+    except (OSError, RuntimeError, ValueError):
         return False

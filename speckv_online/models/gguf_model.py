@@ -109,7 +109,7 @@ def read_config(file: GgufFile) -> Any:
         raise file.wrong(f"its sizes do not fit each other: {' '.join(str(e.__cause__ or e).split())[:200]}") from e
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedModel:
     """Return the model of a GGUF file, in eval mode.
 

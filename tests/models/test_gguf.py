@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from experiments.common.bundled_prompts import bundled
 from experiments.compare.__main__ import main as compare
 from speckv_online.cli import main
+from speckv_online.decoding.batch import decode_batch
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.drafters.ngram import NgramDrafter
@@ -118,6 +119,9 @@ def test_decoding_a_file(file: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     expected = SpeculativeDecoder(None, policy="autoregressive", target=pair.target).generate(prompt, 24).tokens
     found = SpeculativeDecoder(NgramDrafter(), policy="fixed:4", target=pair.target).generate(prompt, 24).tokens
     assert found == expected
+    decoder, other = SpeculativeDecoder(NgramDrafter(), policy="fixed:2", target=pair.target), prompt[:9]
+    alone = SpeculativeDecoder(None, policy="autoregressive", target=pair.target).generate(other, 24).tokens
+    assert [out.tokens for out in decode_batch(decoder, [prompt, other], 24)] == [expected, alone]
     flags = ["--target", str(file), "--drafter", "ngram", "--device", "cpu"]
     assert main(["generate", *flags, "--prompt", "so it goes, so it goes", "--max-new-tokens", "24", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
