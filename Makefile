@@ -38,14 +38,14 @@ test: setup
 	@echo "== preparing the default model pair"
 	@$(BIN)/speckv models prepare smollm2
 	@echo "== tests that need neither the real models nor Ray, and examples in docstrings, two processes at a time"
-	@$(BIN)/python -m pytest -n 2 --doctest-modules -m "not slow and not ray" policies speckv_online tests $(ARGS) \
+	@$(BIN)/python -m pytest -n 2 --durations=25 --doctest-modules -m "not slow and not ray" policies speckv_online tests $(ARGS) \
 		|| test $$? -eq 5
 	@echo "== the quick tests of what decodes once more, on plain transformers modules, and what they cover"
 	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(COVERED) --cov-report= $(WITHOUT_ENGINE) $(ARGS) \
 		|| test $$? -eq 5
 	@$(BIN)/python -m tests.support.coverage_summary
 	@echo "== tests with the real models, and beside them those with a real Ray, one at a time"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none was asked for
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none was asked for
 
 
 results: results-measured results-modelled

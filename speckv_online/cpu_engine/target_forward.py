@@ -21,7 +21,6 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speckv_online.cpu_engine.gguf_layers import GgufProduct, input_types
-from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
 from speckv_online.cpu_engine.kernels import gguf_blocks as kernels_gguf
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
@@ -30,6 +29,8 @@ from speckv_online.cpu_engine.layer_patches import OVERRIDES, stock_layers
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
 from speckv_online.cpu_engine.logit_check import what_is_wrong
 from speckv_online.cpu_engine.notes import describe, notes_of
+from speckv_online.cpu_engine.products import Int8, together
+from speckv_online.cpu_engine.verdicts import Verdicts
 from speckv_online.cpu_engine.weight_version import state_of
 from speckv_online.modeling.fingerprint import remember_fingerprint
 from speckv_online.modeling.kv_cache import KVCache
@@ -53,85 +54,6 @@ class _Room:
         )
         self.blocks = kernels_gguf.inputs_for(MOST_ROWS, widest)
         self.pointers = [t.data_ptr() for t in self._tensors]
-
-
-class _Packed:
-    """Linear layers of the same input as one, of :class:`~speckv_online.cpu_engine.pack.PackedLinear`."""
-
-    to = "float"
-
-    def __init__(self, layers: list[Any]) -> None:
-        kernels = {layer._kernel for layer in layers}
-        self.kernel, self.inputs = kernels.pop(), layers[0].in_features
-        if kernels:
-            raise ValueError("weights of several types")
-        self.weight, self.scales = (torch.cat(parts) for parts in zip(*(x._packed for x in layers), strict=True))
-        self.outputs, at = sum(layer.out_features for layer in layers), 0
-        for layer in layers:  # they share the memory
-            weight, scales = (len(part) for part in layer._packed)
-            start = at * len(self.scales) // len(self.weight)
-            layer._packed = self.weight[at : at + weight], self.scales[start : start + scales]
-            at += weight
-
-    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
-        """Return the kernels that multiply what is at ``x``."""
-        scales = self.scales.data_ptr()
-        return [(self.kernel, x, self.weight.data_ptr(), out, 0, self.inputs, self.outputs, scales)]
-
-
-class _FourBit:
-    """Linear layers of the same input as one, of bitsandbytes' ``Linear4bit``."""
-
-    to = "bfloat"
-
-    def __init__(self, layers: list[Any]) -> None:
-        weights, scales, codes, sizes, blocks = zip(*(layer._patched for layer in layers), strict=True)
-        self.inputs, self.outputs, self.block = sizes[0][1], sum(outputs for outputs, _ in sizes), blocks[0]
-        if len(set(blocks)) > 1 or any(not torch.equal(code, codes[0]) for code in codes):
-            raise ValueError("weights of several types")
-        self.weight = torch.cat([weight.reshape(-1) for weight in weights])
-        self.scales = torch.cat([s.view(self.inputs // self.block, -1) for s in scales], 1).contiguous()
-        self.codes = codes[0]
-
-    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
-        """Return the kernels that multiply what is at ``x``, in fp32 with bf16's values."""
-        kernel, pointers = kernels_bnb.compiled()["four_bit"], (self.scales.data_ptr(), self.block)
-        there = x, self.weight.data_ptr(), out
-        return [(kernel, *there, 0, self.inputs, self.outputs, *pointers, self.codes.data_ptr())]
-
-
-class _Int8:
-    """Linear layers of the same input as one, of bitsandbytes' ``Linear8bitLt``."""
-
-    to = "float"
-
-    def __init__(self, layers: list[Any]) -> None:
-        weights, scales, sums, thresholds, sizes = zip(*(layer._patched for layer in layers), strict=True)
-        self.inputs, self.outputs, self.threshold = sizes[0][1], sum(outputs for outputs, _ in sizes), thresholds[0]
-        if len(set(thresholds)) > 1:
-            raise ValueError("weights of several types")
-        self.weight, self.sizes, self.sums = (torch.cat(parts) for parts in (weights, scales, sums))
-
-    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
-        """Return the kernels that multiply what is at ``x``; outliers are each row's own."""
-        kernels, (numbers, tops, columns) = kernels_bnb.compiled(), room.pointers
-        weight, sizes, shape = self.weight.data_ptr(), self.sizes.data_ptr(), (0, self.inputs, self.outputs)
-        return [
-            (kernels["quantize"], x, numbers, tops, 0, self.inputs, self.threshold, columns),
-            (kernels["int8"], numbers, weight, out, *shape, tops, sizes, self.sums.data_ptr()),
-            (kernels["outliers"], x, columns, out, *shape, weight, sizes),
-        ]
-
-
-_KINDS: Any = {"PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8, "GgufLinear": GgufProduct}
-
-
-def _together(*layers: Any) -> Any:
-    """Return linear layers of the same input as one."""
-    kinds = {type(layer).__name__ for layer in layers}
-    if len(kinds) > 1 or any(layer.bias is not None for layer in layers):
-        raise ValueError("layers of several kinds, or with a bias")
-    return _KINDS[kinds.pop()](list(layers))
 
 
 class CompiledTarget:
@@ -170,20 +92,20 @@ class CompiledTarget:
         self.ends = [1]
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
-            together, out = _together(a.q_proj, a.k_proj, a.v_proj), _together(a.o_proj)
-            gated, down = _together(f.gate_proj, f.up_proj), _together(f.down_proj)
+            joined, out = together(a.q_proj, a.k_proj, a.v_proj), together(a.o_proj)
+            gated, down = together(f.gate_proj, f.up_proj), together(f.down_proj)
             self._kept += [out, down]
             steps += [
-                *self._normed(layer.input_layernorm, together), *together.steps(self._at[together.to], y, room),
+                *self._normed(layer.input_layernorm, joined), *joined.steps(self._at[joined.to], y, room),
                 *p.attention(i, out.to, self._at[out.to], scale), *added(out),
                 *self._normed(layer.post_attention_layernorm, gated), *gated.steps(self._at[gated.to], y, room),
                 (p.kernels[f"gate_{down.to}"], y, self._at[down.to], p.inner, 0), *added(down),
             ]  # fmt: skip
             self.ends.append(1 + len(steps))
-        head = _together(model.lm_head)
+        head = together(model.lm_head)
         p.finish(steps, [*self._normed(body.norm, head), *head.steps(self._at[head.to], 0, room)], head.outputs)
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
-        self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
+        self.whole_prompts = any(isinstance(kept, Int8) for kept in self._kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTarget:
         return self  # the steps point at this one's memory
@@ -296,12 +218,13 @@ def try_compiled_forward(model: nn.Module, tokens: Sequence[int], cache: KVCache
 
 
 @torch.inference_mode()
-def compile_forward(model: nn.Module) -> bool:
+def compile_forward(model: nn.Module, verdicts: Verdicts | None = None) -> bool:
     """Let a packed model on the CPU read few tokens in one call where it can; return True if it does.
 
     It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
     are not the model's up to rounding (:mod:`speckv_online.cpu_engine.logit_check`), the model stays as it is. The
-    reason then stands in the model's notes.
+    reason then stands in the model's notes. A model as it was loaded, found right before, is not compared again:
+    ``verdicts`` tell.
     """
     if model.__dict__.pop("_compiled", None) is not None:
         del model.forward
@@ -316,7 +239,7 @@ def compile_forward(model: nn.Module) -> bool:
     elif sum(weight.nbytes for m in _quantized(model) for weight in m.parameters()) > MOST_BYTES:
         reason, failed = "its weights are too large to be kept twice", False
     else:
-        compiled, reason, failed = _checked(model, width)
+        compiled, reason, failed = _checked(model, width, verdicts)
     model._compiled_of = state_of(model, OVERRIDES)[0]  # type: ignore[assignment]
     if compiled is None:
         notes.lacks("compiled forward", reason, failed)
@@ -331,7 +254,7 @@ def _quantized(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
 
 
-def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None, str, bool]:
+def _checked(model: LlamaForCausalLM, width: int, verdicts: Verdicts | None) -> tuple[CompiledTarget | None, str, bool]:
     """Return a model's quick forward, or why there is none, and whether that is a failure."""
     remember_fingerprint(model)
     # No special tokens, whose states magnify the rounding of LLM.int8.
@@ -340,6 +263,8 @@ def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None
         model(input_ids=ids[None, :1], past_key_values=KVCache(int(model.config.num_hidden_layers), 4))
     try:
         compiled = CompiledTarget(model, width)
+        if verdicts is not None and verdicts.known("compiled forward"):
+            return compiled, "", False
         states, logits = compiled.program.trace(ids.tolist(), compiled.ends)
         with stock_layers(model):
             wrong = what_is_wrong(model, ids, states, logits)
@@ -347,4 +272,6 @@ def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None
         return None, str(error), False
     except UNUSABLE as error:
         return None, describe(error), True
+    if verdicts is not None and not wrong:
+        verdicts.keep("compiled forward")
     return (None, wrong, True) if wrong else (compiled, "", False)

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from speckv_online.cpu_engine.gguf_layers import GgufEmbedding, GgufLinear, why_not
 from speckv_online.errors import UserError
+from speckv_online.io.user_cache import cache_dir
 from speckv_online.modeling.gguf_types import dequantize
 from speckv_online.models.gguf_file import GgufFile, Tensor
-from speckv_online.models.smollm2 import cache_dir
 
 log = logging.getLogger(__name__)
 #: Architectures of GGUF that are read; Mistral and SmolLM are written as ``llama``.

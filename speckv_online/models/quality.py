@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from speckv_online.errors import UserError
-from speckv_online.models.smollm2 import GGUF_SHA256, cache_dir
+from speckv_online.io.user_cache import cache_dir
+from speckv_online.models.smollm2 import GGUF_SHA256
 
 #: Most tokens of a prompt that are read.
 LONGEST = 256
