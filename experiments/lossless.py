@@ -36,8 +36,10 @@ from speckv_online.models.quiet import quiet_libraries
 #: Largest gap in logits at which a differing token counts as a tie of rounding. fp16 and bf16 weights compute in fp32
 #: on a CPU. LLM.int8 rounds activations to 8 bits and picks its outlier columns over all rows of a forward, so that one
 #: token's result depends on its neighbours (by how much: docs/decoding.md). The 4-bit kernels for one row and for
-#: several add up in another order.
+#: several add up in another order. Inputs of a GGUF file's matrices have 8 bits, and the plain target has its weights
+#: de-quantized and its inputs in fp32.
 EPSILON = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-3, "int8": 1.25, "nf4": 0.25, "fp4": 0.25}
+EPSILON |= dict.fromkeys(("q4_0", "q4_1", "q8_0"), 0.5)
 
 
 @dataclass(frozen=True)

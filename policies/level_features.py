@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-#: Bits per weight of the linear layers; four-bit types of bitsandbytes keep a scale for every 64 weights besides.
+#: Bits per weight of the linear layers; four-bit types of bitsandbytes keep a scale for every 64 weights besides, those
+#: of GGUF files for every 32, and ``q4_1`` a minimum too.
 BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.0, "nf4": 4.5, "fp4": 4.5}
+BITS |= {"q4_0": 4.5, "q4_1": 5.0, "q8_0": 8.5}
 #: Numbers in a description: bits per weight, cost of a drafted token, growth of verify time with width.
 N_LEVEL = 3
 
@@ -17,6 +19,8 @@ def level_bits(level: str) -> float:
 
     >>> level_bits("nf4"), level_bits("hqq:nbits=3"), level_bits("unknown")
     (4.5, 3.0, 16.0)
+    >>> level_bits("q4_1")
+    5.0
 
     Parameters
     ----------

@@ -126,10 +126,13 @@ def check_names(config: CompareConfig) -> None:
     """Refuse unknown levels, policies and pairs, each with a message of its own."""
     from policies.registry import make_policy
     from speckv_online.models.levels import get_level
-    from speckv_online.models.pairs import list_pairs
+    from speckv_online.models.pairs import at_level, list_pairs
 
     for level in config.levels:
-        get_level(level)
+        if config.target is not None and Path(config.target).expanduser().is_file():
+            at_level(config.pair, config.target, level)
+        else:  # of a folder on other machines nothing is known here
+            get_level(level)
     for spec in config.policies:
         make_policy(spec)
     names = [pair["name"] for pair in list_pairs()]

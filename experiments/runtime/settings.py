@@ -36,7 +36,7 @@ class CompareConfig:
     """Settings of ``python -m experiments.compare``."""
 
     pair: str = option("smollm2", "named model pair, see `speckv models`")
-    target: str | None = option(None, "target model: a Hugging Face id or a directory (with --draft)")
+    target: str | None = option(None, "target model: a Hugging Face id, a directory or a GGUF file (with --draft)")
     draft: str | None = option(None, "draft model with the same tokenizer: an id or a directory")
     drafter: str = option("model", DRAFTERS)
     levels: tuple[str, ...] = option(("fp16", "int8", "nf4"), "compression levels of the target, comma separated")

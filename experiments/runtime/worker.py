@@ -27,6 +27,7 @@ from speckv_online.io.prompts import Prompt
 from speckv_online.io.run_directory import Unit
 from speckv_online.io.step_records import StepRecord
 from speckv_online.models.pairs import chat_prompt, load_pair
+from speckv_online.models.quality import known_quality
 from speckv_online.models.quiet import quiet_libraries
 from speckv_online.profiling.calibration import WARM_UP, calibrate
 
@@ -134,8 +135,10 @@ class Worker:
         for role, source in (("target", c.target), ("draft", c.draft)):
             if source is not None and (hashes := weight_hashes(source)):
                 models[role] = {"source": Path(source).name, "sha256": hashes}
+        quality = known_quality(c.pair, c.target, self.level)
         return {
             "level": self.level,
+            "quality": None if quality is None else asdict(quality),
             "started": started,
             "threads": torch.get_num_threads(),
             "device": str(pair.device),

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.append("")  # the working directory: a policy of one's own, MODULE:CLASS, is found as with `python -m`
+    if argv[:2] == ["models", "quality"]:
+        del argv[0]
     if argv and argv[0] in JOBS:
         return run_command("speckv", lambda: run_job(argv[0], argv[1:]))
     arguments = build_parser().parse_args(argv)
@@ -47,10 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.set_defaults(command=generate)
     add.add_argument("--prompt", required=True, help="what to say to the model; - reads standard input")
     add.add_argument("--pair", default="smollm2", help="named model pair (default: %(default)s)")
-    add.add_argument("--target", help="target model: a Hugging Face id or a directory (with --draft)")
+    add.add_argument("--target", help="target model: a Hugging Face id, a directory or a GGUF file (with --draft)")
     add.add_argument("--draft", help="draft model with the same tokenizer")
     add.add_argument("--drafter", default="model", metavar="NAME", help=f"{DRAFTERS} (default: %(default)s)")
-    add.add_argument("--compression", default="fp16", help="compression level of the target (default: %(default)s)")
+    text = "compression level of the target (default: a GGUF file's own, else fp16)"
+    add.add_argument("--compression", "--level", metavar="LEVEL", help=text)
     add.add_argument("--policy", default="online", help="policy, see `speckv policies` (default: %(default)s)")
     add.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most N tokens (default: 64)")
     add.add_argument("--task", default="", help="task label that the policy may use")
@@ -64,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("models", help="list model pairs, or prepare one")
     add.set_defaults(command=models)
     add.add_argument("--json", action="store_true", help="print JSON")
-    verbs = add.add_subparsers(metavar="[prepare]")
+    verbs = add.add_subparsers(metavar="[prepare|quality]")
+    verbs.add_parser("quality", help=JOBS["quality"], add_help=False)  # main() hands it over
     verb = verbs.add_parser("prepare", help="fetch and convert a pair into the cache")
     verb.set_defaults(command=prepare)
     verb.add_argument("pair", help="name of the pair")
@@ -145,14 +149,14 @@ def generate(arguments: argparse.Namespace) -> None:
             drafter=arguments.drafter,
             engine=engine,
         )
-    decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=arguments.compression)
+    decoder = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level=pair.level.name)
     if arguments.remember:
         decoder.memory = Memory(decoder.policy, canonical(arguments.policy), arguments.policy)
     streamer = None if arguments.json else Streamer(pair.tokenizer, sys.stdout)
     result = decoder.generate(
         chat_prompt(pair.tokenizer, text), arguments.max_new_tokens, task=arguments.task, on_tokens=streamer
     )
-    facts = as_json(result, pair, arguments.compression, arguments.policy) | {"remembered": remembered(decoder.memory)}
+    facts = as_json(result, pair, pair.level.name, arguments.policy) | {"remembered": remembered(decoder.memory)}
     if streamer is None:
         print(json.dumps(facts))
     else:
@@ -171,7 +175,7 @@ def models(arguments: argparse.Namespace) -> None:
     for pair in pairs:
         state = f"cached in {pair['path']}" if pair["cached"] else f"not cached: speckv models prepare {pair['name']}"
         print(f"{pair['name']}: {pair['summary']} ({state})")
-    print("Any two models with one tokenizer: --target ID_OR_DIR --draft ID_OR_DIR")
+    print("Any two models with one tokenizer: --target ID_DIR_OR_GGUF --draft ID_DIR_OR_GGUF")
 
 
 def prepare(arguments: argparse.Namespace) -> None:

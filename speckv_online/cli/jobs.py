@@ -1,4 +1,4 @@
-"""``speckv adaptation``, ``profile`` and ``train``: jobs of the ``experiments`` package under one command.
+"""``speckv adaptation``, ``profile``, ``quality`` and ``train``: jobs of the ``experiments`` package under one command.
 
 ``experiments`` builds on this package, never the other way round. So a job is run as a module, as ``python -m`` would,
 and only if the package is there.
@@ -17,6 +17,7 @@ from speckv_online.errors import UserError
 JOBS = {
     "adaptation": "does learning pay? a policy against its own frozen copy",
     "profile": "collect traces and a cost table of a model pair",
+    "quality": "what compression levels cost: agreement of the next token with fp16, and KL",
     "train": "train the weights that policies start from",
 }
 

@@ -133,7 +133,8 @@ def int8_form(model: PreTrainedModel) -> tuple[Int8Draft | None, str]:
     if not plain(model):
         return None, f"{type(model).__name__} is no plain Llama on a CPU"
     linear = {type(m) for name, m in model.named_modules() if name.endswith(("_proj", "lm_head"))}
-    if any(p.dtype != torch.float32 for p in model.parameters()) or not all(issubclass(k, nn.Linear) for k in linear):
+    floats = (p for name, p in model.named_parameters() if not name.endswith("embed_tokens.weight"))
+    if any(p.dtype != torch.float32 for p in floats) or not all(issubclass(k, nn.Linear) for k in linear):
         return None, "its weights are not in fp32"
     ids = torch.arange(1, 32) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:

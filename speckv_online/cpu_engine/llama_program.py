@@ -48,7 +48,7 @@ class LlamaProgram:
     Parameters
     ----------
     model : LlamaForCausalLM
-        Its embedding is in fp32.
+        Its embedding is in fp32, or has a kernel of its own.
     width : int
         Floats in a register of the processor, as :func:`speckv_online.cpu_engine.kernels.int8_blocks.lanes` has them.
     rows : int
@@ -69,10 +69,12 @@ class LlamaProgram:
         self.form = Form(width, heads, groups, size)
         self.hidden, self.inner = int(config.hidden_size), int(config.intermediate_size)
         self.embedding = body.embed_tokens.weight.detach()
-        usable = self.embedding.dtype == torch.float32 and self.embedding.is_contiguous()
+        own = getattr(body.embed_tokens, "kernel", None)  # reads rows that are not in fp32
+        usable = (own is not None or self.embedding.dtype == torch.float32) and self.embedding.is_contiguous()
         if not usable or self.hidden % BLOCK or self.inner % BLOCK or size % BLOCK or size % (2 * width):
             raise ValueError("sizes or types that the kernels do not take")
         self.kernels, self.rows, self.layers = compiled(self.form, names), rows, len(body.layers)
+        self._embed = own or self.kernels["embed"]
         angles = torch.arange(config.max_position_embeddings)[:, None] * body.rotary_emb.inv_freq.float()
         #: Cosines and sines of each position.
         self.turns = torch.stack((angles.cos(), angles.sin()), 1).contiguous()
@@ -104,7 +106,7 @@ class LlamaProgram:
 
         The first of ``last`` has the state as its first argument, the last one the logits as its third.
         """
-        first = self.kernels["embed"], 0, self.embedding.data_ptr(), self.state.data_ptr(), 0, self.hidden
+        first = self._embed, 0, self.embedding.data_ptr(), self.state.data_ptr(), 0, self.hidden
         self._steps, self._outputs = Program([first, *steps, *last]), outputs
         self._body, self._last = self._steps.arguments[: -len(last)], self._steps.arguments[-len(last) :]
         self._body[0, 0] = self._ids.ctypes.data

@@ -24,7 +24,9 @@ from speckv_online.modeling.kv_cache import KVCache
 #: fp32 arithmetic) bounds the largest error of a logit; 9e-6 is seen with the default target. ``int8`` and ``4bit``
 #: bound the standard deviation of the errors: three times the worst that is seen with the default target over 11 texts,
 #: which is 0.098 at int8, 0.029 at nf4 and fp4. experiments/lossless.py shows what that does to decoded tokens.
-LOGITS = {"float": 1e-4, "int8": 0.3, "4bit": 0.09}
+#: ``b8`` and ``b16`` are GGUF's blocks by the bits of their inputs. The first bounds the standard deviation of the
+#: errors, the second the largest error; 0.03 and 8e-4 are seen.
+LOGITS = {"float": 1e-4, "int8": 0.3, "4bit": 0.09, "b8": 0.1, "b16": 5e-3}
 #: Largest error of a layer's update relative to its norm, in the better quarter of the tokens, where no number tips
 #: over. Seen with the default target, for the better half: 1.3e-7 at int8, 0 at nf4 and fp4.
 UPDATE = 1e-5
@@ -33,6 +35,9 @@ UPDATE = 1e-5
 def kind_of(model: torch.nn.Module) -> str:
     """Return the kind of a model's weights, as :data:`LOGITS` has them."""
     names = {type(m).__name__ for m in model.modules()}
+    if "GgufLinear" in names:  # the coarser, of "b8", "b16" and "float"
+        kinds = {str(m.rounding) for m in model.modules() if type(m).__name__ == "GgufLinear"}
+        return next(kind for kind in ("b8", "b16", "float") if kind in kinds)
     return "int8" if "Linear8bitLt" in names else "4bit" if "Linear4bit" in names else "float"
 
 
@@ -51,9 +56,10 @@ def what_is_wrong(model: LlamaForCausalLM, ids: torch.Tensor, states: torch.Tens
     """
     kind, expected = kind_of(model), _one_by_one(model, ids)
     error, spread = logits - expected, float(expected.std())
-    if reason := _excess("its logits", float(error.abs().max() if kind == "float" else error.std()) / spread, kind):
+    exact = kind in ("float", "b16")
+    if reason := _excess("its logits", float(error.abs().max() if exact else error.std()) / spread, kind):
         return reason
-    if kind == "float":
+    if exact:
         return ""
     with _fed(model, states) as updated:
         head = _one_by_one(model, ids)

@@ -130,7 +130,8 @@ def pack(model: nn.Module) -> int:
         notes.lacks("compiled kernels", "none for this processor, or no llvmlite", failed=True)
     else:
         verdicts = Verdicts(model)
-        count = notes.packed = _pack_linears(model, use, notes, verdicts)
+        count = _pack_linears(model, use, notes, verdicts)
+        notes.packed = count + sum(type(m).__name__ == "GgufLinear" for m in model.modules())
         if "packed linear layers" not in notes.missing:
             compile_forward(model, verdicts)
     notes.report()

@@ -20,7 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
+from speckv_online.cpu_engine.gguf_layers import GgufProduct, input_types
+from speckv_online.cpu_engine.kernels import gguf_blocks as kernels_gguf
 from speckv_online.cpu_engine.kernels import rms_norm as norms
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.kernels.llvm import double
@@ -28,6 +29,7 @@ from speckv_online.cpu_engine.layer_patches import OVERRIDES, stock_layers
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
 from speckv_online.cpu_engine.logit_check import what_is_wrong
 from speckv_online.cpu_engine.notes import describe, notes_of
+from speckv_online.cpu_engine.products import Int8, together
 from speckv_online.cpu_engine.verdicts import Verdicts
 from speckv_online.cpu_engine.weight_version import state_of
 from speckv_online.modeling.fingerprint import remember_fingerprint
@@ -42,7 +44,7 @@ _KNOWN = {"input_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
 class _Room:
-    """Where inputs are rounded to 8 bits: numbers, largest elements, outliers."""
+    """Where inputs are rounded: to 8 bits, numbers, largest elements, outliers; to 16 bits."""
 
     def __init__(self, widest: int) -> None:
         self._tensors = (
@@ -50,86 +52,8 @@ class _Room:
             torch.empty(MOST_ROWS),
             torch.empty(MOST_ROWS, widest + 1, dtype=torch.int32),
         )
+        self.blocks = kernels_gguf.inputs_for(MOST_ROWS, widest)
         self.pointers = [t.data_ptr() for t in self._tensors]
-
-
-class _Packed:
-    """Linear layers of the same input as one, of :class:`~speckv_online.cpu_engine.pack.PackedLinear`."""
-
-    to = "float"
-
-    def __init__(self, layers: list[Any]) -> None:
-        kernels = {layer._kernel for layer in layers}
-        self.kernel, self.inputs = kernels.pop(), layers[0].in_features
-        if kernels:
-            raise ValueError("weights of several types")
-        self.weight, self.scales = (torch.cat(parts) for parts in zip(*(x._packed for x in layers), strict=True))
-        self.outputs, at = sum(layer.out_features for layer in layers), 0
-        for layer in layers:  # they share the memory
-            weight, scales = (len(part) for part in layer._packed)
-            start = at * len(self.scales) // len(self.weight)
-            layer._packed = self.weight[at : at + weight], self.scales[start : start + scales]
-            at += weight
-
-    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
-        """Return the kernels that multiply what is at ``x``."""
-        scales = self.scales.data_ptr()
-        return [(self.kernel, x, self.weight.data_ptr(), out, 0, self.inputs, self.outputs, scales)]
-
-
-class _FourBit:
-    """Linear layers of the same input as one, of bitsandbytes' ``Linear4bit``."""
-
-    to = "bfloat"
-
-    def __init__(self, layers: list[Any]) -> None:
-        weights, scales, codes, sizes, blocks = zip(*(layer._patched for layer in layers), strict=True)
-        self.inputs, self.outputs, self.block = sizes[0][1], sum(outputs for outputs, _ in sizes), blocks[0]
-        if len(set(blocks)) > 1 or any(not torch.equal(code, codes[0]) for code in codes):
-            raise ValueError("weights of several types")
-        self.weight = torch.cat([weight.reshape(-1) for weight in weights])
-        self.scales = torch.cat([s.view(self.inputs // self.block, -1) for s in scales], 1).contiguous()
-        self.codes = codes[0]
-
-    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
-        """Return the kernels that multiply what is at ``x``, in fp32 with bf16's values."""
-        kernel, pointers = kernels_bnb.compiled()["four_bit"], (self.scales.data_ptr(), self.block)
-        there = x, self.weight.data_ptr(), out
-        return [(kernel, *there, 0, self.inputs, self.outputs, *pointers, self.codes.data_ptr())]
-
-
-class _Int8:
-    """Linear layers of the same input as one, of bitsandbytes' ``Linear8bitLt``."""
-
-    to = "float"
-
-    def __init__(self, layers: list[Any]) -> None:
-        weights, scales, sums, thresholds, sizes = zip(*(layer._patched for layer in layers), strict=True)
-        self.inputs, self.outputs, self.threshold = sizes[0][1], sum(outputs for outputs, _ in sizes), thresholds[0]
-        if len(set(thresholds)) > 1:
-            raise ValueError("weights of several types")
-        self.weight, self.sizes, self.sums = (torch.cat(parts) for parts in (weights, scales, sums))
-
-    def steps(self, x: int, out: int, room: _Room) -> list[Step]:
-        """Return the kernels that multiply what is at ``x``; outliers are each row's own."""
-        kernels, (numbers, tops, columns) = kernels_bnb.compiled(), room.pointers
-        weight, sizes, shape = self.weight.data_ptr(), self.sizes.data_ptr(), (0, self.inputs, self.outputs)
-        return [
-            (kernels["quantize"], x, numbers, tops, 0, self.inputs, self.threshold, columns),
-            (kernels["int8"], numbers, weight, out, *shape, tops, sizes, self.sums.data_ptr()),
-            (kernels["outliers"], x, columns, out, *shape, weight, sizes),
-        ]
-
-
-_KINDS: dict[str, Any] = {"PackedLinear": _Packed, "Linear4bit": _FourBit, "Linear8bitLt": _Int8}
-
-
-def _together(*layers: Any) -> Any:
-    """Return linear layers of the same input as one."""
-    kinds = {type(layer).__name__ for layer in layers}
-    if len(kinds) > 1 or any(layer.bias is not None for layer in layers):
-        raise ValueError("layers of several kinds, or with a bias")
-    return _KINDS[kinds.pop()](list(layers))
 
 
 class CompiledTarget:
@@ -144,8 +68,8 @@ class CompiledTarget:
     """
 
     def __init__(self, model: LlamaForCausalLM, width: int) -> None:
-        to = "bfloat" if any(type(m).__name__ == "Linear4bit" for m in model.modules()) else "float"
-        names = "embed", "turn", f"attend_{to}", f"gate_{to}", "add", "shorten"
+        given = (f"{name}_{to}" for to in input_types(model) for name in ("attend", "gate"))
+        names = "embed", "turn", "add", "shorten", *given
         self.program = p = LlamaProgram(model, width, MOST_ROWS, names)
         #: Whether somebody changes what the model's modules do, which the program does not see.
         self.watched = False
@@ -156,25 +80,32 @@ class CompiledTarget:
         self._x, self._more, room = torch.empty(MOST_ROWS, widest), torch.empty(MOST_ROWS, p.hidden), _Room(widest)
         self._kept: list[Any] = [room]  # what the steps point at
         state, x, y, more = (t.data_ptr() for t in (p.state, self._x, p.y, self._more))
-        add, steps = (p.kernels["add"], state, more, 0, 0, p.hidden), list[Step]()
+        #: Where inputs of each type are.
+        self._at, steps = {"float": x, "bfloat": x} | dict.fromkeys(("b8", "b16"), room.blocks.data_ptr()), list[Step]()
+
+        def added(product: Any) -> list[Step]:
+            if isinstance(product, GgufProduct) and product.to != "float":
+                return product.steps(self._at[product.to], state, room, add=1)
+            return [*product.steps(x, more, room), (p.kernels["add"], state, more, 0, 0, p.hidden)]
+
         #: Steps of the program before each layer, and before the head.
         self.ends = [1]
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
-            together, out = _together(a.q_proj, a.k_proj, a.v_proj), _together(a.o_proj)
-            gated, down = _together(f.gate_proj, f.up_proj), _together(f.down_proj)
+            joined, out = together(a.q_proj, a.k_proj, a.v_proj), together(a.o_proj)
+            gated, down = together(f.gate_proj, f.up_proj), together(f.down_proj)
             self._kept += [out, down]
             steps += [
-                *self._normed(layer.input_layernorm, together), *together.steps(x, y, room),
-                *p.attention(i, out.to, x, scale), *out.steps(x, more, room), add,
-                *self._normed(layer.post_attention_layernorm, gated), *gated.steps(x, y, room),
-                (p.kernels[f"gate_{down.to}"], y, x, p.inner, 0), *down.steps(x, more, room), add,
+                *self._normed(layer.input_layernorm, joined), *joined.steps(self._at[joined.to], y, room),
+                *p.attention(i, out.to, self._at[out.to], scale), *added(out),
+                *self._normed(layer.post_attention_layernorm, gated), *gated.steps(self._at[gated.to], y, room),
+                (p.kernels[f"gate_{down.to}"], y, self._at[down.to], p.inner, 0), *added(down),
             ]  # fmt: skip
             self.ends.append(1 + len(steps))
-        head = _Packed([model.lm_head])
-        p.finish(steps, [*self._normed(body.norm, head), *head.steps(x, 0, room)], head.outputs)
+        head = together(model.lm_head)
+        p.finish(steps, [*self._normed(body.norm, head), *head.steps(self._at[head.to], 0, room)], head.outputs)
         #: Whether a prompt is better read by the model: what LLM.int8 makes of it depends on all of it at once.
-        self.whole_prompts = any(isinstance(kept, _Int8) for kept in self._kept)
+        self.whole_prompts = any(isinstance(kept, Int8) for kept in self._kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTarget:
         return self  # the steps point at this one's memory
@@ -185,8 +116,11 @@ class CompiledTarget:
         if weight.dtype != torch.float32 or not weight.is_contiguous():
             raise ValueError("a norm in another type")
         self._kept += [weight, product]
-        x = self._x.data_ptr()
-        steps: list[Step] = [(norms.compiled(), p.state.data_ptr(), weight.data_ptr(), x, 0, p.hidden, eps)]
+        state, x = p.state.data_ptr(), self._at[product.to]
+        if product.to in ("b8", "b16"):
+            kernel = kernels_gguf.compiled(p.form.lanes, f"normed_{product.to}")
+            return [(kernel, state, x, weight.data_ptr(), 0, p.hidden, eps)]
+        steps: list[Step] = [(norms.compiled(), state, weight.data_ptr(), x, 0, p.hidden, eps)]
         return steps if product.to == "float" else [*steps, (p.kernels["shorten"], x, 0, 0, 0, p.hidden)]
 
     def room(self, cache: KVCache) -> int:

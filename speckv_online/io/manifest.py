@@ -97,8 +97,10 @@ def git_state() -> dict[str, Any]:
 
 
 def weight_hashes(source: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of every weight file in a model's directory; empty for a name on the model hub."""
-    folder = Path(source)
+    """Return the SHA-256 of a GGUF file or of every weight file in a directory; empty for a name on the model hub."""
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        return {folder.name: sha256(folder)}
     return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
 
 

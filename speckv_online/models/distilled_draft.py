@@ -17,7 +17,11 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def load_shipped_draft(
-    target: Path, device: torch.device, path: Path | None = None, full_head: bool = False
+    target: Path,
+    device: torch.device,
+    path: Path | None = None,
+    full_head: bool = False,
+    shared: torch.nn.Module | None = None,
 ) -> tuple[PreTrainedModel, torch.Tensor, str]:
     """Build the draft from its own layers and the target's embedding.
 
@@ -32,6 +36,8 @@ def load_shipped_draft(
     full_head : bool
         Give the draft all rows of the target's head, as transformers' own ``assistant_model=`` needs: slower, and able
         to propose any token.
+    shared : Module, optional
+        The embedding of a target that keeps its own blocks: the draft then has no embedding of its own.
 
     Returns
     -------
@@ -52,21 +58,25 @@ def load_shipped_draft(
         if header.get("format") != "speckv-draft" or header.get("version") != "1":
             raise UserError(f"{source} is no speckv-draft of version 1: make one with python -m experiments.distill")
         digest = sha256(source)
-    with safe_open(target / "model.safetensors", "pt") as f:
-        embedding = f.get_tensor(_EMBEDDING)
-    head_ids = tensors.pop("head_ids").long()
+    config, head_ids = AutoConfig.from_pretrained(target), tensors.pop("head_ids").long()
     if full_head:
-        head_ids = torch.arange(len(embedding))
-    config = AutoConfig.from_pretrained(target)
+        head_ids = torch.arange(config.vocab_size)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    state = {name: t.to(dtype) for name, t in tensors.items()}
+    if shared is None:
+        with safe_open(target / "model.safetensors", "pt") as f:
+            embedding = f.get_tensor(_EMBEDDING)
+        state |= {_EMBEDDING: embedding.to(dtype), "lm_head.weight": embedding[head_ids].to(dtype)}
+    else:
+        state |= {_EMBEDDING: shared.weight, "lm_head.weight": shared(head_ids).to(dtype)}
     config.num_hidden_layers = len(header["kept_layers"].split(","))
     config.tie_word_embeddings = False
     # On the meta device nothing is initialised only to be overwritten.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         model.lm_head = torch.nn.Linear(config.hidden_size, len(head_ids), bias=False)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    state = {name: t.to(dtype) for name, t in tensors.items()}
-    state |= {_EMBEDDING: embedding.to(dtype), "lm_head.weight": embedding[head_ids].to(dtype)}
+        if shared is not None:
+            model.model.embed_tokens = shared
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:

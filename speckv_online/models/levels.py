@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from speckv_online.errors import UserError
+from speckv_online.modeling.gguf_types import TYPES
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Level:
         Type that the checkpoint is loaded as; a quantized level is loaded in its compute type instead.
     quantization : callable or None
         Makes the transformers quantization config for a compute dtype, if the level is quantized.
+    gguf : bool
+        True for a level that only a GGUF file has.
     """
 
     name: str
     summary: str
     dtype: torch.dtype
     quantization: Callable[[torch.dtype], Any] | None = None
+    gguf: bool = False
 
     def load_arguments(self, device: torch.device) -> dict[str, Any]:
         """Return the keyword arguments of ``from_pretrained`` that give this level on ``device``."""
@@ -51,6 +55,8 @@ class Level:
 
     def arithmetic(self, device: torch.device) -> str:
         """Describe for reports how this level computes on ``device``."""
+        if self.gguf:
+            return f"GGUF {self.name}, activations in fp32, inputs of matrices in blocks of 8 bits with the CPU engine"
         if self.widen(device):
             return f"weights rounded to {self.name}, arithmetic in fp32"
         if self.quantization is not None:
@@ -99,7 +105,7 @@ def _compiling_later() -> Iterator[None]:
 
         return call
 
-    torch.compile = compile_later
+    torch.compile = compile_later  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -125,6 +131,11 @@ LEVELS = {
         Level("int8", "bitsandbytes LLM.int8", torch.float16, _int8),
         Level("nf4", "bitsandbytes 4-bit NormalFloat", torch.float16, _four_bit("nf4")),
         Level("fp4", "bitsandbytes 4-bit float", torch.float16, _four_bit("fp4")),
+        *(
+            Level(kind.level, f"a GGUF file's {kind.name}", torch.float32, gguf=True)
+            for kind in TYPES.values()
+            if kind.bits
+        ),
     )
 }
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.console import say
+from speckv_online.cpu_engine.gguf_layers import GgufEmbedding
 from speckv_online.cpu_engine.start import int8_draft, start_engine
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
@@ -21,8 +22,10 @@ from speckv_online.modeling.engine import EngineStatus, choose_engine
 from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.modeling.introspection import check_config, check_model
 from speckv_online.models.distilled_draft import load_shipped_draft
+from speckv_online.models.gguf_file import GgufFile, is_gguf
+from speckv_online.models.gguf_model import check_level, load_gguf, load_gguf_tokenizer, read_config
 from speckv_online.models.levels import Level, get_level
-from speckv_online.models.smollm2 import prepare_smollm2, smollm2_dir, smollm2_ready
+from speckv_online.models.smollm2 import find_gguf, prepare_smollm2, smollm2_dir, smollm2_ready
 
 DEFAULT_PAIR = "smollm2"
 
@@ -87,9 +90,8 @@ def _quiet_bitsandbytes() -> None:
 
 def _from_pretrained(kind: Any, source: str, **kwargs: Any) -> Any:
     """Call ``kind.from_pretrained`` and turn what a user can put right into one line."""
-    if source.lower().endswith(".gguf") or Path(source).expanduser().is_file():
-        kind_of_file = "GGUF files are not read" if source.lower().endswith(".gguf") else "it is a file"
-        raise UserError(f"cannot load {source!r}: {kind_of_file}, give a folder or model id with safetensors weights")
+    if Path(source).expanduser().is_file():
+        raise UserError(f"cannot load {source!r}: it is a file, give a GGUF file, a folder or a model id")
     if source.startswith(("/", ".", "~")) and not _is_folder(source):
         raise UserError(f"there is no model folder {source}: check --target and --draft")
     try:
@@ -105,28 +107,34 @@ def _is_folder(source: str) -> bool:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model id or folder."""
+    """Load the tokenizer of a model id, folder or GGUF file."""
+    if is_gguf(source):
+        return load_gguf_tokenizer(GgufFile(source))
     return _from_pretrained(AutoTokenizer, source)
 
 
 def load_target(
-    source: str | Path, level: str | Level, device: str = "auto", engine: str | None = "off"
+    source: str | Path, level: str | Level | None, device: str = "auto", engine: str | None = "off"
 ) -> PreTrainedModel:
     """Load a model at a compression level, in eval mode.
 
     Parameters
     ----------
     source : str or Path
-        Folder or model id.
-    level : str or Level
-        See :mod:`speckv_online.models.levels`.
+        Folder, model id or GGUF file.
+    level : str or Level, optional
+        See :mod:`speckv_online.models.levels`. A GGUF file's own by default, else fp16.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     engine : str, optional
         ``off`` for plain transformers modules, ``auto`` to let the CPU engine run it; None as for :func:`load_pair`.
     """
-    level = get_level(level) if isinstance(level, str) else level
     where, engine = pick_device(device), choose_engine(engine)
+    level, file = at_level(DEFAULT_PAIR, str(source), level)
+    if file is not None:
+        model = load_gguf(file, where, engine)
+        start_engine(model, engine)
+        return model
     if level.quantization is not None:
         _quiet_bitsandbytes()
     arguments = level.load_arguments(where)
@@ -137,6 +145,35 @@ def load_target(
         model = model.to(where)
     start_engine(model.eval(), engine)
     return model
+
+
+def at_level(pair: str, target: str | None, level: str | Level | None) -> tuple[Level, GgufFile | None]:
+    """Return the level of a target, and the GGUF file that it is in, if any.
+
+    Raises
+    ------
+    UserError
+        If there is no such level or file, or if the file is at another level.
+    """
+    asked = get_level(level) if isinstance(level, str) else level
+    if target is not None and Path(target).expanduser() == smollm2_dir():
+        pair, target = DEFAULT_PAIR, None
+    if target is not None and is_gguf(target):
+        file = GgufFile(target)
+    elif asked is None or not asked.gguf:
+        return asked or get_level("fp16"), None
+    elif target is not None:
+        raise UserError(f"only a GGUF file has the level {asked.name}, and {target} is none: give --target FILE.gguf")
+    else:
+        check_pair(pair)
+        file = GgufFile(find_gguf())
+    return get_level(check_level(file, None if asked is None else asked.name)), file
+
+
+def check_pair(pair: str) -> None:
+    """Raise :class:`UserError` unless there is such a named pair."""
+    if pair != DEFAULT_PAIR:
+        raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or give --target and --draft")
 
 
 def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
@@ -152,8 +189,7 @@ def check_tokenizers(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizer
 
 def prepare(pair: str, check: bool = False) -> Path:
     """Make the target of a named pair ready in the cache and return its folder; ``check`` compares checksums too."""
-    if pair != DEFAULT_PAIR:
-        raise UserError(f"unknown model pair {pair!r}: choose {DEFAULT_PAIR}, or give --target and --draft")
+    check_pair(pair)
     return prepare_smollm2(check)
 
 
@@ -172,7 +208,7 @@ def list_pairs() -> list[dict[str, Any]]:
 def load_pair(
     pair: str = DEFAULT_PAIR,
     *,
-    level: str | Level = "fp16",
+    level: str | Level | None = None,
     device: str = "auto",
     target: str | None = None,
     draft: str | None = None,
@@ -186,13 +222,13 @@ def load_pair(
     ----------
     pair : str
         A named pair; not used where ``target`` and ``draft`` are given.
-    level : str or Level
-        Compression level of the target. A named pair's draft has its quick form where there is one, see
-        :mod:`speckv_online.cpu_engine.int8_draft`.
+    level : str or Level, optional
+        Compression level of the target: fp16 by default, of a GGUF file its own. A named pair's draft has its quick
+        form where there is one, see :mod:`speckv_online.cpu_engine.int8_draft`.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     target, draft : str, optional
-        Model ids or folders of any two models with one tokenizer; for ``drafter="ngram"`` the target alone.
+        Model ids, folders or GGUF files of any two models with one tokenizer; for ``drafter="ngram"`` the target alone.
     draft_level : str, optional
         Compression level of ``draft``; by default it is uncompressed. A target may be drafted by its own 4-bit self.
     drafter : str
@@ -206,20 +242,21 @@ def load_pair(
     UserError
         Unknown pair, level, drafter or engine, a model that cannot be loaded, two different tokenizers.
     """
-    level = get_level(level) if isinstance(level, str) else level
     where, spec, engine = pick_device(device), parse_drafter(drafter), choose_engine(engine)
     spec.check_models(target, draft)
+    level, file = at_level(pair, target, level)
     source = target or str(prepare(pair))
     for name in (source, draft):
-        if name and not _is_folder(name) and name[0] not in "/.~":
+        if name and not _is_folder(name) and name[0] not in "/.~" and not is_gguf(name):
             say(f"loading {name} from the Hugging Face hub, or its cache")  # a download may take long
     for role, name in (("target", target), ("draft", draft)):
         if name is not None:  # what cannot be decoded with is refused before anything large is read
-            check_config(_from_pretrained(AutoConfig, name), role)
+            config = read_config(GgufFile(name)) if is_gguf(name) else _from_pretrained(AutoConfig, name)
+            check_config(config, role)
     tokenizer = load_tokenizer(source)
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
-    big = load_target(source, level, device, engine)
+    big = load_target(source if file is None else file.path, level, device, engine)
     check_model(big, "target")
     graphs = where.type == "cuda" and engine != "off"
     if graphs:
@@ -228,17 +265,21 @@ def load_pair(
     if not spec.needs_model:
         draft_revision = spec.kind
     elif draft is not None:
-        small = load_target(draft, draft_level or ("fp32" if where.type == "cpu" else "fp16"), device, engine)
+        usual = None if is_gguf(draft) else "fp32" if where.type == "cpu" else "fp16"
+        small = load_target(draft, draft_level or usual, device, engine)
         check_model(small, "draft")
         draft_revision = _revision(small, draft)
     else:
-        small, head_ids, digest = load_shipped_draft(Path(source), where)
+        own = big.get_input_embeddings()  # blocks of a file are read by the draft too
+        shared = own if isinstance(own, GgufEmbedding) else None
+        small, head_ids, digest = load_shipped_draft(Path(source), where, shared=shared)
         draft_revision = f"{pair}:sha256:{digest[:16]}"
         compiled = int8_draft(small, engine)
         if compiled is not None:
             draft_revision += ":w8a8"
         start_engine(small, engine)
-    revision = {"target": _revision(big, target) if target else f"{pair}:{Path(source).name}", "draft": draft_revision}
+    made_of = Path(source) if file is None else file.path
+    revision = {"target": _revision(big, target) if target else f"{pair}:{made_of.name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
     return LoadedPair(big, spec.build(small, vocabulary, head_ids, compiled, graphs), tokenizer, level, where, revision)
 

@@ -180,6 +180,11 @@ def _notes(rows: Sequence[Row], manifest: dict[str, Any]) -> list[str]:
     notes += manifest.get("notes", [])
     for level, worker in manifest.get("workers", {}).items():
         notes.append(f"{level}: {worker.get('arithmetic')}, on {worker.get('device')}.")
+        if quality := worker.get("quality"):
+            notes.append(
+                f"{level}: {quality['agreement']:.1%} of next tokens are those of {quality['reference']}; "
+                f"KL {quality['kl_mean']:.2g} nats in the mean, {quality['kl_median']:.2g} in the median."
+            )
         if engine := worker.get("engine"):
             said = (f"{role} {EngineStatus(**status)}" for role, status in engine.items())
             notes.append(f"{level}: CPU engine: {', '.join(said)}.")

@@ -145,9 +145,9 @@ def test_models_are_refused_by_commands_before_they_are_read(
         (good, "./t5", "the draft is an encoder-decoder model"),
         ("./mamba", good, "the target has"),
         (good, "./mamba", "the draft has"),
-        ("model.gguf", good, "GGUF files are not read"),
-        (str(tmp_path / "model.gguf"), good, "GGUF files are not read"),
-        (good, "elsewhere.gguf", "GGUF files are not read"),
+        ("model.gguf", good, "cannot read model.gguf: it ends within its header"),
+        (str(tmp_path / "model.gguf"), good, "model.gguf: it ends within its header"),
+        (good, "elsewhere.gguf", "cannot read elsewhere.gguf: No such file"),
         (good, f"{good}/config.json", "it is a file"),
     ):
         code = main(["generate", "--prompt", "hi", "--max-new-tokens", "3", "--target", target, "--draft", draft])

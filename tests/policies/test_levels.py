@@ -11,7 +11,7 @@ from policies.level_features import describe, level_bits
 from policies.registry import make_policy
 from speckv_online.models.levels import LEVELS
 
-BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "nf4": 4.5, "fp4": 4.5}
+BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "nf4": 4.5, "fp4": 4.5, "q4_0": 4.5, "q4_1": 5, "q8_0": 8.5}
 DESCRIBED = ("linucb:0", "lints:0")
 
 

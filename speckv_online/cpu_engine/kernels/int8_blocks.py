@@ -79,6 +79,12 @@ def lay_out(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tenso
     tuple of Tensor
         Unsigned bytes, 128 added, and fp16 scales.
     """
+    # A piece after the other: rounding needs several times the room of what it rounds.
+    numbers, scales = zip(*(_lay_out(piece, width) for piece in weight.split(64 * width)), strict=True)
+    return torch.cat(numbers), torch.cat(scales)
+
+
+def _lay_out(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     numbers, scales = round_to_8_bits(weight)
     outputs, blocks = scales.shape[:2]
     together = 4 if width == 16 else 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+from speckv_online.cpu_engine.kernels import gguf_blocks as kernels_gguf
 from speckv_online.cpu_engine.kernels import int8_blocks as kernels_q8
 from speckv_online.cpu_engine.kernels import vector as vector_code
 from speckv_online.cpu_engine.kernels.draft_signals import signals
@@ -22,9 +23,12 @@ _SMALLEST = -60.0
 
 
 def _put(c: VectorCode, form: Form, values: list[str], out: str, row: str, block: str, blocks: str, to: str) -> None:
-    """Write a block of a row: rounded to 8 bits, or as fp32, as it is (``float``) or rounded to bf16 (``bfloat``)."""
+    """Write a block of a row: rounded, or in fp32, as it is (``float``) or with bf16's values."""
     if to == "i8":
         round_block(c, form, values, block_of(c, form, out, row, block, blocks))
+        return
+    if to in ("b8", "b16"):
+        kernels_gguf.round_block(c, to, values, kernels_gguf.block_of(c, out, row, block, blocks))
         return
     place = c.at(out, c.whole("mul", c.whole("add", c.whole("mul", row, blocks), block), BLOCK), "float")
     for j, value in enumerate(values):
