@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from speckv_online.cpu_engine import layer_patches, llama_program, target_forward
+from speckv_online.cpu_engine import layer_patches, llama_program, products
 from speckv_online.cpu_engine import pack as packed
 from speckv_online.cpu_engine.backend import CompiledForward
 from speckv_online.cpu_engine.int8_draft import Int8Draft
@@ -176,7 +176,7 @@ def damage(how: str) -> dict[str, Any]:
         part = scales.select(axis, 0) if how == "one row" else scales
         part *= 1.03 if how == "one row" else 1.02
 
-    class Packed(target_forward._Packed):
+    class Packed(products.Packed):
         def __init__(self, layers: list[Any]) -> None:
             super().__init__(layers)
             self.weight = self.weight.clone()
@@ -184,12 +184,12 @@ def damage(how: str) -> dict[str, Any]:
             pair = self.weight.view(self.outputs // 2, -1, 2, packed.shape().lanes)  # type: ignore[union-attr]
             (pair[0, :, 0] if how == "one row" else pair).mul_(1.03 if how == "one row" else 1.02)
 
-    class FourBit(target_forward._FourBit):
+    class FourBit(products.FourBit):
         def __init__(self, layers: list[Any]) -> None:
             super().__init__(layers)
             scaled(self.scales, 1)
 
-    class Int8(target_forward._Int8):
+    class Int8(products.Int8):
         def __init__(self, layers: list[Any]) -> None:
             super().__init__(layers)
             scaled(self.sizes.view(-1), 0)
@@ -205,13 +205,13 @@ def test_a_compiled_forward_that_is_slightly_wrong_is_refused(
 ) -> None:
     needs_level(level)
     model = load_target(folder, level, "cpu")
-    real = dict(target_forward._KINDS)
+    real = dict(products._KINDS)
     kind = type(model.model.layers[1].mlp.down_proj).__name__
     kind = kind if kind in real else "PackedLinear"
     wrong = damage(how)[kind]
     # Only the last matrix of the second layer: the least that a layer can be wrong by.
     at = iter(range(100))
-    monkeypatch.setitem(target_forward._KINDS, kind, lambda layers: (wrong if next(at) == 7 else real[kind])(layers))
+    monkeypatch.setitem(products._KINDS, kind, lambda layers: (wrong if next(at) == 7 else real[kind])(layers))
     status = start_engine(model, "auto")
     assert not isinstance(model.__dict__.get("_compiled"), CompiledTarget)
     assert "no compiled forward: " in status.reason
