@@ -16,6 +16,7 @@ from typing import Any
 from speckv_online.errors import UserError
 from speckv_online.serving.controller import Controller, Engine, EngineStep, Running, Verified
 from speckv_online.serving.counts import Publisher
+from speckv_online.serving.lazy_draft import install
 from speckv_online.serving.settings import Settings
 
 try:
@@ -72,6 +73,8 @@ class PolicyScheduler(Scheduler):
         settings = Settings.read(additional.get("speckv"))
         self._speckv = Controller(settings, _engine(config))
         self._publisher, self._shown = Publisher(settings.metrics), time.monotonic()
+        own = config.speculative_config.uses_draft_model() and config.parallel_config.world_size == 1
+        self._lazy = install() if own else None
         self._gamma = self._rows = 0
         self._usual, self._started = False, 0.0
         self._told = False
@@ -90,8 +93,10 @@ class PolicyScheduler(Scheduler):
         if output.total_num_scheduled_tokens:
             self._started = started
             try:
-                self._speckv.forget(output.finished_req_ids)
-                self._speckv.forget(output.preempted_req_ids or ())
+                gone = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
+                self._speckv.forget(gone)
+                if self._lazy is not None:
+                    self._lazy.forget(gone)
                 self._usual = all(
                     self._speckv.decoding(id) and count == 1 + len(output.scheduled_spec_decode_tokens.get(id, ()))
                     for id, count in output.num_scheduled_tokens.items()
@@ -110,7 +115,10 @@ class PolicyScheduler(Scheduler):
             request = self.requests[id]
             if not request.is_prefill_chunk:
                 left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
-                yield Running(id, request.num_tokens, left, _limit(request, self.num_spec_tokens))
+                unread = 0
+                if self._lazy is not None:
+                    unread = self._lazy.unread(id, request.num_computed_tokens - output.num_scheduled_tokens[id])
+                yield Running(id, request.num_tokens, left, _limit(request, self.num_spec_tokens), unread)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take in the target's tokens, and learn from them."""
@@ -131,7 +139,8 @@ class PolicyScheduler(Scheduler):
             try:
                 seconds = perf_counter() - self._started if self._usual else 0.0
                 rounds = 0 if self._speckv.engine.looks_up else self._gamma
-                self._speckv.learn(EngineStep(verified, rounds, rounds * self._rows, 0, seconds))
+                read = 0 if self._lazy is None else self._lazy.reading
+                self._speckv.learn(EngineStep(verified, rounds, rounds * self._rows, read, seconds))
                 self._speckv.save()
                 self._show()
             except Exception as error:
