@@ -52,7 +52,7 @@ def _engine(config: Any) -> Engine:
     )  # fmt: skip
 
 
-def _check(config: Any) -> None:
+def check(config: Any) -> None:
     """Raise :class:`UserError` where the plug-in cannot work."""
     if missing := [name for name in NEEDED if not hasattr(Scheduler, name)]:
         raise UserError(f"vLLM {vllm.__version__} has no Scheduler.{missing[0]}: this plug-in is tested with {TESTED}")
@@ -68,7 +68,7 @@ class PolicyScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config
-        _check(config)
+        check(config)
         additional = config.additional_config if isinstance(config.additional_config, dict) else {}
         settings = Settings.read(additional.get("speckv"))
         self._speckv = Controller(settings, _engine(config))
