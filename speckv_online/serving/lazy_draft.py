@@ -102,7 +102,7 @@ def install() -> LazyDraft | None:
 
     lazy = LazyDraft()
     run, ask = (inspect.unwrap(f) for f in (DraftModelProposer.propose, GPUModelRunner.propose_draft_token_ids))
-    if not NEEDED <= set(inspect.signature(run).parameters):
+    if NEEDED - set(inspect.signature(run).parameters):
         log.warning("speckv: this vLLM's draft model is not known here: it runs in steps that draft nothing, too")
         return None
 

@@ -75,7 +75,9 @@ def test_requests_are_cancelled(method: str, folder: Path, plain: list[list[int]
 
 
 def test_a_pause_costs_no_acceptance(folder: Path, plain: list[list[int]]) -> None:
-    lazy, always = (run(folder, "draft_model", "tests.support.serving:Pauses", "exact", how) for how in ("lazy", "eager"))
+    lazy, always = (
+        run(folder, "draft_model", "tests.support.serving:Pauses", "exact", how) for how in ("lazy", "eager")
+    )
     assert lazy["outputs"] == always["outputs"] == plain
     assert lazy["counts"]["accepted_tokens"] == always["counts"]["accepted_tokens"]
     assert sum(lazy["counts"]["accepted_tokens"].values()) > 200
