@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -145,8 +146,11 @@ def _block(
         "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm",
     ]  # fmt: skip
     given += ["--max-concurrency", str(int(load))] if loop == "closed" else ["--request-rate", str(load)]
-    before = server.counts()
-    found = client.run(given)
-    after = server.counts()
+    with ExitStack() as stack:
+        if config.lock:
+            fcntl.flock(stack.enter_context(open(config.lock, "a")), fcntl.LOCK_EX)
+        before = server.counts()
+        found = client.run(given)
+        after = server.counts()
     kept = {key: found[key] for key in KEPT if key in found}
     return kept | {"counts": {key: value - before.get(key, 0.0) for key, value in after.items()}}

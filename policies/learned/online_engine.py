@@ -37,6 +37,8 @@ PROBES, SAVED, START = 0.0075, 1.0, 2.0
 TRIED = (1, 2, 4, 1, 3, 2, 8)
 #: Steps over which the reading of a draft model that lags behind has to pay.
 READING = 32.0
+#: Steps that a choice goes on for: without drafts unasked, and with some.
+UNASKED, KEPT = 7, 3
 #: How much better than no drafts a number has to look, as those that look best are those that are overrated.
 MARGIN = 1.01
 
@@ -101,6 +103,19 @@ class OnlineEngine(JointPolicy):
         self.model = HistoryModel()
         self._credit: dict[str, float] = {}
         self._turn = 0
+        # Of the latest choice: its level and rows, how many steps it may go on unasked, and seconds of such a step.
+        self._idle: tuple[str, int] = "", 0
+        self._left, self._plain = 0, 0.0
+        self._latest: tuple[tuple[str, int, int, int], Choice] | None = None
+        self._kept = 0
+
+    def rests(self, level: str, rows: int) -> bool:
+        """Where nothing was drafted, whatever the choice rests on hardly changes: it holds for some steps."""
+        if self._left and self._idle == (level, rows):
+            self._left -= 1
+            self._credit[level] = self._credit.get(level, 0.0) + self.probes * self._plain
+            return True
+        return False
 
     def decide(self, context: Context) -> Decision:
         return self.decide_rows([context], False, True)[0]
@@ -118,11 +133,13 @@ class OnlineEngine(JointPolicy):
 
     def decide_rows(self, contexts: Sequence[Context], pads: bool, may_drop: bool) -> list[Decision]:
         limits = [min(self.cap, context.max_gamma) for context in contexts]
-        requests = [context.memory.setdefault(self, None) or self._request(context) for context in contexts]
+        requests = [context.memory.get(self) or self._request(context) for context in contexts]
         costs = self.batch_costs.level(contexts[0].level)
         if not costs.ready or not any(limits):
             return [Decision(self.new_id(), 0, False, 1.0, self.version, (request, None)) for request in requests]
-        choice = self._choose(contexts, limits, requests, costs, pads)
+        choice = self._choice(contexts, limits, requests, costs, pads)
+        level = contexts[0].level
+        self._idle, self._left = (level, len(limits)), 0 if choice.gamma else UNASKED
         ask = bool(choice.gamma)
         return [
             Decision(self.new_id(), min(choice.gamma, limit), False, 1.0, self.version, (request, choice), "", ask)
@@ -132,6 +149,20 @@ class OnlineEngine(JointPolicy):
     def _request(self, context: Context) -> Request:
         found = context.memory[self] = Request()
         return found
+
+    def _choice(
+        self, contexts: Sequence[Context], limits: list[int], requests: list[Request], costs: BatchCosts, pads: bool
+    ) -> Choice:
+        """Return the choice of the step before where it still holds, else a new one."""
+        key = contexts[0].level, len(limits), min(limits), max(limits)
+        if self._latest is not None and self._latest[0] == key and self._kept < KEPT and not self._latest[1].probe:
+            self._kept += 1
+            choice = self._latest[1]
+            self._credit[key[0]] = self._credit.get(key[0], 0.0) + self.probes * len(limits) / choice.rate
+            return choice
+        choice = self._choose(contexts, limits, requests, costs, pads)
+        self._latest, self._kept = (key, choice), 0
+        return choice
 
     def _choose(
         self, contexts: Sequence[Context], limits: list[int], requests: list[Request], costs: BatchCosts, pads: bool
@@ -165,6 +196,7 @@ class OnlineEngine(JointPolicy):
             return Choice(gamma, rate, wider, False)
         # What a probe costs: its seconds, less those that its tokens are expected to save.
         level, spent = contexts[0].level, rows / plain
+        self._plain = spent
         credit = self._credit.get(level, START * spent) + self.probes * spent
         tried = min(TRIED[self._turn % len(TRIED)], most)
         price = 0.0

@@ -148,7 +148,7 @@ class Controller:
         self._costs: Any = getattr(policy, "batch_costs", None)
         self._rows: dict[str, _Row] = {}
         self._planned: list[str] = []
-        self._level, self._spent = engine.level, 0.0
+        self._spent = 0.0
         self._drafters = (LOOKUP,) if engine.looks_up else ()
 
     def decoding(self, id: str) -> bool:
@@ -160,6 +160,31 @@ class Controller:
         for id in ids:
             self._rows.pop(id, None)
 
+    def rests(self, rows: int) -> bool:
+        """Return whether the policy lets a step pass unasked, one that neither verifies drafts nor is to make any.
+
+        The adapter may ask where all requests were planned for before. It then calls :meth:`rested` instead of
+        :meth:`plan` and :meth:`learn`.
+        """
+        started = perf_counter()
+        level = self._name(rows)
+        found = self.policy.joint and self.policy.rests(level, rows)
+        if found:
+            self.counts.add("steps", 1, level.partition("@")[2] or 1, 0)
+        self._spent += perf_counter() - started
+        return found
+
+    def rested(self, seconds: float) -> None:
+        """Count a step that passed unasked."""
+        self.counts.add("seconds", seconds)
+        self.counts.add("plain_seconds", seconds)
+        self.counts.add("policy_seconds", self._spent)
+        self._spent = 0.0
+
+    def _name(self, rows: int) -> str:
+        """Return the level of batches of about this size."""
+        return self.engine.level if rows < 2 else f"{self.engine.level}@{1 << (rows - 1).bit_length()}"
+
     def plan(self, running: Sequence[Running]) -> int:
         """Return how many drafts the coming step is to make for each of these requests."""
         started = perf_counter()
@@ -167,7 +192,7 @@ class Controller:
         self._planned = [request.id for request in running]
         if not running:
             return 0
-        level = self.engine.level if count == 1 else f"{self.engine.level}@{1 << (count - 1).bit_length()}"
+        level = self._name(count)
         rows, contexts, most_drafts = [], [], min(self.engine.most_drafts, MAX_GAMMA)
         for id, length, remaining, most, unread in running:
             row = self._rows.get(id)
@@ -178,18 +203,15 @@ class Controller:
             rows.append(row)
             most = max(min(most_drafts, most, remaining - 1), 0)
             contexts.append(row.history.context(most, remaining, rows=count, unread=unread))
-        if self.policy.joint:
-            if self.policy.rests(level, count):
-                decisions = [Decision(-1, 0)] * count
-            else:
-                decisions = self.policy.decide_rows(contexts, self.engine.pads, True)
-        else:
+        decisions: Sequence[Decision | None] = [None] * count
+        if not self.policy.joint:
             decisions = [self.policy.decide(context) for context in contexts]
+        elif not self.policy.rests(level, count):
+            decisions = self.policy.decide_rows(contexts, self.engine.pads, True)
         gamma = 0
         for row, decision in zip(rows, decisions, strict=True):
             row.pending, row.next = row.next, decision
-            gamma = max(gamma, decision.gamma)
-        self._level = level
+            gamma = gamma if decision is None else max(gamma, decision.gamma)
         self.counts.add("steps", 1, level.partition("@")[2] or 1, gamma)
         self._spent += perf_counter() - started
         return gamma
@@ -217,7 +239,7 @@ class Controller:
         started = perf_counter()
         decisions, outcomes, tokens, made = [], [], 0, 0
         rows = len(step.verified)
-        level = self.engine.level if rows < 2 else f"{self.engine.level}@{1 << (rows - 1).bit_length()}"
+        level = self._name(rows)
         for id, drafted, accepted, produced in step.verified:
             tokens, made = tokens + 1 + drafted, made + produced
             row = self._rows.get(id)
@@ -233,7 +255,7 @@ class Controller:
                 self.counts.add("drafted_tokens", 1, j)
                 if j < accepted:
                     self.counts.add("accepted_tokens", 1, j)
-            if row.pending is not None and row.pending.id != -1:
+            if row.pending is not None:
                 decisions.append(row.pending)
                 outcomes.append(outcome)
         if decisions:

@@ -1,4 +1,4 @@
-"""vLLM's draft model, which does not run in a step that drafts nothing, and reads what it missed when it drafts again.
+"""vLLM's drafters, which do not run in a step that drafts nothing; a draft model reads later what it missed.
 
 vLLM itself runs the draft model's first forward in every step, also where no token is asked for: that keeps its cache
 complete. On a small target this is a tenth of the step. Here such a step leaves it out. Each request's tokens that the
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 log = logging.getLogger("vllm.speckv")
+#: Methods whose drafter may be left out.
+METHODS = ("draft_model", "ngram")
 #: What vLLM's own way has to take.
 NEEDED = {"common_attn_metadata", "num_rejected_tokens_gpu", "target_token_ids", "target_positions"}
 
@@ -32,6 +34,8 @@ class LazyDraft:
         How many tokens of each request are in the draft model's cache.
     reading : int
         Tokens that it read late, in the latest step.
+    skips : bool
+        Whether a step that drafts nothing leaves the drafter out.
     batch : object
         The runner's ``input_batch`` of the step under way.
     """
@@ -39,6 +43,7 @@ class LazyDraft:
     def __init__(self) -> None:
         self.read: dict[str, int] = {}
         self.reading = 0
+        self.skips = True
         self.batch: Any = None
 
     def unread(self, id: str, start: int) -> int:
@@ -52,11 +57,7 @@ class LazyDraft:
 
     def propose(self, run: Any, drafter: Any, count: int, arguments: dict[str, Any]) -> torch.Tensor:
         """Draft for a batch; ``run`` is vLLM's own way."""
-        self.reading = 0
         cad, rejected = arguments["common_attn_metadata"], arguments["num_rejected_tokens_gpu"]
-        if not count:
-            drafter.num_speculative_tokens, drafter._last_draft_probs = 0, None
-            return torch.empty(cad.batch_size(), 0, device=cad.seq_lens.device, dtype=torch.int64)
         batch = self.batch
         ids, at = batch.req_ids, cad.query_start_loc_cpu.tolist()
         tokens, positions = arguments["target_token_ids"], arguments["target_positions"]
@@ -95,15 +96,15 @@ class LazyDraft:
         return found
 
 
-def install() -> LazyDraft | None:
-    """Have vLLM's draft models of this process run lazily; None where this vLLM's are other ones."""
+def install(method: str) -> LazyDraft | None:
+    """Have vLLM's drafters of this process run lazily; None where this vLLM's, or this method's, are other ones."""
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     lazy = LazyDraft()
     run, ask = (inspect.unwrap(f) for f in (DraftModelProposer.propose, GPUModelRunner.propose_draft_token_ids))
-    if NEEDED - set(inspect.signature(run).parameters):
-        log.warning("speckv: this vLLM's draft model is not known here: it runs in steps that draft nothing, too")
+    if method not in METHODS or NEEDED - set(inspect.signature(run).parameters):
+        log.warning("speckv: this vLLM's drafter is not known here: it runs in steps that draft nothing, too")
         return None
 
     @functools.wraps(run)
@@ -111,9 +112,14 @@ def install() -> LazyDraft | None:
         return lazy.propose(run, drafter, num_speculative_tokens, arguments)
 
     @functools.wraps(ask)
-    def propose_draft_token_ids(runner: Any, *arguments: Any, **named: Any) -> Any:
-        lazy.batch = runner.input_batch
-        return ask(runner, *arguments, **named)
+    def propose_draft_token_ids(runner: Any, scheduler_output: Any, *arguments: Any, **named: Any) -> Any:
+        lazy.batch, lazy.reading = runner.input_batch, 0
+        if not scheduler_output.num_spec_tokens_to_schedule and lazy.skips:
+            runner._draft_probs = runner._draft_prob_req_ids = None
+            rows = len(runner.input_batch.req_ids)
+            empty = torch.empty(rows, 0, device=runner.device, dtype=torch.int64)
+            return empty if method == "draft_model" else [[] for _ in range(rows)]
+        return ask(runner, scheduler_output, *arguments, **named)
 
     DraftModelProposer.propose = propose
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids

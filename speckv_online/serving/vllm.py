@@ -73,10 +73,10 @@ class PolicyScheduler(Scheduler):
         settings = Settings.read(additional.get("speckv"))
         self._speckv = Controller(settings, _engine(config))
         self._publisher, self._shown = Publisher(settings.metrics), time.monotonic()
-        own = config.speculative_config.uses_draft_model() and config.parallel_config.world_size == 1
-        self._lazy = install() if own else None
+        alone = config.parallel_config.world_size == 1
+        self._lazy = install(config.speculative_config.method) if alone else None
         self._gamma = self._rows = 0
-        self._usual, self._started = False, 0.0
+        self._usual, self._resting, self._started = False, False, 0.0
         self._told = False
         # With a table, vLLM does not fill up new requests with tokens that nobody drafted. Ours has its own number.
         if self.dynamic_sd_lookup is None:
@@ -97,12 +97,17 @@ class PolicyScheduler(Scheduler):
                 self._speckv.forget(gone)
                 if self._lazy is not None:
                     self._lazy.forget(gone)
+                self._resting = False
                 self._usual = all(
                     self._speckv.decoding(id) and count == 1 + len(output.scheduled_spec_decode_tokens.get(id, ()))
                     for id, count in output.num_scheduled_tokens.items()
                 )
-                running = list(self._running(output))
-                self._gamma, self._rows = self._speckv.plan(running), len(running)
+                drafts = output.scheduled_spec_decode_tokens
+                if self._usual and not drafts and self._speckv.rests(len(output.num_scheduled_tokens)):
+                    self._resting, self._gamma = True, 0
+                else:
+                    running = list(self._running(output))
+                    self._gamma, self._rows = self._speckv.plan(running), len(running)
                 output.num_spec_tokens_to_schedule = self._gamma
             except Exception as error:
                 self._failed("plan", error)
@@ -116,12 +121,17 @@ class PolicyScheduler(Scheduler):
             if not request.is_prefill_chunk:
                 left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
                 unread = 0
-                if self._lazy is not None:
+                if self._lazy is not None and not self._speckv.engine.looks_up:
                     unread = self._lazy.unread(id, request.num_computed_tokens - output.num_scheduled_tokens[id])
                 yield Running(id, request.num_tokens, left, _limit(request, self.num_spec_tokens), unread)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take in the target's tokens, and learn from them."""
+        if self._resting:
+            found = super().update_from_output(scheduler_output, model_runner_output)
+            self._speckv.rested(perf_counter() - self._started)
+            self._show()
+            return found
         try:
             drafts = scheduler_output.scheduled_spec_decode_tokens
             sampled, at = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index

@@ -93,8 +93,7 @@ def main(folder: str, method: str, policy: str, task: str, lazy: str = "lazy") -
     )  # fmt: skip
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     if lazy == "eager":
-        scheduler._lazy.propose = lambda run, drafter, count, arguments: run(drafter, count, **arguments)
-        scheduler._lazy.unread = lambda id, start: 0
+        scheduler._lazy.skips = False
     settings = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, detokenize=False)
     found: dict[str, Any] = {}
     if task == "cancel":
