@@ -7,7 +7,7 @@ inside a draft means, and what an outcome says is settled here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -72,6 +72,8 @@ class Speculation:
     may_drop : bool
         Whether any drafted token may be dropped before it is verified. Not in sampled decoding: to drop a drawn token
         for what it is would bias the output. See :meth:`submit`.
+    ends : collection of int
+        Tokens that end a sequence: nothing is drafted after one.
 
     Attributes
     ----------
@@ -94,6 +96,7 @@ class Speculation:
     __slots__ = (
         "_asks",
         "_drawn",
+        "_ends",
         "_policy",
         "_proposer",
         "_submits",
@@ -110,9 +113,15 @@ class Speculation:
     )  # fmt: skip
 
     def __init__(
-        self, policy: Policy | PolicyTimer, history: History, signals: np.ndarray, *, may_drop: bool = True
+        self,
+        policy: Policy | PolicyTimer,
+        history: History,
+        signals: np.ndarray,
+        *,
+        may_drop: bool = True,
+        ends: Collection[int] = (),
     ) -> None:
-        self._policy, self.history, self.may_drop = policy, history, may_drop
+        self._policy, self.history, self.may_drop, self._ends = policy, history, may_drop, frozenset(ends)
         self.signals = signals
         self.decision, self.gamma, self.drafter = Decision(0, 0), 0, ""
         self.tokens: list[int] = []
@@ -175,7 +184,7 @@ class Speculation:
         tokens, lookups, proposer = self.tokens, self.lookups, self._proposer
         tokens.append(token)
         lookups.append(proposer.lookup_confidence())
-        if len(tokens) >= self.gamma:
+        if len(tokens) >= self.gamma or token in self._ends:
             return False
         return self.answer(self._policy.proceed(self.decision, self.draft())) if self._asks else True
 
@@ -183,7 +192,7 @@ class Speculation:
         """Take a drafted token in, as :meth:`add` does; return whether more may be drafted, if the policy agrees."""
         self.tokens.append(token)
         self.lookups.append(self._proposer.lookup_confidence())
-        return len(self.tokens) < self.gamma
+        return len(self.tokens) < self.gamma and token not in self._ends
 
     @property
     def awaits(self) -> bool:
@@ -210,10 +219,18 @@ class Speculation:
         shown.flags.writeable = False  # of this view alone
         return shown
 
-    def extend(self, tokens: list[int], lookups: list[float]) -> None:
-        """Take tokens in that the policy need not be asked about, with the lookup confidence of each following one."""
+    def extend(self, tokens: list[int], lookups: list[float]) -> int:
+        """Take tokens in that the policy need not be asked about, with the lookup confidence of each following one.
+
+        Returns how many were taken: those after an end of sequence are not.
+        """
+        count = len(tokens)
+        if not self._ends.isdisjoint(tokens):
+            count = next(i + 1 for i, token in enumerate(tokens) if token in self._ends)
+            tokens, lookups = tokens[:count], lookups[:count]
         self.tokens += tokens
         self.lookups += lookups
+        return count
 
     def submit(self, proposals: Sequence[object] | None = None) -> int:
         """End the draft: drop the tokens that the policy does not submit, and return how many are left.

@@ -30,8 +30,8 @@ from speckv_online.console import run_command
 from speckv_online.errors import UserError
 from speckv_online.io.files import write_atomically
 from speckv_online.io.manifest import sha256
+from speckv_online.io.user_cache import cache_dir
 from speckv_online.models.pairs import load_target, load_tokenizer, prepare
-from speckv_online.models.smollm2 import cache_dir
 
 log = logging.getLogger(__name__)
 

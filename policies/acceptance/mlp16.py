@@ -28,7 +28,7 @@ DEFAULT_WEIGHTS = Path(__file__).parents[1] / "data" / "mlp16.npz"
 class Weights:
     """MLP16's weights: W1 (6, 16), b1 (16,), W2 (16, 1), b2 (1,).
 
-    ``phi_cov`` (17, 17) is the offline data's mean phi phi^T and ``noise_var`` its mean squared residual, where known.
+    ``phi_cov`` (17, 17) is the offline data's mean phi phi^T, where known.
     """
 
     W1: np.ndarray
@@ -36,7 +36,6 @@ class Weights:
     W2: np.ndarray
     b2: np.ndarray
     phi_cov: np.ndarray | None = None
-    noise_var: float | None = None
 
     @property
     def moments(self) -> np.ndarray:
@@ -91,7 +90,6 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
     """Check named arrays and build :class:`Weights`; ``source`` is named in errors."""
     shapes: dict[str, tuple[int, ...]] = dict(SHAPES)
     shapes |= {"phi_cov": (HIDDEN + 1, HIDDEN + 1), "x_mean": (INPUTS,), "x_scale": (INPUTS,)}
-    shapes["noise_var"] = ()
     missing = [key for key in SHAPES if key not in arrays]
     if missing:
         raise PolicyError(f"{source} lacks the arrays {', '.join(missing)}; MLP16 needs W1, b1, W2, b2")
@@ -111,10 +109,7 @@ def check_weights(arrays: Mapping[str, np.ndarray], source: str) -> Weights:
             raise PolicyError(f"{source}: x_scale must be positive")
         W1 = W1 / found["x_scale"][:, None]
         b1 = b1 - found["x_mean"] @ W1
-    noise = float(found["noise_var"]) if "noise_var" in found else None
-    if noise is not None and noise <= 0:
-        raise PolicyError(f"{source}: noise_var must be positive")
-    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"), noise)
+    return Weights(W1, b1, found["W2"], found["b2"], found.get("phi_cov"))
 
 
 def level_code(level: str) -> float:

@@ -86,9 +86,7 @@ class AcceptanceModel:
             raise PolicyError(f"strength must be above 0 and discount in (0, 1], got {strength} and {discount}")
         self.net = StepNet(resolve_weights(weights))
         prior = with_mlp16(load_prior(path, strength), self.net.weights, strength)
-        self.heads = tuple(
-            GaussianHead(w, a, discount, noise=1.0) for w, a in zip(prior.means, prior.precisions, strict=True)
-        )
+        self.heads = tuple(GaussianHead(w, a, discount) for w, a in zip(prior.means, prior.precisions, strict=True))
         self._slopes, self._curves = prior.slopes, prior.curves
         self._rate = prior.rate
         self._start = fingerprint(*prior.means, *prior.slopes, prior.curves, self.net.matrix)

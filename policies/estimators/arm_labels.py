@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
-
 import numpy as np
 
-from policies.base import MAX_GAMMA, Outcome, PolicyError
-
-Mode: TypeAlias = Literal["imputed", "one_sided", "played"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+from policies.base import MAX_GAMMA, Outcome
 
 
 class ArmLabels:
     """Acceptance rates accepted / gamma of arms, from a step that drafted k and accepted n.
 
-    Where the drafter had nothing more to propose, larger arms would have accepted n too, as after a rejection.
-
-    ``played`` labels the arms up to k: min(n, g) / g. ``one_sided`` adds the larger ones after a rejection: n / g. As
-    they are left out when nothing was rejected, their rates look lower than they are, and the more so the shorter the
-    drafts. ``imputed`` puts that right: with all k accepted, a larger arm's label is what is known plus what a run of
-    acceptances at the sequence's own exponentially weighted acceptance would add. An accepted end of sequence says
-    nothing about longer drafts in any mode.
+    Arms up to k are known: min(n, g) / g. So are larger ones after a rejection, and where the drafter had nothing more
+    to propose: n / g. With all k accepted, a larger arm's label is what is known plus what a run of acceptances at the
+    sequence's own exponentially weighted acceptance would add. An accepted end of sequence says nothing about longer
+    drafts.
 
     Parameters
     ----------
     arms : tuple of int
         Gammas, rising. Arm 0 has no acceptance rate and gets no label.
-    mode : {'imputed', 'one_sided', 'played'}
     """
 
-    def __init__(self, arms: tuple[int, ...], mode: Mode = "imputed") -> None:
-        if mode not in MODES:
-            raise PolicyError(f"labels must be {', '.join(MODES)}, got '{mode}'")
-        self.mode, self._gammas = mode, np.array(arms, dtype=float)
+    def __init__(self, arms: tuple[int, ...]) -> None:
+        self._gammas = np.array(arms, dtype=float)
         self.first = 1 if arms[0] == 0 else 0
         n = np.arange(MAX_GAMMA + 1.0)[:, None]
         self._known = np.minimum(n, self._gammas) / np.maximum(self._gammas, 1.0)
@@ -53,9 +42,9 @@ class ArmLabels:
         n = outcome.accepted
         y: np.ndarray = self._known[n]
         if outcome.rejected or (outcome.exhausted and outcome.produced > n):
-            return self.first, self._count[outcome.drafted if self.mode == "played" else MAX_GAMMA], y
+            return self.first, self._count[MAX_GAMMA], y
         stop = self._count[n]
-        if self.mode == "imputed" and n == outcome.drafted and outcome.produced > n and stop < len(y):
+        if n == outcome.drafted and outcome.produced > n and stop < len(y):
             p = min(max(acceptance, 0.05), 0.95)
             y = y.copy()
             more = self._gammas[stop:]

@@ -13,10 +13,6 @@ import numpy as np
 
 from policies.base import PolicyError, State
 
-#: Noise variance assumed before there is data: MLP16's published test error.
-PRIOR_NOISE = 0.09
-#: Rows that the assumption is worth.
-PRIOR_ROWS = 100.0
 #: Rows that wait at most before they are folded into the sums.
 BUFFER = 4096
 
@@ -29,40 +25,22 @@ class GaussianHead:
     mean : ndarray, shape (D,)
         Prior mean m0.
     precision : ndarray, shape (D, D)
-        Prior precision A0 in pseudo-rows (divided by the noise variance, the inverse of the prior covariance).
+        Prior precision A0 in pseudo-rows: the inverse of the prior covariance over the noise variance.
     discount : float
         rho, what a step's weight is multiplied by at each later step; 1 never forgets.
-    noise : float
-        Noise variance; 0 estimates it from the residuals.
-    prior_noise : float
-        Where the estimate starts.
 
     Attributes
     ----------
     mean : ndarray, shape (D,)
         Posterior mean, as of the latest :meth:`refresh` or :meth:`merge`.
-    factor : ndarray, shape (D, D)
-        F with F^T F = the posterior covariance.
-    noise : float
-        Noise variance in use. Rows of one step are near copies of each other, so the estimate is multiplied by the mean
-        number of rows per step: a step counts as one observation in the covariance.
     """
 
-    def __init__(
-        self,
-        mean: np.ndarray,
-        precision: np.ndarray,
-        discount: float = 1.0,
-        noise: float = 0.0,
-        prior_noise: float = PRIOR_NOISE,
-    ) -> None:
-        self.prior_mean, self.prior_precision = mean.copy(), precision.copy()
-        self.discount, self.fixed_noise, self.prior_noise = discount, noise, prior_noise
+    def __init__(self, mean: np.ndarray, precision: np.ndarray, discount: float = 1.0) -> None:
+        self.prior_mean, self.prior_precision, self.discount = mean.copy(), precision.copy(), discount
         d = len(mean)
         # Column d of the sums is r, so that one product updates both; misc: rows, steps, squared residuals.
         self._total, self._total_misc = np.zeros((d, d + 1)), np.zeros(3)
         self._delta, self._delta_misc, self._delta_count = np.zeros((d, d + 1)), np.zeros(3), 0
-        self._factor: np.ndarray | None = None
         # Rows (phi, y) of the latest steps, not in the sums yet, and how many rows each step has.
         self._rows, self._used, self._lengths = np.empty((BUFFER, d + 1)), 0, list[int]()
         self.refresh()
@@ -116,27 +94,9 @@ class GaussianHead:
     @property
     def mean(self) -> np.ndarray:
         """Posterior mean."""
-        self._solved()
-        return self._mean
-
-    @property
-    def factor(self) -> np.ndarray:
-        """Factor of the posterior covariance."""
-        self._solved()
-        if self._factor is None:  # not everyone asks for it
-            self._factor = np.linalg.inv(np.linalg.cholesky(self._precision)) * self._noise**0.5
-        return self._factor
-
-    @property
-    def noise(self) -> float:
-        """Noise variance in use."""
-        self._solved()
-        return self._noise
-
-    def _solved(self) -> None:
-        """Solve for the posterior if sums were merged since: a learner merges far more often than it looks."""
-        if self._stale:
+        if self._stale:  # sums were merged since: a learner merges far more often than it looks
             self.refresh()
+        return self._mean
 
     def refresh(self) -> None:
         """Fold, and solve for the posterior."""
@@ -144,21 +104,7 @@ class GaussianHead:
         self._stale = False
         d = len(self.prior_mean)
         A, r = self._total[:, :d], self._total[:, d]
-        self._precision, self._factor = self.prior_precision + A, None
-        shift = np.linalg.solve(self._precision, r)
-        self._mean: np.ndarray = self.prior_mean + shift
-        rows, steps, squares = self._total_misc.tolist()
-        if self.fixed_noise:
-            self._noise = self.fixed_noise
-        else:
-            rss = max(squares - 2.0 * float(shift @ r) + float(shift @ A @ shift), 0.0)
-            variance = (self.prior_noise * PRIOR_ROWS + rss) / (PRIOR_ROWS + rows)
-            self._noise = variance * (rows / steps if steps else 1.0)
-
-    def sample(self, rng: np.random.Generator, count: int, scale: float = 1.0) -> np.ndarray:
-        """Draw heads from the posterior, shape (count, D); ``scale`` multiplies their spread."""
-        found: np.ndarray = self.mean + scale * (rng.standard_normal((count, len(self.mean))) @ self.factor)
-        return found
+        self._mean: np.ndarray = self.prior_mean + np.linalg.solve(self.prior_precision + A, r)
 
     def forget(self) -> None:
         """Return to the prior; sums that were not handed out yet are dropped too."""

@@ -19,6 +19,7 @@ much left.
 
 from __future__ import annotations
 
+from functools import cache
 from math import exp
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ LAST = -0.15
 _GRID = 64
 
 
-def _tables() -> tuple[np.ndarray, np.ndarray]:
+@cache
+def tables() -> tuple[np.ndarray, np.ndarray]:
     """Return E[(P - c)+] and Pr[P > c] for P beta of mean p, by p and c on a grid of 0 to 1."""
     edges = (1.0 - np.cos(np.linspace(0.0, np.pi, 2049))) / 2.0
     x = (edges[1:] + edges[:-1]) / 2.0
@@ -59,9 +61,6 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     mass_above = x[:, None] > np.linspace(0.0, 1.0, _GRID + 1)
     over = np.maximum(x[:, None] - np.linspace(0.0, 1.0, _GRID + 1), 0.0)
     return mass @ over, mass @ mass_above
-
-
-GAIN, PASS = _tables()
 
 
 class Prices(NamedTuple):
@@ -144,7 +143,7 @@ class Prices(NamedTuple):
             price = self.slope / value
             if self.may_drop:  # a token that looks bad once it is drafted need not be submitted
                 where = np.minimum((price * _GRID + 0.5).astype(int), _GRID)
-                over, passes = GAIN[at, where], PASS[at, where]
+                over, passes = (table[at, where] for table in tables())
                 so_far = so_far + going * (value * over - self.each)
                 going = going * passes
                 hit = np.minimum(price + over / np.maximum(passes, 1e-9), 1.0)

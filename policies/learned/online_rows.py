@@ -72,6 +72,7 @@ class OnlineRows(CostAware, JointPolicy):
 
     cap: int
     lookups: bool
+    learning: str
     acceptance_model: AcceptanceModel
 
     def start_batches(self) -> None:
@@ -220,32 +221,48 @@ class OnlineRows(CostAware, JointPolicy):
             return
         for decision in decisions[1:]:
             self.first_time(decision.id)
-        costs.observe(forward)
+        frozen = self.learning == "none"
+        if not frozen:
+            costs.observe(forward)
         if not costs.ready:
             return
+        for decision, outcome in zip(decisions, outcomes, strict=True):
+            step = decision.features.step
+            if step is not None and outcome.labelled:
+                self.teach_step(step, outcome)
+                if not frozen and self.drift is not None and self.drift.add(outcome):
+                    self.forget()
+        if not frozen:
+            self._book(account, costs, decisions, outcomes, forward)
+        self._expected = 0.0
+
+    def _book(
+        self,
+        account: Account,
+        costs: BatchCosts,
+        decisions: Sequence[Decision],
+        outcomes: Sequence[Outcome],
+        forward: Forward,
+    ) -> None:
+        """Take into the account what a step gained, and what was expected."""
         token = costs.plain(forward.rows) / forward.rows
         account.add(float(sum(o.produced for o in outcomes)), costs.step(forward) / token)
-        true = 0.0
+        if not (self._expected and forward.rounds):
+            return
+        true, prices = 0.0, None
         for decision, outcome in zip(decisions, outcomes, strict=True):
             kept: RowStep = decision.features
-            if kept.step is None or not outcome.forwards:
+            prices = prices or kept.prices
+            if kept.step is None or kept.prices is None or not outcome.forwards:
                 continue
-            if kept.prices is not None:
-                modelled = min(outcome.forwards, outcome.drafted)
-                true += kept.worth * min(outcome.accepted, modelled) - kept.prices.slope * modelled
-                true -= kept.prices.each * outcome.forwards
-            if outcome.labelled:
-                self.teach_step(kept.step, outcome)
-                if self.drift is not None and self.drift.add(outcome):
-                    self.forget()
-        if self._expected and forward.rounds:
-            prices = next((d.features.prices for d in decisions if d.features.prices is not None), None)
-            if prices is not None:
-                true -= prices.first + prices.each_round * forward.rounds
-                account.expected += self._expected
-                account.true += max(true, -3.0 * self._expected)
-                account.net += true - prices.read * forward.read
-        self._expected = 0.0
+            modelled = min(outcome.forwards, outcome.drafted)
+            true += kept.worth * min(outcome.accepted, modelled) - kept.prices.slope * modelled
+            true -= kept.prices.each * outcome.forwards
+        if prices is not None:
+            true -= prices.first + prices.each_round * forward.rounds
+            account.expected += self._expected
+            account.true += max(true, -3.0 * self._expected)
+            account.net += true - prices.read * forward.read
 
     @abstractmethod
     def teach_step(self, step: Step, outcome: Outcome) -> None:

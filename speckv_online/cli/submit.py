@@ -8,7 +8,6 @@ The run directory lies on the cluster's head node; it comes back through the log
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import binascii
 import importlib.util
@@ -17,7 +16,6 @@ import re
 import shlex
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,6 +33,8 @@ PACKAGES = ("experiments", "speckv_online", "policies")
 #: A packed run directory that is larger stays where it is.
 MOST_BYTES = 64_000_000
 _BEGIN, _END = "-----BEGIN SPECKV RUN-----", "-----END SPECKV RUN-----"
+#: For how long a cluster that has just been started may be without its job agent.
+AGENT_SECONDS = 90.0
 #: Where runs go on the cluster's head node, unless the config or a flag says otherwise.
 REMOTE = "~/speckv-runs"
 
@@ -72,10 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
         command = shlex.join([*words, *(f"--set={text}" for text in sets)]) + f" --out {_quoted(remote)}"
         say(f"submitting {name}: {command}")
         try:
-            job = client.submit_job(entrypoint=command, runtime_env=runtime, metadata={"name": name})
+            job = _submit(client, command, runtime, {"name": name})
         except RuntimeError as e:
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(f"the cluster did not take the job ({reason}): try again") from e
+            raise UserError(f"the cluster did not take the job ({_short(e)}): try again") from e
         code = _follow(client, job)
         if arguments.no_fetch:
             say(f"the run directory is {remote} on the cluster's head node")
@@ -87,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pack(folder: str | Path) -> str:
     """Return a folder as base64 text of a compressed tar archive, between two marker lines."""
+    import tarfile
+
     folder, buffer = Path(folder).expanduser(), io.BytesIO()
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: the job ended before it wrote anything")
@@ -107,6 +108,8 @@ def unpack(text: str, folder: str | Path) -> int:
     UserError
         If the text holds no complete archive, or the archive holds anything but plain files inside of the folder.
     """
+    import tarfile
+
     begin, end = text.find(_BEGIN), text.rfind(_END)
     if begin < 0 or end < begin:
         raise UserError("the run directory did not come through")
@@ -192,8 +195,28 @@ def _copy(source: Path, destination: Path) -> None:
         raise UserError(f"cannot read {source}: {e.strerror or e}") from e
 
 
+def _submit(client: Any, command: str, runtime: dict[str, Any], metadata: dict[str, str] | None = None) -> str:
+    """Submit a job; return its id.
+
+    The job server answers before the agent that starts jobs is up, and refuses jobs until then: it is waited for.
+    """
+    end, told = time.monotonic() + AGENT_SECONDS, False
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=command, runtime_env=runtime, metadata=metadata))
+        except RuntimeError as e:
+            if "No available agent" not in str(e) or time.monotonic() > end:
+                raise
+        if not told:
+            say("the cluster takes no jobs yet: waiting for its job agent")
+        told = True
+        time.sleep(1.0)
+
+
 def _follow(client: Any, job: str) -> int:
     """Print a job's log as it comes; return the exit code of its command, or 1 if it was never started or stopped."""
+
+    import asyncio
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
@@ -223,7 +246,7 @@ def _fetch(client: Any, command: str, runtime: dict[str, Any], remote: str, out:
     """Bring the run directory here, or say where it lies."""
     log, failed = "", False
     try:
-        job = client.submit_job(entrypoint=command, runtime_env=runtime)
+        job = _submit(client, command, runtime)
         failed = bool(_wait(client, job).driver_exit_code)
         log = client.get_job_logs(job)
         count = unpack(log, out)

@@ -20,6 +20,7 @@ from speckv_online.cpu_engine.kernels.linear import Shape, compiled, lay_out, sh
 from speckv_online.cpu_engine.layer_patches import patch_layers
 from speckv_online.cpu_engine.notes import EngineNotes, describe
 from speckv_online.cpu_engine.target_forward import compile_forward
+from speckv_online.cpu_engine.verdicts import Verdicts
 from speckv_online.cpu_engine.weight_version import weight_version
 from speckv_online.modeling.grouped_attention import group
 
@@ -59,6 +60,11 @@ class PackedLinear(nn.Linear):
         self._made_of, self._source = weight_version(self), self.weight.detach()
         self._packed = lay_out(self.weight.detach(), self._use)
         self._kernel = compiled(self._use)[self._packed[0].dtype]
+
+    @property
+    def kind(self) -> torch.dtype:
+        """Type that the weight is laid out in."""
+        return self._packed[0].dtype
 
     @torch.inference_mode()
     def agrees(self, rows: int = 3) -> bool:
@@ -123,14 +129,15 @@ def pack(model: nn.Module) -> int:
     elif use is None:
         notes.lacks("compiled kernels", "none for this processor, or no llvmlite", failed=True)
     else:
-        count = notes.packed = _pack_linears(model, use, notes)
+        verdicts = Verdicts(model)
+        count = notes.packed = _pack_linears(model, use, notes, verdicts)
         if "packed linear layers" not in notes.missing:
-            compile_forward(model)
+            compile_forward(model, verdicts)
     notes.report()
     return count
 
 
-def _pack_linears(model: nn.Module, use: Shape, notes: EngineNotes) -> int:
+def _pack_linears(model: nn.Module, use: Shape, notes: EngineNotes, verdicts: Verdicts) -> int:
     """Pack a model's linear layers and return how many; note why where they stay."""
     part = "packed linear layers"
     found = [
@@ -149,9 +156,12 @@ def _pack_linears(model: nn.Module, use: Shape, notes: EngineNotes) -> int:
         notes.lacks(part, reason, failed=True)
         return 0
     made = [(parent, name, PackedLinear(child, use)) for parent, name, child in found]
-    if wrong := [name for _, name, layer in made if not layer.agrees()]:
-        notes.lacks(part, f"the results of {wrong[0]} are not the layer's", failed=True)
-        return 0
+    about = " ".join([part, *(f"{layer.weight.shape} {layer.kind}" for _, _, layer in made)])
+    if not verdicts.known(about):
+        if wrong := [name for _, name, layer in made if not layer.agrees()]:
+            notes.lacks(part, f"the results of {wrong[0]} are not the layer's", failed=True)
+            return 0
+        verdicts.keep(about)
     for parent, name, layer in made:
         setattr(parent, name, layer)
     return len(found)

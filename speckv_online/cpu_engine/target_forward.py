@@ -28,6 +28,7 @@ from speckv_online.cpu_engine.layer_patches import OVERRIDES, stock_layers
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
 from speckv_online.cpu_engine.logit_check import what_is_wrong
 from speckv_online.cpu_engine.notes import describe, notes_of
+from speckv_online.cpu_engine.verdicts import Verdicts
 from speckv_online.cpu_engine.weight_version import state_of
 from speckv_online.modeling.fingerprint import remember_fingerprint
 from speckv_online.modeling.kv_cache import KVCache
@@ -283,12 +284,13 @@ def try_compiled_forward(model: nn.Module, tokens: Sequence[int], cache: KVCache
 
 
 @torch.inference_mode()
-def compile_forward(model: nn.Module) -> bool:
+def compile_forward(model: nn.Module, verdicts: Verdicts | None = None) -> bool:
     """Let a packed model on the CPU read few tokens in one call where it can; return True if it does.
 
     It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
     are not the model's up to rounding (:mod:`speckv_online.cpu_engine.logit_check`), the model stays as it is. The
-    reason then stands in the model's notes.
+    reason then stands in the model's notes. A model as it was loaded, found right before, is not compared again:
+    ``verdicts`` tell.
     """
     if model.__dict__.pop("_compiled", None) is not None:
         del model.forward
@@ -303,7 +305,7 @@ def compile_forward(model: nn.Module) -> bool:
     elif sum(weight.nbytes for m in _quantized(model) for weight in m.parameters()) > MOST_BYTES:
         reason, failed = "its weights are too large to be kept twice", False
     else:
-        compiled, reason, failed = _checked(model, width)
+        compiled, reason, failed = _checked(model, width, verdicts)
     model._compiled_of = state_of(model, OVERRIDES)[0]  # type: ignore[assignment]
     if compiled is None:
         notes.lacks("compiled forward", reason, failed)
@@ -318,7 +320,7 @@ def _quantized(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
 
 
-def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None, str, bool]:
+def _checked(model: LlamaForCausalLM, width: int, verdicts: Verdicts | None) -> tuple[CompiledTarget | None, str, bool]:
     """Return a model's quick forward, or why there is none, and whether that is a failure."""
     remember_fingerprint(model)
     # No special tokens, whose states magnify the rounding of LLM.int8.
@@ -327,6 +329,8 @@ def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None
         model(input_ids=ids[None, :1], past_key_values=KVCache(int(model.config.num_hidden_layers), 4))
     try:
         compiled = CompiledTarget(model, width)
+        if verdicts is not None and verdicts.known("compiled forward"):
+            return compiled, "", False
         states, logits = compiled.program.trace(ids.tolist(), compiled.ends)
         with stock_layers(model):
             wrong = what_is_wrong(model, ids, states, logits)
@@ -334,4 +338,6 @@ def _checked(model: LlamaForCausalLM, width: int) -> tuple[CompiledTarget | None
         return None, str(error), False
     except UNUSABLE as error:
         return None, describe(error), True
+    if verdicts is not None and not wrong:
+        verdicts.keep("compiled forward")
     return (None, wrong, True) if wrong else (compiled, "", False)

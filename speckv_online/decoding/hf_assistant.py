@@ -163,9 +163,11 @@ class PolicyCandidates(AssistedCandidateGenerator):
         self.assistant_generation_config.assistant_confidence_threshold = 0.0
         self.generation_config.assistant_confidence_threshold = 0.0
         sampled, tokens = bool(self.generation_config.do_sample), input_ids[0].tolist()
+        eos = self.generation_config.eos_token_id
+        ends = [eos] if isinstance(eos, int) else eos or ()
         self.row = Row(
-            owner.policy, TokenSequence(tokens, ()), level=level, task=owner.task, budget=self.main_model_max_length,
-            max_gamma=MAX_GAMMA, sampled=sampled, unseen=unseen,
+            owner.policy, TokenSequence(tokens, frozenset(ends)), level=level, task=owner.task,
+            budget=self.main_model_max_length, max_gamma=MAX_GAMMA, sampled=sampled, unseen=unseen,
         )  # fmt: skip
         self.row.out = owner.begin()
         self.proposer = Unknown()

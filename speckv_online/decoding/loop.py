@@ -262,9 +262,10 @@ class DecodingLoop:
         pending, asked = self._draft(row)
         unread, n, tokens = self._verify(row, cache, pending, on_logits)
         outcome = self._commit(row, cache, lag, asked, pending is not None, n, tokens)
-        # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph.
-        recorded = self._captures() > captures
-        row.learn(outcome, perf_counter() - started, typical=unread == 1 and not recorded, draft_typical=not recorded)
+        # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph or
+        # read drafts after an end.
+        usual = self._captures() == captures and (pending is None or len(row.step.tokens) == row.step.gamma)
+        row.learn(outcome, perf_counter() - started, typical=unread == 1 and usual, draft_typical=usual)
         return tokens
 
     def _captures(self) -> int:

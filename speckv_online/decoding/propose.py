@@ -29,14 +29,15 @@ def judge_async(
 ) -> tuple[int, int]:
     """Fetch what :func:`draft_async` gave into the step, and judge it by the target's ``logits``.
 
-    Returns how many drafts agree, and the token that follows them.
+    Drafts after an end of sequence are dropped here. Returns how many of the others agree, and the token that follows
+    them.
     """
     found = torch.cat((logits.argmax(-1).float(), pending.to(logits.device).flatten()))
     clock.launched()
     numbers, count = found.tolist(), len(pending)  # the one transfer of the step
     rows = [numbers[i : i + 5] for i in range(count + 1, len(numbers), 5)]
-    step.extend(drafter.take_async(rows, step.signals), [0.0] * count)
-    return matching(step.tokens, [int(c) for c in numbers[: count + 1]])
+    kept = step.extend(drafter.take_async(rows, step.signals), [0.0] * count)
+    return matching(step.tokens, [int(c) for c in numbers[: kept + 1]])
 
 
 def draft(step: Speculation, drafter: Drafter) -> None:

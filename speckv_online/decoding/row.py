@@ -67,8 +67,9 @@ class Row:
         self.history = History(level, task, unseen + len(sequence.tokens), sequence.tokens, drafters)
         self.policy, self._begin = PolicyTimer(policy), policy.begin
         self.step = Speculation(
-            self.policy, self.history, np.zeros((max(max_gamma, 1), N_SIGNALS)), may_drop=not sampled
-        )
+            self.policy, self.history, np.zeros((max(max_gamma, 1), N_SIGNALS)), may_drop=not sampled,
+            ends=sequence.eos,
+        )  # fmt: skip
         self.out = Generation()
 
     def begin(self) -> None:

@@ -19,8 +19,8 @@ from policies.base import State
 from speckv_online.errors import UserError
 from speckv_online.io.files import UNREADABLE
 from speckv_online.io.run_directory import load_arrays, save_arrays
+from speckv_online.io.user_cache import cache_dir
 from speckv_online.learned.key import FORMAT, Key
-from speckv_online.models.smollm2 import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -67,12 +69,41 @@ def _int8(compute: torch.dtype) -> Any:
 def _require_bitsandbytes(level: str) -> None:
     """Say what to install now: transformers would ask for it later, in several lines."""
     try:
-        import bitsandbytes  # noqa: F401
+        with _compiling_later():
+            import bitsandbytes  # noqa: F401
     except ImportError as e:
         raise UserError(
             f"the level {level} needs bitsandbytes, which cannot be imported ({' '.join(str(e).split())[:200]}): "
             "pip install bitsandbytes, or choose fp32, fp16 or bf16"
         ) from e
+
+
+@contextmanager
+def _compiling_later() -> Iterator[None]:
+    """Let functions that are decorated with ``torch.compile`` be compiled when they are called first.
+
+    bitsandbytes (0.50) decorates four as it is imported, and ``torch.compile`` then imports all of inductor: 1.3 s.
+    """
+    compile_now = torch.compile
+
+    def compile_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: compile_later(function, **options)
+        compiled: list[Any] = []
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not compiled:
+                compiled.append(compile_now(function, **options))
+            return compiled[0](*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_later
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def _four_bit(kind: str) -> Callable[[torch.dtype], Any]:

@@ -11,7 +11,6 @@ import fcntl
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 from speckv_online.errors import UserError
 from speckv_online.io.manifest import sha256
+from speckv_online.io.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +28,6 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHECKSUMS = "checksums.json"
 NEEDED_BYTES = 700_000_000
-
-
-def cache_dir() -> Path:
-    """Folder of everything that can be made again: ``$SPECKV_CACHE``, else ``speckv_online`` in the user's cache."""
-    if explicit := os.environ.get("SPECKV_CACHE"):
-        return Path(explicit).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "speckv_online"
 
 
 def smollm2_dir() -> Path:

@@ -64,6 +64,7 @@ def collect_trace(
     generation = decoder.generate(prompt, max_new_tokens, task=task, eos_ids=eos_ids)
     drafts, signals, lookups = draft_table(drafter, prompt, generation.tokens, gamma)
     tokens = np.array(generation.tokens, dtype=np.int32)
+    eos = sorted(decoder.eos_ids if eos_ids is None else eos_ids)
     trace = Trace(
         level=level,
         task=task,
@@ -76,7 +77,7 @@ def collect_trace(
         signals=signals,
         budget=min(max_new_tokens, decoder.room(len(prompt))),
         finish=generation.finish,
-        meta=_about(drafter, prompt) | dict(meta or {}),
+        meta=_about(drafter, prompt) | {"eos": eos} | dict(meta or {}),
         lookups=lookups,
     )
     return trace, generation.steps
@@ -93,6 +94,7 @@ def redraft(
 ) -> Trace:
     """Return the trace of another drafter over the output of an earlier trace: no target is needed."""
     drafts, signals, lookups = draft_table(drafter, trace.prompt.tolist(), trace.tokens.tolist(), trace.gamma)
+    ends = {"eos": trace.meta["eos"]} if "eos" in trace.meta else {}
     return replace(
         trace,
         drafts=drafts,
@@ -102,7 +104,7 @@ def redraft(
         task=task,
         prompt_id=prompt_id,
         split=split,
-        meta=_about(drafter, trace.prompt.tolist()) | dict(meta or {}),
+        meta=_about(drafter, trace.prompt.tolist()) | ends | dict(meta or {}),
     )
 
 

@@ -126,7 +126,7 @@ def _shortest(trace: Trace, cost: LevelCost) -> Replay:
     using, best_using, last = np.full(length + 1, np.inf), [(0, 0, 0)] * length, np.zeros(length, dtype=bool)
     for t in range(length - 1, -1, -1):
         # Rejected tokens, too: a wider verification may be the cheaper one.
-        steps = _steps(trace, t, cost, int(trace.available[t]))
+        steps = _steps(trace, t, cost, int(trace.ended[t]))
         after, read, asked = t + steps.tokens, trace.read[t, steps.switch_at], steps.paid > 0
         ways = list(zip(steps.k.tolist(), steps.switch_at.tolist(), steps.tokens.tolist(), strict=True))
         total = np.where(asked, np.inf, steps.seconds + without[after])

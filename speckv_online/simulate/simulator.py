@@ -23,7 +23,7 @@ from speckv_online.context import History
 from speckv_online.errors import UserError
 from speckv_online.simulate.cost_table import LEAST, CostTable, LevelCost
 from speckv_online.speculation import Speculation, judged_at_once
-from speckv_online.traces.trace import Trace
+from speckv_online.traces.trace import Trace, until_end
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Simulator:
         tokens = trace.prompt.tolist()
         names = () if trace.switch is None else (trace.meta["drafter"], LOOKUP)
         history = History(trace.level, trace.task, len(tokens), tokens, names)
-        step = Speculation(policy, history, trace.rows.signals[0])
+        step = Speculation(policy, history, trace.rows.signals[0], ends=trace.ends)
         proposer = TraceProposer(trace, step)
         policy.begin(history.context())
         t, lag = 0, len(tokens) if reads else 1
@@ -246,7 +246,7 @@ class TraceProposer:
             there = len(self.ids)
             j = gamma if gamma < there else there
             following = self._known[1 : j + 1]
-            step.extend(self.ids[:j], [*following, *[0.0] * (j - len(following))])
+            j = step.extend(self.ids[:j], [*following, *[0.0] * (j - len(following))])
         elif gamma:
             while j < len(self.ids):
                 token = self.ids[j]
@@ -273,7 +273,7 @@ def replay_plan(
         Of L tokens.
     proposed, submitted : ndarray of int, shape (L,)
         Tokens that a step beginning at each position drafts, and how many of them it submits. Both are cut where the
-        budget ends, and where the drafter has nothing more to propose.
+        budget ends, where the drafter has nothing more to propose, and after an end of sequence.
     cost : LevelCost
         Where the seconds come from.
     switches : ndarray of int, shape (L,), optional
@@ -282,12 +282,12 @@ def replay_plan(
     length = len(trace)
     limit = trace.budget - 1 - np.arange(length)
     gamma = np.minimum(proposed, limit)
-    available, accepted = trace.available, trace.accepted
+    available, accepted = trace.ended, trace.accepted
     if switches is not None and trace.switch is not None:
         available, accepted = available.copy(), accepted.copy()
         for t in np.flatnonzero(switches < proposed).tolist():
             tail = trace.switch.switched(t, int(switches[t]))
-            available[t], accepted[t] = len(tail.drafts), tail.accepted
+            available[t], accepted[t] = until_end(tail.drafts, trace.ends), tail.accepted
     limit = np.minimum(limit, available)
     k = np.minimum(submitted, limit)
     n = np.minimum(accepted, k)

@@ -31,6 +31,11 @@ FORMAT, VERSION = "speckv-trace", 1
 NOTHING = -1
 
 
+def until_end(drafts: Sequence[int], ends: Collection[int]) -> int:
+    """Return how many drafts there are up to the first that ends a sequence, it included."""
+    return next((i + 1 for i, token in enumerate(drafts) if token in ends), len(drafts))
+
+
 @dataclass(frozen=True)
 class Trace:
     """One exact trace of L output tokens, with drafts of up to G tokens from each of its positions.
@@ -55,7 +60,8 @@ class Trace:
         ``"eos"`` or ``"length"``.
     meta : dict
         Fingerprints of the models, versions and whatever else the collector wrote down. Of a drafter with a
-        model its ``lookup_weights``, without which a replay offers no lookups in place of forwards.
+        model its ``lookup_weights``, without which a replay offers no lookups in place of forwards. ``eos`` lists the
+        tokens that end a sequence: nothing is drafted after one. Older traces lack it.
     lookups : ndarray of float32, shape (L, G), optional
         How sure the drafter is of each token beforehand where that takes no forward of a model, 0 where it does; left
         out where all take one.
@@ -87,6 +93,19 @@ class Trace:
     def available(self) -> np.ndarray:
         """How many tokens the drafter proposes at each position before it has nothing more, shape (L,)."""
         return np.logical_and.accumulate(self.drafts != NOTHING, axis=1).sum(axis=1)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        return frozenset(self.meta.get("eos", ()))
+
+    @cached_property
+    def ended(self) -> np.ndarray:
+        """How many tokens a step drafts at each position at most: an end of sequence is the last, shape (L,)."""
+        if not self.ends:
+            return self.available
+        counts = zip(self.rows.drafts, self.rows.available, strict=True)
+        return np.array([until_end(drafts[:n], self.ends) for drafts, n in counts])
 
     @property
     def reads(self) -> bool:
@@ -149,6 +168,9 @@ class Trace:
             raise ValueError("the accepted lengths are not those of its drafts and tokens")
         if not np.isfinite(self.signals).all():
             raise ValueError("signals are not finite")
+        eos = self.meta.get("eos", [])
+        if not isinstance(eos, list) or not all(type(token) is int for token in eos):
+            raise ValueError(f"eos is {eos!r}, which are no tokens")
         weights = self.meta.get("lookup_weights", [0.0] * len(LOOKUP_FEATURES))
         if not isinstance(weights, list) or np.shape(weights) != (len(LOOKUP_FEATURES),) or not _finite(weights):
             raise ValueError(f"lookup_weights is {weights!r}, which are no weights of a gate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import tarfile
 import threading
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from speckv_online.cli import submit
@@ -156,3 +158,40 @@ def test_a_cluster_that_wants_a_token(config: Path, capsys: pytest.CaptureFixtur
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not let this command in (Authentication required" in line
     assert "export RAY_AUTH_MODE=token" in line
+
+
+def test_a_cluster_without_its_job_agent_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Ray's job server answers until the agent is up: refused with this reason, then taken."""
+    refusals = ["No available agent to submit job, please try again later."] * 2
+
+    class Starts(BaseHTTPRequestHandler):
+        def _answer(self, status: int, text: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_GET(self) -> None:
+            self._answer(200, json.dumps({"version": "4", "ray_version": ray.__version__, "ray_commit": ""}))
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if refusals:
+                self._answer(500, refusals.pop())
+            else:
+                self._answer(200, json.dumps({"job_id": "a", "submission_id": "a"}))
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Starts) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            client = submit._connect(f"http://127.0.0.1:{server.server_port}")
+            assert submit._submit(client, "true", {}) == "a"
+            assert capsys.readouterr().err.count("waiting for its job agent") == 1
+            refusals.append("Something else.")
+            with pytest.raises(RuntimeError, match="Something else"):
+                submit._submit(client, "true", {})
+        finally:
+            server.shutdown()

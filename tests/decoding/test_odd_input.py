@@ -124,14 +124,18 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
                 assert len(decoder.generate(prompt, 10, eos_ids=(), sampler=sampler).tokens) == 10
 
 
-def test_the_cache_lacks_the_last_token_where_the_end_is_inside_a_draft(tiny_pair: TinyPair) -> None:
+@pytest.mark.parametrize("finish", ["eos", "stop"])
+def test_the_cache_lacks_the_last_token_where_a_draft_holds_the_end(tiny_pair: TinyPair, finish: str) -> None:
     prompt = prompt_of(15, 5)
     reference = plain(tiny_pair.target, prompt, 30)
     decoder = SpeculativeDecoder(tiny_pair.target, policy=Scripted([8]), target=tiny_pair.target)
     cache = KVCache(decoder.layers, 60)
-    out = decoder.generate(prompt, 30, eos_ids=[reference[4]], cache=cache)
-    assert out.finish == "eos"
-    assert out.steps[-1].drafted > out.steps[-1].produced  # the end came inside the draft
+    end = reference[4]
+    ends = {"eos_ids": [end]} if finish == "eos" else {"eos_ids": (), "should_stop": lambda ids: ids[-1] == end}
+    out = decoder.generate(prompt, 30, cache=cache, **ends)
+    assert out.finish == finish
+    assert out.steps[-1].produced == 5
+    assert out.steps[-1].drafted == (5 if finish == "eos" else 8)  # nothing is drafted after an end of sequence
     assert len(cache) == len(prompt) + len(out.tokens) - 1
 
 

@@ -85,14 +85,12 @@ def test_four_ways_take_the_same_steps(tiny_pair: TinyPair, spec: str, ends: boo
             **options,
         )  # fmt: skip
     assert out[0, len(prompt) :].tolist() == trace.tokens.tolist()
-    assert single.told == batch.told == replay.told
-    if ends:  # transformers' assistant drafts no further than an end of sequence, so that it drafts fewer in this step
-        *_, last = (i for i, row in enumerate(single.told) if len(row) == 11)
-        assert assistant.told[: last + 2] == single.told[: last + 2]
-        assert assistant.told[-1][1:5] == single.told[-1][1:5]
-    else:
-        assert assistant.told == single.told
-    assert len([t for t in single.told if len(t) == 7]) > 2
+    assert single.told == batch.told == replay.told == assistant.told
+    outcomes = [told for told in single.told if len(told) == 7]
+    assert len(outcomes) > 2
+    drafts = [told[5] for told in outcomes]
+    assert all(token not in eos for draft in drafts for token in draft[:-1])  # nothing is drafted after an end
+    assert any(draft and draft[-1] in eos for draft in drafts) or not (ends and spec == "fixed:4")
 
 
 def test_what_a_policy_does_to_its_arguments_changes_no_token(tiny_pair: TinyPair) -> None:

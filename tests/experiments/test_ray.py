@@ -67,7 +67,11 @@ def cluster() -> Iterator[dict[str, str]]:
 def test_a_submitted_job(cluster: dict[str, str], flags: list[str], tmp_path: Path) -> None:
     command = [cluster["RAY"], "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", "experiments.compare"]
     command += [*flags, "--levels", "fp32,fp16", "--policies", "autoregressive,fixed:2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=cluster, timeout=300)
+    for _ in range(60):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=cluster, timeout=300)
+        if "No available agent" not in done.stdout + done.stderr:  # Ray's job server answers before its agent is up
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fp16 6/6 " in done.stdout  # progress
     assert f"Run: {tmp_path / 'run'}" in done.stdout

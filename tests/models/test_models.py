@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -277,3 +279,20 @@ def test_the_shipped_draft_belongs_to_the_default_target(real_pair: LoadedPair) 
     out = SpeculativeDecoder(pair.drafter, policy=policy, target=pair.target, level="fp32").generate(prompt, 24)
     assert out.tokens == plain(pair.target, prompt, 24)
     assert sum(s.accepted for s in out.steps) > 0
+
+
+def test_bitsandbytes_is_imported_without_a_compiler() -> None:
+    """torch.compile loads inductor where a function is decorated: over a second that no level needs."""
+    code = """
+import sys
+import torch
+from speckv_online.models.levels import get_level
+compile = torch.compile
+get_level("nf4").load_arguments(torch.device("cpu"))
+assert "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+x = torch.randn(64, 64)
+assert (dequantize_4bit(*quantize_4bit(x, quant_type="nf4")) - x).abs().mean() < 0.1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

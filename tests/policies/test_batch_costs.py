@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from policies.base import Context, Outcome, PolicyError
+from policies.base import N_SIGNALS, Context, Outcome, PolicyError
 from policies.batches import Forward
 from policies.costs.batch_costs import MOST, BatchCosts
 from policies.costs.level_costs import LevelCosts
 from policies.costs.prior import CostPrior
 from policies.guards.batch_guard import BatchGuard
 from policies.guards.safety import SafetyGuard
-from policies.learned.batch_rule import GAIN, PASS, Prices
+from policies.learned.batch_rule import Prices, tables
 from policies.learned.online import Online
 from policies.registry import make_policy
 
@@ -108,10 +108,11 @@ def test_what_is_submitted_is_the_best_choice() -> None:
 
 
 def test_option_tables() -> None:
-    assert GAIN[32, 0] == pytest.approx(0.5, abs=0.01)
-    assert GAIN[32, 64] == pytest.approx(0.0, abs=1e-6)
-    assert PASS[32, 32] == pytest.approx(0.5, abs=0.02)
-    assert (np.diff(GAIN, axis=1) <= 1e-12).all()
+    gain, passes = tables()
+    assert gain[32, 0] == pytest.approx(0.5, abs=0.01)
+    assert gain[32, 64] == pytest.approx(0.0, abs=1e-6)
+    assert passes[32, 32] == pytest.approx(0.5, abs=0.02)
+    assert (np.diff(gain, axis=1) <= 1e-12).all()
 
 
 def test_a_last_row_is_worth_more() -> None:
@@ -133,6 +134,26 @@ def test_wider_batches_draft_less() -> None:
         drafted[rows] = sum(d.gamma > 0 for d in policy.decide_rows(contexts, False, True))
     assert drafted[2] == 2
     assert drafted[16] == 0
+
+
+@pytest.mark.parametrize("learn", ["all", "costs", "none"])
+def test_a_batch_learns_what_it_may(learn: str) -> None:
+    policy = make_policy(f"online:learn={learn}", bare=True)
+    assert isinstance(policy, Online)
+    policy.batch_costs.levels["fp16"] = taught()
+    before = policy.state_dict()
+    for i in range(40):
+        contexts = [Context(level="fp16@8", rows=2, remaining=40, lookup_alternative=0.55, unread=9) for _ in range(2)]
+        decisions = policy.decide_rows(contexts, False, True)
+        assert all(decision.gamma for decision in decisions)
+        signals = np.tile([1.0, 0.5, *[0.1] * (N_SIGNALS - 2)], (2, 1))
+        made = [Outcome(2, i % 2, i % 2 + 1, i % 2 + 1, level="fp16@8", signals=signals) for _ in range(2)]
+        policy.learn_rows(decisions, made, forward(2, 6, 2, 4, noise=1.5))
+    changed = {key for key, value in policy.state_dict().items() if not np.array_equal(value, before.get(key))}
+    costs = {key for key in changed if key.startswith("batch_costs.")}
+    assert bool(costs) == (learn != "none")
+    assert bool(changed - costs) == (learn == "all")
+    assert bool(policy.account("fp16@8").tokens) == (learn != "none")
 
 
 def guarded() -> tuple[SafetyGuard, BatchGuard]:

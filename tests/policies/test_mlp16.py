@@ -27,7 +27,7 @@ def arrays(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def test_round_trip(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
-    full = arrays | {"phi_cov": np.eye(17), "noise_var": np.array(0.05)}
+    full = arrays | {"phi_cov": np.eye(17)}
     np.savez(tmp_path / "w.npz", **full)
     again = load_weights(tmp_path / "w.npz")
     for name, value in full.items():
@@ -74,7 +74,6 @@ def test_agrees_with_scikit_learn(tmp_path: Path) -> None:
         ({"b2": None}, "lacks the arrays b2"),
         ({"x_mean": np.zeros(6)}, "x_mean and x_scale come together"),
         ({"x_mean": np.zeros(6), "x_scale": np.zeros(6)}, "x_scale must be positive"),
-        ({"noise_var": np.array(0.0)}, "noise_var must be positive"),
         ({"phi_cov": np.eye(16)}, "phi_cov has shape (16, 16)"),
     ],
 )

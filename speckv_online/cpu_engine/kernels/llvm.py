@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from speckv_online.io.user_cache import SmallFiles, key_of
+
 #: What a kernel may call: OpenMP as torch has it.
 _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 #: How far ahead of their use weights are fetched, and what is fetched at once, in bytes.
 _AHEAD, _LINE = 4096, 64
+#: Compiled kernels.
+KEPT = SmallFiles("kernels", 32_000_000)
 
 
 def _declarations() -> str:
@@ -188,12 +192,20 @@ class Library:
         for name in _OPENMP:
             llvm.add_symbol(name, ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value)
         features = "" if cpu else llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-        target = llvm.Target.from_default_triple()
-        machine = target.create_target_machine(cpu=cpu or llvm.get_host_cpu_name(), features=features, opt=3)
-        module = llvm.parse_assembly(_declarations() + text)
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-        builder.getModulePassManager().run(module, builder)
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
+        target, cpu = llvm.Target.from_default_triple(), cpu or llvm.get_host_cpu_name()
+        machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
+        text = _declarations() + text
+        # Compiling takes seconds: what comes of it is kept.
+        key = key_of(text, cpu, features, target.triple, str(llvm.llvm_version_info))
+        code = KEPT.get(key)
+        if code is None:
+            module = llvm.parse_assembly(text)
+            builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+            builder.getModulePassManager().run(module, builder)
+            code = machine.emit_object(module)
+            KEPT.put(key, code)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)  # owns the code
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self.start = openmp.GOMP_parallel
         self.start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
