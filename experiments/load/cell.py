@@ -15,7 +15,7 @@ from experiments.common.bundled_prompts import bundled
 from experiments.load.config import NONE, TABLE, LoadConfig
 from experiments.load.export import export
 from experiments.load.server import SCHEDULER, Client, Server, environment, interpreter
-from speckv_online.models.smollm2 import cache_dir
+from speckv_online.io.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 #: What is kept of a block.

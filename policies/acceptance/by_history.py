@@ -66,7 +66,7 @@ class HistoryModel:
     """
 
     def __init__(self) -> None:
-        self.head = GaussianHead(MEAN, np.diag(DEVIATION**-2.0), DISCOUNT, noise=1.0)
+        self.head = GaussianHead(MEAN, np.diag(DEVIATION**-2.0), DISCOUNT)
         self.hits, self.tested = 1.0, 2.0
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._where = np.minimum(np.arange(MAX_GAMMA), POSITIONS - 1)
