@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from experiments.common.bundled_prompts import bundled
 from experiments.load.config import NONE, TABLE, LoadConfig
 from experiments.load.export import export
+from experiments.load.quiet import Quiet
 from experiments.load.server import SCHEDULER, Client, Server, environment, interpreter
 from speckv_online.io.user_cache import cache_dir
 
@@ -92,11 +92,15 @@ def play(config: LoadConfig, method: str, dtype: str) -> dict[str, Any]:
     blocks: list[dict[str, Any]] = []
     table: list[list[int]] = []
     with ExitStack() as stack:
+        quiet = Quiet(config.lock)
+        stack.callback(quiet.release)
         client = Client(python, surroundings, out / "generator.log")
         stack.callback(client.stop)
         servers: dict[str, Server] = {}
 
         def start(name: str) -> None:
+            quiet.release()
+            quiet.share()
             log.info("%s %s: starting %s", method, dtype, name)
             safe = "".join(c if c.isalnum() else "-" for c in name)
             server = Server(python, arguments(config, method, dtype, name, table), surroundings, out / f"{safe}.log")
@@ -116,6 +120,7 @@ def play(config: LoadConfig, method: str, dtype: str) -> dict[str, Any]:
             else:
                 plan = list(_turns(config, repeat))
             for name, loop, load in plan:
+                quiet.keep()
                 found = _block(config, client, servers[name], out, loop, load, repeat)
                 blocks.append({"contender": name, "loop": loop, "load": load, "repeat": repeat} | found)
                 (out / "blocks.json").write_text(json.dumps(blocks, indent=1))
@@ -146,11 +151,8 @@ def _block(
         "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm",
     ]  # fmt: skip
     given += ["--max-concurrency", str(int(load))] if loop == "closed" else ["--request-rate", str(load)]
-    with ExitStack() as stack:
-        if config.lock:
-            fcntl.flock(stack.enter_context(open(config.lock, "a")), fcntl.LOCK_EX)
-        before = server.counts()
-        found = client.run(given)
-        after = server.counts()
+    before = server.counts()
+    found = client.run(given)
+    after = server.counts()
     kept = {key: found[key] for key in KEPT if key in found}
     return kept | {"counts": {key: value - before.get(key, 0.0) for key, value in after.items()}}

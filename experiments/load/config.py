@@ -37,7 +37,7 @@ class LoadConfig:
     quick: bool = option(False, "a look in less than five minutes: two loads, three contenders, one method")
     threads: int = option(0, "cores of each server (0: vLLM's choice)")
     gigabytes: int = option(1, "memory for each server's cache")
-    lock: str = option("", "file to lock during each block, for what else runs on the machine to wait by")
+    lock: str = option("", "file to lock while blocks are played, for a machine that others use, too")
     ray: bool = option(False, "each method and dtype as a Ray task on a machine of its own")
     json: bool = option(False, "print the result as JSON")
     seed: int = option(0, "seed of prompts and arrivals")
