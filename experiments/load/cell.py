@@ -39,9 +39,16 @@ def write_prompts(path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in turns))
 
 
-def arguments(config: LoadConfig, method: str, dtype: str, contender: str, table: list[list[int]]) -> list[str]:
+def models_of(config: LoadConfig) -> tuple[Path, Path]:
+    """Return the folders of target and draft, written first where they are missing."""
+    return export(Path(config.models) if config.models else cache_dir() / "load-models")
+
+
+def arguments(
+    config: LoadConfig, method: str, dtype: str, contender: str, table: list[list[int]], steps: str = ""
+) -> list[str]:
     """Return a contender's arguments of the server."""
-    target, draft = export(Path(config.models) if config.models else cache_dir() / "load-models")
+    target, draft = models_of(config)
     rows = max(int(n) for n in config.concurrency)
     found = [
         "--model", str(target), "--served-model-name", "target", "--dtype", dtype, "--max-model-len", "1024",
@@ -58,7 +65,7 @@ def arguments(config: LoadConfig, method: str, dtype: str, contender: str, table
     if contender == TABLE:
         about["num_speculative_tokens_per_batch_size"] = table
     elif not contender.isdigit():
-        settings = {"speckv": {"policy": contender}}
+        settings = {"speckv": {"policy": contender, "steps": steps}}
         found += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling", "--additional-config", json.dumps(settings)]
     return [*found, "--speculative-config", json.dumps(about)]
 
@@ -82,8 +89,8 @@ def tune(blocks: list[dict[str, Any]], names: list[str]) -> list[list[int]]:
     return table
 
 
-def play(config: LoadConfig, method: str, dtype: str) -> dict[str, Any]:
-    """Run all blocks of a cell; contenders and loads take turns."""
+def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[str, Any]:
+    """Run all blocks of a cell; contenders and loads take turns. A policy's steps are appended to the file ``steps``."""
     python = interpreter(config.python)
     out = Path(config.out).expanduser() / f"{method}-{dtype}"
     out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +110,9 @@ def play(config: LoadConfig, method: str, dtype: str) -> dict[str, Any]:
             quiet.share()
             log.info("%s %s: starting %s", method, dtype, name)
             safe = "".join(c if c.isalnum() else "-" for c in name)
-            server = Server(python, arguments(config, method, dtype, name, table), surroundings, out / f"{safe}.log")
+            server = Server(
+                python, arguments(config, method, dtype, name, table, steps), surroundings, out / f"{safe}.log"
+            )
             stack.callback(server.stop)
             server.wait()
             servers[name] = server

@@ -29,11 +29,14 @@ class Settings:
         File of what the policy learnt; empty for none.
     metrics : str
         File that the counts are written to as JSON; empty for none.
+    steps : str
+        File that each step's sizes and seconds are appended to, for a calibration; empty for none.
     """
 
     policy: str = "online"
     state: str = ""
     metrics: str = ""
+    steps: str = ""
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None, environment: Mapping[str, str] = os.environ) -> Settings:

@@ -18,6 +18,7 @@ from speckv_online.serving.controller import Controller, Engine, EngineStep, Run
 from speckv_online.serving.counts import Publisher
 from speckv_online.serving.lazy_draft import install
 from speckv_online.serving.settings import Settings
+from speckv_online.serving.step_log import StepLog
 
 try:
     import vllm
@@ -73,6 +74,7 @@ class PolicyScheduler(Scheduler):
         settings = Settings.read(additional.get("speckv"))
         self._speckv = Controller(settings, _engine(config))
         self._publisher, self._shown = Publisher(settings.metrics), time.monotonic()
+        self._steps, self._context = StepLog(settings.steps), 0
         alone = config.parallel_config.world_size == 1
         self._lazy = install(config.speculative_config.method) if alone else None
         self._gamma = self._rows = 0
@@ -92,6 +94,8 @@ class PolicyScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._started = started
+            if self._steps.wanted:
+                self._context = sum(self.requests[id].num_tokens for id in output.num_scheduled_tokens)
             try:
                 gone = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
                 self._speckv.forget(gone)
@@ -129,6 +133,7 @@ class PolicyScheduler(Scheduler):
         """Take in the target's tokens, and learn from them."""
         if self._resting:
             found = super().update_from_output(scheduler_output, model_runner_output)
+            self._log(scheduler_output)
             self._speckv.rested(perf_counter() - self._started)
             self._show()
             return found
@@ -145,6 +150,7 @@ class PolicyScheduler(Scheduler):
             verified = []
             self._failed("read", error)
         found = super().update_from_output(scheduler_output, model_runner_output)
+        self._log(scheduler_output)
         if verified:
             try:
                 seconds = perf_counter() - self._started if self._usual else 0.0
@@ -169,9 +175,20 @@ class PolicyScheduler(Scheduler):
         except Exception as error:
             self._failed("trim", error)
 
+    def _log(self, output: Any) -> None:
+        """Note what a step read and took."""
+        if self._steps.wanted and output.total_num_scheduled_tokens:
+            rows = len(output.num_scheduled_tokens)
+            rounds = 0 if self._speckv.engine.looks_up else self._gamma
+            read = 0 if self._lazy is None else self._lazy.reading
+            seconds = perf_counter() - self._started
+            tokens = output.total_num_scheduled_tokens
+            self._steps.add(tokens, rows, self._context, rounds, rounds * rows, read if rounds else 0, seconds)
+
     def shutdown(self) -> None:
         """Save what was learnt."""
         try:
+            self._steps.flush()
             self._speckv.save(last=True)
             self._publisher.show(self._speckv.collect())
         except Exception as error:

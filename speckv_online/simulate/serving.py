@@ -250,9 +250,7 @@ class Fleet:
         if replicas < 1 or sync_every < 0:
             raise UserError("replicas must be 1 or more, and sync_every not negative")
         self._engine, self._sync = engine, sync_every if replicas > 1 else 0
-        self._replicas = [
-            Replica(Controller(Settings(policy), engine), costs, policy_seconds) for _ in range(replicas)
-        ]
+        self._replicas = [Replica(Controller(Settings(policy), engine), costs, policy_seconds) for _ in range(replicas)]
         self._learner: Policy | None = engine_policy(policy, most_rows=engine.most_rows) if self._sync else None
 
     def serve(self, traces: Sequence[Trace], load: Load, seed: int = 0) -> Served:
