@@ -90,7 +90,7 @@ def tune(blocks: list[dict[str, Any]], names: list[str]) -> list[list[int]]:
 
 
 def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[str, Any]:
-    """Run all blocks of a cell; contenders and loads take turns. A policy's steps are appended to the file ``steps``."""
+    """Run all blocks of a cell; contenders and loads take turns. Policies note their steps in the file ``steps``."""
     python = interpreter(config.python)
     out = Path(config.out).expanduser() / f"{method}-{dtype}"
     out.mkdir(parents=True, exist_ok=True)

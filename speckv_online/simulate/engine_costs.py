@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def fit(name: str, steps: Sequence[Sequence[float]]) -> EngineCosts:
     knots = np.unique(np.round(1.5 ** np.arange(0, np.log(most) / np.log(1.5) + 1)).clip(1, max(most, 2)))
     # Non-negative rises from knot to knot: a forward of more tokens takes no less.
     rises = [np.ones(len(data))] + [
-        np.clip((data[:, 0] - low) / (high - low), 0.0, 1.0) for low, high in zip(knots, knots[1:], strict=False)
+        np.clip((data[:, 0] - low) / (high - low), 0.0, 1.0) for low, high in pairwise(knots.tolist())
     ]
     drafted = (data[:, 3] > 0).astype(float)
     columns = np.column_stack([*rises, drafted, data[:, 3], data[:, 4], data[:, 5], data[:, 1], data[:, 2]])
