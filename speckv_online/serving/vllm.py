@@ -79,7 +79,7 @@ class PolicyScheduler(Scheduler):
         self._usual, self._resting, self._started = False, False, 0.0
         self._told = False
         # With a table, vLLM does not fill up new requests with tokens that nobody drafted. Ours has its own number.
-        if self.dynamic_sd_lookup is None:
+        if getattr(self, "dynamic_sd_lookup", None) is None:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         log.info(
             "speckv: policy %s%s, %s, at most %d drafts", settings.policy, ", resumed" if self._speckv.resumed else "",
