@@ -251,13 +251,12 @@ class Controller:
                 forwards=0 if self._drafters else drafted, exhausted=bool(self._drafters),
             )  # fmt: skip
             row.history.update(outcome)
-            for j in range(drafted):
-                self.counts.add("drafted_tokens", 1, j)
-                if j < accepted:
-                    self.counts.add("accepted_tokens", 1, j)
             if row.pending is not None:
                 decisions.append(row.pending)
                 outcomes.append(outcome)
+        for j in range(max((outcome.drafted for outcome in outcomes), default=0)):
+            self.counts.add("drafted_tokens", sum(outcome.drafted > j for outcome in outcomes), j)
+            self.counts.add("accepted_tokens", sum(outcome.accepted > j for outcome in outcomes), j)
         if decisions:
             self._teach(decisions, outcomes, rows, tokens, level, step)
         if step.seconds:
