@@ -52,7 +52,7 @@ def load(config: LoadConfig) -> int:
         set_environment(os.environ.get("RAY_ADDRESS", ""))
         from experiments.common.ray_cells import play_on_ray
 
-        played = dict(play_on_ray(cells, lambda cell: play(config, *cell), whole_machines=True))  # type: ignore[arg-type,var-annotated]
+        played = dict(play_on_ray(cells, lambda cell: play(config, *cell), whole_machines=True))
         results = [played[cell] for cell in cells]
     else:
         results = [play(config, *cell) for cell in cells]

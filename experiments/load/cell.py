@@ -14,7 +14,7 @@ from experiments.common.bundled_prompts import bundled
 from experiments.load.config import NONE, TABLE, LoadConfig
 from experiments.load.export import export
 from experiments.load.quiet import Quiet
-from experiments.load.server import SCHEDULER, Client, Server, environment, interpreter
+from experiments.load.server import SCHEDULER, WORKER, Client, Server, environment, interpreter
 from speckv_online.io.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ def arguments(
         about["num_speculative_tokens_per_batch_size"] = table
     elif not contender.isdigit():
         settings = {"speckv": {"policy": contender, "steps": steps}}
-        found += ["--scheduler-cls", SCHEDULER, "--no-async-scheduling", "--additional-config", json.dumps(settings)]
+        found += ["--scheduler-cls", SCHEDULER, "--worker-extension-cls", WORKER, "--no-async-scheduling"]
+        found += ["--additional-config", json.dumps(settings)]
     return [*found, "--speculative-config", json.dumps(about)]
 
 

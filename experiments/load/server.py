@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
 #: Nothing is sent anywhere, and nothing is fetched.
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-SCHEDULER = "speckv_online.serving.vllm.PolicyScheduler"
+SCHEDULER, WORKER = "speckv_online.serving.vllm.PolicyScheduler", "speckv_online.serving.vllm_worker.LazyWorker"
 
 
 def environment(gigabytes: int, threads: int = 0) -> dict[str, str]:

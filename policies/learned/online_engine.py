@@ -175,7 +175,7 @@ class OnlineEngine(JointPolicy):
         if min(limits) < most:
             survival *= np.arange(1, most + 1) <= np.array(limits)[:, None]
         plain = rows / verify[0]
-        drafting = np.zeros(most)
+        drafting: np.ndarray = np.zeros(most)
         looks_up = contexts[0].drafters[:1] == (LOOKUP,)
         if not looks_up:
             first, each_round, each, read = costs.draft

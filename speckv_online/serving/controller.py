@@ -148,7 +148,7 @@ class Controller:
         self._costs: Any = getattr(policy, "batch_costs", None)
         self._rows: dict[str, _Row] = {}
         self._planned: list[str] = []
-        self._spent = 0.0
+        self._spent, self._resting = 0.0, ("", 0)
         self._drafters = (LOOKUP,) if engine.looks_up else ()
 
     def decoding(self, id: str) -> bool:
@@ -171,11 +171,15 @@ class Controller:
         found = self.policy.joint and self.policy.rests(level, rows)
         if found:
             self.counts.add("steps", 1, level.partition("@")[2] or 1, 0)
+            self._resting = level, rows
         self._spent += perf_counter() - started
         return found
 
     def rested(self, seconds: float) -> None:
-        """Count a step that passed unasked."""
+        """Count a step that passed unasked, and learn what it took: that is what drafts have to beat."""
+        level, rows = self._resting
+        if self._costs is not None:
+            self._costs.level(level).observe(Forward(level, rows, rows, 0, 0, 0, seconds, 0.0, seconds))
         self.counts.add("seconds", seconds)
         self.counts.add("plain_seconds", seconds)
         self.counts.add("policy_seconds", self._spent)
@@ -251,13 +255,12 @@ class Controller:
                 forwards=0 if self._drafters else drafted, exhausted=bool(self._drafters),
             )  # fmt: skip
             row.history.update(outcome)
-            for j in range(drafted):
-                self.counts.add("drafted_tokens", 1, j)
-                if j < accepted:
-                    self.counts.add("accepted_tokens", 1, j)
             if row.pending is not None:
                 decisions.append(row.pending)
                 outcomes.append(outcome)
+        for j in range(max((outcome.drafted for outcome in outcomes), default=0)):
+            self.counts.add("drafted_tokens", sum(outcome.drafted > j for outcome in outcomes), j)
+            self.counts.add("accepted_tokens", sum(outcome.accepted > j for outcome in outcomes), j)
         if decisions:
             self._teach(decisions, outcomes, rows, tokens, level, step)
         if step.seconds:

@@ -4,7 +4,7 @@ vLLM itself runs the draft model's first forward in every step, also where no to
 complete. On a small target this is a tenth of the step. Here such a step leaves it out. Each request's tokens that the
 draft model has read are counted. The next step that drafts has it read the missing ones first, in the same forward.
 
-This is done in the process of the engine's core. Where the workers are processes of their own, vLLM does as before.
+This happens in the worker's process: :mod:`speckv_online.serving.vllm_worker` brings it there. It is for one device.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ class LazyDraft:
     ----------
     read : dict of str to int
         How many tokens of each request are in the draft model's cache.
-    reading : int
-        Tokens that it read late, in the latest step.
     skips : bool
         Whether a step that drafts nothing leaves the drafter out.
     batch : object
@@ -42,13 +40,8 @@ class LazyDraft:
 
     def __init__(self) -> None:
         self.read: dict[str, int] = {}
-        self.reading = 0
         self.skips = True
         self.batch: Any = None
-
-    def unread(self, id: str, start: int) -> int:
-        """Return how many tokens of a request, of the first ``start``, the draft model has to read first."""
-        return max(start - self.read.get(id, 0), 0)
 
     def forget(self, ids: Iterable[str]) -> None:
         """Drop requests whose cache is gone."""
@@ -65,20 +58,20 @@ class LazyDraft:
         missing = [(self.read.get(id, 0), start) for id, start in zip(ids, starts, strict=True)]
         room = drafter.max_num_tokens - len(tokens) - 2 * len(ids)
         parts, places, query = list[torch.Tensor](), list[torch.Tensor](), [0]
-        late = [False] * len(ids)
+        late, reading = [False] * len(ids), 0
         for i, (have, start) in enumerate(missing):
             if have < start:
                 late[i] = start - have > room
                 if not late[i]:
                     room -= start - have
-                    self.reading += start - have
+                    reading += start - have
                     before = torch.from_numpy(batch.token_ids_cpu[i, have:start])
                     parts.append(before.to(tokens.device, tokens.dtype))
                     places.append(torch.arange(have, start, device=positions.device, dtype=positions.dtype))
             parts.append(tokens[at[i] : at[i + 1]])
             places.append(positions[at[i] : at[i + 1]])
             query.append(query[-1] + (0 if late[i] else max(start - have, 0)) + at[i + 1] - at[i])
-        if self.reading:
+        if reading:
             lengths = torch.tensor(query, dtype=cad.query_start_loc_cpu.dtype)
             arguments["target_token_ids"], arguments["target_positions"] = torch.cat(parts), torch.cat(places)
             # A draft model of its own gets no hidden states; they only have to be as many.
@@ -96,15 +89,18 @@ class LazyDraft:
         return found
 
 
-def install(method: str) -> LazyDraft | None:
-    """Have vLLM's drafters of this process run lazily; None where this vLLM's, or this method's, are other ones."""
+def install() -> LazyDraft | None:
+    """Have vLLM's drafters of this process run lazily; None where this vLLM's are other ones."""
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     lazy = LazyDraft()
-    run, ask = (inspect.unwrap(f) for f in (DraftModelProposer.propose, GPUModelRunner.propose_draft_token_ids))
-    if method not in METHODS or NEEDED - set(inspect.signature(run).parameters):
-        log.warning("speckv: this vLLM's drafter is not known here: it runs in steps that draft nothing, too")
+    run, ask, update = map(
+        inspect.unwrap,
+        (DraftModelProposer.propose, GPUModelRunner.propose_draft_token_ids, GPUModelRunner._update_states),
+    )
+    if NEEDED - set(inspect.signature(run).parameters):
+        log.warning("speckv: this vLLM's draft model is not known here: it runs in steps that draft nothing, too")
         return None
 
     @functools.wraps(run)
@@ -113,14 +109,28 @@ def install(method: str) -> LazyDraft | None:
 
     @functools.wraps(ask)
     def propose_draft_token_ids(runner: Any, scheduler_output: Any, *arguments: Any, **named: Any) -> Any:
-        lazy.batch, lazy.reading = runner.input_batch, 0
-        if not scheduler_output.num_spec_tokens_to_schedule and lazy.skips:
-            runner._draft_probs = runner._draft_prob_req_ids = None
-            rows = len(runner.input_batch.req_ids)
-            empty = torch.empty(rows, 0, device=runner.device, dtype=torch.int64)
-            return empty if method == "draft_model" else [[] for _ in range(rows)]
-        return ask(runner, scheduler_output, *arguments, **named)
+        lazy.batch, method = runner.input_batch, runner.speculative_config.method
+        if scheduler_output.num_spec_tokens_to_schedule or method not in METHODS or not (lazy.skips and _alone(runner)):
+            return ask(runner, scheduler_output, *arguments, **named)
+        runner._draft_probs = runner._draft_prob_req_ids = None
+        rows = len(runner.input_batch.req_ids)
+        if method == "ngram":
+            return [[] for _ in range(rows)]
+        return torch.empty(rows, 0, device=runner.device, dtype=torch.int64)
+
+    @functools.wraps(update)
+    def update_states(runner: Any, scheduler_output: Any) -> Any:
+        lazy.forget(scheduler_output.finished_req_ids)
+        lazy.forget(scheduler_output.preempted_req_ids or ())
+        return update(runner, scheduler_output)
 
     DraftModelProposer.propose = propose
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    GPUModelRunner._update_states = update_states
     return lazy
+
+
+def _alone(runner: Any) -> bool:
+    """Whether no other device waits for this one's forwards."""
+    config = runner.parallel_config
+    return config.world_size == 1 and config.data_parallel_size == 1

@@ -31,6 +31,7 @@ except Exception as error:
 
 log = logging.getLogger("vllm.speckv")
 TESTED = "0.32.0"
+EXTENSION = "speckv_online.serving.vllm_worker.LazyWorker"
 #: What the scheduler has to have for any of this to work.
 NEEDED = ("schedule", "update_from_output", "update_draft_token_ids", "_update_after_schedule", "shutdown")
 LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -75,13 +76,13 @@ class PolicyScheduler(Scheduler):
         self._speckv = Controller(settings, _engine(config))
         self._publisher, self._shown = Publisher(settings.metrics), time.monotonic()
         self._steps, self._context = StepLog(settings.steps), 0
-        alone = config.parallel_config.world_size == 1
-        self._lazy = install(config.speculative_config.method) if alone else None
-        self._gamma = self._rows = 0
+        # How many tokens of each request a lazy draft model has read; None where it is not lazy, or there is none.
+        self._read: dict[str, int] | None = {} if _lazy(config) else None
+        self._gamma = self._rows = self._late = 0
         self._usual, self._resting, self._started = False, False, 0.0
         self._told = False
         # With a table, vLLM does not fill up new requests with tokens that nobody drafted. Ours has its own number.
-        if self.dynamic_sd_lookup is None:
+        if getattr(self, "dynamic_sd_lookup", None) is None:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         log.info(
             "speckv: policy %s%s, %s, at most %d drafts", settings.policy, ", resumed" if self._speckv.resumed else "",
@@ -99,8 +100,8 @@ class PolicyScheduler(Scheduler):
             try:
                 gone = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
                 self._speckv.forget(gone)
-                if self._lazy is not None:
-                    self._lazy.forget(gone)
+                for id in gone if self._read else ():
+                    self._read.pop(id, None)
                 self._resting = False
                 self._usual = all(
                     self._speckv.decoding(id) and count == 1 + len(output.scheduled_spec_decode_tokens.get(id, ()))
@@ -111,7 +112,10 @@ class PolicyScheduler(Scheduler):
                     self._resting, self._gamma = True, 0
                 else:
                     running = list(self._running(output))
-                    self._gamma, self._rows = self._speckv.plan(running), len(running)
+                    self._gamma, self._rows, self._late = self._speckv.plan(running), len(running), 0
+                    if self._gamma and self._read is not None:
+                        self._late = sum(request.unread for request in running)
+                        self._read |= {request.id: self.requests[request.id].num_computed_tokens for request in running}
                 output.num_spec_tokens_to_schedule = self._gamma
             except Exception as error:
                 self._failed("plan", error)
@@ -125,8 +129,10 @@ class PolicyScheduler(Scheduler):
             if not request.is_prefill_chunk:
                 left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens)
                 unread = 0
-                if self._lazy is not None and not self._speckv.engine.looks_up:
-                    unread = self._lazy.unread(id, request.num_computed_tokens - output.num_scheduled_tokens[id])
+                if self._read is not None:
+                    unread = max(
+                        request.num_computed_tokens - output.num_scheduled_tokens[id] - self._read.get(id, 0), 0
+                    )
                 yield Running(id, request.num_tokens, left, _limit(request, self.num_spec_tokens), unread)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -134,8 +140,11 @@ class PolicyScheduler(Scheduler):
         if self._resting:
             found = super().update_from_output(scheduler_output, model_runner_output)
             self._log(scheduler_output)
-            self._speckv.rested(perf_counter() - self._started)
-            self._show()
+            try:
+                self._speckv.rested(perf_counter() - self._started)
+                self._show()
+            except Exception as error:
+                self._failed("learn", error)
             return found
         try:
             drafts = scheduler_output.scheduled_spec_decode_tokens
@@ -155,8 +164,7 @@ class PolicyScheduler(Scheduler):
             try:
                 seconds = perf_counter() - self._started if self._usual else 0.0
                 rounds = 0 if self._speckv.engine.looks_up else self._gamma
-                read = 0 if self._lazy is None else self._lazy.reading
-                self._speckv.learn(EngineStep(verified, rounds, rounds * self._rows, read, seconds))
+                self._speckv.learn(EngineStep(verified, rounds, rounds * self._rows, self._late, seconds))
                 self._speckv.save()
                 self._show()
             except Exception as error:
@@ -180,10 +188,8 @@ class PolicyScheduler(Scheduler):
         if self._steps.wanted and output.total_num_scheduled_tokens:
             rows = len(output.num_scheduled_tokens)
             rounds = 0 if self._speckv.engine.looks_up else self._gamma
-            read = 0 if self._lazy is None else self._lazy.reading
-            seconds = perf_counter() - self._started
-            tokens = output.total_num_scheduled_tokens
-            self._steps.add(tokens, rows, self._context, rounds, rounds * rows, read if rounds else 0, seconds)
+            seconds, tokens = perf_counter() - self._started, output.total_num_scheduled_tokens
+            self._steps.add(tokens, rows, self._context, rounds, rounds * rows, self._late if rounds else 0, seconds)
 
     def shutdown(self) -> None:
         """Save what was learnt."""
@@ -207,6 +213,21 @@ class PolicyScheduler(Scheduler):
         if not self._told:
             self._told = True
             log.warning("speckv: %s failed (%s: %s)", what, type(error).__name__, error)
+
+
+def _lazy(config: Any) -> bool:
+    """Have the draft model run lazily where that is possible; return whether it does."""
+    speculative, parallel = config.speculative_config, config.parallel_config
+    if parallel.world_size > 1 or parallel.data_parallel_size > 1:
+        return False
+    extension = str(parallel.worker_extension_cls or "")
+    here = parallel.distributed_executor_backend == "uni" and install() is not None
+    if not here and extension != EXTENSION:
+        log.warning(
+            "speckv: drafters run in steps that draft nothing, too; --worker-extension-cls %s leaves them out",
+            EXTENSION,
+        )
+    return bool(speculative.uses_draft_model() and (here or extension == EXTENSION))
 
 
 def _limit(request: Any, most: int) -> int:

@@ -93,7 +93,13 @@ def main(folder: str, method: str, policy: str, task: str, lazy: str = "lazy") -
     )  # fmt: skip
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     if lazy == "eager":
-        scheduler._lazy.skips = False
+        from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+        from speckv_online.serving.lazy_draft import LazyDraft
+
+        lazy_draft = DraftModelProposer.propose.__closure__
+        next(cell.cell_contents for cell in lazy_draft if isinstance(cell.cell_contents, LazyDraft)).skips = False
+        scheduler._read = None
     settings = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, detokenize=False)
     found: dict[str, Any] = {}
     if task == "cancel":
