@@ -9,8 +9,9 @@ read first.
 
 from __future__ import annotations
 
+from functools import cache
 from math import log, sqrt
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -39,16 +40,45 @@ REFIT_EVERY, REFIT_ALWAYS = 8, 24
 FAR = 4.0
 #: Weight of the latest step in means.
 LATEST = 0.05
-_N = np.arange(1, MOST + 1, dtype=float)
-_AT = np.minimum(np.searchsorted(KNOTS, _N, side="right") - 1, len(KNOTS) - 2)
-_PART = (_N - KNOTS[_AT]) / np.diff(KNOTS)[_AT]
-_SIZE = len(KNOTS)
-_WALK = np.diff(np.eye(_SIZE), axis=0)
-#: Prior precision of u: differences, and hardly the level.
-PRECISION = _WALK.T @ _WALK / WALK**2 + np.eye(_SIZE) / (LEVEL**2 * _SIZE)
-#: All sums in one vector: V's matrix and vector, the draft's.
-PARTS = (_SIZE * _SIZE, _SIZE, 16, 4)
-ALL = sum(PARTS)
+
+
+class Grid(NamedTuple):
+    """Where V is known by numbers of its own, and what is between.
+
+    Attributes
+    ----------
+    n : ndarray
+        1, 2, ... to the most tokens that a forward may read.
+    at, part : ndarray
+        For each of them the knot below, and how far it is from there to the next one, 0 to 1.
+    knots : int
+        How many there are.
+    precision : ndarray
+        Prior precision of u: differences, and hardly the level.
+    parts : tuple of int
+        Sizes of the sums, all in one vector: V's matrix and vector, the draft's.
+    """
+
+    n: np.ndarray
+    at: np.ndarray
+    part: np.ndarray
+    knots: int
+    precision: np.ndarray
+    parts: tuple[int, int, int, int]
+
+
+@cache
+def grid(most: int) -> Grid:
+    """Return the grid of forwards of at most so many tokens; beyond :data:`MOST` knots are a factor of two apart."""
+    knots = KNOTS
+    while knots[-1] < most:
+        knots = np.append(knots, 2.0 * knots[-1])
+    n = np.arange(1, int(knots[-1]) + 1, dtype=float)
+    at = np.minimum(np.searchsorted(knots, n, side="right") - 1, len(knots) - 2)
+    walk = np.diff(np.eye(len(knots)), axis=0)
+    precision = walk.T @ walk / WALK**2 + np.eye(len(knots)) / (LEVEL**2 * len(knots))
+    sizes = (len(knots) ** 2, len(knots), 16, 4)
+    return Grid(n, at, (n - knots[at]) / np.diff(knots)[at], len(knots), precision, sizes)
 
 
 class BatchCosts:
@@ -60,11 +90,13 @@ class BatchCosts:
         Steps after which a measurement counts half.
     alone : LevelCosts, optional
         The level's costs in single decoding, where something is known of them: they give V its shape.
+    most : int
+        Most tokens that a forward may read.
 
     Attributes
     ----------
     verify : list of float
-        V(N) for N = 0 (zero seconds) to 272.
+        V(N) for N = 0 (zero seconds) to ``most`` at least.
     draft : tuple of float
         Seconds of a step's first round on top, of a round, of a row in it, and of a token to read first.
     rest : float
@@ -73,20 +105,21 @@ class BatchCosts:
         Steps seen, and how often the estimates were made anew.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None) -> None:
-        self._keep = 0.5 ** (1.0 / half_life)
+    def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None, most: int = MOST) -> None:
+        self._grid, self._keep = grid(most), 0.5 ** (1.0 / half_life)
+        self._all = sum(self._grid.parts)
         self.verify = list[float]()
         self.draft = 0.0, 0.0, 0.0, 0.0
-        self._shape = (ALWAYS + _N) / (ALWAYS + 1.0)
+        self._shape = (ALWAYS + self._grid.n) / (ALWAYS + 1.0)
         told = 0.0
         if alone is not None and (alone.steps > WIDTHS or not alone.vague):
             table = alone.verify
             slope = max(float(table[-1] - table[8]) / (WIDTHS - 9), 0.0)
-            more = table[-1] + slope * np.arange(1, MOST - WIDTHS + 1)
+            more = table[-1] + slope * np.arange(1, len(self._grid.n) - WIDTHS + 1)
             self._shape, told = np.concatenate((table, more)) / table[0], log(float(table[0]))
         self._start = told
         self.told = bool(told)
-        self._sums, self._delta, self._count = np.zeros(ALL), np.zeros(ALL), 0
+        self._sums, self._delta, self._count = np.zeros(self._all), np.zeros(self._all), 0
         self._pending = 0
         self.steps = self.version = 0
         self.rest, self.deviation = 0.0, 0.15
@@ -96,7 +129,7 @@ class BatchCosts:
     @property
     def ready(self) -> bool:
         """Whether anything is known of the scale."""
-        return self.told or bool(self._sums[0 : PARTS[0]].any())
+        return self.told or bool(self._sums[0 : self._grid.parts[0]].any())
 
     def plain(self, rows: int) -> float:
         """Return the seconds of a step that drafts nothing."""
@@ -114,12 +147,30 @@ class BatchCosts:
 
     def doubt(self, one: int, other: int) -> float:
         """Return the standard deviation of log V(other) - log V(one)."""
-        weights = np.zeros(_SIZE)
-        for n, sign in ((one, -1.0), (other, 1.0)):
-            at, part = _AT[n - 1], _PART[n - 1]
-            weights[at] += sign * (1.0 - part)
-            weights[at + 1] += sign * part
+        weights = self._hat(other) - self._hat(one)
         return sqrt(max(float(weights @ self._covariance @ weights), 0.0))
+
+    def share(self, forward: Forward) -> None:
+        """Split a step's seconds, where only their sum was measured, into its two main parts.
+
+        Each part has its estimate; what is left over goes to the part that less is known of.
+        """
+        x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
+        verify, draft = self.verify[forward.tokens], self.drafting(forward.rounds, forward.forwards, forward.read)
+        hat = self._hat(forward.tokens)
+        known = verify * verify * float(hat @ self._covariance @ hat)
+        unknown = float(x @ np.linalg.solve(self._draft_precision, x))
+        spent = forward.seconds - forward.policy_seconds - self.rest * forward.rows
+        draft += (spent - verify - draft) * unknown / (known + unknown)
+        forward.draft_seconds = min(max(draft, 0.0), 0.9 * spent)
+        forward.verify_seconds = spent - forward.draft_seconds
+
+    def _hat(self, tokens: int) -> np.ndarray:
+        """Return the weights of the knots in u at so many tokens."""
+        found = np.zeros(self._grid.knots)
+        at, part = self._grid.at[tokens - 1], self._grid.part[tokens - 1]
+        found[at], found[at + 1] = 1.0 - part, part
+        return found
 
     def observe(self, forward: Forward) -> None:
         """Take in what a step took; steps whose seconds are not those of a usual one have none."""
@@ -129,7 +180,6 @@ class BatchCosts:
         if self.steps == 1 and not self.told:
             return  # the first call warms caches up
         n = forward.tokens
-        at, part = _AT[n - 1], _PART[n - 1]
         z = log(forward.verify_seconds / self._shape[n - 1])
         known = self.steps > 3 or self.told
         if known:
@@ -143,10 +193,9 @@ class BatchCosts:
             self._now += max(NOW, even) * (off - self._now)
             self._lately += max(LATELY, even) * (off - self._lately)
             z = expected + off - (self._now - self._lately)
-        hat = np.zeros(_SIZE)
-        hat[at], hat[at + 1] = 1.0 - part, part
-        more = np.zeros(ALL)
-        matrix, vector, draft_matrix, draft_vector = _split(more)
+        hat = self._hat(n)
+        more = np.zeros(self._all)
+        matrix, vector, draft_matrix, draft_vector = self._split(more)
         matrix[:] = np.outer(hat, hat).ravel() / NOISE**2
         vector[:] = hat * (z - self._start) / NOISE**2
         rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
@@ -169,16 +218,18 @@ class BatchCosts:
 
     def _refit(self) -> None:
         self.version, self._pending = self.version + 1, 0
-        matrix, vector, draft_matrix, draft_vector = _split(self._sums)
-        precision = matrix.reshape(_SIZE, _SIZE) + PRECISION
+        matrix, vector, draft_matrix, draft_vector = self._split(self._sums)
+        at, part, size = self._grid.at, self._grid.part, self._grid.knots
+        precision = matrix.reshape(size, size) + self._grid.precision
         self._covariance = np.linalg.inv(precision)
         u = self._start + self._covariance @ vector
-        ratio = np.exp(np.clip(u[_AT] + _PART * (u[_AT + 1] - u[_AT]), -25.0, 25.0))
+        ratio = np.exp(np.clip(u[at] + part * (u[at + 1] - u[at]), -25.0, 25.0))
         # More tokens never take less time.
         self.verify = [0.0, *np.maximum.accumulate(self._shape * ratio).tolist()]
         prior = DRAFT * self.verify[1]
         doubt = np.diag((DOUBT * prior) ** -2.0)
-        found = np.linalg.solve(doubt + draft_matrix.reshape(4, 4), doubt @ prior + draft_vector)
+        self._draft_precision = doubt + draft_matrix.reshape(4, 4)
+        found = np.linalg.solve(self._draft_precision, doubt @ prior + draft_vector)
         first, each_round, each, read = np.maximum(found, 0.05 * prior).tolist()
         self.draft = first, each_round, each, read
 
@@ -189,11 +240,14 @@ class BatchCosts:
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
-        shape, means = check_array(state, "shape", (MOST,)).astype(float), check_array(state, "means", (7,)).tolist()
-        sums = check_array(state, "sums", (ALL,)).astype(float)
+        shape, means = (
+            check_array(state, "shape", self._shape.shape).astype(float),
+            check_array(state, "means", (7,)).tolist(),
+        )
+        sums = check_array(state, "sums", (self._all,)).astype(float)
         if not (shape > 0.0).all() or means[0] < 0.0:
             raise PolicyError("the state's costs of batches must be above zero")
-        self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(ALL), 0
+        self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(self._all), 0
         self.steps = int(means[0])
         self.rest, self.deviation, self._now, self._lately, self._start = means[1:6]
         self.told = bool(means[6])
@@ -202,12 +256,12 @@ class BatchCosts:
     def take_delta(self) -> State:
         """Sums since the last call."""
         delta, count = self._delta, self._count
-        self._delta, self._count = np.zeros(ALL), 0
+        self._delta, self._count = np.zeros(self._all), 0
         return {"sums": delta, "count": np.array(float(count)), "start": np.array([self._start, self._shape[-1]])}
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums, if they are of the same shape."""
-        start, sums = check_array(delta, "start", (2,)), check_array(delta, "sums", (ALL,))
+        start, sums = check_array(delta, "start", (2,)), check_array(delta, "sums", (self._all,))
         count = int(check_array(delta, "count", ()))
         if not np.allclose(start, [self._start, self._shape[-1]]):
             return
@@ -216,8 +270,7 @@ class BatchCosts:
         self.steps += count
         self._refit()
 
-
-def _split(sums: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return views of the parts of all sums."""
-    a, b, c, _ = np.cumsum(PARTS).tolist()
-    return sums[:a], sums[a:b], sums[b:c], sums[c:]
+    def _split(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return views of the parts of all sums."""
+        a, b, c, _ = np.cumsum(self._grid.parts).tolist()
+        return sums[:a], sums[a:b], sums[b:c], sums[c:]

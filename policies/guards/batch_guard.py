@@ -90,7 +90,7 @@ class BatchGuard(PassesRows):
             account.left = float(max(STRETCH, STEPS * rows))
         if account.asleep:
             account.left -= rows
-        return account.asleep
+        return account.asleep or bool(self.rows.rests(level, rows))
 
     def decide_rows(self, contexts: Sequence[Context], pads: bool, may_drop: bool) -> list[Decision]:
         """Ask the policy, but for probes of a plain step."""

@@ -1,0 +1,78 @@
+"""Policies inside vLLM under load: throughput and latency at several loads, by vLLM's own load generator.
+
+Starts a server per contender on loopback, drives them in turns with the held-out prompts, and stops them. Nothing is
+sent and nothing is fetched. Writes ``load.json``, ``load.md`` and ``load.png``. With ``--ray``, each method and dtype
+is a task of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.common.documents import check_place, insert
+from experiments.config import launch
+from experiments.load.config import NONE, LoadConfig
+
+MARKER = "load"
+#: What ``--quick`` plays.
+QUICK: dict[str, Any] = {
+    "methods": ("draft_model",), "contenders": (NONE, "2", "online"), "concurrency": ("1", "8"), "rates": ("2",),
+    "requests": 4, "output_tokens": 32, "repeats": 1, "dtypes": ("bfloat16",),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return launch(load, LoadConfig, argv)
+
+
+def load(config: LoadConfig) -> int:
+    """Play all cells, and write what they came to."""
+    from experiments.load.cell import play
+    from experiments.load.report import COLUMNS, plot, summarise, table
+    from speckv_online.io.files import write_atomically
+    from speckv_online.io.run_directory import check_writable
+    from speckv_online.reporting.report import markdown_table, text_table
+
+    check_place(config.doc, MARKER)
+    if config.quick:
+        config = replace(config, **QUICK)
+    out = Path(config.out).expanduser()
+    check_writable(out)
+    cells = [(method, dtype) for method in config.methods for dtype in config.dtypes]
+    if config.ray:
+        from experiments.runtime.ray_runner import set_environment
+
+        set_environment(os.environ.get("RAY_ADDRESS", ""))
+        from experiments.common.ray_cells import play_on_ray
+
+        played = dict(play_on_ray(cells, lambda cell: play(config, *cell), whole_machines=True))
+        results = [played[cell] for cell in cells]
+    else:
+        results = [play(config, *cell) for cell in cells]
+    summaries = [summarise(cell) for cell in results]
+    write_atomically(out / "load.json", lambda f: f.write(json.dumps({"cells": results, "summaries": summaries})))
+    parts = []
+    for summary in summaries:
+        head = f"{summary['method']}, {summary['dtype']}, {'compiled' if config.compiled else 'eager'}"
+        parts.append(f"**{head}**\n\n" + "\n".join(markdown_table([COLUMNS, *table(summary)])))
+    write_atomically(out / "load.md", lambda f: f.write("\n\n".join(parts) + "\n"))
+    plot(summaries, out / "load.png")
+    if config.doc:
+        insert(Path(config.doc), "\n\n".join(parts), MARKER)
+    if config.json:
+        print(json.dumps(summaries))
+    else:
+        for summary in summaries:
+            print(f"{summary['method']}, {summary['dtype']}", *text_table([COLUMNS, *table(summary)]), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

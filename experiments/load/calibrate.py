@@ -1,0 +1,112 @@
+"""What an engine's steps take here, and what its drafts would be: for serving in the simulator.
+
+Starts one vLLM server per method on loopback, draws the number of drafts at random, and drives it at several
+concurrencies. Fits a cost table to its steps. Then records greedy outputs of the load experiment's prompts, with the
+drafts of both methods at every position. Writes ``METHOD-DTYPE.json`` and ``METHOD-DTYPE/*.npz``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.config import launch, option
+from experiments.load.config import LoadConfig
+from experiments.load.server import QUIET
+from speckv_online.errors import UserError
+
+EXPLORING = "experiments.load.exploring:Exploring"
+#: As experiments.load asks vLLM to look up.
+NGRAMS = {"min_ngram": 2, "max_ngram": 4}
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(LoadConfig):
+    """Settings of ``python -m experiments.load.calibrate``."""
+
+    recorded: int = option(80, "prompts to record")
+    out: str = option("runs/load-costs", "where tables and traces go")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return launch(calibrate, CalibrateConfig, argv)
+
+
+def calibrate(config: CalibrateConfig) -> int:
+    """Calibrate all methods and dtypes."""
+    from experiments.load.cell import play
+    from experiments.load.server import interpreter
+    from speckv_online.console import say
+    from speckv_online.simulate.engine_costs import fit
+
+    python, out = interpreter(config.python), Path(config.out).expanduser()
+    for dtype in config.dtypes:
+        for method in config.methods:
+            name = f"{method}-{dtype}"
+            steps = out / f"{name}.steps.jsonl"
+            steps.parent.mkdir(parents=True, exist_ok=True)
+            steps.unlink(missing_ok=True)
+            say(f"{name}: steps of other numbers of drafts")
+            # A contender of its own, whose steps are noted; open loops add nothing.
+            own = replace(config, contenders=(EXPLORING,), rates=(), repeats=1, out=str(out / "blocks"))
+            play(own, method, dtype, steps=str(steps))
+            rows = [json.loads(line) for line in steps.read_text().splitlines()]
+            costs = fit(name, rows[10:])  # the first steps warm the engine up
+            costs.save(out / f"{name}.json")
+            say(
+                f"{name}: {len(rows)} steps; {1e3 * costs.verify[0]:.1f} ms a token, {1e3 * costs.verify[15]:.1f} ms 16"
+            )
+        say(f"{dtype}: outputs, and drafts at every position")
+        record(config, python, dtype, out)
+    return 0
+
+
+def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
+    """Save traces of vLLM's own outputs, with lookups as vLLM makes them, and with those of the draft model."""
+    import numpy as np
+    import torch
+
+    from experiments.common.bundled_prompts import bundled
+    from experiments.load.cell import models_of
+    from speckv_online.drafters.model import ModelDrafter
+    from speckv_online.models.pairs import chat_prompt, load_target, load_tokenizer
+    from speckv_online.profiling.draft_table import draft_table
+    from speckv_online.traces.trace import NOTHING, Trace, agreement
+
+    target, draft = models_of(config)
+    tokenizer, prompts = load_tokenizer(str(target)), bundled()[: config.recorded]
+    ids, gamma = [chat_prompt(tokenizer, prompt.text) for prompt in prompts], 16
+    asked: dict[str, Any] = {"model": str(target), "dtype": dtype, "prompts": ids, "gamma": gamma}
+    asked |= NGRAMS | {"output_tokens": config.output_tokens, "out": str(out / f"{dtype}.outputs.json")}
+    surroundings = os.environ | QUIET | {"VLLM_CPU_KVCACHE_SPACE": str(config.gigabytes)}
+    program = str(Path(__file__).with_name("record.py"))
+    done = subprocess.run([python, program], input=json.dumps(asked), text=True, capture_output=True, env=surroundings)
+    if done.returncode:
+        raise UserError(f"vLLM did not decode: {(done.stderr.strip().splitlines() or ['no output'])[-1][-300:]}")
+    found = json.loads(Path(asked["out"]).read_text())
+    model = ModelDrafter(load_target(str(draft), "fp32", "cpu"), len(tokenizer))
+    torch.set_grad_enabled(False)
+    for prompt, tokens_of, outputs in zip(prompts, ids, found, strict=True):
+        tokens = np.array(outputs["tokens"], dtype=np.int32)
+        looked = np.full((len(tokens), gamma), NOTHING, dtype=np.int32)
+        for row, proposed in zip(looked, outputs["lookups"], strict=True):
+            row[: len(proposed)] = proposed
+        drafts, signals, _ = draft_table(model, tokens_of, outputs["tokens"], gamma)
+        for method, table, kind in (("ngram", looked, "ngram"), ("draft_model", drafts, "model")):
+            Trace(
+                level=dtype, task=prompt.task, prompt_id=prompt.id, split=prompt.split,
+                prompt=np.array(tokens_of, dtype=np.int32), tokens=tokens, drafts=table,
+                accepted=agreement(table, tokens), signals=signals if kind == "model" else np.zeros_like(signals),
+                budget=config.output_tokens, finish="length", meta={"drafter": kind, "eos": []},
+            ).save(out / f"{method}-{dtype}" / f"{prompt.id}.npz")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""One method and dtype: all contenders' servers, and blocks of load in turns."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from experiments.common.bundled_prompts import bundled
+from experiments.load.config import NONE, TABLE, LoadConfig
+from experiments.load.export import export
+from experiments.load.quiet import Quiet
+from experiments.load.server import SCHEDULER, WORKER, Client, Server, environment, interpreter
+from speckv_online.io.user_cache import cache_dir
+
+log = logging.getLogger(__name__)
+#: What is kept of a block.
+KEPT = (
+    "output_throughput", "request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
+    "duration", "completed", "failed", "spec_decode_acceptance_rate", "spec_decode_acceptance_length",
+)  # fmt: skip
+
+
+def loads(config: LoadConfig) -> list[tuple[str, float]]:
+    """Return the loads: ``closed`` with requests at a time, ``open`` with arrivals per second."""
+    return [("closed", float(n)) for n in config.concurrency] + [("open", float(r)) for r in config.rates]
+
+
+def write_prompts(path: Path) -> None:
+    """Write the held-out prompts of the four tasks, one of each in turns."""
+    tasks: dict[str, list[str]] = {}
+    for prompt in bundled():
+        tasks.setdefault(prompt.task, []).append(prompt.text)
+    turns = [texts[i] for i in range(max(map(len, tasks.values()))) for texts in tasks.values() if i < len(texts)]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in turns))
+
+
+def models_of(config: LoadConfig) -> tuple[Path, Path]:
+    """Return the folders of target and draft, written first where they are missing."""
+    return export(Path(config.models) if config.models else cache_dir() / "load-models")
+
+
+def arguments(
+    config: LoadConfig, method: str, dtype: str, contender: str, table: list[list[int]], steps: str = ""
+) -> list[str]:
+    """Return a contender's arguments of the server."""
+    target, draft = models_of(config)
+    rows = max(int(n) for n in config.concurrency)
+    found = [
+        "--model", str(target), "--served-model-name", "target", "--dtype", dtype, "--max-model-len", "1024",
+        "--max-num-seqs", str(rows), "--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    found += [] if config.compiled else ["--enforce-eager"]
+    if contender == NONE:
+        return found
+    count = int(contender) if contender.isdigit() else config.most_drafts
+    if contender == TABLE:
+        count = max(k for _, _, k in table) or 1
+    about: dict[str, Any] = {"method": method, "num_speculative_tokens": count}
+    about |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2} if method == "ngram" else {"model": str(draft)}
+    if contender == TABLE:
+        about["num_speculative_tokens_per_batch_size"] = table
+    elif not contender.isdigit():
+        settings = {"speckv": {"policy": contender, "steps": steps}}
+        found += ["--scheduler-cls", SCHEDULER, "--worker-extension-cls", WORKER, "--no-async-scheduling"]
+        found += ["--additional-config", json.dumps(settings)]
+    return [*found, "--speculative-config", json.dumps(about)]
+
+
+def tune(blocks: list[dict[str, Any]], names: list[str]) -> list[list[int]]:
+    """Return vLLM's table: for each size of the batch the number that was best in closed loop."""
+    table: list[list[int]] = []
+    first = 1
+    for size in sorted({int(b["load"]) for b in blocks if b["loop"] == "closed"}):
+        rates = {
+            name: geometric_mean(
+                b["output_throughput"]
+                for b in blocks
+                if (b["loop"], int(b["load"]), b["contender"]) == ("closed", size, name)
+            )
+            for name in names
+        }
+        best = max(rates, key=rates.__getitem__)
+        table.append([first, size, 0 if best == NONE else int(best)])
+        first = size + 1
+    return table
+
+
+def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[str, Any]:
+    """Run all blocks of a cell; contenders and loads take turns. Policies note their steps in the file ``steps``."""
+    python = interpreter(config.python)
+    out = Path(config.out).expanduser() / f"{method}-{dtype}"
+    out.mkdir(parents=True, exist_ok=True)
+    write_prompts(out / "prompts.jsonl")
+    surroundings = environment(config.gigabytes, config.threads)
+    blocks: list[dict[str, Any]] = []
+    table: list[list[int]] = []
+    with ExitStack() as stack:
+        quiet = Quiet(config.lock)
+        stack.callback(quiet.release)
+        client = Client(python, surroundings, out / "generator.log")
+        stack.callback(client.stop)
+        servers: dict[str, Server] = {}
+
+        def start(name: str) -> None:
+            quiet.release()
+            quiet.share()
+            log.info("%s %s: starting %s", method, dtype, name)
+            safe = "".join(c if c.isalnum() else "-" for c in name)
+            server = Server(
+                python, arguments(config, method, dtype, name, table, steps), surroundings, out / f"{safe}.log"
+            )
+            stack.callback(server.stop)
+            server.wait()
+            servers[name] = server
+            _block(config, client, server, out, "closed", 4.0, 99)  # warms it up; it does not count
+
+        for name in config.contenders:
+            if name != TABLE:
+                start(name)
+        for repeat in range(config.repeats + 1):
+            if not repeat:  # the blocks that the table is tuned on
+                if TABLE not in config.contenders:
+                    continue
+                plan = [(name, "closed", float(n)) for n in config.concurrency for name in config.fixed()]
+            else:
+                plan = list(_turns(config, repeat))
+            for name, loop, load in plan:
+                quiet.keep()
+                found = _block(config, client, servers[name], out, loop, load, repeat)
+                blocks.append({"contender": name, "loop": loop, "load": load, "repeat": repeat} | found)
+                (out / "blocks.json").write_text(json.dumps(blocks, indent=1))
+            if not repeat:
+                table[:] = tune(blocks, config.fixed())
+                start(TABLE)
+    return {"method": method, "dtype": dtype, "table": table, "blocks": [b for b in blocks if b["repeat"]]}
+
+
+def _turns(config: LoadConfig, repeat: int) -> Iterator[tuple[str, str, float]]:
+    """Yield contenders and loads of a repetition, in an order that rotates."""
+    for i, (loop, load) in enumerate(loads(config)):
+        at = (i + repeat) % len(config.contenders)
+        for name in config.contenders[at:] + config.contenders[:at]:
+            yield name, loop, load
+
+
+def _block(
+    config: LoadConfig, client: Client, server: Server, out: Path, loop: str, load: float, repeat: int
+) -> dict[str, Any]:
+    """Play a block; all contenders get the same prompts and arrivals in it."""
+    count = config.requests + (4 * int(load) if loop == "closed" else 8)
+    given = [
+        "--base-url", server.url, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--model", "target",
+        "--tokenizer", arguments(config, "ngram", "float32", NONE, [])[1], "--dataset-name", "custom", "--dataset-path",
+        str(out / "prompts.jsonl"), "--skip-chat-template", "--custom-output-len", str(config.output_tokens),
+        "--num-prompts", str(count), "--ignore-eos", "--temperature", "0", "--seed", str(config.seed + repeat),
+        "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm",
+    ]  # fmt: skip
+    given += ["--max-concurrency", str(int(load))] if loop == "closed" else ["--request-rate", str(load)]
+    before = server.counts()
+    found = client.run(given)
+    after = server.counts()
+    kept = {key: found[key] for key in KEPT if key in found}
+    return kept | {"counts": {key: value - before.get(key, 0.0) for key, value in after.items()}}

@@ -1,0 +1,1 @@
+"""Our policies inside engines that serve many requests at once."""

@@ -1,0 +1,130 @@
+"""The plug-in inside a real vLLM, on tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from speckv_online.errors import UserError
+from tests.support.serving import make_models
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: see the extra [vllm]"),
+    pytest.mark.timeout(300),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    make_models(path)
+    return path
+
+
+def run(folder: Path, *arguments: str) -> dict[str, Any]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "tests.support.serving", str(folder), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[list[int]]:
+    found: list[list[int]] = run(folder, "none", "", "exact")["outputs"]
+    assert len(found) == 64
+    assert len({tuple(output) for output in found}) > 32
+    return found
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_outputs_are_those_without_drafts(method: str, folder: Path, plain: list[list[int]]) -> None:
+    found = run(folder, method, "tests.support.serving:Wild", "exact")
+    assert found["outputs"] == plain
+    counts = found["counts"]
+    assert counts["fallbacks"] == {}
+    assert counts["accepted_tokens"]["0"] > 50
+    assert counts["trimmed_tokens"] > 50
+    assert len(counts["steps"]) > 5
+    assert found["left"] <= 0
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_requests_are_cancelled(method: str, folder: Path, plain: list[list[int]]) -> None:
+    found = run(folder, method, "online", "cancel")
+    ended = found["requests"]
+    assert ended["finished"] + ended["cancelled"] == 1000
+    assert min(ended.values()) > 100
+    assert found["outputs"] == plain
+    assert found["counts"]["fallbacks"] == {}
+    assert found["left"] <= 0
+
+
+def test_a_pause_costs_no_acceptance(folder: Path, plain: list[list[int]]) -> None:
+    lazy, always = (
+        run(folder, "draft_model", "tests.support.serving:Pauses", "exact", how) for how in ("lazy", "eager")
+    )
+    assert lazy["outputs"] == always["outputs"] == plain
+    assert lazy["counts"]["accepted_tokens"] == always["counts"]["accepted_tokens"]
+    assert sum(lazy["counts"]["accepted_tokens"].values()) > 200
+
+
+def test_a_policy_that_raises_costs_speed_only(folder: Path, plain: list[list[int]]) -> None:
+    found = run(folder, "ngram", "tests.support.serving:Raises", "exact")
+    assert found["outputs"] == plain
+    assert found["counts"]["fallbacks"]["decide raised"] > 100
+    assert any(key.endswith("/8") for key in found["counts"]["steps"])
+
+
+def test_a_request_turns_drafts_off(folder: Path, plain: list[list[int]]) -> None:
+    all_on, half = (run(folder, "draft_model", "fixed:2", task) for task in ("exact", "off"))
+    assert half["outputs"] == all_on["outputs"] == plain
+    drafted, fewer = (found["counts"]["drafted_tokens"]["0"] for found in (all_on, half))
+    assert 0.3 * drafted < fewer < 0.6 * drafted
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"additional_config": {"speckv": {"policy": "onlin"}}}, "did you mean online"),
+        ({"additional_config": {"speckv": {"polcy": "online"}}}, "settings are policy, state, metrics"),
+        ({"speculative_config": None}, "give --speculative-config"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(options: dict[str, Any], line: str, folder: Path) -> None:
+    settings: dict[str, Any] = {
+        "dtype": "float32", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.1, "async_scheduling": False,
+        "speculative_config": {"method": "draft_model", "model": f"{folder}/draft", "num_speculative_tokens": 2},
+        "scheduler_cls": "speckv_online.serving.vllm.PolicyScheduler",
+    }  # fmt: skip
+    program = f"from vllm import LLM\nLLM({str(folder / 'target')!r}, **{settings | options!r})"
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    path = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=os.environ | more | path
+    )
+    assert done.returncode
+    assert line in done.stderr.strip().splitlines()[-1]
+
+
+def test_async_scheduling_is_refused() -> None:
+    from speckv_online.serving.vllm import check
+
+    config = SimpleNamespace(speculative_config=object(), scheduler_config=SimpleNamespace(async_scheduling=True))
+    with pytest.raises(UserError, match="give --no-async-scheduling"):
+        check(config)
