@@ -100,8 +100,9 @@ class PolicyScheduler(Scheduler):
             try:
                 gone = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
                 self._speckv.forget(gone)
-                for id in gone if self._read else ():
-                    self._read.pop(id, None)
+                if self._read is not None:
+                    for id in gone:
+                        self._read.pop(id, None)
                 self._resting = False
                 self._usual = all(
                     self._speckv.decoding(id) and count == 1 + len(output.scheduled_spec_decode_tokens.get(id, ()))
