@@ -2,7 +2,8 @@
 
 Starts one vLLM server per method on loopback, draws the number of drafts at random, and drives it at several
 concurrencies. Fits a cost table to its steps. Then records greedy outputs of the load experiment's prompts, with the
-drafts of both methods at every position. Writes ``METHOD-DTYPE.json`` and ``METHOD-DTYPE/*.npz``.
+drafts of both methods at every position. Writes ``METHOD-DTYPE.json`` and ``METHOD-DTYPE/*.npz``. What is there already
+is kept: a calibration that was stopped goes on, and to make one anew, its directory has to go.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def calibrate(config: CalibrateConfig) -> int:
     for dtype in config.dtypes:
         for method in config.methods:
             name = f"{method}-{dtype}"
+            if (out / f"{name}.json").is_file():
+                continue
             steps = out / f"{name}.steps.jsonl"
             steps.parent.mkdir(parents=True, exist_ok=True)
             steps.unlink(missing_ok=True)
@@ -85,16 +88,16 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
     ids, gamma = [chat_prompt(tokenizer, prompt.text) for prompt in prompts], 16
     asked: dict[str, Any] = {"model": str(target), "dtype": dtype, "prompts": ids, "gamma": gamma}
     asked |= NGRAMS | {"output_tokens": config.output_tokens, "out": str(out / f"{dtype}.outputs.json")}
-    surroundings = os.environ | QUIET | {"VLLM_CPU_KVCACHE_SPACE": str(config.gigabytes)}
-    program = str(Path(__file__).with_name("record.py"))
-    done = subprocess.run([python, program], input=json.dumps(asked), text=True, capture_output=True, env=surroundings)
-    if done.returncode:
-        raise UserError(f"vLLM did not decode: {(done.stderr.strip().splitlines() or ['no output'])[-1][-300:]}")
+    surroundings: dict[str, str] = os.environ | QUIET | {"VLLM_CPU_KVCACHE_SPACE": str(config.gigabytes)}
+    if not Path(asked["out"]).is_file():
+        _decode(python, asked, surroundings)
     found = json.loads(Path(asked["out"]).read_text())
-    model = ModelDrafter(load_target(str(draft), "fp32", "cpu"), len(tokenizer))
+    model = ModelDrafter(load_target(str(draft), "fp32", "cpu", None), len(tokenizer))
     torch.set_grad_enabled(False)
     for prompt, tokens_of, outputs in zip(prompts, ids, found, strict=True):
         tokens = np.array(outputs["tokens"], dtype=np.int32)
+        if all((out / f"{method}-{dtype}" / f"{prompt.id}.npz").is_file() for method in ("ngram", "draft_model")):
+            continue
         looked = np.full((len(tokens), gamma), NOTHING, dtype=np.int32)
         for row, proposed in zip(looked, outputs["lookups"], strict=True):
             row[: len(proposed)] = proposed
@@ -106,6 +109,14 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
                 accepted=agreement(table, tokens), signals=signals if kind == "model" else np.zeros_like(signals),
                 budget=config.output_tokens, finish="length", meta={"drafter": kind, "eos": []},
             ).save(out / f"{method}-{dtype}" / f"{prompt.id}.npz")  # fmt: skip
+
+
+def _decode(python: str, asked: dict[str, Any], surroundings: dict[str, str]) -> None:
+    """Have vLLM decode in a process of its own."""
+    program = str(Path(__file__).with_name("record.py"))
+    done = subprocess.run([python, program], input=json.dumps(asked), text=True, capture_output=True, env=surroundings)
+    if done.returncode:
+        raise UserError(f"vLLM did not decode: {(done.stderr.strip().splitlines() or ['no output'])[-1][-300:]}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ with V and D as :mod:`policies.costs.batch_costs` learns them. Once the drafts a
 likeliest tokens of those that were drafted are sent, as many as are worth V(rows + n) - V(rows) at that rate.
 
 Where nothing is drafted, nothing is learnt. So a share of the time (:data:`PROBES`) is set aside for steps that draft
-although it does not seem to pay. The cheaper such a step is, the more often there is one.
+although it does not seem to pay. The cheaper such a step is, the more often there is one. An engine measures a step as
+a whole. So some probes are blind: they draft, and verify nothing of it. That tells D apart from V.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ STATE_FORMAT = 1
 PROBES, SAVED, START = 0.0075, 1.0, 2.0
 #: Numbers of drafts that are probed, in turns.
 TRIED = (1, 2, 4, 1, 3, 2, 8)
+#: Of so many probes one is blind.
+BLIND = 3
 #: Steps over which the reading of a draft model that lags behind has to pay.
 READING = 32.0
 #: Steps that a choice goes on for: without drafts unasked, and with some.
@@ -54,14 +57,15 @@ class Choice(NamedTuple):
         Tokens per second that are expected of such steps; what a verified token has to be worth.
     wider : ndarray
         By n, the seconds that n more tokens in the forward take.
-    probe : bool
-        Whether it drafts to learn.
+    probe, blind : bool
+        Whether it drafts to learn, and whether it verifies nothing of it.
     """
 
     gamma: int
     rate: float
     wider: np.ndarray
     probe: bool
+    blind: bool = False
 
 
 class OnlineEngine(JointPolicy):
@@ -199,16 +203,18 @@ class OnlineEngine(JointPolicy):
         self._plain = spent
         credit = self._credit.get(level, START * spent) + self.probes * spent
         tried = min(TRIED[self._turn % len(TRIED)], most)
-        price = 0.0
-        if tried != gamma:
-            seconds = float(drafting[tried - 1] + verify[rows * tried])
-            price = max(seconds - (rows + float(survival[:, :tried].sum())) / rate, 0.0)
-        probe = credit > price and (tried != gamma)
+        blind = not looks_up and self._turn % BLIND == 1
+        new, price = blind or tried != gamma, 0.0
+        if new:
+            seconds = float(drafting[tried - 1] + verify[0 if blind else rows * tried])
+            gained = 0.0 if blind else float(survival[:, :tried].sum())
+            price = max(seconds - (rows + gained) / rate, 0.0)
+        probe = credit > price and new
         if probe:
             credit, gamma = credit - price, tried
-        self._turn += probe or tried == gamma
+        self._turn += probe or not new
         self._credit[level] = min(credit, max(SAVED * spent, price))
-        return Choice(gamma, rate, wider, probe)
+        return Choice(gamma, rate, wider, probe, probe and blind)
 
     def proceed_rows(self, decisions: Sequence[Decision], drafts: Sequence[Draft]) -> list[bool | str]:
         return [True] * len(decisions)
@@ -217,7 +223,7 @@ class OnlineEngine(JointPolicy):
         counts = [draft.drafted for draft in drafts]
         choice = next((d.features[1] for d in decisions if d.features[1] is not None), None)
         if choice is None or choice.probe or not sum(counts):
-            return counts
+            return [0] * len(counts) if choice is not None and choice.blind else counts
         survival = self.model.survival(self.model.describe([d.features[0] for d in decisions]), max(counts))
         values = (survival * (np.arange(1, max(counts) + 1) <= np.array(counts)[:, None])).ravel()
         order = np.argsort(-values, kind="stable")[: len(choice.wider) - 1]

@@ -89,6 +89,18 @@ def test_replicas_share_what_they_learn() -> None:
     assert all(np.allclose(value, mine[name]) for name, value in learner.state_dict().items())
 
 
+def test_what_drafting_takes_is_told_apart() -> None:
+    """A step is measured as a whole; the draft is far dearer than the policy expects of one."""
+    heavy = EngineCosts("heavy", tuple(0.030 + 0.0003 * n for n in range(1, 200)), each_round=0.009)
+    fleet = Fleet("online", MODEL, heavy)
+    for seed in range(4):
+        served = fleet.serve(traces(accepted=0.8), Load(60, concurrency=2), seed)
+    costs = fleet._replicas[0].controller._costs.level("fp32")
+    assert costs.drafting(1, 2, 0) == pytest.approx(0.009, rel=0.4)
+    plain = Fleet("autoregressive", MODEL, heavy).serve(traces(accepted=0.8), Load(60, concurrency=2), 3)
+    assert served.throughput > 1.25 * plain.throughput
+
+
 def test_a_table_fits_what_was_measured(tmp_path: Path) -> None:
     rng, steps = np.random.default_rng(0), []
     for _ in range(600):
