@@ -206,9 +206,9 @@ class OnlineEngine(JointPolicy):
         blind = not looks_up and self._turn % BLIND == 1
         new, price = blind or tried != gamma, 0.0
         if new:
-            seconds = float(drafting[tried - 1] + verify[0 if blind else rows * tried])
-            gained = 0.0 if blind else float(survival[:, :tried].sum())
-            price = max(seconds - (rows + gained) / rate, 0.0)
+            taken = float(drafting[tried - 1] + verify[0 if blind else rows * tried])
+            won = 0.0 if blind else float(survival[:, :tried].sum())
+            price = max(taken - (rows + won) / rate, 0.0)
         probe = credit > price and new
         if probe:
             credit, gamma = credit - price, tried
