@@ -112,8 +112,11 @@ def test_same_bits_at_every_width(tmp_path: Path, mixed: dict[str, str], widths:
 
 
 @needs_engine
-def test_decoding_a_file(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pair = load_pair(target=str(file), drafter="ngram", device="cpu", engine="auto")
+def test_decoding_a_file(
+    file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECKV_ENGINE", "auto")
+    pair = load_pair(target=str(file), drafter="ngram", device="cpu")
     assert (pair.level.name, pair.engine["target"].on) == ("q4_1", True)
     prompt = pair.tokenizer("so it goes, so it goes").input_ids
     expected = SpeculativeDecoder(None, policy="autoregressive", target=pair.target).generate(prompt, 24).tokens
