@@ -45,6 +45,9 @@ def cluster() -> Iterator[dict[str, str]]:
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", "--block", "--port=0", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
     command += [f"--dashboard-port={port}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    # Ports of its own: jobs are never taken where another Ray of the machine has the agent's usual one.
+    agents = "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export"
+    command += [f"--{agent}-port={free_port()}" for agent in agents]
     with open(Path(folder) / "head.log", "w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
