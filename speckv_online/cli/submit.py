@@ -35,6 +35,8 @@ MOST_BYTES = 64_000_000
 _BEGIN, _END = "-----BEGIN SPECKV RUN-----", "-----END SPECKV RUN-----"
 #: For how long a cluster that has just been started may be without its job agent.
 AGENT_SECONDS = 90.0
+#: What Ray's job server says until then.
+NO_AGENT = "No available agent"
 #: Where runs go on the cluster's head node, unless the config or a flag says otherwise.
 REMOTE = "~/speckv-runs"
 
@@ -74,7 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             job = _submit(client, command, runtime, {"name": name})
         except RuntimeError as e:
-            raise UserError(f"the cluster did not take the job ({_short(e)}): try again") from e
+            advice = "try again"
+            if NO_AGENT in str(e):  # it never comes up where another program has its port
+                advice = "if another Ray runs there, start this one with --dashboard-agent-listen-port of its own"
+            raise UserError(f"the cluster did not take the job ({_short(e)}): {advice}") from e
         code = _follow(client, job)
         if arguments.no_fetch:
             say(f"the run directory is {remote} on the cluster's head node")
@@ -205,7 +210,7 @@ def _submit(client: Any, command: str, runtime: dict[str, Any], metadata: dict[s
         try:
             return str(client.submit_job(entrypoint=command, runtime_env=runtime, metadata=metadata))
         except RuntimeError as e:
-            if "No available agent" not in str(e) or time.monotonic() > end:
+            if NO_AGENT not in str(e) or time.monotonic() > end:
                 raise
         if not told:
             say("the cluster takes no jobs yet: waiting for its job agent")
