@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import launch, option
-from experiments.load.config import LoadConfig
+from experiments.load.config import NGRAMS, LoadConfig
 from experiments.load.server import QUIET
 from speckv_online.errors import UserError
 
 EXPLORING = "experiments.load.exploring:Exploring"
-#: As experiments.load asks vLLM to look up.
-NGRAMS = {"min_ngram": 2, "max_ngram": 4}
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,10 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
     tokenizer, prompts = load_tokenizer(str(target)), bundled()[: config.recorded]
     ids, gamma = [chat_prompt(tokenizer, prompt.text) for prompt in prompts], 16
     asked: dict[str, Any] = {"model": str(target), "dtype": dtype, "prompts": ids, "gamma": gamma}
-    asked |= NGRAMS | {"output_tokens": config.output_tokens, "out": str(out / f"{dtype}.outputs.json")}
+    asked |= {"min_ngram": NGRAMS[0], "max_ngram": NGRAMS[1]} | {
+        "output_tokens": config.output_tokens,
+        "out": str(out / f"{dtype}.outputs.json"),
+    }
     surroundings: dict[str, str] = os.environ | QUIET | {"VLLM_CPU_KVCACHE_SPACE": str(config.gigabytes)}
     if not Path(asked["out"]).is_file():
         _decode(python, asked, surroundings)

@@ -11,7 +11,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from experiments.common.bundled_prompts import bundled
-from experiments.load.config import NONE, TABLE, LoadConfig
+from experiments.load.config import NGRAMS, NONE, TABLE, LoadConfig
 from experiments.load.export import export
 from experiments.load.quiet import Quiet
 from experiments.load.server import SCHEDULER, WORKER, Client, Server, environment, interpreter
@@ -61,7 +61,9 @@ def arguments(
     if contender == TABLE:
         count = max(k for _, _, k in table) or 1
     about: dict[str, Any] = {"method": method, "num_speculative_tokens": count}
-    about |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2} if method == "ngram" else {"model": str(draft)}
+    about |= (
+        {"prompt_lookup_min": NGRAMS[0], "prompt_lookup_max": NGRAMS[1]} if method == "ngram" else {"model": str(draft)}
+    )
     if contender == TABLE:
         about["num_speculative_tokens_per_batch_size"] = table
     elif not contender.isdigit():

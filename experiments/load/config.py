@@ -10,6 +10,8 @@ from speckv_online.errors import UserError
 
 #: Contenders: no speculation, fixed numbers of drafts, vLLM's table tuned in hindsight, and our policy.
 NONE, TABLE = "none", "table"
+#: Shortest and longest run of tokens that vLLM's lookups match.
+NGRAMS = 2, 4
 METHODS = ("ngram", "draft_model")
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -130,7 +130,11 @@ def load_target(
         ``off`` for plain transformers modules, ``auto`` to let the CPU engine run it; None as for :func:`load_pair`.
     """
     where, engine = pick_device(device), choose_engine(engine)
-    level, file = at_level(DEFAULT_PAIR, str(source), level)
+    return _load(source, *at_level(DEFAULT_PAIR, str(source), level), where, engine)
+
+
+def _load(source: str | Path, level: Level, file: GgufFile | None, where: torch.device, engine: str) -> PreTrainedModel:
+    """Do what :func:`load_target` does, with what :func:`at_level` found."""
     if file is not None:
         model = load_gguf(file, where, engine)
         start_engine(model, engine)
@@ -251,12 +255,13 @@ def load_pair(
             say(f"loading {name} from the Hugging Face hub, or its cache")  # a download may take long
     for role, name in (("target", target), ("draft", draft)):
         if name is not None:  # what cannot be decoded with is refused before anything large is read
-            config = read_config(GgufFile(name)) if is_gguf(name) else _from_pretrained(AutoConfig, name)
+            given = file if role == "target" else GgufFile(name) if is_gguf(name) else None
+            config = _from_pretrained(AutoConfig, name) if given is None else read_config(given)
             check_config(config, role)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if file is None or target is None else load_gguf_tokenizer(file)
     if draft is not None:
         check_tokenizers(tokenizer, load_tokenizer(draft))
-    big = load_target(source if file is None else file.path, level, device, engine)
+    big = _load(source, level, file, where, engine)
     check_model(big, "target")
     graphs = where.type == "cuda" and engine != "off"
     if graphs:

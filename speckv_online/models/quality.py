@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from speckv_online.errors import UserError
+from speckv_online.io.files import write_atomically
 from speckv_online.io.user_cache import cache_dir
 from speckv_online.models.smollm2 import GGUF_SHA256
 
@@ -87,11 +88,4 @@ def known_quality(pair: str, target: str | None, level: str) -> Quality | None:
 
 def keep_quality(pair: str, target: str | None, level: str, quality: Quality) -> None:
     """Keep the quality of a target's level."""
-    path = _file(pair, target, level)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(quality)), encoding="utf-8")
-        partial.replace(path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e} (set SPECKV_CACHE to another folder)") from e
+    write_atomically(_file(pair, target, level), lambda file: file.write(json.dumps(asdict(quality))))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from speckv_online.errors import UserError
+from speckv_online.io.files import write_atomically
 
 FORMAT, VERSION = "speckv-engine-costs", 1
 
@@ -76,7 +77,7 @@ class EngineCosts:
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         head = {"format": FORMAT, "version": VERSION}
-        Path(path).write_text(json.dumps(head | asdict(self)), encoding="utf-8")
+        write_atomically(path, lambda file: file.write(json.dumps(head | asdict(self))))
 
     @classmethod
     def load(cls, path: str | Path) -> EngineCosts:

@@ -138,16 +138,12 @@ class Replica:
         tokens = len(ready) + sum(request.drafts for request in ready)
         context = sum(len(request.trace.prompt) + request.at for request in ready)
         reading, new = self._admit(tokens)
-        usual, rested, gamma = not reading, False, 0
-        if usual and tokens == len(ready) and controller.rests(len(ready)):
-            rested = True
-        else:
-            planned = [*ready, *new]
-            running = [self._running(request) for request in planned]
-            gamma = controller.plan(running)
+        usual = not reading
+        rested = usual and tokens == len(ready) and controller.rests(len(ready))
+        running = [] if rested else [self._running(request) for request in (*ready, *new)]
+        gamma = 0 if rested else controller.plan(running)
         rounds = 0 if engine.looks_up else gamma
-        unread = sum(r.unread for r in running) if rounds else 0
-        forwards = rounds * (0 if rested else len(planned))
+        unread, forwards = sum(r.unread for r in running) if rounds else 0, rounds * len(running)
         seconds = self._costs.seconds(tokens + reading, len(self.running), context, rounds, forwards, unread)
         self.now += seconds + (0.0 if rested else self._policy)
         verified, over = self._verify(ready, new, served)

@@ -64,20 +64,12 @@ def lay_out(data: torch.Tensor, kind: BlockType, lanes: int) -> torch.Tensor:
 
 def block_of(c: VectorCode, numbers: str, row: str, block: str, blocks: str) -> str:
     """Return where a row's block of rounded inputs is, of so many blocks."""
-    part, rest = (c.whole(operation, row, ROWS) for operation in ("udiv", "urem"))
-    index = c.whole("add", c.whole("mul", c.whole("add", c.whole("mul", part, blocks), block), ROWS), rest)
-    return c.at(numbers, c.whole("mul", index, STRIDE), "i8")
+    return c.place(numbers, row, block, blocks, ROWS, STRIDE)
 
 
 def round_block(c: VectorCode, to: str, values: list[str], numbers: str) -> None:
     """Round a block of inputs, and write what :func:`dot` needs of it."""
-    most = c.call("fabs", values[0])
-    for value in values[1:]:
-        most = c.call("maxnum", most, c.call("fabs", value))
-    top = c.let(f"call float @llvm.vector.reduce.fmax.v{c.lanes}f32({c.wide} {most})")
-    some = c.let(f"fcmp ogt float {top}, 0.0")
-    inverse = c.let(f"select i1 {some}, float {c.let(f'fdiv float {single(_MOST[to])}, {top}')}, float 0.0")
-    factor, total = c.everywhere(c.lanes, "float", inverse), "zeroinitializer"
+    (top, factor), total = c.rounding(values, single(_MOST[to])), "zeroinitializer"
     eight, shorts = f"<{c.lanes} x i8>", f"<{c.lanes} x i16>"
     for place, value in enumerate(values):
         number = c.let(f"fptosi {c.wide} {c.call('rint', c.f('fmul', value, factor))} to {c.ints}")

@@ -97,22 +97,13 @@ def _lay_out(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tens
 
 def block_of(c: VectorCode, form: Form, numbers: str, row: str, block: str, blocks: str) -> str:
     """Return where a row's block of rounded inputs is, of so many blocks."""
-    part, rest = (c.whole(operation, row, form.rows) for operation in ("udiv", "urem"))
-    before = c.whole("add", c.whole("mul", part, blocks), block)
-    index = c.whole("add", c.whole("mul", before, form.rows), rest)
-    return c.at(numbers, c.whole("mul", index, form.stride), "i8")
+    return c.place(numbers, row, block, blocks, form.rows, form.stride)
 
 
 def round_block(c: VectorCode, form: Form, values: list[str], numbers: str) -> None:
     """Round a block of inputs: its numbers, its scale and, for :func:`linear`, -128 times the sum of its numbers."""
     size, correction = (c.at(numbers, BLOCK * form.bytes + offset, "i8") for offset in (0, 4))
-    most = c.call("fabs", values[0])
-    for value in values[1:]:
-        most = c.call("maxnum", most, c.call("fabs", value))
-    top = c.let(f"call float @llvm.vector.reduce.fmax.v{form.lanes}f32({c.wide} {most})")
-    some = c.let(f"fcmp ogt float {top}, 0.0")
-    inverse = c.let(f"select i1 {some}, float {c.let(f'fdiv float 127.0, {top}')}, float 0.0")
-    factor, total = c.everywhere(form.lanes, "float", inverse), "zeroinitializer"
+    (top, factor), total = c.rounding(values, "127.0"), "zeroinitializer"
     kind = f"<{form.lanes} x i{8 * form.bytes}>"
     for place, value in enumerate(values):
         even = c.call("rint", c.f("fmul", value, factor))

@@ -32,6 +32,23 @@ class VectorCode(Code):
         listed = ", ".join(f"{self.wide} {value}" for value in values)
         return self.let(f"call {self.wide} @llvm.{name}.v{self.lanes}f32({listed})")
 
+    def rounding(self, values: list[str], most: str) -> tuple[str, str]:
+        """Return the largest magnitude in some registers, and in all lanes what makes ``most`` of it (0 of zeros)."""
+        tops = self.call("fabs", values[0])
+        for value in values[1:]:
+            tops = self.call("maxnum", tops, self.call("fabs", value))
+        top = self.let(f"call float @llvm.vector.reduce.fmax.v{self.lanes}f32({self.wide} {tops})")
+        some = self.let(f"fcmp ogt float {top}, 0.0")
+        inverse = self.let(f"select i1 {some}, float {self.let(f'fdiv float {most}, {top}')}, float 0.0")
+        return top, self.everywhere(self.lanes, "float", inverse)
+
+    def place(self, base: str, row: str, block: str, blocks: str, rows: int, stride: int) -> str:
+        """Return where a row's block is, of so many blocks: ``rows`` rows lie together, blocks are ``stride`` bytes."""
+        part, rest = (self.whole(operation, row, rows) for operation in ("udiv", "urem"))
+        before = self.whole("add", self.whole("mul", part, blocks), block)
+        index = self.whole("add", self.whole("mul", before, rows), rest)
+        return self.at(base, self.whole("mul", index, stride), "i8")
+
     def bf16(self, value: str) -> str:
         """Return a register rounded to bf16, in fp32."""
         short = f"<{self.lanes} x bfloat>"
