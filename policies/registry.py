@@ -43,20 +43,22 @@ BUILTIN: dict[str, str] = {
     "linucb": "policies.learned.linear:LinUcb",
     "llamacpp": "policies.baselines.engines.llamacpp:LlamaCpp",
     "mlp16": "policies.learned.mlp16:Mlp16Policy",
+    "nightjar": "policies.baselines.nightjar:Nightjar",
     "online": "policies.learned.online:Online",
     "onnx-genai": "policies.baselines.engines.onnx_genai:OnnxGenAi",
     "river": "policies.baselines.river_adapter:River",
     "sglang": "policies.baselines.engines.sglang:SgLang",
     "specdecpp": "policies.baselines.specdecpp:SpecDecPlusPlus",
     "svip": "policies.baselines.svip:Svip",
+    "tapout": "policies.baselines.tapout:TapOut",
     "tensorrt-gate": "policies.baselines.engines.tensorrt_llm:TensorRtGate",
     "ucbspec": "policies.baselines.banditspec:UcbSpec",
     "vllm": "policies.baselines.engines.vllm:VllmAdaptive",
     "vllm-table": "policies.baselines.engines.vllm_table:VllmTable",
 }
 
-#: Other names of policies.
-RENAMED = {"goodput": "online"}
+#: Other names: a policy's, or a policy's with one of its options; the other options stay.
+RENAMED = {"goodput": "online", "mlp16:read=step": "online:learn=costs"}
 
 #: Options of every guarded policy: type and default.
 SAFETY: dict[str, tuple[Any, Any]] = {
@@ -67,7 +69,7 @@ SAFETY: dict[str, tuple[Any, Any]] = {
 }
 
 
-#: Former names that were named once.
+#: Other names that were named once.
 _told: set[str] = set()
 
 
@@ -157,14 +159,7 @@ def options(name: str) -> dict[str, tuple[str, Any]]:
 
 def _resolve(spec: str) -> tuple[str, type[Policy], str]:
     """Split a spec into (name, class, options text)."""
-    name, _, rest = spec.strip().partition(":")
-    if name == "mlp16" and "read=step" in rest.split(","):
-        return _resolve("online:" + ",".join(["learn=costs", *(o for o in rest.split(",") if o != "read=step")]))
-    if name in RENAMED:
-        if name not in _told:
-            _told.add(name)
-            log.warning("policy '%s' is called '%s' now", name, RENAMED[name])
-        name = RENAMED[name]
+    name, _, rest = _renamed(spec.strip()).partition(":")
     found = plugins(GROUP)
     if name in BUILTIN:
         return name, _load(BUILTIN[name]), rest
@@ -187,6 +182,25 @@ def _resolve(spec: str) -> tuple[str, type[Policy], str]:
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}, or give MODULE:CLASS"
     raise PolicyError(f"unknown policy '{name}': {hint}")
+
+
+def _renamed(spec: str) -> str:
+    """Return a spec under the policy's own name, see :data:`RENAMED`."""
+    name, _, rest = spec.partition(":")
+    given = rest.split(",") if rest else []
+    for old, new in RENAMED.items():
+        former, _, option = old.partition(":")
+        if name != former or (option and option not in given):
+            continue
+        if old not in _told:
+            _told.add(old)
+            log.warning("policy '%s' is called '%s' now", old, new)
+        own, _, options = new.partition(":")
+        if option:
+            given.remove(option)
+        kept = ",".join([options, *given] if options else given)
+        return f"{own}:{kept}" if kept else own
+    return spec
 
 
 def _load(target: str) -> type[Policy]:

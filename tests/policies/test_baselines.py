@@ -331,6 +331,7 @@ def test_linucb_goes_on_with_next_to_no_ridge(level: tuple[float, ...]) -> None:
         "vllm-table:1/2/99", "tensorrt-gate:0", "tensorrt-gate:threshold=2", "onnx-genai:0", "ik-autotune:17",
         "ik-autotune:n_min=7", "sglang:tiers=3/1", "ucbspec:delta=0", "exp3spec:arms=0/99", "vllm:0", "specdecpp:-1",
         "river:policy=bayes", "river:epsilon=0", "linucb:alpha=-1", "lints:ridge=0", 
+        "nightjar:0", "nightjar:decay=0", "tapout:2", "tapout:cap=17",
         "exp3spec:arms=0", "ucbspec:arms=0", "linucb:ridge=1e-9", "online:cap=99", "online:acceptance=nowhere.npz",
     ],
 )  # fmt: skip

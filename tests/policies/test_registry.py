@@ -10,7 +10,7 @@ import pytest
 from policies import plugins, registry
 from policies.base import Context, Decision, Policy, PolicyError
 from policies.fixed import Fixed
-from policies.registry import available, make_policy, options
+from policies.registry import available, canonical, make_policy, options
 from tests.support.tiny_models import loaded_after
 
 
@@ -111,6 +111,37 @@ def test_what_is_wrong_with_a_policy_of_ones_own_is_said(
         make_policy(spec)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "own"),
+    [
+        ("goodput", "online"),
+        ("goodput:cap=4", "online:cap=4"),
+        ("mlp16:read=step", "online:learn=costs"),
+        ("mlp16:cap=4,read=step,refresh=8", "online:cap=4,learn=costs,refresh=8"),
+        ("mlp16:tokens_per_step", "mlp16:objective=tokens_per_step"),
+        ("mlp16:read=lagged", "mlp16:read=lagged"),
+    ],
+)
+def test_other_names(spec: str, own: str) -> None:
+    assert canonical(spec) == own
+
+
+@pytest.mark.parametrize("spec", ["goodput:,cap=4", "mlp16:read=step,", "mlp16:read=step,tokens_per_step"])
+def test_bad_options_behind_another_name_are_refused(spec: str) -> None:
+    with pytest.raises(PolicyError, match="not of the form option=value"):
+        make_policy(spec)
+
+
+def test_another_name_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_told", set())
+    for spec in ("goodput", "goodput:cap=4", "mlp16:read=step", "mlp16:read=step", "mlp16"):
+        make_policy(spec)
+    assert [r.getMessage() for r in caplog.records] == [
+        "policy 'goodput' is called 'online' now",
+        "policy 'mlp16:read=step' is called 'online:learn=costs' now",
+    ]
 
 
 def test_policies_by_import_path() -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from policies.base import CONFIDENCE, MAX_GAMMA, N_SIGNALS, Context, Decision, Draft, Outcome, Policy
+from policies.base import CONFIDENCE, MAX_GAMMA, N_SIGNALS, Context
 from policies.baselines.engines.hf import Confidence, Heuristic
 from policies.baselines.engines.ik_llama import IkAutotune
 from policies.baselines.engines.llamacpp import LlamaCpp
@@ -17,36 +17,8 @@ from policies.baselines.engines.tensorrt_llm import TensorRtGate
 from policies.baselines.engines.vllm import VllmAdaptive
 from policies.baselines.engines.vllm_table import VllmTable
 from policies.costs.cost_model import CostPrior
+from tests.policies.engines.random_steps import STEPS, accepted, draft, drafted, outcome
 from tests.policies.engines.readings import IkReading, OnnxReading, SgLangReading, VllmReading
-
-STEPS = 10_000
-
-
-def drafted(rng: np.random.Generator, ease: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Signals of 16 tokens, and whether each would be accepted after those before it."""
-    logit = ease + 2.5 * rng.normal(size=MAX_GAMMA)
-    signals = np.zeros((MAX_GAMMA, N_SIGNALS))
-    signals[:, CONFIDENCE] = 1.0 / (1.0 + np.exp(-logit - rng.normal(size=MAX_GAMMA)))
-    signals[rng.random(MAX_GAMMA) < 0.01, CONFIDENCE] = rng.choice([0.0, 1.0])
-    return signals, rng.random(MAX_GAMMA) < 1.0 / (1.0 + np.exp(-logit))
-
-
-def accepted(match: np.ndarray, k: int) -> int:
-    return k if match[:k].all() else int(match[:k].argmin())
-
-
-def outcome(k: int, n: int, signals: np.ndarray, seconds: float = 0.0, level: str = "nf4") -> Outcome:
-    return Outcome(k, n, min(n + 1, k), n + 1, seconds, 0.3 * seconds, 0.7 * seconds, level, 100, 0, signals[:k].copy())
-
-
-def draft(policy: Policy, decision: Decision, signals: np.ndarray) -> int:
-    """Tokens that are submitted, asked as a decoder asks."""
-    k = 0
-    while k < decision.gamma:
-        k += 1
-        if decision.ask_per_token and k < decision.gamma and not policy.proceed(decision, Draft(k, signals[:k])):
-            break
-    return policy.submit(decision, Draft(k, signals[:k])) if decision.ask_per_token and k else k
 
 
 @pytest.mark.parametrize("gamma", [1, 4, 7])
