@@ -1,7 +1,8 @@
 """Runs on a real Ray in which workers, the learner and the driver are killed while units are being decoded.
 
 ``python -m tests.support.kills --kills 50 --seed 0 --out FOLDER`` does it with a tiny random pair of many layers, so
-that steps are slow, checks every run against an undisturbed one, and prints what was killed as JSON.
+that steps are slow, checks every run against an undisturbed one, and prints what was killed as JSON. Between two kills
+the run gets on: ``--progress`` says by how many units at least.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,15 @@ class Killer:
         Its directory.
     rng : random.Random
         Chooses victims and moments.
+    progress : int
+        Units that are recorded between two kills, at least.
     """
 
-    def __init__(self, config: CompareConfig, run: Path, rng: random.Random) -> None:
-        self.config, self.run, self.rng = config, run, rng
+    def __init__(self, config: CompareConfig, run: Path, rng: random.Random, progress: int = 1) -> None:
+        self.config, self.run, self.rng, self.progress = config, run, rng, progress
         self.killed: Counter[str] = Counter()
+        #: Units that were recorded by each kill.
+        self.recorded: list[int] = []
         self.incomplete = 0
         self.shown: list[str] = []
 
@@ -108,9 +114,12 @@ class Killer:
             job = start(self.config, self.run)
             reader = threading.Thread(target=self._read, args=(job,), daemon=True)
             reader.start()
-            while self.killed.total() < most and job.poll() is None:
-                self._kill_one(job)
-            code = job.wait(600)
+            try:
+                while self.killed.total() < most and job.poll() is None:
+                    self._kill_one(job)
+                code = job.wait(600)
+            finally:
+                job.kill()
             reader.join(60)
             if code == 0:
                 return
@@ -128,7 +137,8 @@ class Killer:
     def _kill_one(self, job: subprocess.Popen[str]) -> None:
         kind = self.rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
         delay, pick = self.rng.uniform(0.0, 3.0), self.rng.random()
-        goal = self._done() + self.rng.choice((0, 1, 1, 2))  # without that nothing may ever get finished
+        more = self.progress + self.rng.choice((0, 0, 1))
+        goal = self.recorded[-1] + more if self.recorded else 0
         while job.poll() is None and self._done() < goal:
             time.sleep(0.05)
         time.sleep(delay)
@@ -136,9 +146,14 @@ class Killer:
             busy = actors(job.pid, "WorkerActor.decode")
             pids = {"WorkerActor": busy, "Driver": [job.pid]}.get(kind) or actors(job.pid, kind)
             if busy and pids:
-                os.kill(pids[int(pick * len(pids))], signal.SIGKILL)
+                recorded = self._done()
+                try:
+                    os.kill(pids[int(pick * len(pids))], signal.SIGKILL)
+                except ProcessLookupError:
+                    continue  # it has just ended
+                self.recorded.append(recorded)
                 self.killed[kind] += 1
-                print(f"killed the {kind}, {self.killed.total()} in this run", file=sys.stderr, flush=True)
+                print(f"killed the {kind} at {recorded} units", file=sys.stderr, flush=True)
                 if kind == "Driver":
                     job.wait(60)
                 return
@@ -163,7 +178,9 @@ def check(run: Path, whole: Path, policy: str = COUNTER) -> None:
     assert (manifest["status"], manifest["given_up"]) == ("finished", {})
 
 
-def kill_runs(folder: Path, kills: int, seed: int, prompts: int = 16, tokens: int = 32) -> dict[str, Any]:
+def kill_runs(
+    folder: Path, kills: int, seed: int, prompts: int = 16, tokens: int = 32, progress: int = 1
+) -> dict[str, Any]:
     """Kill so many processes, in as many runs as it takes; check each run and return what was killed."""
     config, rng = settings(folder, prompts, tokens), random.Random(seed)
     whole = folder / "whole"
@@ -171,10 +188,11 @@ def kill_runs(folder: Path, kills: int, seed: int, prompts: int = 16, tokens: in
     killed: Counter[str] = Counter()
     runs = incomplete = 0
     while killed.total() < kills:
-        killer = Killer(config, folder / f"run{runs}", rng)
+        killer = Killer(config, folder / f"run{runs}", rng, progress)
         killer.work(kills - killed.total())
         assert not any("Traceback" in line for line in killer.shown), killer.shown
         check(killer.run, whole)
+        assert all(b - a >= progress for a, b in pairwise(killer.recorded)), killer.recorded
         killed += killer.killed
         runs, incomplete = runs + 1, incomplete + killer.incomplete
         print(f"run {runs}: {dict(killer.killed)}, checked", file=sys.stderr, flush=True)
@@ -185,6 +203,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--progress", type=int, default=1, help="units recorded between two kills, at least")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    print(json.dumps(kill_runs(given.out, given.kills, given.seed)))
+    print(json.dumps(kill_runs(given.out, given.kills, given.seed, progress=given.progress)))
