@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from experiments.runtime.learner import checkpoint_name, read_checkpoint
 from experiments.runtime.settings import CompareConfig
 from speckv_online.io.prompts import Prompt
 from speckv_online.io.run_directory import read_manifest, read_units
-from tests.support.kills import actors, kill_runs, start
+from tests.support.kills import actors, kill, kill_runs, start
 from tests.support.runs import COUNTER, environment, flags, free_port, make_config, write_prompts
 from tests.support.tiny_models import TinyPair
 
@@ -85,6 +86,13 @@ def test_workers_the_learner_and_the_job_are_killed(config: CompareConfig, tmp_p
     assert not any("Traceback" in line for line in shown)
     assert main(["--resume", str(run), "--local"]) == 0
     check(run, config)
+
+
+def test_a_victim_that_has_just_ended_is_no_kill() -> None:
+    with subprocess.Popen(["sleep", "60"]) as job:
+        assert kill(job.pid)
+    assert job.returncode == -signal.SIGKILL
+    assert not kill(job.pid)
 
 
 @pytest.mark.slow

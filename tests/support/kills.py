@@ -64,6 +64,15 @@ def actors(job: int, kind: str) -> list[int]:
     return found
 
 
+def kill(pid: int) -> bool:
+    """Kill a process; return False if it has just ended by itself."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def slow_pair(folder: Path) -> TinyPair:
     """A pair whose steps take some ten times as long as those of the tiny pair."""
     target = tiny_llama(layers=LAYERS)
@@ -147,10 +156,8 @@ class Killer:
             pids = {"WorkerActor": busy, "Driver": [job.pid]}.get(kind) or actors(job.pid, kind)
             if busy and pids:
                 recorded = self._done()
-                try:
-                    os.kill(pids[int(pick * len(pids))], signal.SIGKILL)
-                except ProcessLookupError:
-                    continue  # it has just ended
+                if not kill(pids[int(pick * len(pids))]):
+                    continue
                 self.recorded.append(recorded)
                 self.killed[kind] += 1
                 print(f"killed the {kind} at {recorded} units", file=sys.stderr, flush=True)
