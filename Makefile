@@ -1,5 +1,5 @@
 # make run   sets everything up and runs the main job:   make run ARGS="--prompts 2 --max-new-tokens 32"
-# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters"; -m is taken, see below.
+# make test  sets everything up and runs ruff, mypy and pytest: make test ARGS="-k drafters".
 #            It prints what the quick tests of decoding cover: the total, and the ten least covered files
 # make results  everything that docs/results.md shows, two to four hours on two cores; stopped, the same command goes on
 # make results-measured  the part on the clock only:            make results-measured ARGS="--prompts 8 --some 2"
@@ -37,16 +37,13 @@ test: setup
 	@$(BIN)/mypy
 	@echo "== preparing the default model pair"
 	@$(BIN)/speckv models prepare smollm2
-	@echo "== tests that need neither the real models nor Ray, and examples in docstrings, two processes at a time"
-	@$(BIN)/python -m pytest -n 2 --durations=25 --doctest-modules -m "not slow and not ray" policies speckv_online tests $(ARGS) \
-		|| test $$? -eq 5
+	@echo "== all tests, and examples in docstrings, two processes at a time; those with a real Ray one after the other"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 --doctest-modules policies speckv_online tests $(ARGS) \
+		|| test $$? -eq 5  # 5: none was asked for
 	@echo "== the quick tests of what decodes once more, on plain transformers modules, and what they cover"
 	@SPECKV_ENGINE=off $(BIN)/python -m pytest -n 2 -m "not slow and not ray" $(COVERED) --cov-report= $(WITHOUT_ENGINE) $(ARGS) \
 		|| test $$? -eq 5
 	@$(BIN)/python -m tests.support.coverage_summary
-	@echo "== tests with the real models, and beside them those with a real Ray, one at a time"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25 -m "slow or ray" $(ARGS) || test $$? -eq 5  # 5: none was asked for
-
 
 results: results-measured results-modelled
 

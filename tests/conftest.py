@@ -19,10 +19,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that start a Ray in one process of ``--dist loadgroup``: two at a time would starve each other."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """Keep the tests that start a Ray in one process of ``--dist loadgroup``: two at a time would starve each other.
+
+    They come first: all others are divided between the processes while those run.
+    """
+    ray = [item for item in items if item.get_closest_marker("ray")]
+    for item in ray:
+        item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")
