@@ -221,8 +221,9 @@ class Outcome:
     tokens : sequence of int
         Ids of the drafted tokens; empty where the caller does not tell.
     lookups : sequence of float
-        For each drafted token at least: how sure the drafter was of it if it was a lookup's proposal, else 0. Empty
-        where the caller does not tell.
+        How sure the drafter was of each drafted token if it was a lookup's proposal, else 0. Empty where nobody tells.
+    threads : int
+        Threads of the forwards, where the number may change; else 0. Another number means other seconds.
     """
 
     drafted: int
@@ -242,6 +243,7 @@ class Outcome:
     exhausted: bool = False
     tokens: Sequence[int] = ()
     lookups: Sequence[float] = ()
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.forwards < 0:

@@ -75,7 +75,7 @@ class LevelCosts:
         self.steps = self.version = 0
         self.deviation = 0.3
         self._gain = 1.0
-        self._pace = Pace()
+        self._pace, self._threads = Pace(), 0
         # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
         self._own: tuple[float, float, float, int] | None = None
         # All sums, and those since the last exchange.
@@ -108,9 +108,20 @@ class LevelCosts:
         if self._own is not None:
             mine = self._pace
             (self.deviation, mine.now, mine.lately, mine.steps), self._own = self._own, None
+        if outcome.threads != self._threads:
+            if self._threads:
+                self._pace.another_machine()
+            self._threads = outcome.threads
         self.steps += 1
         if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
+        if self._pace.told:  # the machine is another one, and all estimates are off alike
+            k, c = outcome.drafted, float(outcome.context_length)
+            expected = max(self._expected[k] + self._per_token * c, self._least[k])
+            self._pace.compare(outcome, expected, self.first + self.draft * outcome.forwards)
+            if self._pace.found:
+                self.refit()
+            return
         k, c, rest, pace = outcome.drafted, float(outcome.context_length), total - draft - verify, 1.0
         if verify > 0.0:
             pace = self._pace.now / self._pace.lately
@@ -196,7 +207,7 @@ class LevelCosts:
 
     def refit(self) -> None:
         """Fold the latest measurements in and solve for the estimates anew."""
-        if not self._pending and not self._block_sums[9]:
+        if not (self._pending or self._block_sums[9] or self._pace.found):
             return
         block, keep = np.empty(ALL), self._keep**self._pending
         block[:OF_DRAFT].reshape(5, WIDTHS)[:] = np.array(self._block).T
@@ -208,10 +219,11 @@ class LevelCosts:
             sums += block
         self._count += self._pending
         self._clear_block()
+        told = self._pace.told
         if change := self._pace.change():
             for sums in (self._total, self._delta):
                 rescale(sums, *change)
-                sums *= 1.0 if 1.0 / OTHER < change[0] / change[1] < OTHER else KEPT
+                sums *= 1.0 if told or 1.0 / OTHER < change[0] / change[1] < OTHER else KEPT
         self._refit()
 
     def _refit(self) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from policies.base import Outcome
+
 #: Weights of the latest step in the pace now, and lately.
 NOW, LATELY = 0.12, 0.014
 #: Where the pace stays outside of these bounds for so many steps, the machine is another one, or its load.
 SAME, STEPS = (0.85, 1.18), 48
+#: Where it is told that the machine is another one, so many steps show its pace.
+TOLD = 6
 #: So many drafts in those steps tell of the draft's pace; with fewer, it is taken for the target's.
 DRAFTS = 4
 
@@ -21,30 +25,68 @@ class Pace:
         The same of a draft, over the last few.
     steps : int
         How many steps told of it.
+    told : bool
+        Whether another machine was announced, and its pace is being found.
     """
 
-    __slots__ = ("_drafts", "_off", "_off_draft", "_run", "_run_draft", "draft", "lately", "now", "steps")
+    __slots__ = (
+        "_drafts",
+        "_heard",
+        "_off",
+        "_off_draft",
+        "_run",
+        "_run_draft",
+        "draft",
+        "lately",
+        "now",
+        "steps",
+        "told",
+    )
 
     def __init__(self) -> None:
         self.now = self.lately = self.draft = 1.0
-        self.steps = self._off = self._off_draft = self._run = self._run_draft = self._drafts = 0
+        self.steps = self._off = self._off_draft = self._run = self._run_draft = self._drafts = self._heard = 0
+        self.told = False
+
+    def another_machine(self) -> None:
+        """Begin anew: from the next step on the machine is another one. A few steps show its pace."""
+        self.told, self._heard, self._drafts, self.now, self.draft = True, 0, 0, 1.0, 1.0
+
+    @property
+    def found(self) -> bool:
+        """Whether the pace of an announced machine is known by now: :meth:`change` has it."""
+        return self.told and self._heard >= TOLD
+
+    def compare(self, outcome: Outcome, verify: float, draft: float) -> None:
+        """Note a step's times, and what they were expected to be."""
+        if outcome.verify_seconds > 0.0:
+            self.verified(outcome.verify_seconds / verify)
+        if outcome.forwards and outcome.caught_up <= 1 and draft > 0.0:
+            self.drafted(outcome.draft_seconds / draft)
 
     def verified(self, ratio: float) -> None:
         """Note how many times its estimate a verification took."""
         self.steps += 1
         even = 1.0 / self.steps
-        self.now += (NOW if even < NOW else even) * (ratio - self.now)
+        if self.told:
+            self._heard += 1
+            self.now += ((ratio if ratio < 3.0 else 3.0) - self.now) / self._heard
+        else:
+            self.now += (NOW if even < NOW else even) * (ratio - self.now)
         self.lately += (LATELY if even < LATELY else even) * (ratio - self.lately)
         off = self._side(self.now)
         if off and off == self._off:
             self._run += 1
         else:
-            self._off, self._run, self._drafts = off, 0, 0
+            self._off, self._run = off, 0
+            if not self.told:
+                self._drafts = 0
 
     def drafted(self, ratio: float) -> None:
         """Note how many times its estimate a draft took."""
         self._drafts += 1
-        self.draft += NOW * ((ratio if ratio < 3.0 else 3.0) - self.draft)
+        weight = 1.0 / self._drafts if self.told else NOW
+        self.draft += weight * ((ratio if ratio < 3.0 else 3.0) - self.draft)
         off = self._side(self.draft)
         if off and off == self._off_draft:
             self._run_draft += 1
@@ -57,7 +99,13 @@ class Pace:
         A verification alone may be off for its context, so drafts have to tell of a change of both models too.
         """
         both = self._run >= STEPS and (self._drafts < DRAFTS or self._off_draft == self._off)
-        if both:
+        if self.told:
+            if not self.found:
+                return None
+            target, draft = self.now, self.draft if self._drafts else self.now
+            self.now = self.lately = 1.0
+            self.told = False
+        elif both:
             target, draft = self.now, self.draft if self._drafts >= DRAFTS else self.now
             self.now = self.lately = 1.0
         elif self._run_draft >= STEPS:

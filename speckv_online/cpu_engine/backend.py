@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from speckv_online.cpu_engine.batched_forward import batch_of
+from speckv_online.cpu_engine.kernels.team import TEAM
 from speckv_online.cpu_engine.notes import notes_of
 from speckv_online.cpu_engine.target_forward import compiled_at_beginning, look_ahead, try_compiled_forward
 from speckv_online.modeling.engine import EngineStatus
@@ -29,6 +30,11 @@ class CompiledForward(PlainForward):
         if more is None and (logits := try_compiled_forward(self.model, tokens, cache, keep)) is not None:
             return logits
         return super().forward(tokens, cache, keep, more)
+
+    @property
+    def threads(self) -> int:
+        """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
+        return TEAM.now
 
     def begin(self) -> None:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""

@@ -259,12 +259,18 @@ class DecodingLoop:
     def _step(self, row: Row, cache: KVCache, on_logits: Callable[[torch.Tensor], None] | None) -> list[int]:
         """Draft, verify and commit once; return the new tokens."""
         started, lag, captures = perf_counter(), 1 if self.drafter is None else self.drafter.lag, self._captures()
+        threads = backend_of(self.target).threads
         pending, asked = self._draft(row)
         unread, n, tokens = self._verify(row, cache, pending, on_logits)
         outcome = self._commit(row, cache, lag, asked, pending is not None, n, tokens)
-        # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph or
-        # read drafts after an end.
-        usual = self._captures() == captures and (pending is None or len(row.step.tokens) == row.step.gamma)
+        # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph, ran
+        # on other threads than the draft, or read drafts after an end.
+        outcome.threads = backend_of(self.target).threads
+        usual = (
+            self._captures() == captures
+            and outcome.threads == threads
+            and (pending is None or len(row.step.tokens) == row.step.gamma)
+        )
         row.learn(outcome, perf_counter() - started, typical=unread == 1 and usual, draft_typical=usual)
         return tokens
 

@@ -71,6 +71,10 @@ class ForwardBackend(Protocol):
         Tensor, shape (keep, rows of the head)
         """
 
+    @property
+    def threads(self) -> int:
+        """How many threads forwards run on now, where their number may change by itself; else 0."""
+
     def begin(self) -> None:
         """Look at the model before a text is decoded: somebody may have changed it since the one before."""
 
@@ -125,6 +129,11 @@ class PlainForward:
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **more_arguments)
         logits: torch.Tensor = out.logits[0, -keep:]
         return logits
+
+    @property
+    def threads(self) -> int:
+        """See :class:`ForwardBackend`."""
+        return 0
 
     def begin(self) -> None:
         """See :class:`ForwardBackend`."""

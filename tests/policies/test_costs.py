@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -115,6 +117,27 @@ def test_follows_a_lasting_change() -> None:
     feed(costs, rng, 1000, 3 * LINE, t_d=0.03)
     assert costs.verify[:9] == pytest.approx(3 * LINE[:9], rel=0.25)
     assert costs.draft == pytest.approx(0.03, rel=0.25)
+
+
+@pytest.mark.parametrize(("slower", "draft"), [(1.65, 1.2), (1 / 1.65, 1 / 1.2), (2.5, 2.5)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_another_number_of_threads_is_taken_up_in_a_few_steps(slower: float, draft: float, calibrated: bool) -> None:
+    rng = np.random.default_rng(4)
+    costs = LevelCosts(CostPrior(0.01, tuple(LINE))) if calibrated else LevelCosts()
+
+    def steps(count: int, threads: int, verify: np.ndarray, t_d: float) -> None:
+        for _ in range(count):
+            k = int(rng.integers(0, 5))
+            noisy = verify[k] * np.exp(0.05 * rng.normal()), t_d * k * np.exp(0.05 * rng.normal())
+            costs.observe(replace(outcome(k, *noisy), threads=threads))
+
+    steps(300, 2, LINE, 0.01)
+    for times in range(3):
+        steps(10, 1, slower * LINE, draft * 0.01)
+        assert costs.verify[:5] == pytest.approx(slower * LINE[:5], rel=0.12), times
+        assert costs.draft == pytest.approx(draft * 0.01, rel=0.12)
+        steps(10, 2, LINE, 0.01)
+        assert costs.verify[:5] == pytest.approx(LINE[:5], rel=0.12), times
 
 
 def test_context_growth_is_told_apart_from_width() -> None:

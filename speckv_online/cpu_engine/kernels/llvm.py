@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from speckv_online.cpu_engine.kernels.team import TEAM
 from speckv_online.io.user_cache import SmallFiles, key_of
 
 #: What a kernel may call: OpenMP as torch has it.
@@ -212,7 +213,7 @@ class Library:
         self.start.restype = None
 
     def function(self, name: str, parallel: bool = True) -> Kernel:
-        """Return a function, to run on torch's number of threads, or on the caller's alone."""
+        """Return a function, to run on a team of threads, or on the caller's alone."""
         address = int(self._engine.get_function_address(name))
         if not address:
             raise AttributeError(f"no function {name}")
@@ -231,7 +232,7 @@ class Kernel:
 
     def __call__(self, *arguments: int) -> Any:
         found = (ctypes.c_int64 * len(arguments))(*arguments)
-        self._library.start(self.address, found, torch.get_num_threads() if self._parallel else 1, 0)
+        self._library.start(self.address, found, TEAM.size() if self._parallel else 1, 0)
         return found
 
 
@@ -268,7 +269,7 @@ class Program:
         self._start, self._stride = table.ctypes.data, table.strides[0]
 
     def run(self, first: int = 0, last: int | None = None) -> None:
-        """Do the steps of a slice, on torch's number of threads."""
+        """Do the steps of a slice, on a team of threads."""
         last = len(self._table) if last is None else last
         self._run(self._start + first * self._stride, last - first)
 
