@@ -89,8 +89,10 @@ class Display:
             self.loading[event.level, event.worker] = time.monotonic()
         else:  # whatever else a worker has to tell, it loads no more
             self.loading.pop((event.level, event.worker), None)
-        if event.kind == "loading":
-            text = f"worker {event.worker} loads, warms up and calibrates as soon as there is room"
+        if event.kind == "waiting":
+            text = f"worker {event.worker} waits for free cores"
+        elif event.kind == "loading":
+            text = f"worker {event.worker} loads, warms up and calibrates"
             if self.bars is not None:
                 self.bars.start_task(self.tasks[event.level])
         elif event.kind == "ready":

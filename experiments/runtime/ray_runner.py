@@ -205,8 +205,8 @@ class RayRun:
         post.node, post.note = "", secrets.token_hex(16)
         work = post.level, post.index, share.threads, self.prompts, RemoteSync()
         post.actor = make.remote(post.note, self.job.config, *work)
-        self._call(post, "load")
-        return Event(post.level, "loading", post.index)
+        self._call(post, "start")
+        return Event(post.level, "waiting", post.index)
 
     def _call(self, post: Post, method: str, *arguments: Any) -> None:
         post.call, post.since, post.seen = method, time.monotonic(), -1
@@ -219,9 +219,13 @@ class RayRun:
             self._dismiss(post)
             yield Event(post.level, "finished", post.index, facts=result)
             return
+        if post.call == "start":  # it has its cores
+            post.node = result
+            self._call(post, "load")
+            yield Event(post.level, "loading", post.index)
+            return
         event: Event | None
         if post.call == "load":
-            post.node = result.pop("node")
             event = Event(post.level, "ready", post.index, facts=result)
         elif isinstance(result, Failed):
             event = None
@@ -240,7 +244,7 @@ class RayRun:
         else:
             self._call(post, "finish")
             for other in self.posts:  # those that still wait for a place are not needed any more
-                if other.level == post.level and other.call == "load":
+                if other.level == post.level and other.call in ("start", "load"):
                     self._dismiss(other)
         if event is not None:
             yield event

@@ -39,11 +39,16 @@ class WorkerActor(Worker):
         watch = CallWatch(note_path(note), config.call_seconds)
         super().__init__(config, level, index, threads, prompts, sync, watch)
 
-    def load(self) -> dict[str, Any]:
+    def start(self) -> str:
+        """Return Ray's id of the machine: the worker has its cores there."""
         import ray
 
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def load(self) -> dict[str, Any]:
         self.watch.__enter__()
-        return super().load() | {"node": ray.get_runtime_context().get_node_id()}
+        return super().load()
 
     def decode(self, unit: Unit, prompt: int) -> Decoded | Failed:
         try:

@@ -334,6 +334,7 @@ def test_the_display_says_what_still_loads(
     monkeypatch.setattr("experiments.runtime.display.EVERY", 0.02)
     shown = ""
     with Display(config, 1) as display:
+        display.show(Event("int8", "waiting", 2))
         display.show(Event("fp32", "loading"))
         display.show(Event("fp16", "loading", 1))
         display.show(Event("fp32", "ready", facts={}))
@@ -348,4 +349,5 @@ def test_the_display_says_what_still_loads(
         time.sleep(0.1)
     assert shown.count("fp16 worker 1 still loads (0 s)") > 1
     assert "fp32 worker 0 still loads" not in shown
+    assert "int8 worker 2" not in shown  # it has no cores yet, and said so once
     assert "still loads" not in capsys.readouterr().err

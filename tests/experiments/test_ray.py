@@ -77,6 +77,8 @@ def test_a_submitted_job(cluster: dict[str, str], flags: list[str], tmp_path: Pa
         time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fp16 6/6 " in done.stdout  # progress
+    said = [done.stdout.index(f"fp16 worker 0 {what}") for what in ("waits for free cores", "loads")]
+    assert said[0] < done.stdout.index("fp32 worker 0 finished") < said[1]
     assert f"Run: {tmp_path / 'run'}" in done.stdout
     assert len(read_units(tmp_path / "run")) == 12
     manifest = read_manifest(tmp_path / "run")
