@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from speckv_online.cpu_engine.batched_forward import batch_of
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes, lay_out
 from speckv_online.cpu_engine.kernels.llvm import double
+from speckv_online.cpu_engine.kernels.team import TEAM
 from speckv_online.cpu_engine.llama_program import UNUSABLE, LlamaProgram, Step, plain
 from speckv_online.cpu_engine.notes import describe
 from speckv_online.modeling.engine import EngineStatus
@@ -97,6 +98,11 @@ class Int8Draft:
     ) -> torch.Tensor:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
         return self.program.read(tokens if more is None else [*tokens, *more.tolist()], cache, keep)
+
+    @property
+    def threads(self) -> int:
+        """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
+        return TEAM.now
 
     def begin(self) -> None:
         """See :class:`~speckv_online.modeling.forward_backend.ForwardBackend`."""
