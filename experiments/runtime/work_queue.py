@@ -116,9 +116,9 @@ class Progress:
 class Event:
     """Something that happened at a level.
 
-    ``waiting`` (for cores), ``loading``, ``ready`` (facts), ``unit`` (a Progress), ``finished`` (facts), ``trouble`` (text: something that the
-    run gets over by itself), ``given up`` (error: a policy that does not go on, at any level) or ``failed`` (error: the
-    level does not go on).
+    ``waiting`` (for cores), ``loading``, ``ready`` (facts), ``unit`` (a Progress), ``finished`` (facts), ``trouble``
+    (text: something that the run gets over by itself), ``given up`` (error: a policy that does not go on, at any level)
+    or ``failed`` (error: the level does not go on).
     """
 
     level: str
