@@ -270,6 +270,8 @@ class Policy(ABC):
     learns: ClassVar[bool] = False
     #: True for policies that decide a batch's rows together, see :mod:`policies.batches`.
     joint: bool = False
+    #: True for policies that decide a serving engine's steps, see :mod:`policies.steps`.
+    in_steps: bool = False
 
     def __init__(self, *, seed: int = 0, worker: int = 0) -> None:
         self.rng = np.random.default_rng([seed, worker])

@@ -93,7 +93,7 @@ def modelled(config: ModelledConfig) -> int:
 def _play(
     config: ModelledConfig, costs: Any, traces: Any, contender: str, loop: str, load: float, replicas: int
 ) -> dict[str, Any]:
-    from speckv_online.serving.controller import Engine
+    from speckv_online.serving.engine import Engine
     from speckv_online.simulate.serving import Fleet, Load
 
     spec = "autoregressive" if contender == NONE else f"fixed:{contender}" if contender.isdigit() else contender

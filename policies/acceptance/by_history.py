@@ -8,12 +8,11 @@ sums forget exponentially, as those of :class:`~policies.estimators.bayesian_lin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log
 
 import numpy as np
 
 from policies.base import MAX_GAMMA, State
-from policies.estimators.bayesian_linear import GaussianHead, check_array
+from policies.estimators.bayesian_linear import BUFFER, GaussianHead, check_array
 
 #: Features of a request: constant, log-odds of its acceptance, whether its latest draft was accepted as a whole, or not
 #: at all; then how far a whole acceptance carries, and a number of each position, those from the last one on alike.
@@ -31,29 +30,6 @@ DISCOUNT, EVERY = 0.998, 16
 FLOOR = 0.01
 
 
-class Request:
-    """What a request's drafts came to, lately.
-
-    Attributes
-    ----------
-    hits, tested : float
-        Tokens accepted and tested, older ones counting less.
-    whole, none : float
-        1 where the latest draft was accepted as a whole, or not at all.
-    """
-
-    __slots__ = ("hits", "none", "tested", "whole")
-
-    def __init__(self) -> None:
-        self.hits = self.tested = self.whole = self.none = 0.0
-
-    def note(self, accepted: int, labelled: int) -> None:
-        """Take in a draft."""
-        self.hits = KEEP * self.hits + accepted
-        self.tested = KEEP * self.tested + labelled
-        self.whole, self.none = float(labelled == accepted), float(not accepted)
-
-
 class HistoryModel:
     """The regression.
 
@@ -68,31 +44,56 @@ class HistoryModel:
     def __init__(self) -> None:
         self.head = GaussianHead(MEAN, np.diag(DEVIATION**-2.0), DISCOUNT)
         self.hits, self.tested = 1.0, 2.0
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._tokens = 0
         self._where = np.minimum(np.arange(MAX_GAMMA), POSITIONS - 1)
         self._far = np.minimum(np.arange(MAX_GAMMA), 4) / 4.0
+        # By slot: tokens accepted and tested, older ones counting less; 1 where the latest draft was accepted as a
+        # whole, or not at all.
+        self._requests = np.zeros((16, 4))
+        self._table: np.ndarray | None = None
         self._read()
 
-    def describe(self, requests: Sequence[Request]) -> np.ndarray:
-        """Return the features of requests, shape (rows, REQUEST)."""
-        mean = SHRINK * self.hits / self.tested
-        rows = [
-            (1.0, log((r.hits + mean + 0.1) / (r.tested - r.hits + SHRINK - mean + 0.1)), r.whole, r.none)
-            for r in requests
-        ]
-        return np.array(rows)
+    def start(self, slot: int) -> None:
+        """Begin a request: nothing is known of the one that had its slot."""
+        if slot >= len(self._requests):
+            self._requests = np.concatenate((self._requests, np.zeros((slot + 1, 4))))
+        self._requests[slot] = 0.0
+        self._table = None
 
-    def survival(self, about: np.ndarray, most: int) -> np.ndarray:
-        """Return the chance that each request's first 1, 2, ... drafted tokens are all accepted, (rows, most)."""
-        eta = (about @ self._own)[:, None] + self._by_place[:most] + about[:, 2:3] * self._carry[:most]
-        found: np.ndarray = np.cumprod(1.0 / (1.0 + np.exp(-eta)), axis=1)
-        return found
+    def survival(self) -> np.ndarray:
+        """Return the chance that the first 1, 2, ... drafted tokens are all accepted, by slot."""
+        if self._table is None:
+            about = self._about = self._requests.copy()
+            hits, tested = about[:, 0], about[:, 1]
+            mean = SHRINK * self.hits / self.tested
+            np.log((hits + (mean + 0.1)) / (tested - hits + (SHRINK - mean + 0.1)), out=tested)
+            about[:, 0] = 1.0
+            eta = about @ self._columns
+            eta += self._by_place
+            np.exp(np.negative(eta, out=eta), out=eta)
+            eta += 1.0
+            self._table = (1.0 / eta).cumprod(axis=1)
+        return self._table
 
-    def add(self, about: np.ndarray, labelled: Sequence[int], accepted: Sequence[int]) -> None:
-        """Take in what drafts came to, one of each described request; those with no tested token teach nothing."""
+    def add(self, slots: Sequence[int], tested: Sequence[int], accepted: Sequence[int]) -> None:
+        """Take in what a step's drafts came to, each of one tested token or more."""
+        self.survival()
+        at, total = np.array(slots), sum(tested)
+        new = np.array((accepted, tested)).T
+        if self._tokens + total > BUFFER:
+            self._fold()
+        self._waiting.append((self._about[at], new))
+        self._tokens += total
         self.hits = KEEP_ALL * self.hits + sum(accepted)
-        self.tested = KEEP_ALL * self.tested + sum(labelled)
-        self._waiting.append((about, np.array(labelled), np.array(accepted)))
+        self.tested = KEEP_ALL * self.tested + total
+        found = self._requests[at]
+        found[:, :2] *= KEEP
+        found[:, :2] += new
+        hits = new[:, 0]
+        found[:, 2], found[:, 3] = hits == new[:, 1], hits == 0
+        self._requests[at] = found
+        self._table = None
         if len(self._waiting) >= EVERY or self.head.steps < EVERY:
             self.refresh()
 
@@ -103,26 +104,35 @@ class HistoryModel:
         self._read()
 
     def _fold(self) -> None:
-        for about, labelled, accepted in self._waiting:
-            if not (count := int(labelled.sum())):
-                continue
-            row = np.repeat(np.arange(len(labelled)), labelled)
-            j = np.arange(count) - np.repeat(np.cumsum(labelled) - labelled, labelled)
-            phi = np.zeros((count, SIZE))
-            phi[:, :REQUEST] = about[row]
-            phi[:, REQUEST] = about[row, 2] * self._far[j]
-            phi[np.arange(count), REQUEST + 1 + self._where[j]] = 1.0
-            eta = phi @ self._weights
-            p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
-            weight = np.maximum(p * (1.0 - p), FLOOR)
-            root = np.sqrt(weight)
-            self.head.add(phi * root[:, None], root * eta + ((j < accepted[row]) - p) / root)
+        """Hand the drafts that wait to the regression; of very many tokens in a step the first ones."""
+        if not self._waiting:
+            return
+        about = np.concatenate([rows for rows, _ in self._waiting])
+        hits, tested = np.concatenate([found for _, found in self._waiting]).T
+        lengths = [int(found[:, 1].sum()) for _, found in self._waiting]
         self._waiting.clear()
+        self._tokens, count = 0, sum(lengths)
+        row = np.arange(len(tested)).repeat(tested)
+        j = np.arange(count) - (tested.cumsum() - tested)[row]
+        phi = np.zeros((count, SIZE))
+        phi[:, :REQUEST] = about[row]
+        phi[:, REQUEST] = about[row, 2] * self._far[j]
+        phi[np.arange(count), REQUEST + 1 + self._where[j]] = 1.0
+        eta = phi @ self._weights
+        p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
+        weight = np.maximum(p * (1.0 - p), FLOOR)
+        root = np.sqrt(weight)
+        phi *= root[:, None]
+        y = root * eta + ((j < hits[row]) - p) / root
+        if count > BUFFER:
+            phi, y, lengths = phi[:BUFFER], y[:BUFFER], [BUFFER]
+        self.head.add(phi, y, lengths)
 
     def _read(self) -> None:
         self._weights = w = self.head.mean
-        self._own = w[:REQUEST]
-        self._by_place, self._carry = w[REQUEST + 1 :][self._where], w[REQUEST] * self._far
+        self._by_place, self._table = w[REQUEST + 1 :][self._where], None
+        self._columns = np.repeat(w[:REQUEST, None], MAX_GAMMA, axis=1)
+        self._columns[2] += w[REQUEST] * self._far
 
     def state(self) -> State:
         """All that was learnt, as arrays."""
@@ -134,6 +144,7 @@ class HistoryModel:
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         self._waiting.clear()
+        self._tokens = 0
         found = check_array(state, "history.all", (2,)).astype(float)
         self.head.load({k.removeprefix("history."): v for k, v in state.items() if k.startswith("history.head.")})
         self.hits, self.tested = found.tolist()

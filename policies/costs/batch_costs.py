@@ -18,7 +18,7 @@ import numpy as np
 from policies.base import MAX_GAMMA, PolicyError, State
 from policies.batches import MOST_ROWS, Forward
 from policies.costs.level_costs import HALF_LIFE, LevelCosts
-from policies.costs.pace import LATELY, NOW
+from policies.costs.pace import Means
 from policies.costs.prior import WIDTHS
 from policies.estimators.bayesian_linear import check_array
 
@@ -95,7 +95,7 @@ class BatchCosts:
 
     Attributes
     ----------
-    verify : list of float
+    verify, seconds : list of float, and the same as an array
         V(N) for N = 0 (zero seconds) to ``most`` at least.
     draft : tuple of float
         Seconds of a step's first round on top, of a round, of a row in it, and of a token to read first.
@@ -108,7 +108,6 @@ class BatchCosts:
     def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None, most: int = MOST) -> None:
         self._grid, self._keep = grid(most), 0.5 ** (1.0 / half_life)
         self._all = sum(self._grid.parts)
-        self.verify = list[float]()
         self.draft = 0.0, 0.0, 0.0, 0.0
         self._shape = (ALWAYS + self._grid.n) / (ALWAYS + 1.0)
         told = 0.0
@@ -117,19 +116,22 @@ class BatchCosts:
             slope = max(float(table[-1] - table[8]) / (WIDTHS - 9), 0.0)
             more = table[-1] + slope * np.arange(1, len(self._grid.n) - WIDTHS + 1)
             self._shape, told = np.concatenate((table, more)) / table[0], log(float(table[0]))
+        self._shapes: list[float] = self._shape.tolist()
         self._start = told
-        self.told = bool(told)
+        self.told, self._known = bool(told), False
         self._sums, self._delta, self._count = np.zeros(self._all), np.zeros(self._all), 0
-        self._pending = 0
         self.steps = self.version = 0
         self.rest, self.deviation = 0.0, 0.15
-        self._now = self._lately = 0.0
+        self._pace = Means(steps=1)
+        # Measured steps that are not in the sums yet: of V, where and how much; of drafts, what of and how long.
+        self._measured = list[tuple[int, float, float]]()
+        self._drafted = list[tuple[int, tuple[float, ...], float, float]]()
         self._refit()
 
     @property
     def ready(self) -> bool:
         """Whether anything is known of the scale."""
-        return self.told or bool(self._sums[0 : self._grid.parts[0]].any())
+        return self.told or self._known
 
     def plain(self, rows: int) -> float:
         """Return the seconds of a step that drafts nothing."""
@@ -155,15 +157,21 @@ class BatchCosts:
 
         Each part has its estimate; what is left over goes to the part that less is known of.
         """
-        x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
         verify, draft = self.verify[forward.tokens], self.drafting(forward.rounds, forward.forwards, forward.read)
-        hat = self._hat(forward.tokens)
-        known = verify * verify * float(hat @ self._covariance @ hat)
-        unknown = float(x @ np.linalg.solve(self._draft_precision, x))
+        x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
+        known = verify * verify * self._variance(forward.tokens)
+        unknown = float(x @ self._draft_covariance @ x)
         spent = forward.seconds - forward.policy_seconds - self.rest * forward.rows
         draft += (spent - verify - draft) * unknown / (known + unknown)
         forward.draft_seconds = min(max(draft, 0.0), 0.9 * spent)
         forward.verify_seconds = spent - forward.draft_seconds
+
+    def _variance(self, tokens: int) -> float:
+        """Return the variance of log V at so many tokens."""
+        at, part = int(self._grid.at[tokens - 1]), float(self._grid.part[tokens - 1])
+        here, both, there = self._near[at]
+        left = 1.0 - part
+        return left * left * here + 2.0 * left * part * both + part * part * there
 
     def _hat(self, tokens: int) -> np.ndarray:
         """Return the weights of the knots in u at so many tokens."""
@@ -180,62 +188,85 @@ class BatchCosts:
         if self.steps == 1 and not self.told:
             return  # the first call warms caches up
         n = forward.tokens
-        z = log(forward.verify_seconds / self._shape[n - 1])
-        known = self.steps > 3 or self.told
-        if known:
-            expected = log(self.verify[n] / self._shape[n - 1])
-            z -= self._now - self._lately
-            off, most = z - expected, FAR * max(self.deviation, 0.5 * NOISE)
+        z = log(forward.verify_seconds / self._shapes[n - 1])
+        if self.steps > 3 or self.told:
+            pace = self._pace
+            expected = log(self.verify[n] / self._shapes[n - 1])
+            ahead = pace.now - pace.lately
+            off, most = z - ahead - expected, FAR * max(self.deviation, 0.5 * NOISE)
             off = min(max(off, -most), most)
             self.deviation += LATEST * (abs(off) - self.deviation)
-            off += self._now - self._lately
-            even = 1.0 / max(self.steps - 2.0, 1.0)
-            self._now += max(NOW, even) * (off - self._now)
-            self._lately += max(LATELY, even) * (off - self._lately)
-            z = expected + off - (self._now - self._lately)
-        hat = self._hat(n)
-        more = np.zeros(self._all)
-        matrix, vector, draft_matrix, draft_vector = self._split(more)
-        matrix[:] = np.outer(hat, hat).ravel() / NOISE**2
-        vector[:] = hat * (z - self._start) / NOISE**2
+            off += ahead
+            pace.note(off)
+            z = expected + off - (pace.now - pace.lately)
+        at, part = int(self._grid.at[n - 1]), float(self._grid.part[n - 1])
+        self._measured.append((at, part, z - self._start))
         rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
         usual = min(max(rest, 0.0), 0.3 * forward.verify_seconds) / forward.rows
         self.rest += max(LATEST, 1.0 / self.steps) * (min(usual, 3.0 * self.rest or usual) - self.rest)
         if forward.rounds and forward.draft_seconds > 0.0:
-            x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
             told = self.drafting(forward.rounds, forward.forwards, forward.read)
             taken = min(forward.draft_seconds, 4.0 * told)
-            weight = (DRAFT_NOISE * max(told, taken)) ** -2
-            draft_matrix[:] = weight * np.outer(x, x).ravel()
-            draft_vector[:] = weight * taken * x
-        for sums in (self._sums, self._delta):
-            sums *= self._keep
-            sums += more
-        self._count += 1
-        self._pending += 1
-        if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
+            x = 1.0, float(forward.rounds), float(forward.forwards), float(forward.read)
+            self._drafted.append((len(self._measured), x, taken, DRAFT_NOISE * max(told, taken)))
+        self._known = True
+        if len(self._measured) >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self._refit()
 
+    def _fold(self) -> None:
+        """Move what was measured into the sums; each step weighs more than the one before."""
+        if not self._measured:
+            return
+        count, size = len(self._measured), self._grid.knots
+        more = np.zeros(self._all)
+        matrix, vector, draft_matrix, draft_vector = self._split(more)
+        at, part, z = (np.array(column) for column in zip(*self._measured, strict=True))
+        weight = self._keep ** np.arange(count - 1.0, -1.0, -1.0) / NOISE**2
+        hat, row = np.zeros((count, size)), np.arange(count)
+        hat[row, at], hat[row, at + 1] = 1.0 - part, part
+        weighted = hat * weight[:, None]
+        matrix[:] = (weighted.T @ hat).ravel()
+        vector[:] = z @ weighted
+        if self._drafted:
+            when, x, taken, noise = (np.array(column) for column in zip(*self._drafted, strict=True))
+            weighted = x * (self._keep ** (count - when) / noise**2)[:, None]
+            draft_matrix[:] = (weighted.T @ x).ravel()
+            draft_vector[:] = taken @ weighted
+        for sums in (self._sums, self._delta):
+            sums *= self._keep**count
+            sums += more
+        self._count += count
+        self._measured.clear()
+        self._drafted.clear()
+
     def _refit(self) -> None:
-        self.version, self._pending = self.version + 1, 0
+        self._fold()
+        self.version += 1
         matrix, vector, draft_matrix, draft_vector = self._split(self._sums)
         at, part, size = self._grid.at, self._grid.part, self._grid.knots
         precision = matrix.reshape(size, size) + self._grid.precision
         self._covariance = np.linalg.inv(precision)
+        beside = np.append(np.diag(self._covariance, 1), 0.0)
+        here = np.diag(self._covariance)
+        self._near = list(zip(here.tolist(), beside.tolist(), np.roll(here, -1).tolist(), strict=True))
         u = self._start + self._covariance @ vector
         ratio = np.exp(np.clip(u[at] + part * (u[at + 1] - u[at]), -25.0, 25.0))
         # More tokens never take less time.
-        self.verify = [0.0, *np.maximum.accumulate(self._shape * ratio).tolist()]
+        self.seconds = np.append(0.0, np.maximum.accumulate(self._shape * ratio))
+        self.verify: list[float] = self.seconds.tolist()
         prior = DRAFT * self.verify[1]
         doubt = np.diag((DOUBT * prior) ** -2.0)
-        self._draft_precision = doubt + draft_matrix.reshape(4, 4)
-        found = np.linalg.solve(self._draft_precision, doubt @ prior + draft_vector)
+        precision = doubt + draft_matrix.reshape(4, 4)
+        self._draft_covariance = np.linalg.inv(precision)
+        found = np.linalg.solve(precision, doubt @ prior + draft_vector)
         first, each_round, each, read = np.maximum(found, 0.05 * prior).tolist()
         self.draft = first, each_round, each, read
 
     def state(self) -> State:
         """Sums, shape and means."""
-        means = [self.steps, self.rest, self.deviation, self._now, self._lately, self._start, float(self.told)]
+        self._fold()
+        pace = self._pace
+        means = [self.steps, self.rest, self.deviation, pace.now, pace.lately, self._start, float(self.told)]
         return {"sums": self._sums.copy(), "shape": self._shape.copy(), "means": np.array(means, dtype=float)}
 
     def load(self, state: State) -> None:
@@ -249,12 +280,16 @@ class BatchCosts:
             raise PolicyError("the state's costs of batches must be above zero")
         self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(self._all), 0
         self.steps = int(means[0])
-        self.rest, self.deviation, self._now, self._lately, self._start = means[1:6]
-        self.told = bool(means[6])
+        self.rest, self.deviation, self._pace.now, self._pace.lately, self._start = means[1:6]
+        self._pace.steps, self.told, self._known = max(self.steps - 2, 1), bool(means[6]), bool(sums.any())
+        self._measured.clear()
+        self._drafted.clear()
+        self._shapes = shape.tolist()
         self._refit()
 
     def take_delta(self) -> State:
         """Sums since the last call."""
+        self._fold()
         delta, count = self._delta, self._count
         self._delta, self._count = np.zeros(self._all), 0
         return {"sums": delta, "count": np.array(float(count)), "start": np.array([self._start, self._shape[-1]])}
@@ -265,9 +300,11 @@ class BatchCosts:
         count = int(check_array(delta, "count", ()))
         if not np.allclose(start, [self._start, self._shape[-1]]):
             return
+        self._fold()
         self._sums *= self._keep**count
         self._sums += sums
         self.steps += count
+        self._known = self._known or bool(sums.any())
         self._refit()
 
     def _split(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -10,31 +10,49 @@ SAME, STEPS = (0.85, 1.18), 48
 DRAFTS = 4
 
 
-class Pace:
-    """The pace of one level's steps.
+class Means:
+    """Means of how far off verifications are from their estimates, as ratios or in logarithms.
 
     Attributes
     ----------
     now, lately : float
-        A verification's time over its estimate: over the last few steps, and over many.
-    draft : float
-        The same of a draft, over the last few.
+        Over the last few steps, and over many.
     steps : int
         How many steps told of it.
     """
 
-    __slots__ = ("_drafts", "_off", "_off_draft", "_run", "_run_draft", "draft", "lately", "now", "steps")
+    __slots__ = ("lately", "now", "steps")
+
+    def __init__(self, usual: float = 0.0, steps: int = 0) -> None:
+        self.now, self.lately, self.steps = usual, usual, steps
+
+    def note(self, off: float) -> None:
+        """Take in a step."""
+        self.steps += 1
+        even = 1.0 / self.steps
+        self.now += (NOW if even < NOW else even) * (off - self.now)
+        self.lately += (LATELY if even < LATELY else even) * (off - self.lately)
+
+
+class Pace(Means):
+    """The pace of one level's steps: a verification's time over its estimate.
+
+    Attributes
+    ----------
+    draft : float
+        The same of a draft, over the last few.
+    """
+
+    __slots__ = ("_drafts", "_off", "_off_draft", "_run", "_run_draft", "draft")
 
     def __init__(self) -> None:
-        self.now = self.lately = self.draft = 1.0
-        self.steps = self._off = self._off_draft = self._run = self._run_draft = self._drafts = 0
+        super().__init__(1.0)
+        self.draft = 1.0
+        self._off = self._off_draft = self._run = self._run_draft = self._drafts = 0
 
     def verified(self, ratio: float) -> None:
         """Note how many times its estimate a verification took."""
-        self.steps += 1
-        even = 1.0 / self.steps
-        self.now += (NOW if even < NOW else even) * (ratio - self.now)
-        self.lately += (LATELY if even < LATELY else even) * (ratio - self.lately)
+        self.note(ratio)
         off = self._side(self.now)
         if off and off == self._off:
             self._run += 1

@@ -14,7 +14,8 @@ from time import perf_counter
 from typing import Any
 
 from speckv_online.errors import UserError
-from speckv_online.serving.controller import Controller, Engine, EngineStep, Running, Verified
+from speckv_online.serving.controller import Controller
+from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.counts import Publisher
 from speckv_online.serving.lazy_draft import install
 from speckv_online.serving.settings import Settings

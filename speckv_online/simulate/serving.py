@@ -17,7 +17,8 @@ import numpy as np
 
 from policies.base import Policy
 from speckv_online.errors import UserError
-from speckv_online.serving.controller import Controller, Engine, EngineStep, Running, Verified
+from speckv_online.serving.controller import Controller
+from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.settings import Settings, engine_policy
 from speckv_online.simulate.engine_costs import EngineCosts
 from speckv_online.traces.trace import Trace
