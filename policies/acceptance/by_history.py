@@ -52,6 +52,7 @@ class HistoryModel:
         # whole, or not at all.
         self._requests = np.zeros((16, 4))
         self._table: np.ndarray | None = None
+        self._width = 1
         self._read()
 
     def start(self, slot: int) -> None:
@@ -61,16 +62,17 @@ class HistoryModel:
         self._requests[slot] = 0.0
         self._table = None
 
-    def survival(self) -> np.ndarray:
-        """Return the chance that the first 1, 2, ... drafted tokens are all accepted, by slot."""
-        if self._table is None:
+    def survival(self, most: int) -> np.ndarray:
+        """Return the chance that the first 1, 2, ... drafted tokens are all accepted, of ``most`` or more, by slot."""
+        if self._table is None or most > self._table.shape[1]:
+            self._width = max(self._width, most)
             about = self._about = self._requests.copy()
             hits, tested = about[:, 0], about[:, 1]
             mean = SHRINK * self.hits / self.tested
             np.log((hits + (mean + 0.1)) / (tested - hits + (SHRINK - mean + 0.1)), out=tested)
             about[:, 0] = 1.0
-            eta = about @ self._columns
-            eta += self._by_place
+            eta = about @ self._columns[:, : self._width]
+            eta += self._by_place[: self._width]
             np.exp(np.negative(eta, out=eta), out=eta)
             eta += 1.0
             self._table = (1.0 / eta).cumprod(axis=1)
@@ -78,7 +80,7 @@ class HistoryModel:
 
     def add(self, slots: Sequence[int], tested: Sequence[int], accepted: Sequence[int]) -> None:
         """Take in what a step's drafts came to, each of one tested token or more."""
-        self.survival()
+        self.survival(1)
         at, total = np.array(slots), sum(tested)
         new = np.array((accepted, tested)).T
         if self._tokens + total > BUFFER:

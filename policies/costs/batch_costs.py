@@ -169,8 +169,7 @@ class BatchCosts:
     def _variance(self, tokens: int) -> float:
         """Return the variance of log V at so many tokens."""
         at, part = int(self._grid.at[tokens - 1]), float(self._grid.part[tokens - 1])
-        here, both, there = self._near[at]
-        left = 1.0 - part
+        (here, both), there, left = self._near[at][at : at + 2], self._near[at + 1][at + 1], 1.0 - part
         return left * left * here + 2.0 * left * part * both + part * part * there
 
     def _hat(self, tokens: int) -> np.ndarray:
@@ -246,19 +245,18 @@ class BatchCosts:
         at, part, size = self._grid.at, self._grid.part, self._grid.knots
         precision = matrix.reshape(size, size) + self._grid.precision
         self._covariance = np.linalg.inv(precision)
-        beside = np.append(np.diag(self._covariance, 1), 0.0)
-        here = np.diag(self._covariance)
-        self._near = list(zip(here.tolist(), beside.tolist(), np.roll(here, -1).tolist(), strict=True))
+        self._near: list[list[float]] = self._covariance.tolist()
         u = self._start + self._covariance @ vector
-        ratio = np.exp(np.clip(u[at] + part * (u[at + 1] - u[at]), -25.0, 25.0))
+        below = u[at]
+        ratio = np.exp(np.minimum(np.maximum(below + part * (u[at + 1] - below), -25.0), 25.0))
         # More tokens never take less time.
-        self.seconds = np.append(0.0, np.maximum.accumulate(self._shape * ratio))
+        self.seconds = np.zeros(len(ratio) + 1)
+        np.maximum.accumulate(self._shape * ratio, out=self.seconds[1:])
         self.verify: list[float] = self.seconds.tolist()
         prior = DRAFT * self.verify[1]
-        doubt = np.diag((DOUBT * prior) ** -2.0)
-        precision = doubt + draft_matrix.reshape(4, 4)
-        self._draft_covariance = np.linalg.inv(precision)
-        found = np.linalg.solve(precision, doubt @ prior + draft_vector)
+        doubt = (DOUBT * prior) ** -2.0
+        self._draft_covariance = np.linalg.inv(np.diag(doubt) + draft_matrix.reshape(4, 4))
+        found = self._draft_covariance @ (doubt * prior + draft_vector)
         first, each_round, each, read = np.maximum(found, 0.05 * prior).tolist()
         self.draft = first, each_round, each, read
 

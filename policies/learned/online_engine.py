@@ -42,7 +42,7 @@ BLIND = 3
 #: Steps over which the reading of a draft model that lags behind has to pay.
 READING = 32.0
 #: Steps that a choice goes on for: without drafts unasked, and with some.
-UNASKED, KEPT = 7, 3
+UNASKED, KEPT = 7, 7
 #: How much better than no drafts a number has to look, as those that look best are those that are overrated.
 MARGIN = 1.01
 
@@ -160,7 +160,7 @@ class OnlineEngine(StepPolicy):
         rows, looks_up = len(batch.limits), batch.looks_up
         verify = costs.seconds[rows : rows * (most + 1) + 1] + costs.rest * rows
         wider = verify - verify[0]
-        survival = self.model.survival()[batch.slots, :most]
+        survival = self.model.survival(most)[batch.slots, :most]
         if min(batch.limits) < most:
             survival *= np.arange(1, most + 1) <= np.array(batch.limits)[:, None]
         plain = rows / float(verify[0])
@@ -205,7 +205,7 @@ class OnlineEngine(StepPolicy):
         if choice is None or choice.probe:
             return [0] * len(counts) if choice is not None and choice.blind else list(counts)
         width = max(counts)
-        values = self.model.survival()[slots, :width]
+        values = self.model.survival(width)[slots, :width]
         if min(counts) < width:
             values *= np.arange(1, width + 1) <= np.array(counts)[:, None]
         values = values.ravel()

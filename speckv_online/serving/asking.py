@@ -113,13 +113,18 @@ class AskOnce(Asking):
     def learn(self, level: str, step: EngineStep, tokens: int, produced: int) -> None:
         if self._pending is None:
             return
-        found = [(self._slots[v.id], v.drafted, v.accepted) for v in step.verified if v.id in self._slots]
-        if found:
+        slots, drafted, accepted = [], [], []
+        for id, count, right, _ in step.verified:
+            if (slot := self._slots.get(id)) is not None:
+                slots.append(slot)
+                drafted.append(count)
+                accepted.append(right)
+        if slots:
             forward = Forward(
                 level, len(step.verified), tokens, step.rounds, step.forwards, step.read, step.seconds,
                 produced=produced,
             )  # fmt: skip
-            self.policy.learn_step(self._pending, *zip(*found, strict=True), forward)
+            self.policy.learn_step(self._pending, slots, drafted, accepted, forward)
 
 
 class _Row:
