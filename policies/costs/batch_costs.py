@@ -56,7 +56,9 @@ class Grid(NamedTuple):
     precision : ndarray
         Prior precision of u: differences, and hardly the level.
     parts : tuple of int
-        Sizes of the sums, all in one vector: V's matrix and vector, the draft's.
+        Sizes of the sums, all in one vector: V's matrix and vector, the draft's, and the matrix of both.
+    ends : list of int
+        Where each of them ends, but for the last one.
     """
 
     n: np.ndarray
@@ -64,7 +66,8 @@ class Grid(NamedTuple):
     part: np.ndarray
     knots: int
     precision: np.ndarray
-    parts: tuple[int, int, int, int]
+    parts: tuple[int, int, int, int, int]
+    ends: list[int]
 
 
 @cache
@@ -77,8 +80,9 @@ def grid(most: int) -> Grid:
     at = np.minimum(np.searchsorted(knots, n, side="right") - 1, len(knots) - 2)
     walk = np.diff(np.eye(len(knots)), axis=0)
     precision = walk.T @ walk / WALK**2 + np.eye(len(knots)) / (LEVEL**2 * len(knots))
-    sizes = (len(knots) ** 2, len(knots), 16, 4)
-    return Grid(n, at, (n - knots[at]) / np.diff(knots)[at], len(knots), precision, sizes)
+    sizes = (len(knots) ** 2, len(knots), 16, 4, 4 * len(knots))
+    ends = np.cumsum(sizes[:-1]).tolist()
+    return Grid(n, at, (n - knots[at]) / np.diff(knots)[at], len(knots), precision, sizes, ends)
 
 
 class BatchCosts:
@@ -123,8 +127,9 @@ class BatchCosts:
         self.steps = self.version = 0
         self.rest, self.deviation = 0.0, 0.15
         self._pace = Means(steps=1)
-        # Measured steps that are not in the sums yet: of V, where and how much; of drafts, what of and how long.
-        self._measured = list[tuple[int, float, float]]()
+        # Measured steps that are not in the sums yet: tokens, V's part in it, how much, and the draft's part; and drafts
+        # that were measured by themselves: at which step, what of and how long.
+        self._measured = list[tuple[float, ...]]()
         self._drafted = list[tuple[int, tuple[float, ...], float, float]]()
         self._refit()
 
@@ -152,26 +157,6 @@ class BatchCosts:
         weights = self._hat(other) - self._hat(one)
         return sqrt(max(float(weights @ self._covariance @ weights), 0.0))
 
-    def share(self, forward: Forward) -> None:
-        """Split a step's seconds, where only their sum was measured, into its two main parts.
-
-        Each part has its estimate; what is left over goes to the part that less is known of.
-        """
-        verify, draft = self.verify[forward.tokens], self.drafting(forward.rounds, forward.forwards, forward.read)
-        x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
-        known = verify * verify * self._variance(forward.tokens)
-        unknown = float(x @ self._draft_covariance @ x)
-        spent = forward.seconds - forward.policy_seconds - self.rest * forward.rows
-        draft += (spent - verify - draft) * unknown / (known + unknown)
-        forward.draft_seconds = min(max(draft, 0.0), 0.9 * spent)
-        forward.verify_seconds = spent - forward.draft_seconds
-
-    def _variance(self, tokens: int) -> float:
-        """Return the variance of log V at so many tokens."""
-        at, part = int(self._grid.at[tokens - 1]), float(self._grid.part[tokens - 1])
-        (here, both), there, left = self._near[at][at : at + 2], self._near[at + 1][at + 1], 1.0 - part
-        return left * left * here + 2.0 * left * part * both + part * part * there
-
     def _hat(self, tokens: int) -> np.ndarray:
         """Return the weights of the knots in u at so many tokens."""
         found = np.zeros(self._grid.knots)
@@ -180,34 +165,46 @@ class BatchCosts:
         return found
 
     def observe(self, forward: Forward) -> None:
-        """Take in what a step took; steps whose seconds are not those of a usual one have none."""
-        if not (0.0 < forward.verify_seconds < 1e9 and 0.0 <= forward.draft_seconds < 1e9):
+        """Take in what a step took; steps whose seconds are not those of a usual one have none.
+
+        Where a step that drafted was measured as a whole, its seconds tell of the sum of V and the drafting: both are
+        fitted to it together, so that it does not matter for long how they were thought to share it.
+        """
+        whole = bool(forward.rounds) and not forward.verify_seconds and self.ready
+        own = forward.seconds - forward.policy_seconds - self.rest * forward.rows
+        seconds = own if whole else forward.verify_seconds
+        known = self.steps > 2 or self.told
+        if not (0.0 < seconds < 1e9 and 0.0 <= forward.draft_seconds < 1e9) or (whole and not known):
             return
         self.steps += 1
         if self.steps == 1 and not self.told:
             return  # the first call warms caches up
         n = forward.tokens
-        z = log(forward.verify_seconds / self._shapes[n - 1])
-        if self.steps > 3 or self.told:
+        told = self.drafting(forward.rounds, forward.forwards, forward.read) if forward.rounds else 0.0
+        x = 1.0, float(forward.rounds), float(forward.forwards), float(forward.read)
+        usual = self.verify[n] + (told if whole else 0.0)
+        at = log(self.verify[n] / self._shapes[n - 1]) - self._start
+        off = log(seconds / usual)
+        if known:
             pace = self._pace
-            expected = log(self.verify[n] / self._shapes[n - 1])
             ahead = pace.now - pace.lately
-            off, most = z - ahead - expected, FAR * max(self.deviation, 0.5 * NOISE)
-            off = min(max(off, -most), most)
+            most = FAR * max(self.deviation, 0.5 * NOISE)
+            off = min(max(off - ahead, -most), most)
             self.deviation += LATEST * (abs(off) - self.deviation)
             off += ahead
             pace.note(off)
-            z = expected + off - (pace.now - pace.lately)
-        at, part = int(self._grid.at[n - 1]), float(self._grid.part[n - 1])
-        self._measured.append((at, part, z - self._start))
-        rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
-        usual = min(max(rest, 0.0), 0.3 * forward.verify_seconds) / forward.rows
-        self.rest += max(LATEST, 1.0 / self.steps) * (min(usual, 3.0 * self.rest or usual) - self.rest)
-        if forward.rounds and forward.draft_seconds > 0.0:
-            told = self.drafting(forward.rounds, forward.forwards, forward.read)
-            taken = min(forward.draft_seconds, 4.0 * told)
-            x = 1.0, float(forward.rounds), float(forward.forwards), float(forward.read)
-            self._drafted.append((len(self._measured), x, taken, DRAFT_NOISE * max(told, taken)))
+            off -= pace.now - pace.lately
+        if whole:
+            part, scale = self.verify[n] / usual, 1.0 / usual
+            self._measured.append((n, part, off + part * at + 1.0 - part, *(scale * number for number in x)))
+        else:
+            self._measured.append((n, 1.0, off + at, 0.0, 0.0, 0.0, 0.0))
+            rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
+            each = min(max(rest, 0.0), 0.3 * forward.verify_seconds) / forward.rows
+            self.rest += max(LATEST, 1.0 / self.steps) * (min(each, 3.0 * self.rest or each) - self.rest)
+            if forward.rounds and forward.draft_seconds > 0.0:
+                taken = min(forward.draft_seconds, 4.0 * told)
+                self._drafted.append((len(self._measured), x, taken, DRAFT_NOISE * max(told, taken)))
         self._known = True
         if len(self._measured) >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self._refit()
@@ -217,20 +214,24 @@ class BatchCosts:
         if not self._measured:
             return
         count, size = len(self._measured), self._grid.knots
+        data, row = np.array(self._measured), np.arange(count)
+        tokens = data[:, 0].astype(int) - 1
+        at, between, part = self._grid.at[tokens], self._grid.part[tokens], data[:, 1]
+        x = np.zeros((count, size + 4))
+        x[row, at], x[row, at + 1] = part * (1.0 - between), part * between
+        x[:, size:] = data[:, 3:]
+        weighted = x * (self._keep ** (count - 1.0 - row) / NOISE**2)[:, None]
+        squares, moments = weighted.T @ x, data[:, 2] @ weighted
         more = np.zeros(self._all)
-        matrix, vector, draft_matrix, draft_vector = self._split(more)
-        at, part, z = (np.array(column) for column in zip(*self._measured, strict=True))
-        weight = self._keep ** np.arange(count - 1.0, -1.0, -1.0) / NOISE**2
-        hat, row = np.zeros((count, size)), np.arange(count)
-        hat[row, at], hat[row, at + 1] = 1.0 - part, part
-        weighted = hat * weight[:, None]
-        matrix[:] = (weighted.T @ hat).ravel()
-        vector[:] = z @ weighted
+        matrix, vector, draft_matrix, draft_vector, both = self._split(more)
+        matrix[:], vector[:] = squares[:size, :size].ravel(), moments[:size]
+        draft_matrix[:], draft_vector[:] = squares[size:, size:].ravel(), moments[size:]
+        both[:] = squares[:size, size:].ravel()
         if self._drafted:
-            when, x, taken, noise = (np.array(column) for column in zip(*self._drafted, strict=True))
-            weighted = x * (self._keep ** (count - when) / noise**2)[:, None]
-            draft_matrix[:] = (weighted.T @ x).ravel()
-            draft_vector[:] = taken @ weighted
+            when, numbers, taken, noise = (np.array(column) for column in zip(*self._drafted, strict=True))
+            weighted = numbers * (self._keep ** (count - when) / noise**2)[:, None]
+            draft_matrix += (weighted.T @ numbers).ravel()
+            draft_vector += taken @ weighted
         for sums in (self._sums, self._delta):
             sums *= self._keep**count
             sums += more
@@ -241,31 +242,42 @@ class BatchCosts:
     def _refit(self) -> None:
         self._fold()
         self.version += 1
-        matrix, vector, draft_matrix, draft_vector = self._split(self._sums)
-        at, part, size = self._grid.at, self._grid.part, self._grid.knots
+        matrix, vector, draft_matrix, draft_vector, both = self._split(self._sums)
+        size = self._grid.knots
         precision = matrix.reshape(size, size) + self._grid.precision
-        self._covariance = np.linalg.inv(precision)
-        self._near: list[list[float]] = self._covariance.tolist()
-        u = self._start + self._covariance @ vector
+        if not both.any():
+            self._covariance = np.linalg.inv(precision)
+            prior = self._tell(self._start + self._covariance @ vector)
+            doubt = (DOUBT * prior) ** -2.0
+            draft = np.linalg.solve(np.diag(doubt) + draft_matrix.reshape(4, 4), doubt * prior + draft_vector)
+        else:
+            prior = DRAFT * self.verify[1]
+            doubt = (DOUBT * prior) ** -2.0
+            cross, own = both.reshape(size, 4), np.diag(doubt) + draft_matrix.reshape(4, 4)
+            covariance = np.linalg.inv(np.block([[precision, cross], [cross.T, own]]))
+            found = covariance @ np.concatenate((vector, doubt * prior + draft_vector))
+            self._covariance, draft = covariance[:size, :size], found[size:]
+            self._tell(self._start + found[:size])
+        first, each_round, each, read = np.maximum(draft, 0.05 * prior).tolist()
+        self.draft = first, each_round, each, read
+
+    def _tell(self, u: np.ndarray) -> np.ndarray:
+        """Make the table of V; return what drafting takes where nothing is known of that."""
+        at, part = self._grid.at, self._grid.part
         below = u[at]
         ratio = np.exp(np.minimum(np.maximum(below + part * (u[at + 1] - below), -25.0), 25.0))
         # More tokens never take less time.
         self.seconds = np.zeros(len(ratio) + 1)
         np.maximum.accumulate(self._shape * ratio, out=self.seconds[1:])
         self.verify: list[float] = self.seconds.tolist()
-        prior = DRAFT * self.verify[1]
-        doubt = (DOUBT * prior) ** -2.0
-        self._draft_covariance = np.linalg.inv(np.diag(doubt) + draft_matrix.reshape(4, 4))
-        found = self._draft_covariance @ (doubt * prior + draft_vector)
-        first, each_round, each, read = np.maximum(found, 0.05 * prior).tolist()
-        self.draft = first, each_round, each, read
+        return DRAFT * self.verify[1]
 
     def state(self) -> State:
         """Sums, shape and means."""
         self._fold()
         pace = self._pace
         means = [self.steps, self.rest, self.deviation, pace.now, pace.lately, self._start, float(self.told)]
-        return {"sums": self._sums.copy(), "shape": self._shape.copy(), "means": np.array(means, dtype=float)}
+        return self._parted(self._sums) | {"shape": self._shape.copy(), "means": np.array(means, dtype=float)}
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
@@ -273,7 +285,7 @@ class BatchCosts:
             check_array(state, "shape", self._shape.shape).astype(float),
             check_array(state, "means", (7,)).tolist(),
         )
-        sums = check_array(state, "sums", (self._all,)).astype(float)
+        sums = self._sums_of(state)
         if not (shape > 0.0).all() or means[0] < 0.0:
             raise PolicyError("the state's costs of batches must be above zero")
         self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(self._all), 0
@@ -290,11 +302,12 @@ class BatchCosts:
         self._fold()
         delta, count = self._delta, self._count
         self._delta, self._count = np.zeros(self._all), 0
-        return {"sums": delta, "count": np.array(float(count)), "start": np.array([self._start, self._shape[-1]])}
+        start = np.array([self._start, self._shape[-1]])
+        return self._parted(delta) | {"count": np.array(float(count)), "start": start}
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums, if they are of the same shape."""
-        start, sums = check_array(delta, "start", (2,)), check_array(delta, "sums", (self._all,))
+        start, sums = check_array(delta, "start", (2,)), self._sums_of(delta)
         count = int(check_array(delta, "count", ()))
         if not np.allclose(start, [self._start, self._shape[-1]]):
             return
@@ -305,7 +318,17 @@ class BatchCosts:
         self._known = self._known or bool(sums.any())
         self._refit()
 
+    def _parted(self, sums: np.ndarray) -> State:
+        """Return sums as a state has them: those of both are left out where no step was measured as a whole."""
+        own, both = np.split(sums, self._grid.ends[-1:])
+        return {"sums": own.copy(), "both": both.copy()} if both.any() else {"sums": own.copy()}
+
+    def _sums_of(self, state: State) -> np.ndarray:
+        """Return the sums of a state."""
+        own, both = check_array(state, "sums", (self._grid.ends[-1],)), self._grid.parts[-1]
+        more = check_array(state, "both", (both,)) if "both" in state else np.zeros(both)
+        return np.concatenate((own, more)).astype(float)
+
     def _split(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return views of the parts of all sums."""
-        a, b, c, _ = np.cumsum(self._grid.parts).tolist()
-        return sums[:a], sums[a:b], sums[b:c], sums[c:]
+        return tuple(np.split(sums, self._grid.ends))

@@ -223,11 +223,8 @@ class OnlineEngine(StepPolicy):
         if not self.first_time(plan.id):
             return
         costs = self.batch_costs.level(forward.level)
-        if forward.seconds > 0.0 and not forward.verify_seconds:
-            if forward.rounds and costs.ready:
-                costs.share(forward)
-            elif not forward.rounds:
-                forward.verify_seconds = forward.seconds - forward.policy_seconds
+        if forward.seconds > 0.0 and not forward.rounds:
+            forward.verify_seconds = forward.verify_seconds or forward.seconds - forward.policy_seconds
         costs.observe(forward)
         told = [(slot, a + (a < n), a) for slot, n, a in zip(slots, drafted, accepted, strict=True) if n]
         if told:

@@ -99,8 +99,8 @@ class AskOnce(Asking):
 
     def trim(self, drafted: Mapping[str, int]) -> dict[str, int]:
         plan, ids, slots, counts = self._next, [], [], []
-        if plan is None:
-            return {}
+        if plan is None:  # the step passes unasked
+            return dict.fromkeys(drafted, 0)
         for id, slot, limit in self._planned:
             if id in drafted and id in self._slots:
                 ids.append(id)
