@@ -74,8 +74,7 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
     import numpy as np
     import torch
 
-    from experiments.common.bundled_prompts import bundled
-    from experiments.load.cell import models_of
+    from experiments.load.cell import in_turns, models_of
     from speckv_online.cpu_engine.start import start_engine
     from speckv_online.drafters.model import ModelDrafter
     from speckv_online.models.distilled_draft import load_shipped_draft
@@ -84,7 +83,7 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
     from speckv_online.traces.trace import NOTHING, Trace, agreement
 
     target, _ = models_of(config)
-    tokenizer, prompts = load_tokenizer(str(target)), bundled()[: config.recorded]
+    tokenizer, prompts = load_tokenizer(str(target)), in_turns()[: config.recorded]
     ids, gamma = [chat_prompt(tokenizer, prompt.text) for prompt in prompts], 16
     asked: dict[str, Any] = {"model": str(target), "dtype": dtype, "prompts": ids, "gamma": gamma}
     asked |= {"min_ngram": NGRAMS[0], "max_ngram": NGRAMS[1]} | {

@@ -9,29 +9,21 @@ read first.
 
 from __future__ import annotations
 
-from functools import cache
 from math import log, sqrt
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, PolicyError, State
-from policies.batches import MOST_ROWS, Forward
+from policies.base import PolicyError, State
+from policies.batches import Forward
+from policies.costs.batch_grid import MOST, grid
 from policies.costs.level_costs import HALF_LIFE, LevelCosts
 from policies.costs.pace import Means
 from policies.costs.prior import WIDTHS
 from policies.estimators.bayesian_linear import check_array
 
-#: Most tokens that a forward may read, and where V is known by numbers of its own.
-MOST: Final = MOST_ROWS * (MAX_GAMMA + 1)
-KNOTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST], dtype=float)
-#: Standard deviation of a measured log V, of u from one knot to the next, and of u as a whole.
-NOISE, WALK, LEVEL = 0.1, 0.12, 3.0
-#: A forward of N tokens takes as long as a part that is always there, worth ALWAYS tokens, and N more: where nothing is
-#: known.
-ALWAYS = 8.0
-#: What drafting takes as shares of V(1) where nothing is known: first, round, each, read.
-DRAFT = np.array([0.03, 0.08, 0.012, 0.012])
+#: Standard deviation of a measured log V.
+NOISE = 0.1
 #: How sure that is: standard deviation as a share of it. Standard deviation of measured draft seconds, as a share too.
 DOUBT, DRAFT_NOISE = 1.0, 0.25
 #: Steps between refits once so many steps were seen.
@@ -42,47 +34,22 @@ FAR = 4.0
 LATEST = 0.05
 
 
-class Grid(NamedTuple):
-    """Where V is known by numbers of its own, and what is between.
+class Guess(NamedTuple):
+    """What to go by where nothing is known.
 
     Attributes
     ----------
-    n : ndarray
-        1, 2, ... to the most tokens that a forward may read.
-    at, part : ndarray
-        For each of them the knot below, and how far it is from there to the next one, 0 to 1.
-    knots : int
-        How many there are.
-    precision : ndarray
-        Prior precision of u: differences, and hardly the level.
-    parts : tuple of int
-        Sizes of the sums, all in one vector: V's matrix and vector, the draft's, and the matrix of both.
-    ends : list of int
-        Where each of them ends, but for the last one.
+    always : float
+        A forward of N tokens takes as long as a part that is always there, worth so many tokens, and N more.
+    draft : tuple of float
+        What drafting takes as shares of V(1): first, round, each, read.
     """
 
-    n: np.ndarray
-    at: np.ndarray
-    part: np.ndarray
-    knots: int
-    precision: np.ndarray
-    parts: tuple[int, int, int, int, int]
-    ends: list[int]
+    always: float = 8.0
+    draft: tuple[float, float, float, float] = (0.03, 0.08, 0.012, 0.012)
 
 
-@cache
-def grid(most: int) -> Grid:
-    """Return the grid of forwards of at most so many tokens; beyond :data:`MOST` knots are a factor of two apart."""
-    knots = KNOTS
-    while knots[-1] < most:
-        knots = np.append(knots, 2.0 * knots[-1])
-    n = np.arange(1, int(knots[-1]) + 1, dtype=float)
-    at = np.minimum(np.searchsorted(knots, n, side="right") - 1, len(knots) - 2)
-    walk = np.diff(np.eye(len(knots)), axis=0)
-    precision = walk.T @ walk / WALK**2 + np.eye(len(knots)) / (LEVEL**2 * len(knots))
-    sizes = (len(knots) ** 2, len(knots), 16, 4, 4 * len(knots))
-    ends = np.cumsum(sizes[:-1]).tolist()
-    return Grid(n, at, (n - knots[at]) / np.diff(knots)[at], len(knots), precision, sizes, ends)
+USUAL = Guess()
 
 
 class BatchCosts:
@@ -96,6 +63,8 @@ class BatchCosts:
         The level's costs in single decoding, where something is known of them: they give V its shape.
     most : int
         Most tokens that a forward may read.
+    guess : Guess
+        What to go by where nothing is known.
 
     Attributes
     ----------
@@ -109,11 +78,14 @@ class BatchCosts:
         Steps seen, and how often the estimates were made anew.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None, most: int = MOST) -> None:
+    def __init__(
+        self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None, most: int = MOST, guess: Guess = USUAL
+    ) -> None:
         self._grid, self._keep = grid(most), 0.5 ** (1.0 / half_life)
         self._all = sum(self._grid.parts)
         self.draft = 0.0, 0.0, 0.0, 0.0
-        self._shape = (ALWAYS + self._grid.n) / (ALWAYS + 1.0)
+        self._guess = np.array(guess.draft)
+        self._shape = (guess.always + self._grid.n) / (guess.always + 1.0)
         told = 0.0
         if alone is not None and (alone.steps > WIDTHS or not alone.vague):
             table = alone.verify
@@ -127,8 +99,8 @@ class BatchCosts:
         self.steps = self.version = 0
         self.rest, self.deviation = 0.0, 0.15
         self._pace = Means(steps=1)
-        # Measured steps that are not in the sums yet: tokens, V's part in it, how much, and the draft's part; and drafts
-        # that were measured by themselves: at which step, what of and how long.
+        # Measured steps that are not in the sums yet: tokens, V's part, how much, the draft's part; and drafts that
+        # were measured by themselves: at which step, what of and how long.
         self._measured = list[tuple[float, ...]]()
         self._drafted = list[tuple[int, tuple[float, ...], float, float]]()
         self._refit()
@@ -251,7 +223,7 @@ class BatchCosts:
             doubt = (DOUBT * prior) ** -2.0
             draft = np.linalg.solve(np.diag(doubt) + draft_matrix.reshape(4, 4), doubt * prior + draft_vector)
         else:
-            prior = DRAFT * self.verify[1]
+            prior = self._guess * self.verify[1]
             doubt = (DOUBT * prior) ** -2.0
             cross, own = both.reshape(size, 4), np.diag(doubt) + draft_matrix.reshape(4, 4)
             covariance = np.linalg.inv(np.block([[precision, cross], [cross.T, own]]))
@@ -270,7 +242,7 @@ class BatchCosts:
         self.seconds = np.zeros(len(ratio) + 1)
         np.maximum.accumulate(self._shape * ratio, out=self.seconds[1:])
         self.verify: list[float] = self.seconds.tolist()
-        return DRAFT * self.verify[1]
+        return self._guess * self.verify[1]
 
     def state(self) -> State:
         """Sums, shape and means."""
@@ -296,6 +268,7 @@ class BatchCosts:
         self._drafted.clear()
         self._shapes = shape.tolist()
         self._refit()
+        self._refit()  # what is expected of drafting rests on the table that was there before
 
     def take_delta(self) -> State:
         """Sums since the last call."""

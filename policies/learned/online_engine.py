@@ -25,7 +25,7 @@ import numpy as np
 from policies.acceptance.by_history import HistoryModel
 from policies.base import MAX_GAMMA, PolicyError, State
 from policies.batches import MOST_ROWS, Forward
-from policies.costs.batch_costs import BatchCosts
+from policies.costs.batch_costs import BatchCosts, Guess
 from policies.costs.cost_model import CostModel
 from policies.costs.level_costs import HALF_LIFE
 from policies.estimators.bayesian_linear import check_array
@@ -35,13 +35,15 @@ from policies.steps import Batch, Plan, StepPolicy
 STATE_FORMAT = 1
 #: Share of the time that probes may take, how much may be saved up for them in steps, and what a new size starts with.
 PROBES, SAVED, START = 0.0075, 1.0, 2.0
+#: What to go by where nothing is known: engines run large batches well, and read many tokens at once.
+GUESS = Guess(24.0, (0.03, 0.12, 0.012, 0.002))
 #: Numbers of drafts that are probed, in turns.
 TRIED = (1, 2, 4, 1, 3, 2, 8)
 #: Of so many probes one is blind.
 BLIND = 3
 #: Steps over which the reading of a draft model that lags behind has to pay.
 READING = 32.0
-#: Steps that a choice goes on for: without drafts unasked, and with some.
+#: Steps that a choice goes on for: without drafts unasked, and with some, half as many as there are requests at most.
 UNASKED, KEPT = 7, 7
 #: How much better than no drafts a number has to look, as those that look best are those that are overrated.
 MARGIN = 1.01
@@ -104,14 +106,15 @@ class OnlineEngine(StepPolicy):
         if not 0 <= cap <= MAX_GAMMA or not 1 <= most_rows <= 4096 or not 0 <= probes < 1 or cost_half_life < 1:
             raise PolicyError("cap must be 0 to 16, most_rows 1 to 4096, probes below 1, cost_half_life at least 1")
         self.cap, self.probes = cap, probes
-        self.batch_costs = BatchCostModel(CostModel(cost_half_life), max(MOST_ROWS, most_rows) * (MAX_GAMMA + 1))
+        most = max(MOST_ROWS, most_rows) * (MAX_GAMMA + 1)
+        self.batch_costs = BatchCostModel(CostModel(cost_half_life), most, GUESS)
         self.model = HistoryModel()
         self._credit: dict[str, float] = {}
         self._turn = 0
         # Of the latest choice: its level and rows, how many steps it may go on unasked, and seconds of such a step.
         self._idle: tuple[str, int] = "", 0
         self._left, self._plain = 0, 0.0
-        self._latest: tuple[tuple[str, int, int, int], Choice] | None = None
+        self._latest: tuple[tuple[str, int, int, int, int], Choice | None] = ("", 0, 0, 0, 0), None
         self._kept = 0
 
     def rests(self, level: str, rows: int) -> bool:
@@ -145,14 +148,16 @@ class OnlineEngine(StepPolicy):
     def _choice(self, batch: Batch, most: int, costs: BatchCosts) -> Choice:
         """Return the choice of the step before where it still holds, else a new one."""
         rows = len(batch.limits)
-        key = batch.level, rows, min(batch.limits), most
-        if self._latest is not None and self._latest[0] == key and self._kept < KEPT and not self._latest[1].probe:
+        key = batch.level, rows, min(batch.limits), most, costs.version
+        before, choice = self._latest
+        if choice is not None and before == key and self._kept < min(KEPT, rows // 2) and not choice.probe:
             self._kept += 1
-            choice = self._latest[1]
             self._credit[key[0]] = self._credit.get(key[0], 0.0) + self.probes * rows / choice.rate
             return choice
         choice = self._choose(batch, most, costs)
         self._latest, self._kept = (key, choice), 0
+        if not choice.gamma:
+            self.model.fade(1 + UNASKED)
         return choice
 
     def _choose(self, batch: Batch, most: int, costs: BatchCosts) -> Choice:

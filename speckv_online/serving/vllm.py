@@ -15,8 +15,8 @@ from typing import Any
 
 from speckv_online.errors import UserError
 from speckv_online.serving.controller import Controller
-from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.counts import Publisher
+from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.lazy_draft import install
 from speckv_online.serving.settings import Settings
 from speckv_online.serving.step_log import StepLog

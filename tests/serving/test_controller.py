@@ -145,7 +145,9 @@ def test_a_state_is_taken_up(tmp_path: Path) -> None:
     first.controller.save(last=True)
     again = Controller(told, ENGINE)
     assert again.resumed
-    assert again.policy.batch_costs.level("bf16").verify == pytest.approx(first.controller.policy.batch_costs.level("bf16").verify, rel=0.05)
+    assert again.policy.batch_costs.level("bf16").verify == pytest.approx(
+        first.controller.policy.batch_costs.level("bf16").verify, rel=0.05
+    )
     assert max(Machine(again, 0.02, 0.001, 0.002).chosen, default=0) == 0
     other = Controller(told, Engine("another engine", "bf16", "draft_model", False, 8, 16))
     assert not other.resumed

@@ -42,7 +42,9 @@ class Raises(Policy):
 def make_models(folder: Path) -> None:
     """Write a tiny target, and a draft that is often right about it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -55,6 +57,8 @@ def make_models(folder: Path) -> None:
     for weight in target.parameters():
         weight.data += 0.01 * torch.randn_like(weight)
     target.save_pretrained(folder / "draft")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "target")
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
