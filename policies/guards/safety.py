@@ -153,7 +153,8 @@ class SafetyGuard(PassesRows, Wrapper):
 
     def plan(self, batch: Batch) -> Plan:
         """See :class:`~policies.steps.StepPolicy`."""
-        return self.rows.plan(batch)
+        found: Plan = self.rows.plan(batch)
+        return found
 
     def learn_step(
         self, plan: Plan, slots: Sequence[int], drafted: Sequence[int], accepted: Sequence[int], forward: Forward

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from policies.base import MAX_GAMMA
+from policies.base import MAX_GAMMA, Policy
 from policies.batches import Forward
 from policies.guards.joint import PassesRows
 from policies.steps import Batch, Plan
@@ -16,7 +16,7 @@ Answer = TypeVar("Answer")
 class FaultSteps(PassesRows):
     """The part of a :class:`~policies.guards.fault.FaultGuard` for steps."""
 
-    policy: Any
+    policy: Policy
     fallback_gamma: int
     _own_id: int
     _fault: Callable[[str, object], None]
@@ -28,7 +28,7 @@ class FaultSteps(PassesRows):
         try:
             answer = getattr(self.policy, name)(*arguments)
             if type(answer) is type(otherwise):
-                return answer  # type: ignore[no-any-return]
+                return answer
             self._fault("impossible answer", f"{name} answered {answer!r}")
         except self._faults as error:
             self._fault(f"{name} raised", error)

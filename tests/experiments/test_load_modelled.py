@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.load import changes
@@ -59,15 +60,16 @@ def test_a_policy_is_soon_back_after_a_change(tmp_path: Path, capsys: pytest.Cap
     EngineCosts("made", tuple(0.02 + 0.001 * n for n in range(1, 400)), each_round=0.005).save(
         tmp_path / "draft_model-bfloat16.json"
     )
-    easy, hard = [4, 3, 2, 1, 0] * 8, [0] * 40
-    for i in range(8):
-        trace = made((hard if i % 2 else easy)[i:], level="bfloat16")
-        trace = replace(trace, task="chat" if i % 2 else "code")
-        trace.save(tmp_path / "draft_model-bfloat16" / f"{i}.npz")
-    arguments = ["--calibrated", str(tmp_path), "--steps", "300", "--seeds", "1"]
+    rng = np.random.default_rng(0)
+    for task, chance in (("code", 0.8), ("chat", 0.2)):
+        for i in range(8):
+            hits = np.minimum(rng.geometric(1 - chance, 60) - 1, np.arange(60, 0, -1)).clip(0, 16)
+            trace = replace(made(hits.tolist(), level="bfloat16"), task=task)
+            trace.save(tmp_path / "draft_model-bfloat16" / f"{task}-{i}.npz")
+    arguments = ["--calibrated", str(tmp_path), "--steps", "300", "--seeds", "2"]
     assert changes.main([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == len(changes.PHASES) - 1
+    assert len(rows) == 2 * (len(changes.PHASES) - 1)
     assert max(row["steps"] for row in rows) <= 200
     assert changes.main([*arguments, "--tasks", "code,other"]) == 2
     assert "no text of the task 'other'" in capsys.readouterr().err
