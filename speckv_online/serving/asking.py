@@ -33,6 +33,10 @@ class Asking(ABC):
         self._most = min(engine.most_drafts, MAX_GAMMA)
 
     @abstractmethod
+    def __len__(self) -> int:
+        """How many requests are known."""
+
+    @abstractmethod
     def known(self, id: str) -> bool:
         """Whether a step was planned for a request already."""
 
@@ -64,6 +68,9 @@ class AskOnce(Asking):
         self._pending: Plan | None = None
         self._next: Plan | None = None
         self._planned: list[tuple[str, int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
     def known(self, id: str) -> bool:
         return id in self._slots
@@ -146,6 +153,9 @@ class AskEach(Asking):
         self._rows: dict[str, _Row] = {}
         self._planned: list[str] = []
         self._drafters = (LOOKUP,) if engine.looks_up else ()
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def known(self, id: str) -> bool:
         return id in self._rows

@@ -115,7 +115,7 @@ def main(folder: str, method: str, policy: str, task: str, lazy: str = "lazy") -
     found["outputs"] = [list(o.outputs[0].token_ids) for o in llm.generate(asked, each, use_tqdm=False)]
     if policy:
         found["counts"] = scheduler._speckv.collect().as_json()
-        found["left"] = len(scheduler._speckv._rows) - len(scheduler.finished_req_ids)
+        found["left"] = len(scheduler._speckv._asking) - len(scheduler.finished_req_ids)
     return found
 
 
