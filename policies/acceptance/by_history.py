@@ -23,7 +23,7 @@ MEAN = np.array([0.0, 1.0, 0.3, -0.3, 0.0, *[0.0] * POSITIONS])
 DEVIATION = np.array([0.7, 0.5, 0.5, 0.5, 0.5, *[0.3] * POSITIONS])
 #: Tested tokens that all requests' acceptance counts for, in that of one, and what is kept of a request's own counts at
 #: each of its drafts, and of all requests' at each step; what is left of all requests' counts at least.
-SHRINK, KEEP, KEEP_ALL, LEAST = 4.0, 0.93, 0.94, 8.0
+SHRINK, KEEP, KEEP_ALL, LEAST = 4.0, 0.93, 0.96, 8.0
 #: Weight of a step's rows that is left after each later one, and steps between updates of the weights in use.
 DISCOUNT, EVERY = 0.998, 16
 #: Least weight p (1 - p) of a row.

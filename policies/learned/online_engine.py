@@ -36,7 +36,7 @@ STATE_FORMAT = 1
 #: Share of the time that probes may take, how much may be saved up for them in steps, and what a new size starts with.
 PROBES, SAVED, START = 0.0075, 1.0, 2.0
 #: What to go by where nothing is known: engines run large batches well, and read many tokens at once.
-GUESS = Guess(32.0, (0.03, 0.12, 0.012, 0.002))
+GUESS = Guess(24.0, (0.03, 0.12, 0.012, 0.002))
 #: Numbers of drafts that are probed, in turns.
 TRIED = (1, 2, 4, 1, 3, 2, 8)
 #: Of so many probes one is blind.
