@@ -49,7 +49,9 @@ def load(config: LoadConfig) -> int:
             for dtype in config.dtypes:
                 calibration(config.calibrated, method, dtype)  # what is not there should show before the run
     out = Path(config.out).expanduser()
-    check_writable(out)
+    images = Path(config.images).expanduser() if config.images else out
+    for path in (out, images):
+        check_writable(path)
     cells = [(method, dtype) for method in config.methods for dtype in config.dtypes]
     if config.ray:
         from experiments.runtime.ray_runner import set_environment
@@ -71,12 +73,12 @@ def load(config: LoadConfig) -> int:
         head = f"{summary['method']}, {summary['dtype']}, {'compiled' if config.compiled else 'eager'}"
         parts.append(f"**{head}**\n\n" + "\n".join(markdown_table([COLUMNS, *table(summary)])))
     write_atomically(out / "load.md", lambda f: f.write("\n\n".join(parts) + "\n"))
-    picture = Path(config.images).expanduser() / "load.png" if config.images else out / "load.png"
-    plot(summaries, picture)
+    plot(summaries, images / "load.png")
     if config.doc:
         text = "\n\n".join([_about(config), *parts])
         if config.images:
-            text += f"\n\n![Tokens per second against milliseconds per token]({_beside(picture, config.doc)})"
+            link = _beside(images / "load.png", config.doc)
+            text += f"\n\n![Tokens per second against milliseconds per token]({link})"
         insert(Path(config.doc), text + "\n", MARKER)
     if config.json:
         print(json.dumps(summaries))
