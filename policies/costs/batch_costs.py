@@ -98,7 +98,7 @@ class BatchCosts:
         self._sums, self._delta, self._count = np.zeros(self._all), np.zeros(self._all), 0
         self.steps = self.version = 0
         self.rest, self.deviation = 0.0, 0.15
-        self._pace = Means(steps=1)
+        self._pace = Means()
         # Measured steps that are not in the sums yet: tokens, V's part, how much, the draft's part; and drafts that
         # were measured by themselves: at which step, what of and how long.
         self._measured = list[tuple[float, ...]]()
@@ -164,6 +164,7 @@ class BatchCosts:
             off = min(max(off - ahead, -most), most)
             self.deviation += LATEST * (abs(off) - self.deviation)
             off += ahead
+            pace.steps = max(self.steps - 3, 0)  # the first steps warm up
             pace.note(off)
             off -= pace.now - pace.lately
         if whole:
@@ -263,7 +264,7 @@ class BatchCosts:
         self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(self._all), 0
         self.steps = int(means[0])
         self.rest, self.deviation, self._pace.now, self._pace.lately, self._start = means[1:6]
-        self._pace.steps, self.told, self._known = max(self.steps - 2, 1), bool(means[6]), bool(sums.any())
+        self.told, self._known = bool(means[6]), bool(sums.any())
         self._measured.clear()
         self._drafted.clear()
         self._shapes = shape.tolist()

@@ -23,8 +23,8 @@ class Means:
 
     __slots__ = ("lately", "now", "steps")
 
-    def __init__(self, usual: float = 0.0, steps: int = 0) -> None:
-        self.now, self.lately, self.steps = usual, usual, steps
+    def __init__(self, usual: float = 0.0) -> None:
+        self.now, self.lately, self.steps = usual, usual, 0
 
     def note(self, off: float) -> None:
         """Take in a step."""
