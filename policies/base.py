@@ -203,8 +203,7 @@ class Outcome:
     context_length : int
         As in the context of the decision.
     caught_up : int
-        Extra context tokens that the drafter had to read first, because it lagged behind: the draft time of such a step
-        is not typical.
+        Extra context tokens that a drafter that lagged behind had to read first: its time is not typical.
     signals : ndarray, shape (drafted, N_SIGNALS)
         Signals of every drafted token.
     drafter : str
@@ -216,8 +215,7 @@ class Outcome:
         True if the step's drafter had nothing more to propose after these tokens, so that a longer draft would have
         been the same: lookups end like that, models never do, nor does a drafter that the policy left within the step.
     policy_seconds : float
-        What the policy itself took of ``seconds``: to decide, and to learn from the step before. Zero where nobody
-        looked at a clock, as in replays.
+        What the policy took of ``seconds``: to decide, and to learn from the step before. Zero in replays.
     tokens : sequence of int
         Ids of the drafted tokens; empty where the caller does not tell.
     lookups : sequence of float
@@ -272,6 +270,8 @@ class Policy(ABC):
     learns: ClassVar[bool] = False
     #: True for policies that decide a batch's rows together, see :mod:`policies.batches`.
     joint: bool = False
+    #: True for policies that decide a serving engine's steps, see :mod:`policies.steps`.
+    in_steps: bool = False
 
     def __init__(self, *, seed: int = 0, worker: int = 0) -> None:
         self.rng = np.random.default_rng([seed, worker])

@@ -37,6 +37,8 @@ class Forward:
         The whole step and its two main parts; zero where they are not those of a usual step.
     policy_seconds : float
         What the policy took of ``seconds``.
+    produced : int
+        Tokens that it added to the outputs; told to policies that decide steps.
     """
 
     level: str
@@ -49,6 +51,7 @@ class Forward:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     policy_seconds: float = 0.0
+    produced: int = 0
 
 
 class JointPolicy(Policy):

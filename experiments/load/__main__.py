@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.common.documents import check_place, insert
 from experiments.config import launch
-from experiments.load.config import NONE, LoadConfig
+from experiments.load.config import NONE, WARM, LoadConfig
 
 MARKER = "load"
 #: What ``--quick`` plays.
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(config: LoadConfig) -> int:
     """Play all cells, and write what they came to."""
     from experiments.load.cell import play
+    from experiments.load.predicted import calibration, predict
     from experiments.load.report import COLUMNS, plot, summarise, table
     from speckv_online.io.files import write_atomically
     from speckv_online.io.run_directory import check_writable
@@ -43,8 +44,14 @@ def load(config: LoadConfig) -> int:
     check_place(config.doc, MARKER)
     if config.quick:
         config = replace(config, **QUICK)
+    if config.calibrated:
+        for method in config.methods:
+            for dtype in config.dtypes:
+                calibration(config.calibrated, method, dtype)  # what is not there should show before the run
     out = Path(config.out).expanduser()
-    check_writable(out)
+    images = Path(config.images).expanduser() if config.images else out
+    for path in (out, images):
+        check_writable(path)
     cells = [(method, dtype) for method in config.methods for dtype in config.dtypes]
     if config.ray:
         from experiments.runtime.ray_runner import set_environment
@@ -57,21 +64,43 @@ def load(config: LoadConfig) -> int:
     else:
         results = [play(config, *cell) for cell in cells]
     summaries = [summarise(cell) for cell in results]
+    if config.calibrated:
+        for summary in summaries:
+            predict(config, summary)
     write_atomically(out / "load.json", lambda f: f.write(json.dumps({"cells": results, "summaries": summaries})))
     parts = []
     for summary in summaries:
         head = f"{summary['method']}, {summary['dtype']}, {'compiled' if config.compiled else 'eager'}"
         parts.append(f"**{head}**\n\n" + "\n".join(markdown_table([COLUMNS, *table(summary)])))
     write_atomically(out / "load.md", lambda f: f.write("\n\n".join(parts) + "\n"))
-    plot(summaries, out / "load.png")
+    plot(summaries, images / "load.png")
     if config.doc:
-        insert(Path(config.doc), "\n\n".join(parts), MARKER)
+        text = "\n\n".join([_about(config), *parts])
+        if config.images:
+            link = _beside(images / "load.png", config.doc)
+            text += f"\n\n![Tokens per second against milliseconds per token]({link})"
+        insert(Path(config.doc), text + "\n", MARKER)
     if config.json:
         print(json.dumps(summaries))
     else:
         for summary in summaries:
             print(f"{summary['method']}, {summary['dtype']}", *text_table([COLUMNS, *table(summary)]), sep="\n")
     return 0
+
+
+def _about(config: LoadConfig) -> str:
+    """Say what was played."""
+    import platform
+
+    said = f"Measured, {config.repeats} repetitions, {config.output_tokens} tokens per answer, {platform.machine()}, "
+    said += f"{os.cpu_count()} cores. A policy's server lives through all blocks, and starts knowing nothing"
+    said += f"; `{WARM}…` starts from a state of another run at these loads." if config.warm else "."
+    return said + (" Predictions are the serving simulator's, modelled." if config.calibrated else "")
+
+
+def _beside(picture: Path, document: str) -> str:
+    """Return a picture's path as a document links to it."""
+    return os.path.relpath(picture, Path(document).expanduser().parent).replace(os.sep, "/")
 
 
 if __name__ == "__main__":

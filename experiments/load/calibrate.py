@@ -74,14 +74,16 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
     import numpy as np
     import torch
 
-    from experiments.common.bundled_prompts import bundled
-    from experiments.load.cell import models_of
-    from speckv_online.models.pairs import chat_prompt, load_pair, load_tokenizer
+    from experiments.load.cell import in_turns, models_of
+    from speckv_online.cpu_engine.start import start_engine
+    from speckv_online.drafters.model import ModelDrafter
+    from speckv_online.models.distilled_draft import load_shipped_draft
+    from speckv_online.models.pairs import DEFAULT_PAIR, chat_prompt, load_tokenizer, prepare
     from speckv_online.profiling.draft_table import draft_table
     from speckv_online.traces.trace import NOTHING, Trace, agreement
 
     target, _ = models_of(config)
-    tokenizer, prompts = load_tokenizer(str(target)), bundled()[: config.recorded]
+    tokenizer, prompts = load_tokenizer(str(target)), in_turns()[: config.recorded]
     ids, gamma = [chat_prompt(tokenizer, prompt.text) for prompt in prompts], 16
     asked: dict[str, Any] = {"model": str(target), "dtype": dtype, "prompts": ids, "gamma": gamma}
     asked |= {"min_ngram": NGRAMS[0], "max_ngram": NGRAMS[1]} | {
@@ -93,9 +95,9 @@ def record(config: CalibrateConfig, python: str, dtype: str, out: Path) -> None:
         _decode(python, asked, surroundings)
     found = json.loads(Path(asked["out"]).read_text())
     # The same draft with a small head takes a tenth of the time. Nearly all of its tokens are those of the whole.
-    model = load_pair(level="fp16", device="cpu").drafter
-    assert model is not None
-    torch.set_grad_enabled(False)
+    draft, head_ids, _ = load_shipped_draft(prepare(DEFAULT_PAIR), torch.device("cpu"))
+    start_engine(draft)
+    model = ModelDrafter(draft, len(tokenizer), head_ids)
     for prompt, tokens_of, outputs in zip(prompts, ids, found, strict=False):
         tokens = np.array(outputs["tokens"], dtype=np.int32)
         if all((out / f"{method}-{dtype}" / f"{prompt.id}.npz").is_file() for method in ("ngram", "draft_model")):

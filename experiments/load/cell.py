@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from experiments.common.bundled_prompts import bundled
-from experiments.load.config import NGRAMS, NONE, TABLE, LoadConfig
+from experiments.load.config import NGRAMS, NONE, TABLE, WARM, LoadConfig
 from experiments.load.export import export
 from experiments.load.quiet import Quiet
 from experiments.load.server import SCHEDULER, WORKER, Client, Server, environment, interpreter
+from speckv_online.errors import UserError
+from speckv_online.io.prompts import Prompt
 from speckv_online.io.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
@@ -30,13 +32,17 @@ def loads(config: LoadConfig) -> list[tuple[str, float]]:
     return [("closed", float(n)) for n in config.concurrency] + [("open", float(r)) for r in config.rates]
 
 
-def write_prompts(path: Path) -> None:
-    """Write the held-out prompts of the four tasks, one of each in turns."""
-    tasks: dict[str, list[str]] = {}
+def in_turns() -> list[Prompt]:
+    """Return the held-out prompts of the four tasks, one of each in turns."""
+    tasks: dict[str, list[Prompt]] = {}
     for prompt in bundled():
-        tasks.setdefault(prompt.task, []).append(prompt.text)
-    turns = [texts[i] for i in range(max(map(len, tasks.values()))) for texts in tasks.values() if i < len(texts)]
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in turns))
+        tasks.setdefault(prompt.task, []).append(prompt)
+    return [own[i] for i in range(max(map(len, tasks.values()))) for own in tasks.values() if i < len(own)]
+
+
+def write_prompts(path: Path) -> None:
+    """Write these prompts for the load generator."""
+    path.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in in_turns()))
 
 
 def models_of(config: LoadConfig) -> tuple[Path, Path]:
@@ -45,9 +51,15 @@ def models_of(config: LoadConfig) -> tuple[Path, Path]:
 
 
 def arguments(
-    config: LoadConfig, method: str, dtype: str, contender: str, table: list[list[int]], steps: str = ""
+    config: LoadConfig,
+    method: str,
+    dtype: str,
+    contender: str,
+    table: list[list[int]],
+    steps: str = "",
+    state: str = "",
 ) -> list[str]:
-    """Return a contender's arguments of the server."""
+    """Return a contender's arguments of the server; a policy starts from ``state`` and keeps it."""
     target, draft = models_of(config)
     rows = max(int(n) for n in config.concurrency)
     found = [
@@ -67,7 +79,7 @@ def arguments(
     if contender == TABLE:
         about["num_speculative_tokens_per_batch_size"] = table
     elif not contender.isdigit():
-        settings = {"speckv": {"policy": contender, "steps": steps}}
+        settings = {"speckv": {"policy": contender.removeprefix(WARM), "steps": steps, "state": state}}
         found += ["--scheduler-cls", SCHEDULER, "--worker-extension-cls", WORKER, "--no-async-scheduling"]
         found += ["--additional-config", json.dumps(settings)]
     return [*found, "--speculative-config", json.dumps(about)]
@@ -113,15 +125,19 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
             quiet.share()
             log.info("%s %s: starting %s", method, dtype, name)
             safe = "".join(c if c.isalnum() else "-" for c in name)
-            server = Server(
-                python, arguments(config, method, dtype, name, table, steps), surroundings, out / f"{safe}.log"
-            )
-            stack.callback(server.stop)
-            server.wait()
-            servers[name] = server
+            state = out / f"{safe}.npz" if name.startswith(WARM) else None
+            given = arguments(config, method, dtype, name, table, steps, str(state or ""))
+            if state is not None and not state.exists():
+                with _running(python, given, surroundings, out / f"{safe}-before.log") as before:
+                    for load in map(float, config.concurrency):
+                        _block(config, client, before, out, "closed", load, 98)
+                if not state.exists():
+                    raise UserError(f"the server of '{name}' left no state: its blocks were too short")
+            servers[name] = stack.enter_context(_running(python, given, surroundings, out / f"{safe}.log"))
+            server = servers[name]
             _block(config, client, server, out, "closed", 4.0, 99)  # warms it up; it does not count
 
-        for name in config.contenders:
+        for name in config.all_contenders():
             if name != TABLE:
                 start(name)
         for repeat in range(config.repeats + 1):
@@ -142,11 +158,23 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
     return {"method": method, "dtype": dtype, "table": table, "blocks": [b for b in blocks if b["repeat"]]}
 
 
+@contextmanager
+def _running(python: str, given: list[str], surroundings: dict[str, str], log: Path) -> Iterator[Server]:
+    """Start a server, and stop it in the end."""
+    server = Server(python, given, surroundings, log)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
 def _turns(config: LoadConfig, repeat: int) -> Iterator[tuple[str, str, float]]:
     """Yield contenders and loads of a repetition, in an order that rotates."""
     for i, (loop, load) in enumerate(loads(config)):
-        at = (i + repeat) % len(config.contenders)
-        for name in config.contenders[at:] + config.contenders[:at]:
+        names = config.all_contenders()
+        at = (i + repeat) % len(names)
+        for name in names[at:] + names[:at]:
             yield name, loop, load
 
 

@@ -12,6 +12,8 @@ from speckv_online.errors import UserError
 NONE, TABLE = "none", "table"
 #: Shortest and longest run of tokens that vLLM's lookups match.
 NGRAMS = 2, 4
+#: What stands before the name of a policy that starts from a state.
+WARM = "warm "
 METHODS = ("ngram", "draft_model")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,8 +45,11 @@ class LoadConfig:
     ray: bool = option(False, "each method and dtype as a Ray task on a machine of its own")
     json: bool = option(False, "print the result as JSON")
     seed: int = option(0, "seed of prompts and arrivals")
+    warm: bool = option(False, "play each policy also with a state that a server of its own has learnt at these loads")
+    calibrated: str = option("", "directory of experiments.load.calibrate: the simulator's predictions stand beside")
     models: str = option("", "folder of the exported models (default: in the cache)")
     doc: str = option("", "document to put the tables into, between its markers")
+    images: str = option("", "folder for the picture, beside the document (default: the run directory alone)")
     out: str = option("runs/load", "run directory")
 
     def __post_init__(self) -> None:
@@ -65,6 +70,11 @@ class LoadConfig:
             raise UserError(f"--python {self.python}: there is no such file")
         if not self.contenders or (TABLE in self.contenders and not self.fixed()):
             raise UserError("--contenders: the table is tuned on fixed numbers and 'none': name some")
+
+    def all_contenders(self) -> list[str]:
+        """Return the contenders, with those that start from a state."""
+        more = [f"{WARM}{name}" for name in self.contenders if name not in (*self.fixed(), TABLE)]
+        return [*self.contenders, *more] if self.warm else list(self.contenders)
 
     def fixed(self) -> list[str]:
         """Return the contenders that the table is tuned on."""

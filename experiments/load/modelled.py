@@ -54,12 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def modelled(config: ModelledConfig) -> int:
     """Play all loads, and print what they come to."""
+    from experiments.load.predicted import calibration
     from speckv_online.reporting.report import text_table
-    from speckv_online.simulate.engine_costs import EngineCosts
-    from speckv_online.traces.trace import load_traces
 
-    folder, name = Path(config.calibrated).expanduser(), f"{config.method}-{config.dtype}"
-    costs, traces = EngineCosts.load(folder / f"{name}.json"), load_traces(folder / name)
+    name = f"{config.method}-{config.dtype}"
+    costs, traces = calibration(config.calibrated, config.method, config.dtype)
     told = _measured(config) if config.measured else {}
     places = list(dict.fromkeys(key[:2] for key in told)) or [("closed", float(n)) for n in config.concurrency]
     rows: list[dict[str, Any]] = []
@@ -93,14 +92,14 @@ def modelled(config: ModelledConfig) -> int:
 def _play(
     config: ModelledConfig, costs: Any, traces: Any, contender: str, loop: str, load: float, replicas: int
 ) -> dict[str, Any]:
-    from speckv_online.serving.controller import Engine
+    from experiments.load.predicted import spec
+    from speckv_online.serving.engine import Engine
     from speckv_online.simulate.serving import Fleet, Load
 
-    spec = "autoregressive" if contender == NONE else f"fixed:{contender}" if contender.isdigit() else contender
     most = max(int(load), 1) if loop == "closed" else 16
     engine = Engine("modelled", config.dtype, config.method, config.method == "ngram", config.most_drafts, most)
     own = 0.0 if contender == NONE or contender.isdigit() else config.policy_seconds
-    fleet = Fleet(spec, engine, costs, replicas=replicas, sync_every=config.sync_every, policy_seconds=own)
+    fleet = Fleet(spec(contender), engine, costs, replicas=replicas, sync_every=config.sync_every, policy_seconds=own)
     closed = int(load) if loop == "closed" else 0
     came = Load(config.requests * replicas, concurrency=closed, rate=0.0 if closed else load)
     served = fleet.serve(traces, came, seed=config.seed)

@@ -13,7 +13,7 @@ from experiments.load.config import NONE
 #: Columns of the table, and what they are of.
 COLUMNS = (
     "load", "contender", "tokens/s", "over none", "TPOT p50 ms", "TPOT p99 ms", "TTFT p50 ms", "TTFT p99 ms",
-    "accepted", "γ",
+    "accepted", "γ", "predicted ÷ measured",
 )  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
             row["contender"], show(row["output_throughput"], 0), show(row["over_none"], 2),
             show(row["median_tpot_ms"], 1), show(row["p99_tpot_ms"], 1), show(row["median_ttft_ms"], 0),
             show(row["p99_ttft_ms"], 0), show(row["acceptance"], 0), show(row["gamma"], 1),
+            show(row["predicted"] / row["output_throughput"] if "predicted" in row else None, 2),
         ]
         for row in summary["rows"]
     ]  # fmt: skip

@@ -8,12 +8,11 @@ sums forget exponentially, as those of :class:`~policies.estimators.bayesian_lin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log
 
 import numpy as np
 
 from policies.base import MAX_GAMMA, State
-from policies.estimators.bayesian_linear import GaussianHead, check_array
+from policies.estimators.bayesian_linear import BUFFER, GaussianHead, check_array
 
 #: Features of a request: constant, log-odds of its acceptance, whether its latest draft was accepted as a whole, or not
 #: at all; then how far a whole acceptance carries, and a number of each position, those from the last one on alike.
@@ -23,35 +22,12 @@ SIZE = REQUEST + 1 + POSITIONS
 MEAN = np.array([0.0, 1.0, 0.3, -0.3, 0.0, *[0.0] * POSITIONS])
 DEVIATION = np.array([0.7, 0.5, 0.5, 0.5, 0.5, *[0.3] * POSITIONS])
 #: Tested tokens that all requests' acceptance counts for, in that of one, and what is kept of a request's own counts at
-#: each of its drafts, and of all requests' at each step.
-SHRINK, KEEP, KEEP_ALL = 4.0, 0.93, 0.99
+#: each of its drafts, and of all requests' at each step; what is left of all requests' counts at least.
+SHRINK, KEEP, KEEP_ALL, LEAST = 4.0, 0.93, 0.96, 8.0
 #: Weight of a step's rows that is left after each later one, and steps between updates of the weights in use.
 DISCOUNT, EVERY = 0.998, 16
 #: Least weight p (1 - p) of a row.
 FLOOR = 0.01
-
-
-class Request:
-    """What a request's drafts came to, lately.
-
-    Attributes
-    ----------
-    hits, tested : float
-        Tokens accepted and tested, older ones counting less.
-    whole, none : float
-        1 where the latest draft was accepted as a whole, or not at all.
-    """
-
-    __slots__ = ("hits", "none", "tested", "whole")
-
-    def __init__(self) -> None:
-        self.hits = self.tested = self.whole = self.none = 0.0
-
-    def note(self, accepted: int, labelled: int) -> None:
-        """Take in a draft."""
-        self.hits = KEEP * self.hits + accepted
-        self.tested = KEEP * self.tested + labelled
-        self.whole, self.none = float(labelled == accepted), float(not accepted)
 
 
 class HistoryModel:
@@ -68,33 +44,67 @@ class HistoryModel:
     def __init__(self) -> None:
         self.head = GaussianHead(MEAN, np.diag(DEVIATION**-2.0), DISCOUNT)
         self.hits, self.tested = 1.0, 2.0
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._tokens = 0
         self._where = np.minimum(np.arange(MAX_GAMMA), POSITIONS - 1)
         self._far = np.minimum(np.arange(MAX_GAMMA), 4) / 4.0
+        # By slot: tokens accepted and tested, older ones counting less; 1 where the latest draft was accepted as a
+        # whole, or not at all.
+        self._requests = np.zeros((16, 4))
+        self._table: np.ndarray | None = None
+        self._width = 1
         self._read()
 
-    def describe(self, requests: Sequence[Request]) -> np.ndarray:
-        """Return the features of requests, shape (rows, REQUEST)."""
-        mean = SHRINK * self.hits / self.tested
-        rows = [
-            (1.0, log((r.hits + mean + 0.1) / (r.tested - r.hits + SHRINK - mean + 0.1)), r.whole, r.none)
-            for r in requests
-        ]
-        return np.array(rows)
+    def start(self, slot: int) -> None:
+        """Begin a request: nothing is known of the one that had its slot."""
+        if slot >= len(self._requests):
+            self._requests = np.concatenate((self._requests, np.zeros((slot + 1, 4))))
+        self._requests[slot] = 0.0
+        self._table = None
 
-    def survival(self, about: np.ndarray, most: int) -> np.ndarray:
-        """Return the chance that each request's first 1, 2, ... drafted tokens are all accepted, (rows, most)."""
-        eta = (about @ self._own)[:, None] + self._by_place[:most] + about[:, 2:3] * self._carry[:most]
-        found: np.ndarray = np.cumprod(1.0 / (1.0 + np.exp(-eta)), axis=1)
-        return found
+    def survival(self, most: int) -> np.ndarray:
+        """Return the chance that the first 1, 2, ... drafted tokens are all accepted, of ``most`` or more, by slot."""
+        if self._table is None or most > self._table.shape[1]:
+            self._width = max(self._width, most)
+            about = self._about = self._requests.copy()
+            hits, tested = about[:, 0], about[:, 1]
+            mean = SHRINK * self.hits / self.tested
+            np.log((hits + (mean + 0.1)) / (tested - hits + (SHRINK - mean + 0.1)), out=tested)
+            about[:, 0] = 1.0
+            eta = about @ self._columns[:, : self._width]
+            eta += self._by_place[: self._width]
+            np.exp(np.negative(eta, out=eta), out=eta)
+            eta += 1.0
+            self._table = (1.0 / eta).cumprod(axis=1)
+        return self._table
 
-    def add(self, about: np.ndarray, labelled: Sequence[int], accepted: Sequence[int]) -> None:
-        """Take in what drafts came to, one of each described request; those with no tested token teach nothing."""
+    def add(self, slots: Sequence[int], tested: Sequence[int], accepted: Sequence[int]) -> None:
+        """Take in what a step's drafts came to, each of one tested token or more."""
+        self.survival(1)
+        at, total = np.array(slots), sum(tested)
+        new = np.array((accepted, tested)).T
+        if self._tokens + total > BUFFER:
+            self._fold()
+        self._waiting.append((self._about[at], new))
+        self._tokens += total
         self.hits = KEEP_ALL * self.hits + sum(accepted)
-        self.tested = KEEP_ALL * self.tested + sum(labelled)
-        self._waiting.append((about, np.array(labelled), np.array(accepted)))
+        self.tested = KEEP_ALL * self.tested + total
+        found = self._requests[at]
+        found[:, :2] *= KEEP
+        found[:, :2] += new
+        hits = new[:, 0]
+        found[:, 2], found[:, 3] = hits == new[:, 1], hits == 0
+        self._requests[at] = found
+        self._table = None
         if len(self._waiting) >= EVERY or self.head.steps < EVERY:
             self.refresh()
+
+    def fade(self, steps: int) -> None:
+        """Let what is known of all requests count less, as it does after steps without drafts; the rate stays."""
+        keep = KEEP_ALL**steps
+        if self.tested * keep > LEAST:
+            self.hits *= keep
+            self.tested *= keep
 
     def refresh(self) -> None:
         """Learn from the drafts that wait."""
@@ -103,26 +113,35 @@ class HistoryModel:
         self._read()
 
     def _fold(self) -> None:
-        for about, labelled, accepted in self._waiting:
-            if not (count := int(labelled.sum())):
-                continue
-            row = np.repeat(np.arange(len(labelled)), labelled)
-            j = np.arange(count) - np.repeat(np.cumsum(labelled) - labelled, labelled)
-            phi = np.zeros((count, SIZE))
-            phi[:, :REQUEST] = about[row]
-            phi[:, REQUEST] = about[row, 2] * self._far[j]
-            phi[np.arange(count), REQUEST + 1 + self._where[j]] = 1.0
-            eta = phi @ self._weights
-            p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
-            weight = np.maximum(p * (1.0 - p), FLOOR)
-            root = np.sqrt(weight)
-            self.head.add(phi * root[:, None], root * eta + ((j < accepted[row]) - p) / root)
+        """Hand the drafts that wait to the regression; of very many tokens in a step the first ones."""
+        if not self._waiting:
+            return
+        about = np.concatenate([rows for rows, _ in self._waiting])
+        hits, tested = np.concatenate([found for _, found in self._waiting]).T
+        lengths = [int(found[:, 1].sum()) for _, found in self._waiting]
         self._waiting.clear()
+        self._tokens, count = 0, sum(lengths)
+        row = np.arange(len(tested)).repeat(tested)
+        j = np.arange(count) - (tested.cumsum() - tested)[row]
+        phi = np.zeros((count, SIZE))
+        phi[:, :REQUEST] = about[row]
+        phi[:, REQUEST] = about[row, 2] * self._far[j]
+        phi[np.arange(count), REQUEST + 1 + self._where[j]] = 1.0
+        eta = phi @ self._weights
+        p = 1.0 / (1.0 + np.exp(-np.clip(eta, -30.0, 30.0)))
+        weight = np.maximum(p * (1.0 - p), FLOOR)
+        root = np.sqrt(weight)
+        phi *= root[:, None]
+        y = root * eta + ((j < hits[row]) - p) / root
+        if count > BUFFER:
+            phi, y, lengths = phi[:BUFFER], y[:BUFFER], [BUFFER]
+        self.head.add(phi, y, lengths)
 
     def _read(self) -> None:
         self._weights = w = self.head.mean
-        self._own = w[:REQUEST]
-        self._by_place, self._carry = w[REQUEST + 1 :][self._where], w[REQUEST] * self._far
+        self._by_place, self._table = w[REQUEST + 1 :][self._where], None
+        self._columns = np.repeat(w[:REQUEST, None], MAX_GAMMA, axis=1)
+        self._columns[2] += w[REQUEST] * self._far
 
     def state(self) -> State:
         """All that was learnt, as arrays."""
@@ -134,6 +153,7 @@ class HistoryModel:
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
         self._waiting.clear()
+        self._tokens = 0
         found = check_array(state, "history.all", (2,)).astype(float)
         self.head.load({k.removeprefix("history."): v for k, v in state.items() if k.startswith("history.head.")})
         self.hits, self.tested = found.tolist()

@@ -9,29 +9,21 @@ read first.
 
 from __future__ import annotations
 
-from functools import cache
 from math import log, sqrt
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from policies.base import MAX_GAMMA, PolicyError, State
-from policies.batches import MOST_ROWS, Forward
+from policies.base import PolicyError, State
+from policies.batches import Forward
+from policies.costs.batch_grid import MOST, grid
 from policies.costs.level_costs import HALF_LIFE, LevelCosts
-from policies.costs.pace import LATELY, NOW
+from policies.costs.pace import Means
 from policies.costs.prior import WIDTHS
 from policies.estimators.bayesian_linear import check_array
 
-#: Most tokens that a forward may read, and where V is known by numbers of its own.
-MOST: Final = MOST_ROWS * (MAX_GAMMA + 1)
-KNOTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, MOST], dtype=float)
-#: Standard deviation of a measured log V, of u from one knot to the next, and of u as a whole.
-NOISE, WALK, LEVEL = 0.1, 0.12, 3.0
-#: A forward of N tokens takes as long as a part that is always there, worth ALWAYS tokens, and N more: where nothing is
-#: known.
-ALWAYS = 8.0
-#: What drafting takes as shares of V(1) where nothing is known: first, round, each, read.
-DRAFT = np.array([0.03, 0.08, 0.012, 0.012])
+#: Standard deviation of a measured log V.
+NOISE = 0.1
 #: How sure that is: standard deviation as a share of it. Standard deviation of measured draft seconds, as a share too.
 DOUBT, DRAFT_NOISE = 1.0, 0.25
 #: Steps between refits once so many steps were seen.
@@ -42,43 +34,22 @@ FAR = 4.0
 LATEST = 0.05
 
 
-class Grid(NamedTuple):
-    """Where V is known by numbers of its own, and what is between.
+class Guess(NamedTuple):
+    """What to go by where nothing is known.
 
     Attributes
     ----------
-    n : ndarray
-        1, 2, ... to the most tokens that a forward may read.
-    at, part : ndarray
-        For each of them the knot below, and how far it is from there to the next one, 0 to 1.
-    knots : int
-        How many there are.
-    precision : ndarray
-        Prior precision of u: differences, and hardly the level.
-    parts : tuple of int
-        Sizes of the sums, all in one vector: V's matrix and vector, the draft's.
+    always : float
+        A forward of N tokens takes as long as a part that is always there, worth so many tokens, and N more.
+    draft : tuple of float
+        What drafting takes as shares of V(1): first, round, each, read.
     """
 
-    n: np.ndarray
-    at: np.ndarray
-    part: np.ndarray
-    knots: int
-    precision: np.ndarray
-    parts: tuple[int, int, int, int]
+    always: float = 8.0
+    draft: tuple[float, float, float, float] = (0.03, 0.08, 0.012, 0.012)
 
 
-@cache
-def grid(most: int) -> Grid:
-    """Return the grid of forwards of at most so many tokens; beyond :data:`MOST` knots are a factor of two apart."""
-    knots = KNOTS
-    while knots[-1] < most:
-        knots = np.append(knots, 2.0 * knots[-1])
-    n = np.arange(1, int(knots[-1]) + 1, dtype=float)
-    at = np.minimum(np.searchsorted(knots, n, side="right") - 1, len(knots) - 2)
-    walk = np.diff(np.eye(len(knots)), axis=0)
-    precision = walk.T @ walk / WALK**2 + np.eye(len(knots)) / (LEVEL**2 * len(knots))
-    sizes = (len(knots) ** 2, len(knots), 16, 4)
-    return Grid(n, at, (n - knots[at]) / np.diff(knots)[at], len(knots), precision, sizes)
+USUAL = Guess()
 
 
 class BatchCosts:
@@ -92,10 +63,12 @@ class BatchCosts:
         The level's costs in single decoding, where something is known of them: they give V its shape.
     most : int
         Most tokens that a forward may read.
+    guess : Guess
+        What to go by where nothing is known.
 
     Attributes
     ----------
-    verify : list of float
+    verify, seconds : list of float, and the same as an array
         V(N) for N = 0 (zero seconds) to ``most`` at least.
     draft : tuple of float
         Seconds of a step's first round on top, of a round, of a row in it, and of a token to read first.
@@ -105,31 +78,37 @@ class BatchCosts:
         Steps seen, and how often the estimates were made anew.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None, most: int = MOST) -> None:
+    def __init__(
+        self, half_life: float = HALF_LIFE, alone: LevelCosts | None = None, most: int = MOST, guess: Guess = USUAL
+    ) -> None:
         self._grid, self._keep = grid(most), 0.5 ** (1.0 / half_life)
         self._all = sum(self._grid.parts)
-        self.verify = list[float]()
         self.draft = 0.0, 0.0, 0.0, 0.0
-        self._shape = (ALWAYS + self._grid.n) / (ALWAYS + 1.0)
+        self._guess = np.array(guess.draft)
+        self._shape = (guess.always + self._grid.n) / (guess.always + 1.0)
         told = 0.0
         if alone is not None and (alone.steps > WIDTHS or not alone.vague):
             table = alone.verify
             slope = max(float(table[-1] - table[8]) / (WIDTHS - 9), 0.0)
             more = table[-1] + slope * np.arange(1, len(self._grid.n) - WIDTHS + 1)
             self._shape, told = np.concatenate((table, more)) / table[0], log(float(table[0]))
+        self._shapes: list[float] = self._shape.tolist()
         self._start = told
-        self.told = bool(told)
+        self.told, self._known = bool(told), False
         self._sums, self._delta, self._count = np.zeros(self._all), np.zeros(self._all), 0
-        self._pending = 0
         self.steps = self.version = 0
         self.rest, self.deviation = 0.0, 0.15
-        self._now = self._lately = 0.0
+        self._pace = Means()
+        # Measured steps that are not in the sums yet: tokens, V's part, how much, the draft's part; and drafts that
+        # were measured by themselves: at which step, what of and how long.
+        self._measured = list[tuple[float, ...]]()
+        self._drafted = list[tuple[int, tuple[float, ...], float, float]]()
         self._refit()
 
     @property
     def ready(self) -> bool:
         """Whether anything is known of the scale."""
-        return self.told or bool(self._sums[0 : self._grid.parts[0]].any())
+        return self.told or self._known
 
     def plain(self, rows: int) -> float:
         """Return the seconds of a step that drafts nothing."""
@@ -150,21 +129,6 @@ class BatchCosts:
         weights = self._hat(other) - self._hat(one)
         return sqrt(max(float(weights @ self._covariance @ weights), 0.0))
 
-    def share(self, forward: Forward) -> None:
-        """Split a step's seconds, where only their sum was measured, into its two main parts.
-
-        Each part has its estimate; what is left over goes to the part that less is known of.
-        """
-        x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
-        verify, draft = self.verify[forward.tokens], self.drafting(forward.rounds, forward.forwards, forward.read)
-        hat = self._hat(forward.tokens)
-        known = verify * verify * float(hat @ self._covariance @ hat)
-        unknown = float(x @ np.linalg.solve(self._draft_precision, x))
-        spent = forward.seconds - forward.policy_seconds - self.rest * forward.rows
-        draft += (spent - verify - draft) * unknown / (known + unknown)
-        forward.draft_seconds = min(max(draft, 0.0), 0.9 * spent)
-        forward.verify_seconds = spent - forward.draft_seconds
-
     def _hat(self, tokens: int) -> np.ndarray:
         """Return the weights of the knots in u at so many tokens."""
         found = np.zeros(self._grid.knots)
@@ -173,70 +137,120 @@ class BatchCosts:
         return found
 
     def observe(self, forward: Forward) -> None:
-        """Take in what a step took; steps whose seconds are not those of a usual one have none."""
-        if not (0.0 < forward.verify_seconds < 1e9 and 0.0 <= forward.draft_seconds < 1e9):
+        """Take in what a step took; steps whose seconds are not those of a usual one have none.
+
+        Where a step that drafted was measured as a whole, its seconds tell of the sum of V and the drafting: both are
+        fitted to it together, so that it does not matter for long how they were thought to share it.
+        """
+        whole = bool(forward.rounds) and not forward.verify_seconds and self.ready
+        own = forward.seconds - forward.policy_seconds - self.rest * forward.rows
+        seconds = own if whole else forward.verify_seconds
+        known = self.steps > 2 or self.told
+        if not (0.0 < seconds < 1e9 and 0.0 <= forward.draft_seconds < 1e9) or (whole and not known):
             return
         self.steps += 1
         if self.steps == 1 and not self.told:
             return  # the first call warms caches up
         n = forward.tokens
-        z = log(forward.verify_seconds / self._shape[n - 1])
-        known = self.steps > 3 or self.told
+        told = self.drafting(forward.rounds, forward.forwards, forward.read) if forward.rounds else 0.0
+        x = 1.0, float(forward.rounds), float(forward.forwards), float(forward.read)
+        usual = self.verify[n] + (told if whole else 0.0)
+        at = log(self.verify[n] / self._shapes[n - 1]) - self._start
+        off = log(seconds / usual)
         if known:
-            expected = log(self.verify[n] / self._shape[n - 1])
-            z -= self._now - self._lately
-            off, most = z - expected, FAR * max(self.deviation, 0.5 * NOISE)
-            off = min(max(off, -most), most)
+            pace = self._pace
+            ahead = pace.now - pace.lately
+            most = FAR * max(self.deviation, 0.5 * NOISE)
+            off = min(max(off - ahead, -most), most)
             self.deviation += LATEST * (abs(off) - self.deviation)
-            off += self._now - self._lately
-            even = 1.0 / max(self.steps - 2.0, 1.0)
-            self._now += max(NOW, even) * (off - self._now)
-            self._lately += max(LATELY, even) * (off - self._lately)
-            z = expected + off - (self._now - self._lately)
-        hat = self._hat(n)
-        more = np.zeros(self._all)
-        matrix, vector, draft_matrix, draft_vector = self._split(more)
-        matrix[:] = np.outer(hat, hat).ravel() / NOISE**2
-        vector[:] = hat * (z - self._start) / NOISE**2
-        rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
-        usual = min(max(rest, 0.0), 0.3 * forward.verify_seconds) / forward.rows
-        self.rest += max(LATEST, 1.0 / self.steps) * (min(usual, 3.0 * self.rest or usual) - self.rest)
-        if forward.rounds and forward.draft_seconds > 0.0:
-            x = np.array([1.0, forward.rounds, forward.forwards, forward.read])
-            told = self.drafting(forward.rounds, forward.forwards, forward.read)
-            taken = min(forward.draft_seconds, 4.0 * told)
-            weight = (DRAFT_NOISE * max(told, taken)) ** -2
-            draft_matrix[:] = weight * np.outer(x, x).ravel()
-            draft_vector[:] = weight * taken * x
-        for sums in (self._sums, self._delta):
-            sums *= self._keep
-            sums += more
-        self._count += 1
-        self._pending += 1
-        if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
+            off += ahead
+            pace.steps = max(self.steps - 3, 0)  # the first steps warm up
+            pace.note(off)
+            off -= pace.now - pace.lately
+        if whole:
+            part, scale = self.verify[n] / usual, 1.0 / usual
+            self._measured.append((n, part, off + part * at + 1.0 - part, *(scale * number for number in x)))
+        else:
+            self._measured.append((n, 1.0, off + at, 0.0, 0.0, 0.0, 0.0))
+            rest = forward.seconds - forward.verify_seconds - forward.draft_seconds - forward.policy_seconds
+            each = min(max(rest, 0.0), 0.3 * forward.verify_seconds) / forward.rows
+            self.rest += max(LATEST, 1.0 / self.steps) * (min(each, 3.0 * self.rest or each) - self.rest)
+            if forward.rounds and forward.draft_seconds > 0.0:
+                taken = min(forward.draft_seconds, 4.0 * told)
+                self._drafted.append((len(self._measured), x, taken, DRAFT_NOISE * max(told, taken)))
+        self._known = True
+        if len(self._measured) >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
             self._refit()
 
+    def _fold(self) -> None:
+        """Move what was measured into the sums; each step weighs more than the one before."""
+        if not self._measured:
+            return
+        count, size = len(self._measured), self._grid.knots
+        data, row = np.array(self._measured), np.arange(count)
+        tokens = data[:, 0].astype(int) - 1
+        at, between, part = self._grid.at[tokens], self._grid.part[tokens], data[:, 1]
+        x = np.zeros((count, size + 4))
+        x[row, at], x[row, at + 1] = part * (1.0 - between), part * between
+        x[:, size:] = data[:, 3:]
+        weighted = x * (self._keep ** (count - 1.0 - row) / NOISE**2)[:, None]
+        squares, moments = weighted.T @ x, data[:, 2] @ weighted
+        more = np.zeros(self._all)
+        matrix, vector, draft_matrix, draft_vector, both = self._split(more)
+        matrix[:], vector[:] = squares[:size, :size].ravel(), moments[:size]
+        draft_matrix[:], draft_vector[:] = squares[size:, size:].ravel(), moments[size:]
+        both[:] = squares[:size, size:].ravel()
+        if self._drafted:
+            when, numbers, taken, noise = (np.array(column) for column in zip(*self._drafted, strict=True))
+            weighted = numbers * (self._keep ** (count - when) / noise**2)[:, None]
+            draft_matrix += (weighted.T @ numbers).ravel()
+            draft_vector += taken @ weighted
+        for sums in (self._sums, self._delta):
+            sums *= self._keep**count
+            sums += more
+        self._count += count
+        self._measured.clear()
+        self._drafted.clear()
+
     def _refit(self) -> None:
-        self.version, self._pending = self.version + 1, 0
-        matrix, vector, draft_matrix, draft_vector = self._split(self._sums)
-        at, part, size = self._grid.at, self._grid.part, self._grid.knots
+        self._fold()
+        self.version += 1
+        matrix, vector, draft_matrix, draft_vector, both = self._split(self._sums)
+        size = self._grid.knots
         precision = matrix.reshape(size, size) + self._grid.precision
-        self._covariance = np.linalg.inv(precision)
-        u = self._start + self._covariance @ vector
-        ratio = np.exp(np.clip(u[at] + part * (u[at + 1] - u[at]), -25.0, 25.0))
-        # More tokens never take less time.
-        self.verify = [0.0, *np.maximum.accumulate(self._shape * ratio).tolist()]
-        prior = DRAFT * self.verify[1]
-        doubt = np.diag((DOUBT * prior) ** -2.0)
-        self._draft_precision = doubt + draft_matrix.reshape(4, 4)
-        found = np.linalg.solve(self._draft_precision, doubt @ prior + draft_vector)
-        first, each_round, each, read = np.maximum(found, 0.05 * prior).tolist()
+        if not both.any():
+            self._covariance = np.linalg.inv(precision)
+            prior = self._tell(self._start + self._covariance @ vector)
+            doubt = (DOUBT * prior) ** -2.0
+            draft = np.linalg.solve(np.diag(doubt) + draft_matrix.reshape(4, 4), doubt * prior + draft_vector)
+        else:
+            prior = self._guess * self.verify[1]
+            doubt = (DOUBT * prior) ** -2.0
+            cross, own = both.reshape(size, 4), np.diag(doubt) + draft_matrix.reshape(4, 4)
+            covariance = np.linalg.inv(np.block([[precision, cross], [cross.T, own]]))
+            found = covariance @ np.concatenate((vector, doubt * prior + draft_vector))
+            self._covariance, draft = covariance[:size, :size], found[size:]
+            self._tell(self._start + found[:size])
+        first, each_round, each, read = np.maximum(draft, 0.05 * prior).tolist()
         self.draft = first, each_round, each, read
+
+    def _tell(self, u: np.ndarray) -> np.ndarray:
+        """Make the table of V; return what drafting takes where nothing is known of that."""
+        at, part = self._grid.at, self._grid.part
+        below = u[at]
+        ratio = np.exp(np.minimum(np.maximum(below + part * (u[at + 1] - below), -25.0), 25.0))
+        # More tokens never take less time.
+        self.seconds = np.zeros(len(ratio) + 1)
+        np.maximum.accumulate(self._shape * ratio, out=self.seconds[1:])
+        self.verify: list[float] = self.seconds.tolist()
+        return self._guess * self.verify[1]
 
     def state(self) -> State:
         """Sums, shape and means."""
-        means = [self.steps, self.rest, self.deviation, self._now, self._lately, self._start, float(self.told)]
-        return {"sums": self._sums.copy(), "shape": self._shape.copy(), "means": np.array(means, dtype=float)}
+        self._fold()
+        pace = self._pace
+        means = [self.steps, self.rest, self.deviation, pace.now, pace.lately, self._start, float(self.told)]
+        return self._parted(self._sums) | {"shape": self._shape.copy(), "means": np.array(means, dtype=float)}
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`."""
@@ -244,33 +258,51 @@ class BatchCosts:
             check_array(state, "shape", self._shape.shape).astype(float),
             check_array(state, "means", (7,)).tolist(),
         )
-        sums = check_array(state, "sums", (self._all,)).astype(float)
+        sums = self._sums_of(state)
         if not (shape > 0.0).all() or means[0] < 0.0:
             raise PolicyError("the state's costs of batches must be above zero")
         self._shape, self._sums, self._delta, self._count = shape, sums, np.zeros(self._all), 0
         self.steps = int(means[0])
-        self.rest, self.deviation, self._now, self._lately, self._start = means[1:6]
-        self.told = bool(means[6])
+        self.rest, self.deviation, self._pace.now, self._pace.lately, self._start = means[1:6]
+        self.told, self._known = bool(means[6]), bool(sums.any())
+        self._measured.clear()
+        self._drafted.clear()
+        self._shapes = shape.tolist()
         self._refit()
+        self._refit()  # what is expected of drafting rests on the table that was there before
 
     def take_delta(self) -> State:
         """Sums since the last call."""
+        self._fold()
         delta, count = self._delta, self._count
         self._delta, self._count = np.zeros(self._all), 0
-        return {"sums": delta, "count": np.array(float(count)), "start": np.array([self._start, self._shape[-1]])}
+        start = np.array([self._start, self._shape[-1]])
+        return self._parted(delta) | {"count": np.array(float(count)), "start": start}
 
     def merge(self, delta: State) -> None:
         """Add another copy's sums, if they are of the same shape."""
-        start, sums = check_array(delta, "start", (2,)), check_array(delta, "sums", (self._all,))
+        start, sums = check_array(delta, "start", (2,)), self._sums_of(delta)
         count = int(check_array(delta, "count", ()))
         if not np.allclose(start, [self._start, self._shape[-1]]):
             return
+        self._fold()
         self._sums *= self._keep**count
         self._sums += sums
         self.steps += count
+        self._known = self._known or bool(sums.any())
         self._refit()
+
+    def _parted(self, sums: np.ndarray) -> State:
+        """Return sums as a state has them: those of both are left out where no step was measured as a whole."""
+        own, both = np.split(sums, self._grid.ends[-1:])
+        return {"sums": own.copy(), "both": both.copy()} if both.any() else {"sums": own.copy()}
+
+    def _sums_of(self, state: State) -> np.ndarray:
+        """Return the sums of a state."""
+        own, both = check_array(state, "sums", (self._grid.ends[-1],)), self._grid.parts[-1]
+        more = check_array(state, "both", (both,)) if "both" in state else np.zeros(both)
+        return np.concatenate((own, more)).astype(float)
 
     def _split(self, sums: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return views of the parts of all sums."""
-        a, b, c, _ = np.cumsum(self._grid.parts).tolist()
-        return sums[:a], sums[a:b], sums[b:c], sums[c:]
+        return tuple(np.split(sums, self._grid.ends))

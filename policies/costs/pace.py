@@ -14,39 +14,52 @@ TOLD = 6
 DRAFTS = 4
 
 
-class Pace:
-    """The pace of one level's steps.
+class Means:
+    """Means of how far times are off their estimates.
+
+    Parameters
+    ----------
+    usual : float
+        What both start from.
 
     Attributes
     ----------
     now, lately : float
-        A verification's time over its estimate: over the last few steps, and over many.
-    draft : float
-        The same of a draft, over the last few.
+        Over the last few steps, and over many.
     steps : int
         How many steps told of it.
+    """
+
+    __slots__ = ("lately", "now", "steps")
+
+    def __init__(self, usual: float = 0.0) -> None:
+        self.now, self.lately, self.steps = usual, usual, 0
+
+    def note(self, off: float, heard: int = 0) -> None:
+        """Take in a step; of a machine that began anew, it is the ``heard``-th."""
+        self.steps += 1
+        even = 1.0 / self.steps
+        self.now += (1.0 / heard if heard else NOW if even < NOW else even) * (off - self.now)
+        self.lately += (LATELY if even < LATELY else even) * (off - self.lately)
+
+
+class Pace(Means):
+    """The pace of one level's steps: a verification's time over its estimate.
+
+    Attributes
+    ----------
+    draft : float
+        The same of a draft, over the last few.
     told : bool
         Whether another machine was announced, and its pace is being found.
     """
 
-    __slots__ = (
-        "_drafts",
-        "_heard",
-        "_off",
-        "_off_draft",
-        "_run",
-        "_run_draft",
-        "draft",
-        "lately",
-        "now",
-        "steps",
-        "told",
-    )
+    __slots__ = ("_drafts", "_heard", "_off", "_off_draft", "_run", "_run_draft", "draft", "told")
 
     def __init__(self) -> None:
-        self.now = self.lately = self.draft = 1.0
-        self.steps = self._off = self._off_draft = self._run = self._run_draft = self._drafts = self._heard = 0
-        self.told = False
+        super().__init__(1.0)
+        self.draft, self.told = 1.0, False
+        self._off = self._off_draft = self._run = self._run_draft = self._drafts = self._heard = 0
 
     def another_machine(self) -> None:
         """Begin anew: from the next step on the machine is another one. A few steps show its pace."""
@@ -66,14 +79,11 @@ class Pace:
 
     def verified(self, ratio: float) -> None:
         """Note how many times its estimate a verification took."""
-        self.steps += 1
-        even = 1.0 / self.steps
         if self.told:
             self._heard += 1
-            self.now += ((ratio if ratio < 3.0 else 3.0) - self.now) / self._heard
+            self.note(ratio if ratio < 3.0 else 3.0, self._heard)
         else:
-            self.now += (NOW if even < NOW else even) * (ratio - self.now)
-        self.lately += (LATELY if even < LATELY else even) * (ratio - self.lately)
+            self.note(ratio)
         off = self._side(self.now)
         if off and off == self._off:
             self._run += 1

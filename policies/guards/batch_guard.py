@@ -22,6 +22,7 @@ from policies.estimators.bayesian_linear import check_array
 from policies.guards.joint import PassesRows
 from policies.guards.ledger import PROBE
 from policies.guards.sleep import NUMBERS, STRETCH, SleepSchedule
+from policies.steps import Batch, Plan
 
 #: Rows even each other out: how much a stretch's gain per token varies until there is data.
 SPREAD = 0.03
@@ -95,12 +96,23 @@ class BatchGuard(PassesRows):
     def decide_rows(self, contexts: Sequence[Context], pads: bool, may_drop: bool) -> list[Decision]:
         """Ask the policy, but for probes of a plain step."""
         decisions: list[Decision] = self.rows.decide_rows(contexts, pads, may_drop)
-        account = self.account(contexts[0].level)
-        account.steps += 1
-        if account.steps >= account.due:
-            self._postpone(account)
+        if self._due(contexts[0].level):
             return [replace(decision, gamma=0, drafter="") for decision in decisions]
         return decisions
+
+    def plan(self, batch: Batch) -> Plan:
+        """Ask a policy that decides steps, in the same way."""
+        plan: Plan = self.rows.plan(batch)
+        return replace(plan, gamma=0) if self._due(batch.level) else plan
+
+    def _due(self, level: str) -> bool:
+        """Count a step that the policy was asked for; return whether it is to be a probe of a plain one."""
+        account = self.account(level)
+        account.steps += 1
+        if account.steps < account.due:
+            return False
+        self._postpone(account)
+        return True
 
     @staticmethod
     def _postpone(account: BatchAccount) -> None:
@@ -111,8 +123,22 @@ class BatchGuard(PassesRows):
         """Teach the policy, and count the step."""
         seen = self.rows.has_learnt(decisions[0].id)
         self.rows.learn_rows(decisions, outcomes, forward)
+        if not seen:
+            self._book(forward, float(sum(outcome.produced for outcome in outcomes)))
+
+    def learn_step(
+        self, plan: Plan, slots: Sequence[int], drafted: Sequence[int], accepted: Sequence[int], forward: Forward
+    ) -> None:
+        """Teach a policy that decides steps, and count the step."""
+        seen = self.rows.has_learnt(plan.id)
+        self.rows.learn_step(plan, slots, drafted, accepted, forward)
+        if not seen:
+            self._book(forward, float(forward.produced))
+
+    def _book(self, forward: Forward, produced: float) -> None:
+        """Settle what a step made with what a plain one would have."""
         costs = self.rows.batch_costs.level(forward.level)
-        if seen or not costs.ready:
+        if not costs.ready:
             return
         account, rows = self.account(forward.level), forward.rows
         if forward.tokens == rows and account.steps >= PROBE * account.probes**2:
@@ -120,7 +146,6 @@ class BatchGuard(PassesRows):
         own, usual = forward.policy_seconds, account.policy_seconds
         account.policy_seconds += LATEST * (min(own, STALL * usual) - usual) if usual else own
         seconds = costs.step(forward) + (min(own, STALL * usual) if usual else own)
-        produced = float(sum(outcome.produced for outcome in outcomes))
         plain = rows * seconds / costs.plain(rows)
         account.left -= produced
         account.sleep.tokens += produced

@@ -16,7 +16,8 @@ import numpy as np
 from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, PolicyError, State
 from policies.batches import Forward
 from policies.costs.prior import CostPrior
-from policies.guards.joint import FaultRows, PassesRows
+from policies.guards.joint import FaultRows
+from policies.guards.steps import FaultSteps
 
 log = logging.getLogger(__name__)
 #: What a policy's call may end with. An interrupt is the user's.
@@ -88,7 +89,7 @@ class Wrapper(Policy):
         return self.policy.info()
 
 
-class FaultGuard(PassesRows, Wrapper):
+class FaultGuard(FaultSteps, Wrapper):
     """Falls back to a fixed gamma where the policy raises, stalls, or answers with something impossible.
 
     Faults are counted by kind, and the first one is reported through :mod:`logging`. A gamma from 0 to 16 that is more
@@ -122,7 +123,7 @@ class FaultGuard(PassesRows, Wrapper):
         self._sit_out, self._penalty = 0, 1
         self._slow = 0  # id of the latest decision that stalled
         self._drafters: tuple[str, ...] = ()
-        self.joint = policy.joint
+        self.joint, self.in_steps = policy.joint, policy.in_steps
         self.rows = FaultRows(policy, self._checked, self._fallback, self._fault, FAULTS)
 
     def decide(self, context: Context) -> Decision:

@@ -29,12 +29,14 @@ Batches of a policy that decides their rows together are compared with plain one
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, PolicyError, State
+from policies.batches import Forward
 from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel
 from policies.costs.level_costs import LevelCosts
@@ -45,6 +47,7 @@ from policies.guards.fault import Wrapper, whole
 from policies.guards.joint import PassesRows
 from policies.guards.ledger import CLOSE, FAR, OWN, PROBE, SHARE, Ledger
 from policies.guards.sleep import NUMBERS, STRETCH
+from policies.steps import Batch, Plan
 
 log = logging.getLogger(__name__)
 REVIEW_EVERY = 16
@@ -100,7 +103,7 @@ class SafetyGuard(PassesRows, Wrapper):
         self._taken: dict[int, int] = {}
         # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
         self._switched: dict[int, int] = {}
-        self.joint = policy.joint
+        self.joint, self.in_steps = policy.joint, policy.in_steps
         self.rows = BatchGuard(policy, epsilon, burn_in, sleeps)
 
     def ledger(self, level: str) -> Ledger:
@@ -147,6 +150,17 @@ class SafetyGuard(PassesRows, Wrapper):
             ledger.interventions += 1
             return self._take(decision, min(ledger.baseline, limit))
         return decision
+
+    def plan(self, batch: Batch) -> Plan:
+        """See :class:`~policies.steps.StepPolicy`."""
+        found: Plan = self.rows.plan(batch)
+        return found
+
+    def learn_step(
+        self, plan: Plan, slots: Sequence[int], drafted: Sequence[int], accepted: Sequence[int], forward: Forward
+    ) -> None:
+        """See :class:`~policies.steps.StepPolicy`."""
+        self.rows.learn_step(plan, slots, drafted, accepted, forward)
 
     def _take(self, decision: Decision, gamma: int) -> Decision:
         """Return a decision to play ``gamma`` instead; features stay, so that the policy learns from the step."""

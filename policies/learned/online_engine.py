@@ -22,26 +22,29 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from policies.acceptance.by_history import HistoryModel, Request
-from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
-from policies.batches import MOST_ROWS, Forward, JointPolicy
-from policies.costs.batch_costs import BatchCosts
+from policies.acceptance.by_history import HistoryModel
+from policies.base import MAX_GAMMA, PolicyError, State
+from policies.batches import MOST_ROWS, Forward
+from policies.costs.batch_costs import BatchCosts, Guess
 from policies.costs.cost_model import CostModel
 from policies.costs.level_costs import HALF_LIFE
 from policies.estimators.bayesian_linear import check_array
 from policies.learned.online_rows import BatchCostModel
+from policies.steps import Batch, Plan, StepPolicy
 
 STATE_FORMAT = 1
 #: Share of the time that probes may take, how much may be saved up for them in steps, and what a new size starts with.
 PROBES, SAVED, START = 0.0075, 1.0, 2.0
+#: What to go by where nothing is known: engines run large batches well, and read many tokens at once.
+GUESS = Guess(24.0, (0.03, 0.12, 0.012, 0.002))
 #: Numbers of drafts that are probed, in turns.
 TRIED = (1, 2, 4, 1, 3, 2, 8)
 #: Of so many probes one is blind.
 BLIND = 3
 #: Steps over which the reading of a draft model that lags behind has to pay.
 READING = 32.0
-#: Steps that a choice goes on for: without drafts unasked, and with some.
-UNASKED, KEPT = 7, 3
+#: Steps that a choice goes on for: without drafts unasked, and with some, half as many as there are requests at most.
+UNASKED, KEPT = 7, 7
 #: How much better than no drafts a number has to look, as those that look best are those that are overrated.
 MARGIN = 1.01
 
@@ -68,7 +71,7 @@ class Choice(NamedTuple):
     blind: bool = False
 
 
-class OnlineEngine(JointPolicy):
+class OnlineEngine(StepPolicy):
     """Drafts for a batch by goodput, without the drafts' signals.
 
     Parameters
@@ -103,14 +106,15 @@ class OnlineEngine(JointPolicy):
         if not 0 <= cap <= MAX_GAMMA or not 1 <= most_rows <= 4096 or not 0 <= probes < 1 or cost_half_life < 1:
             raise PolicyError("cap must be 0 to 16, most_rows 1 to 4096, probes below 1, cost_half_life at least 1")
         self.cap, self.probes = cap, probes
-        self.batch_costs = BatchCostModel(CostModel(cost_half_life), max(MOST_ROWS, most_rows) * (MAX_GAMMA + 1))
+        most = max(MOST_ROWS, most_rows) * (MAX_GAMMA + 1)
+        self.batch_costs = BatchCostModel(CostModel(cost_half_life), most, GUESS)
         self.model = HistoryModel()
         self._credit: dict[str, float] = {}
         self._turn = 0
         # Of the latest choice: its level and rows, how many steps it may go on unasked, and seconds of such a step.
         self._idle: tuple[str, int] = "", 0
         self._left, self._plain = 0, 0.0
-        self._latest: tuple[tuple[str, int, int, int], Choice] | None = None
+        self._latest: tuple[tuple[str, int, int, int, int], Choice | None] = ("", 0, 0, 0, 0), None
         self._kept = 0
 
     def rests(self, level: str, rows: int) -> bool:
@@ -121,71 +125,56 @@ class OnlineEngine(JointPolicy):
             return True
         return False
 
-    def decide(self, context: Context) -> Decision:
-        return self.decide_rows([context], False, True)[0]
+    def rested(self, level: str, rows: int, seconds: float) -> None:
+        """What a plain step takes is what drafts have to beat."""
+        self.batch_costs.level(level).observe(Forward(level, rows, rows, 0, 0, 0, seconds, 0.0, seconds))
 
-    def submit(self, decision: Decision, draft: Draft) -> int:
-        return self.submit_rows([decision], [draft])[0]
+    def plain_seconds(self, level: str, rows: int) -> float:
+        costs = self.batch_costs.level(level)
+        return costs.plain(rows) if costs.ready else 0.0
 
-    def learn(self, decision: Decision, outcome: Outcome) -> None:
-        forwards = 0 if outcome.drafter == LOOKUP else outcome.forwards
-        forward = Forward(
-            outcome.level, 1, 1 + outcome.drafted, forwards, forwards, outcome.caught_up, outcome.seconds,
-            outcome.draft_seconds, outcome.verify_seconds, outcome.policy_seconds,
-        )  # fmt: skip
-        self.learn_rows([decision], [outcome], forward)
+    def start(self, slot: int) -> None:
+        self.model.start(slot)
 
-    def decide_rows(self, contexts: Sequence[Context], pads: bool, may_drop: bool) -> list[Decision]:
-        limits = [min(self.cap, context.max_gamma) for context in contexts]
-        requests = [context.memory.get(self) or self._request(context) for context in contexts]
-        costs = self.batch_costs.level(contexts[0].level)
-        if not costs.ready or not any(limits):
-            return [Decision(self.new_id(), 0, False, 1.0, self.version, (request, None)) for request in requests]
-        choice = self._choice(contexts, limits, requests, costs, pads)
-        level = contexts[0].level
-        self._idle, self._left = (level, len(limits)), 0 if choice.gamma else UNASKED
-        ask = bool(choice.gamma)
-        return [
-            Decision(self.new_id(), min(choice.gamma, limit), False, 1.0, self.version, (request, choice), "", ask)
-            for request, limit in zip(requests, limits, strict=True)
-        ]
+    def plan(self, batch: Batch) -> Plan:
+        level, costs = batch.level, self.batch_costs.level(batch.level)
+        most = min(max(batch.limits), self.cap)
+        if not costs.ready or not most:
+            return Plan(self.new_id(), 0)
+        choice = self._choice(batch, most, costs)
+        self._idle, self._left = (level, len(batch.limits)), 0 if choice.gamma else UNASKED
+        return Plan(self.new_id(), choice.gamma, bool(choice.gamma), choice)
 
-    def _request(self, context: Context) -> Request:
-        found = context.memory[self] = Request()
-        return found
-
-    def _choice(
-        self, contexts: Sequence[Context], limits: list[int], requests: list[Request], costs: BatchCosts, pads: bool
-    ) -> Choice:
+    def _choice(self, batch: Batch, most: int, costs: BatchCosts) -> Choice:
         """Return the choice of the step before where it still holds, else a new one."""
-        key = contexts[0].level, len(limits), min(limits), max(limits)
-        if self._latest is not None and self._latest[0] == key and self._kept < KEPT and not self._latest[1].probe:
+        rows = len(batch.limits)
+        key = batch.level, rows, min(batch.limits), most, costs.version
+        before, choice = self._latest
+        if choice is not None and before == key and self._kept < min(KEPT, rows // 2) and not choice.probe:
             self._kept += 1
-            choice = self._latest[1]
-            self._credit[key[0]] = self._credit.get(key[0], 0.0) + self.probes * len(limits) / choice.rate
+            self._credit[key[0]] = self._credit.get(key[0], 0.0) + self.probes * rows / choice.rate
             return choice
-        choice = self._choose(contexts, limits, requests, costs, pads)
+        choice = self._choose(batch, most, costs)
         self._latest, self._kept = (key, choice), 0
+        if not choice.gamma:
+            self.model.fade(1 + UNASKED)
         return choice
 
-    def _choose(
-        self, contexts: Sequence[Context], limits: list[int], requests: list[Request], costs: BatchCosts, pads: bool
-    ) -> Choice:
+    def _choose(self, batch: Batch, most: int, costs: BatchCosts) -> Choice:
         """Return the number of drafts for the batch."""
-        rows, most = len(limits), max(limits)
-        verify = np.array(costs.verify[rows : rows * (most + 1) + 1]) + costs.rest * rows
+        rows, looks_up = len(batch.limits), batch.looks_up
+        verify = costs.seconds[rows : rows * (most + 1) + 1] + costs.rest * rows
         wider = verify - verify[0]
-        survival = self.model.survival(self.model.describe(requests), most)
-        if min(limits) < most:
-            survival *= np.arange(1, most + 1) <= np.array(limits)[:, None]
-        plain = rows / verify[0]
+        survival = self.model.survival(most)[batch.slots, :most]
+        if min(batch.limits) < most:
+            survival *= np.arange(1, most + 1) <= np.array(batch.limits)[:, None]
+        plain = rows / float(verify[0])
         drafting: np.ndarray = np.zeros(most)
-        looks_up = contexts[0].drafters[:1] == (LOOKUP,)
         if not looks_up:
             first, each_round, each, read = costs.draft
-            reading = read * sum(context.unread for context in contexts) / READING
+            reading = read * batch.unread / READING
             drafting = first + reading + (each_round + each * rows) * np.arange(1, most + 1)
-        if pads:  # all rows as wide as the widest
+        if batch.pads:  # all rows as wide as the widest
             gained = np.cumsum(survival.sum(axis=0))
             rates = (rows + gained) / (verify[rows::rows] + drafting)
         else:
@@ -199,7 +188,7 @@ class OnlineEngine(JointPolicy):
         if not self.probes:
             return Choice(gamma, rate, wider, False)
         # What a probe costs: its seconds, less those that its tokens are expected to save.
-        level, spent = contexts[0].level, rows / plain
+        level, spent = batch.level, rows / plain
         self._plain = spent
         credit = self._credit.get(level, START * spent) + self.probes * spent
         tried = min(TRIED[self._turn % len(TRIED)], most)
@@ -216,42 +205,35 @@ class OnlineEngine(JointPolicy):
         self._credit[level] = min(credit, max(SAVED * spent, price))
         return Choice(gamma, rate, wider, probe, probe and blind)
 
-    def proceed_rows(self, decisions: Sequence[Decision], drafts: Sequence[Draft]) -> list[bool | str]:
-        return [True] * len(decisions)
-
-    def submit_rows(self, decisions: Sequence[Decision], drafts: Sequence[Draft]) -> list[int]:
-        counts = [draft.drafted for draft in drafts]
-        choice = next((d.features[1] for d in decisions if d.features[1] is not None), None)
-        if choice is None or choice.probe or not sum(counts):
-            return [0] * len(counts) if choice is not None and choice.blind else counts
-        survival = self.model.survival(self.model.describe([d.features[0] for d in decisions]), max(counts))
-        values = (survival * (np.arange(1, max(counts) + 1) <= np.array(counts)[:, None])).ravel()
-        order = np.argsort(-values, kind="stable")[: len(choice.wider) - 1]
-        net = np.cumsum(values[order]) - choice.rate * choice.wider[1 : len(order) + 1]
+    def keep(self, plan: Plan, slots: Sequence[int], counts: Sequence[int]) -> list[int]:
+        choice: Choice | None = plan.features
+        if choice is None or choice.probe:
+            return [0] * len(counts) if choice is not None and choice.blind else list(counts)
+        width = max(counts)
+        values = self.model.survival(width)[slots, :width]
+        if min(counts) < width:
+            values *= np.arange(1, width + 1) <= np.array(counts)[:, None]
+        values = values.ravel()
+        order = (-values).argsort(kind="stable")[: len(choice.wider) - 1]
+        net = values[order].cumsum() - choice.rate * choice.wider[1 : len(order) + 1]
         at = int(net.argmax())
         if net[at] <= 0.0:
             return [0] * len(counts)
-        found: list[int] = np.bincount(order[: at + 1] // max(counts), minlength=len(counts)).tolist()
-        return [min(n, k) for n, k in zip(found, counts, strict=True)]
+        found: list[int] = np.bincount(order[: at + 1] // width, minlength=len(counts)).tolist()
+        return found if min(counts) == width else [min(n, k) for n, k in zip(found, counts, strict=True)]
 
-    def learn_rows(self, decisions: Sequence[Decision], outcomes: Sequence[Outcome], forward: Forward) -> None:
-        fresh = [self.first_time(decision.id) for decision in decisions]
-        if not fresh[0]:
+    def learn_step(
+        self, plan: Plan, slots: Sequence[int], drafted: Sequence[int], accepted: Sequence[int], forward: Forward
+    ) -> None:
+        if not self.first_time(plan.id):
             return
         costs = self.batch_costs.level(forward.level)
-        if forward.seconds > 0.0 and not forward.verify_seconds:
-            if forward.rounds and costs.ready:
-                costs.share(forward)
-            elif not forward.rounds:
-                forward.verify_seconds = forward.seconds - forward.policy_seconds
+        if forward.seconds > 0.0 and not forward.rounds:
+            forward.verify_seconds = forward.verify_seconds or forward.seconds - forward.policy_seconds
         costs.observe(forward)
-        pairs = zip(decisions, outcomes, strict=True)
-        told = [(d.features[0], outcome) for d, outcome in pairs if d.features is not None and outcome.labelled]
+        told = [(slot, a + (a < n), a) for slot, n, a in zip(slots, drafted, accepted, strict=True) if n]
         if told:
-            requests = [request for request, _ in told]
-            self.model.add(self.model.describe(requests), [o.labelled for _, o in told], [o.accepted for _, o in told])
-            for request, outcome in told:
-                request.note(outcome.accepted, outcome.labelled)
+            self.model.add(*zip(*told, strict=True))
             self.version += 1
 
     def state_dict(self) -> State:

@@ -12,7 +12,8 @@ from policies.acceptance.model import AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, Context, Decision, Draft, Outcome, State
 from policies.batches import Forward, JointPolicy
-from policies.costs.batch_costs import MOST, BatchCosts
+from policies.costs.batch_costs import USUAL, BatchCosts, Guess
+from policies.costs.batch_grid import MOST
 from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel, split_levels
 from policies.learned.batch_rule import DEBT, DOUBTFUL, FEW, PATIENCE, USED, Account, Prices, RowStep
@@ -32,19 +33,20 @@ class BatchCostModel:
     ----------
     costs : CostModel
         Of single decoding: what is known there gives a new level's costs their shape.
-    most : int
-        Most tokens that a forward may read.
+    most, guess
+        As for them.
     """
 
-    def __init__(self, costs: CostModel, most: int = MOST) -> None:
-        self._alone, self.most, self.levels = costs, most, dict[str, BatchCosts]()
+    def __init__(self, costs: CostModel, most: int = MOST, guess: Guess = USUAL) -> None:
+        self._alone, self.most, self.guess, self.levels = costs, most, guess, dict[str, BatchCosts]()
 
     def level(self, name: str) -> BatchCosts:
         """Return the costs of a level, named with or without a batch's size; made on first use."""
         name = base_of(name)
         found = self.levels.get(name)
         if found is None:
-            found = self.levels[name] = BatchCosts(self._alone.half_life, self._alone.levels.get(name), self.most)
+            alone = self._alone.levels.get(name)
+            found = self.levels[name] = BatchCosts(self._alone.half_life, alone, self.most, self.guess)
         return found
 
     def state(self) -> State:

@@ -14,8 +14,9 @@ from time import perf_counter
 from typing import Any
 
 from speckv_online.errors import UserError
-from speckv_online.serving.controller import Controller, Engine, EngineStep, Running, Verified
+from speckv_online.serving.controller import Controller
 from speckv_online.serving.counts import Publisher
+from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.lazy_draft import install
 from speckv_online.serving.settings import Settings
 from speckv_online.serving.step_log import StepLog
@@ -39,8 +40,6 @@ LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LOOKUPS = ("ngram", "ngram_gpu", "suffix")
 #: Seconds between two looks at the counts.
 SHOW_EVERY = 1.0
-#: Prefill or something else that is no step of decoding only.
-_OTHER = -1
 
 
 def _engine(config: Any) -> Engine:
@@ -98,6 +97,7 @@ class PolicyScheduler(Scheduler):
             if self._steps.wanted:
                 self._context = sum(self.requests[id].num_tokens for id in output.num_scheduled_tokens)
             try:
+                began = perf_counter()
                 gone = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
                 self._speckv.forget(gone)
                 if self._read is not None:
@@ -109,10 +109,13 @@ class PolicyScheduler(Scheduler):
                     for id, count in output.num_scheduled_tokens.items()
                 )
                 drafts = output.scheduled_spec_decode_tokens
+                self._speckv.took(perf_counter() - began)
                 if self._usual and not drafts and self._speckv.rests(len(output.num_scheduled_tokens)):
                     self._resting, self._gamma = True, 0
                 else:
+                    began = perf_counter()
                     running = list(self._running(output))
+                    self._speckv.took(perf_counter() - began)
                     self._gamma, self._rows, self._late = self._speckv.plan(running), len(running), 0
                     if self._gamma and self._read is not None:
                         self._late = sum(request.unread for request in running)
@@ -147,6 +150,7 @@ class PolicyScheduler(Scheduler):
             except Exception as error:
                 self._failed("learn", error)
             return found
+        began = perf_counter()
         try:
             drafts = scheduler_output.scheduled_spec_decode_tokens
             sampled, at = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
@@ -159,6 +163,7 @@ class PolicyScheduler(Scheduler):
         except Exception as error:
             verified = []
             self._failed("read", error)
+        self._speckv.took(perf_counter() - began)
         found = super().update_from_output(scheduler_output, model_runner_output)
         self._log(scheduler_output)
         if verified:
@@ -175,9 +180,11 @@ class PolicyScheduler(Scheduler):
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
         """Take in the drafts, and drop those that are not worth their verification."""
         super().update_draft_token_ids(draft_token_ids)
+        began = perf_counter()
         try:
             requests = {id: self.requests[id] for id in draft_token_ids.req_ids if id in self.requests}
             drafted = {id: len(request.spec_token_ids) for id, request in requests.items() if request.spec_token_ids}
+            self._speckv.took(perf_counter() - began)
             for id, count in self._speckv.trim(drafted).items() if drafted else ():
                 if count < drafted[id]:
                     requests[id].spec_token_ids = requests[id].spec_token_ids[:count]

@@ -17,7 +17,8 @@ import numpy as np
 
 from policies.base import Policy
 from speckv_online.errors import UserError
-from speckv_online.serving.controller import Controller, Engine, EngineStep, Running, Verified
+from speckv_online.serving.controller import Controller
+from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.settings import Settings, engine_policy
 from speckv_online.simulate.engine_costs import EngineCosts
 from speckv_online.traces.trace import Trace
@@ -65,6 +66,8 @@ class Served:
         Steps by number of drafts chosen.
     rates : list of float
         Tokens per modelled second of each tenth of the requests, in the order in which they ended.
+    progress : list of (float, int)
+        After each step, the replica's modelled seconds and the tokens so far.
     """
 
     tokens: int = 0
@@ -76,6 +79,7 @@ class Served:
     steps: int = 0
     chosen: Counter[int] = field(default_factory=Counter)
     rates: list[float] = field(default_factory=list)
+    progress: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def throughput(self) -> float:
@@ -157,6 +161,7 @@ class Replica:
         self.steps += 1
         served.steps += 1
         served.chosen[gamma] += 1
+        served.progress.append((self.now, served.tokens))
         return over
 
     def _admit(self, tokens: int) -> tuple[int, list[_Request]]:
@@ -287,6 +292,11 @@ class Fleet:
         served.seconds = max(time for time, _ in ended) - started
         served.rates = _rates(ended, started)
         return served
+
+    def take_over(self, other: Fleet) -> None:
+        """Have each replica's policy go on from what that of another fleet has learnt."""
+        for mine, its in zip(self._replicas, other._replicas, strict=True):
+            mine.controller.policy.load_state_dict(its.controller.policy.state_dict())
 
     def _send(self, request: _Request, replica: Replica, now: float) -> None:
         if not replica.busy:

@@ -9,7 +9,8 @@ import pytest
 
 from policies.base import N_SIGNALS, Context, Outcome, PolicyError
 from policies.batches import Forward
-from policies.costs.batch_costs import MOST, BatchCosts
+from policies.costs.batch_costs import BatchCosts
+from policies.costs.batch_grid import MOST
 from policies.costs.level_costs import LevelCosts
 from policies.costs.prior import CostPrior
 from policies.guards.batch_guard import BatchGuard

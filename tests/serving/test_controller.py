@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from policies.learned.online_engine import OnlineEngine
 from policies.registry import make_policy
 from speckv_online.errors import UserError
-from speckv_online.serving.controller import Controller, Engine, EngineStep, Running, Verified
+from speckv_online.serving.controller import Controller
+from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
 from speckv_online.serving.settings import Settings, engine_policy
 from tests.support.serving import Raises
 
@@ -144,7 +145,9 @@ def test_a_state_is_taken_up(tmp_path: Path) -> None:
     first.controller.save(last=True)
     again = Controller(told, ENGINE)
     assert again.resumed
-    assert again._costs.level("bf16").verify == pytest.approx(first.controller._costs.level("bf16").verify, rel=0.05)
+    assert again.policy.batch_costs.level("bf16").verify == pytest.approx(
+        first.controller.policy.batch_costs.level("bf16").verify, rel=0.05
+    )
     assert max(Machine(again, 0.02, 0.001, 0.002).chosen, default=0) == 0
     other = Controller(told, Engine("another engine", "bf16", "draft_model", False, 8, 16))
     assert not other.resumed

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from experiments.load.server import SCHEDULER, Server, environment
 from speckv_online.errors import UserError
+from speckv_online.io.run_directory import load_arrays
 from tests.support.serving import make_models
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -95,6 +102,48 @@ def test_a_request_turns_drafts_off(folder: Path, plain: list[list[int]]) -> Non
     assert half["outputs"] == all_on["outputs"] == plain
     drafted, fewer = (found["counts"]["drafted_tokens"]["0"] for found in (all_on, half))
     assert 0.3 * drafted < fewer < 0.6 * drafted
+
+
+def test_a_kill_leaves_a_state_that_the_next_start_uses(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.npz"
+    about = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    given = [
+        "--model", f"{folder}/target", "--served-model-name", "target", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "256", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.1", "--no-async-scheduling",
+        "--scheduler-cls", SCHEDULER, "--speculative-config", json.dumps(about),
+        "--additional-config", json.dumps({"speckv": {"state": str(state)}}),
+    ]  # fmt: skip
+    around = environment(1) | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+    def ask(server: Server) -> int:
+        """Decode until the server is gone; return how many answers came."""
+        body = {"model": "target", "prompt": [5, 6, 7] * 8, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+        head, answers = {"Content-Type": "application/json"}, 0
+        while True:
+            try:
+                asked = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), head)
+                with urllib.request.urlopen(asked, timeout=60) as answer:
+                    answers += len(json.load(answer)["choices"])
+            except (OSError, http.client.HTTPException):
+                return answers
+
+    for run in ("first", "second"):
+        server = Server(sys.executable, given, around, tmp_path / f"{run}.log")
+        try:
+            server.wait()
+            assert ("resumed" in server.log.read_text()) == (run == "second")
+            written = state.stat().st_mtime_ns if state.exists() else 0
+            with ThreadPoolExecutor(3) as pool:
+                users = [pool.submit(ask, server) for _ in range(3)]
+                end = time.monotonic() + 60
+                while (state.stat().st_mtime_ns if state.exists() else 0) == written and time.monotonic() < end:
+                    time.sleep(0.05)
+                os.killpg(server.process.pid, signal.SIGKILL)  # the engine's process, too
+                assert min(user.result() for user in users) > 0
+        finally:
+            server.stop()
+        assert load_arrays(state)["history.head.misc"][1] > 20
+    assert [path.name for path in tmp_path.glob("*.npz*")] == ["state.npz"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from speckv_online.errors import UserError
-from speckv_online.serving.controller import Engine
+from speckv_online.serving.engine import Engine
 from speckv_online.simulate.engine_costs import EngineCosts, fit
 from speckv_online.simulate.serving import Fleet, Load
 from speckv_online.traces.trace import Trace
@@ -95,7 +95,7 @@ def test_what_drafting_takes_is_told_apart() -> None:
     fleet = Fleet("online", MODEL, heavy)
     for seed in range(4):
         served = fleet.serve(traces(accepted=0.8), Load(60, concurrency=2), seed)
-    costs = fleet._replicas[0].controller._costs.level("fp32")
+    costs = fleet._replicas[0].controller.policy.batch_costs.level("fp32")
     assert costs.drafting(1, 2, 0) == pytest.approx(0.009, rel=0.4)
     plain = Fleet("autoregressive", MODEL, heavy).serve(traces(accepted=0.8), Load(60, concurrency=2), 3)
     assert served.throughput > 1.25 * plain.throughput

@@ -42,7 +42,9 @@ class Raises(Policy):
 def make_models(folder: Path) -> None:
     """Write a tiny target, and a draft that is often right about it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -55,6 +57,8 @@ def make_models(folder: Path) -> None:
     for weight in target.parameters():
         weight.data += 0.01 * torch.randn_like(weight)
     target.save_pretrained(folder / "draft")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "target")
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -111,7 +115,7 @@ def main(folder: str, method: str, policy: str, task: str, lazy: str = "lazy") -
     found["outputs"] = [list(o.outputs[0].token_ids) for o in llm.generate(asked, each, use_tqdm=False)]
     if policy:
         found["counts"] = scheduler._speckv.collect().as_json()
-        found["left"] = len(scheduler._speckv._rows) - len(scheduler.finished_req_ids)
+        found["left"] = len(scheduler._speckv._asking) - len(scheduler.finished_req_ids)
     return found
 
 
