@@ -20,6 +20,8 @@ from speckv_online.io.prompts import Prompt
 from speckv_online.io.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
+#: How often a server that makes a state plays the loads, at most.
+WARM_UPS = 4
 #: What is kept of a block.
 KEPT = (
     "output_throughput", "request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
@@ -129,10 +131,12 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
             given = arguments(config, method, dtype, name, table, steps, str(state or ""))
             if state is not None and not state.exists():
                 with _running(python, given, surroundings, out / f"{safe}-before.log") as before:
-                    for load in map(float, config.concurrency):
-                        _block(config, client, before, out, "closed", load, 98)
+                    for turn in range(WARM_UPS):  # a state is kept every few seconds
+                        for load in map(float, config.concurrency):
+                            if not turn or not state.exists():
+                                _block(config, client, before, out, "closed", load, 98 - turn)
                 if not state.exists():
-                    raise UserError(f"the server of '{name}' left no state: its blocks were too short")
+                    raise UserError(f"the server of '{name}' left no state: see {out / f'{safe}-before.log'}")
             servers[name] = stack.enter_context(_running(python, given, surroundings, out / f"{safe}.log"))
             server = servers[name]
             _block(config, client, server, out, "closed", 4.0, 99)  # warms it up; it does not count
