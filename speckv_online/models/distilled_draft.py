@@ -11,6 +11,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from speckv_online.errors import UserError
 from speckv_online.io.manifest import sha256
+from speckv_online.models.skeleton import without_weights
 
 DRAFT_FILE = "draft-smollm2.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -71,8 +72,7 @@ def load_shipped_draft(
         state |= {_EMBEDDING: shared.weight, "lm_head.weight": shared(head_ids).to(dtype)}
     config.num_hidden_layers = len(header["kept_layers"].split(","))
     config.tie_word_embeddings = False
-    # On the meta device nothing is initialised only to be overwritten.
-    with torch.device("meta"):
+    with without_weights():
         model = LlamaForCausalLM(config)
         model.lm_head = torch.nn.Linear(config.hidden_size, len(head_ids), bias=False)
         if shared is not None:
@@ -81,6 +81,5 @@ def load_shipped_draft(
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:
         raise UserError(f"{source} does not fit the target {target.name}: {' '.join(str(e).split())[:200]}") from e
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are not in the file
     torch.nn.Module.to(model, device)
     return model.eval(), head_ids, digest

@@ -20,6 +20,7 @@ from speckv_online.errors import UserError
 from speckv_online.io.user_cache import cache_dir
 from speckv_online.modeling.gguf_types import dequantize
 from speckv_online.models.gguf_file import GgufFile, Tensor
+from speckv_online.models.skeleton import without_weights
 
 log = logging.getLogger(__name__)
 #: Architectures of GGUF that are read; Mistral and SmolLM are written as ``llama``.
@@ -125,7 +126,7 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
     else:
         log.info("%s is de-quantized: its blocks are for CPUs with the engine", file.path.name)
     try:
-        with torch.device("meta"):
+        with without_weights():
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
         raise file.wrong(f"transformers makes no model of its sizes: {' '.join(str(e).split())[:200]}") from e
@@ -143,8 +144,8 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
         file.forget()
     if unread:
         raise file.wrong(f"it has the tensor {min(unread)[:60]!r}, which is not known here")
-    rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are not in the file
     if factors is not None:
+        rotary = model.model.rotary_emb
         rotary.inv_freq = rotary.inv_freq / factors
         rotary.original_inv_freq = rotary.inv_freq
     ends = {file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
