@@ -24,6 +24,7 @@ from speckv_online.modeling.introspection import check_config, check_model
 from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.gguf_file import GgufFile, is_gguf
 from speckv_online.models.gguf_model import check_level, load_gguf, load_gguf_tokenizer, read_config
+from speckv_online.models.kept_model import KEPT, kept_model, own_weights
 from speckv_online.models.levels import Level, get_level
 from speckv_online.models.smollm2 import find_gguf, prepare_smollm2, smollm2_dir, smollm2_ready
 
@@ -141,14 +142,34 @@ def _load(source: str | Path, level: Level, file: GgufFile | None, where: torch.
         return model
     if level.quantization is not None:
         _quiet_bitsandbytes()
+    if (kept := kept_model(source, level, where, engine)) is None:
+        model = _read(source, level, where)
+        start_engine(model, engine)
+        return model
+    if (found := kept.load()) is not None:
+        return found
+    with KEPT.lock(kept.key):
+        if (found := kept.load()) is not None:  # another process has made it meanwhile
+            return found
+        model = _read(source, level, where)
+        own, taken = own_weights(model)
+        start_engine(model, engine)
+        if not kept.keep(model, own, taken):
+            return model
+    del own
+    found = kept.load()
+    return model if found is None else found
+
+
+def _read(source: str | Path, level: Level, where: torch.device) -> PreTrainedModel:
+    """Load a model as transformers does."""
     arguments = level.load_arguments(where)
     model = _from_pretrained(AutoModelForCausalLM, str(source), use_safetensors=True, **arguments)
     if level.widen(where):
         model = model.float()
     if level.quantization is None:
         model = model.to(where)
-    start_engine(model.eval(), engine)
-    return model
+    return model.eval()
 
 
 def at_level(pair: str, target: str | None, level: str | Level | None) -> tuple[Level, GgufFile | None]:
