@@ -40,11 +40,16 @@ def start_engine(
     return notes_of(model).status
 
 
-def int8_draft(model: PreTrainedModel, engine: str | None = None) -> Int8Draft | None:
-    """Return the int8 form of a draft, None where there is none or the engine is off; log once why."""
+def int8_draft(
+    model: PreTrainedModel, engine: str | None = None, kept: Sequence[torch.Tensor] | None = None
+) -> Int8Draft | None:
+    """Return the int8 form of a draft, None where there is none or the engine is off; log once why.
+
+    ``kept`` are the :attr:`~speckv_online.cpu_engine.int8_draft.Int8Draft.weights` that it once had.
+    """
     if choose_engine(engine) == "off":
         return None
-    compiled, reason = int8_form(model)
+    compiled, reason = int8_form(model, kept)
     if compiled is None:
         # On other devices than a CPU nothing is missing.
         level = logging.WARNING if model.device.type == "cpu" else logging.INFO

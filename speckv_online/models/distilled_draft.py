@@ -65,8 +65,7 @@ def load_shipped_draft(
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     state = {name: t.to(dtype) for name, t in tensors.items()}
     if shared is None:
-        with safe_open(target / "model.safetensors", "pt") as f:
-            embedding = f.get_tensor(_EMBEDDING)
+        embedding = shipped_embedding(target)
         state |= {_EMBEDDING: embedding.to(dtype), "lm_head.weight": embedding[head_ids].to(dtype)}
     else:
         state |= {_EMBEDDING: shared.weight, "lm_head.weight": shared(head_ids).to(dtype)}
@@ -83,3 +82,10 @@ def load_shipped_draft(
         raise UserError(f"{source} does not fit the target {target.name}: {' '.join(str(e).split())[:200]}") from e
     torch.nn.Module.to(model, device)
     return model.eval(), head_ids, digest
+
+
+def shipped_embedding(target: Path) -> torch.Tensor:
+    """Return the embedding of a converted target, mapped."""
+    with safe_open(target / "model.safetensors", "pt") as f:
+        found: torch.Tensor = f.get_tensor(_EMBEDDING)
+    return found

@@ -45,9 +45,7 @@ class KeptModel:
 
     def __init__(self, source: Path, level: Level) -> None:
         self.source, self.level = source, level
-        files = sorted(f for f in source.iterdir() if f.suffix in (".json", ".safetensors"))
-        found = [(f.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in (f.stat(),)]
-        self.key = key_of(str(source.resolve()), level.name, *map(str, found), *environment())
+        self.key = key_of(str(source.resolve()), level.name, *stamps(source), *environment())
 
     def load(self) -> PreTrainedModel | None:
         """Return the model, run by the engine, with mapped weights; None if it is not kept."""
@@ -59,13 +57,10 @@ class KeptModel:
         except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
             log.warning("%s is loaded anew: %s: %s", self.source, type(e).__name__, " ".join(str(e).split())[:200])
             return None
-        laid = dict[str, list[torch.Tensor]]()
-        for name in [name for name in tensors if name.startswith(_LAID)]:
-            laid.setdefault(name.split("/")[1], []).append(tensors[name])
         know_fingerprint(model, facts["fingerprint"])
         if any(type(m).__name__ == "Linear4bit" for m in model.modules()):
             model._fingerprint = facts["fingerprint"]
-        start_engine(model, "auto", laid)
+        start_engine(model, "auto", layouts_of(tensors))
         return model
 
     def keep(self, model: PreTrainedModel, own: dict[str, torch.Tensor], taken: str) -> bool:
@@ -106,7 +101,7 @@ class KeptModel:
         own = {name.removeprefix(_OWN): t for name, t in tensors.items() if name.startswith(_OWN)}
         with safe_open(self.source / _WEIGHTS, "pt") as file:
             own |= {name: file.get_tensor(name) for name in facts["shared"]}
-        _fill(model, own)
+        fill(model, own)
         model.tie_weights()
         if any(p.device.type == "meta" for p in model.parameters()):
             raise ValueError("weights are missing")
@@ -123,7 +118,22 @@ def _read(file: Any, name: str, like: torch.Tensor) -> torch.Tensor:
     return found if found.dtype == like.dtype else torch.empty(0)
 
 
-def _fill(model: PreTrainedModel, own: dict[str, torch.Tensor]) -> None:
+def layouts_of(tensors: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Return what was laid out, by the names of layers."""
+    laid = dict[str, list[torch.Tensor]]()
+    for name in [name for name in tensors if name.startswith(_LAID)]:
+        laid.setdefault(name.split("/")[1], []).append(tensors[name])
+    return laid
+
+
+def stamps(path: Path) -> list[str]:
+    """Return what tells a file, or a folder's models and settings, from others of the same names."""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors"))
+    found = [(f.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in (f.stat(),)]
+    return [*map(str, found)]
+
+
+def fill(model: PreTrainedModel, own: dict[str, torch.Tensor]) -> None:
     """Put weights in their places; those of bitsandbytes with what belongs to them."""
     for name, module in model.named_modules():
         mine, prefix = own.get(f"{name}.weight"), f"{name}.weight."
