@@ -97,17 +97,17 @@ class MappedFiles:
         return True
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Wait until no other process makes what belongs to a key."""
+    def lock(self) -> Iterator[None]:
+        """Wait until no other process makes a file."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                file = stack.enter_context((self.folder / f".{key[:8]}.lock").open("w"))
+                file = stack.enter_context((self.folder / ".lock").open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _trim(self, newest: Path) -> None:
-        files = [f for f in self.folder.iterdir() if f.is_file() and f != newest]
+        files = [f for f in self.folder.iterdir() if f.is_file() and f != newest and f.name != ".lock"]
         used = sorted(((found := f.stat()).st_atime, found.st_size, f) for f in files)
         total = newest.stat().st_size + sum(size for _, size, _ in used)
         for _, size, file in used:

@@ -17,7 +17,7 @@ from speckv_online.cpu_engine.verdicts import environment
 from speckv_online.io.user_cache import key_of
 from speckv_online.modeling.fingerprint import know_fingerprint
 from speckv_online.models.distilled_draft import DRAFT_FILE, load_shipped_draft, shipped_embedding
-from speckv_online.models.kept_model import KEPT, fill, layouts_of, own_weights, stamps
+from speckv_online.models.kept_model import FORMAT, KEPT, fill, layouts_of, own_weights, stamps
 from speckv_online.models.skeleton import without_weights
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -43,10 +43,10 @@ def load_default_draft(target: Path, where: torch.device, engine: str, shared: t
         return _load(target, where, engine, shared)
     with as_file(files("speckv_online") / "data" / DRAFT_FILE) as shipped:
         about = "" if shared is None else str(getattr(shared, "kind", ""))
-        key = key_of(str(shipped), about, *stamps(shipped), *stamps(target), *environment())
+        key = key_of(FORMAT, str(shipped), about, *stamps(shipped), *stamps(target), *environment())
     if (found := _kept(key, target, shared)) is not None:
         return found
-    with KEPT.lock(key):
+    with KEPT.lock():
         if (found := _kept(key, target, shared)) is not None:
             return found
         model, head_ids, digest = load_shipped_draft(target, where, shared=shared)

@@ -29,6 +29,8 @@ from speckv_online.models.skeleton import without_weights
 
 log = logging.getLogger(__name__)
 KEPT = MappedFiles("weights", 2_000_000_000)
+#: What these files hold; another number is another file.
+FORMAT = "1"
 _LEVELS = ("fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 _WEIGHTS, _OWN, _LAID = "model.safetensors", "own/", "laid/"
 
@@ -45,7 +47,7 @@ class KeptModel:
 
     def __init__(self, source: Path, level: Level) -> None:
         self.source, self.level = source, level
-        self.key = key_of(str(source.resolve()), level.name, *stamps(source), *environment())
+        self.key = key_of(FORMAT, str(source.resolve()), level.name, *stamps(source), *environment())
 
     def load(self) -> PreTrainedModel | None:
         """Return the model, run by the engine, with mapped weights; None if it is not kept."""
@@ -108,6 +110,8 @@ class KeptModel:
         if quantizer is not None:
             model.hf_quantizer = quantizer
             quantizer.postprocess_model(model)
+        for part in (*model.modules(), *model.parameters()):  # else transformers may initialise them later
+            part._is_hf_initialized = True  # type: ignore[assignment, union-attr]
         if (self.source / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.source)
         return model.eval()

@@ -148,7 +148,7 @@ def _load(source: str | Path, level: Level, file: GgufFile | None, where: torch.
         return model
     if (found := kept.load()) is not None:
         return found
-    with KEPT.lock(kept.key):
+    with KEPT.lock():
         if (found := kept.load()) is not None:  # another process has made it meanwhile
             return found
         model = _read(source, level, where)
