@@ -35,9 +35,18 @@ class GgufLinear(nn.Module):
     bias : Tensor, optional
     to : str
         How inputs of quantized weights are rounded: ``b8`` or ``b16``.
+    kept : Tensor, optional
+        The attribute ``weight`` of another layer of the same blocks, which are then not read.
     """
 
-    def __init__(self, data: torch.Tensor, kind: BlockType, bias: torch.Tensor | None = None, to: str = "b8") -> None:
+    def __init__(
+        self,
+        data: torch.Tensor,
+        kind: BlockType,
+        bias: torch.Tensor | None = None,
+        to: str = "b8",
+        kept: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         width, use = lanes(), floating.shape()
         if width is None or use is None:
@@ -49,9 +58,11 @@ class GgufLinear(nn.Module):
         together = width if kind.bits else use.features
         #: Outputs with those that fill up the last register.
         self.outputs = -(-self.out_features // together) * together
-        if self.outputs > self.out_features:
+        if kept is None and self.outputs > self.out_features:
             data = torch.cat((data, data.new_zeros(self.outputs - self.out_features, data.shape[1])))
-        if kind.bits:
+        if kept is not None:
+            packed = kept
+        elif kind.bits:
             packed = kernels.lay_out(data, kind, width)
         elif self.in_features % use.lanes:
             raise ValueError(f"a matrix of {kind.name} with {self.in_features} inputs, which the kernels do not take")

@@ -181,7 +181,7 @@ def _pack_linears(
     if sum(child.weight.nbytes for _, _, child, _ in found) > MOST_BYTES:
         notes.lacks(part, f"they have more than {MOST_BYTES >> 30} GiB, which would be kept twice")
         return 0
-    if reason := why_not(use):
+    if verdicts is not None and (reason := why_not(use)):
         notes.lacks(part, reason, failed=True)
         return 0
     made = [(parent, name, PackedLinear(child, use, known)) for parent, name, child, known in found]

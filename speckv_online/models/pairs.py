@@ -24,7 +24,7 @@ from speckv_online.modeling.introspection import check_config, check_model
 from speckv_online.models.gguf_file import GgufFile, is_gguf
 from speckv_online.models.gguf_model import check_level, load_gguf, load_gguf_tokenizer, read_config
 from speckv_online.models.kept_draft import load_default_draft
-from speckv_online.models.kept_model import KEPT, kept_model, own_weights
+from speckv_online.models.kept_model import KEPT, give_back_memory, kept_model, own_weights
 from speckv_online.models.levels import Level, get_level
 from speckv_online.models.smollm2 import find_gguf, prepare_smollm2, smollm2_dir, smollm2_ready
 
@@ -156,9 +156,12 @@ def _load(source: str | Path, level: Level, file: GgufFile | None, where: torch.
         start_engine(model, engine)
         if not kept.keep(model, own, taken):
             return model
-    del own
+    del model, own
+    give_back_memory()
     found = kept.load()
-    return model if found is None else found
+    if found is None:  # somebody has taken it away since
+        start_engine(found := _read(source, level, where), engine)
+    return found
 
 
 def _read(source: str | Path, level: Level, where: torch.device) -> PreTrainedModel:
