@@ -1,7 +1,7 @@
 """Imports transformers without what a command that decodes on one machine never uses.
 
-``transformers.modeling_utils`` imports torch's distributed tensors, its compiler, and scipy for losses of other tasks: a
-second and 100 MB. It does without the first and the last where they are missing, so they are hidden meanwhile. Of the
+``transformers.modeling_utils`` imports torch's distributed tensors, its compiler, and scipy for losses of other tasks:
+a second and 100 MB. It does without the first and the last where they are missing, so they are hidden meanwhile. Of the
 compiler it wants a few decorators. Only a command may do this: the process is its own.
 """
 

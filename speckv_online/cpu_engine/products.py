@@ -82,8 +82,8 @@ class Int8:
         self.inputs, self.outputs, self.threshold = sizes[0][1], sum(outputs for outputs, _ in sizes), thresholds[0]
         if len(set(thresholds)) > 1:
             raise ValueError("weights of several types")
-        self.weight, self.sizes, self.sums = (joined(parts) for parts in (weights, scales, sums))
-        at = 0
+        # Scales are copies: the layers' own may be written to.
+        self.weight, self.sizes, self.sums, at = joined(weights), torch.cat(scales), torch.cat(sums), 0
         for layer, weight in zip(layers, weights, strict=True):  # they share the memory
             layer._patched = self.weight[at : at + len(weight)], *layer._patched[1:]
             at += len(weight)

@@ -1,4 +1,4 @@
-"""Mapped tensors: they come back bit by bit, and a file that is damaged, foreign or too large is as if it were not there."""
+"""Mapped tensors come back bit by bit; a file that is damaged, foreign or too large is as if it were not there."""
 
 from __future__ import annotations
 
