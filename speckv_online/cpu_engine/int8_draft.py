@@ -84,7 +84,7 @@ class Int8Draft:
         self._scratch = torch.empty(3, form.lanes)
         self._to = self._seen.ctypes.data, self._scratch.data_ptr()
 
-    def _times(self, out: int, norm: nn.Module | None, *layers: tuple[Any, float], add: int = 0) -> Step:
+    def _times(self, out: int, norm: Any, *layers: tuple[Any, float], add: int = 0) -> Step:
         """Return the step that multiplies by the weights of layers, each times a number, behind a norm."""
         outputs, inputs = sum(layer.out_features for layer, _ in layers), layers[0][0].in_features
         if self._kept is not None:

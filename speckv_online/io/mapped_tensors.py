@@ -166,5 +166,5 @@ def _write(file: IO[bytes], facts: Any, tensors: Mapping[str, torch.Tensor]) -> 
 
 def _pieces(tensors: Mapping[str, torch.Tensor], sizes: list[int]) -> Iterator[Any]:
     for t, size in zip(tensors.values(), sizes, strict=True):
-        yield memoryview(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         yield bytes(size - t.nbytes)

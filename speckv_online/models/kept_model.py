@@ -112,8 +112,8 @@ class KeptModel:
         if quantizer is not None:
             model.hf_quantizer = quantizer
             quantizer.postprocess_model(model)
-        for part in (*model.modules(), *model.parameters()):  # else transformers may initialise them later
-            part._is_hf_initialized = True  # type: ignore[assignment, union-attr]
+        for part in (*model.modules(), *model.parameters()):
+            setattr(part, "_is_hf_initialized", True)  # noqa: B010 (else transformers may initialise them later)
         if (self.source / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.source)
         return model.eval()
@@ -146,17 +146,17 @@ def fill(model: PreTrainedModel, own: dict[str, torch.Tensor]) -> None:
         if mine is None:
             continue
         if type(module).__name__ == "Linear4bit":
-            from bitsandbytes.nn import Params4bit
+            from bitsandbytes.nn.modules import Params4bit
 
             stats = {key.removeprefix(prefix): t for key, t in own.items() if key.startswith(prefix)}
             module.weight = Params4bit.from_prequantized(mine, stats, device="cpu", module=module)
         elif type(module).__name__ == "Linear8bitLt":
-            from bitsandbytes.nn import Int8Params
+            from bitsandbytes.nn.modules import Int8Params
 
             scales = own[f"{name}.SCB"]
             module.weight = Int8Params(mine, requires_grad=False, CB=mine, SCB=scales)
         else:
-            module.weight = nn.Parameter(mine, requires_grad=module.weight.requires_grad)  # type: ignore[union-attr]
+            module.weight = nn.Parameter(mine, requires_grad=module.weight.requires_grad)
 
 
 def give_back_memory() -> None:

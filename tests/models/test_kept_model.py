@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from experiments.bench.start import start
 from speckv_online.cpu_engine.layer_patches import stock_layers
 from speckv_online.cpu_engine.pack import pack
 from speckv_online.decoding.decoder import SpeculativeDecoder
@@ -19,6 +20,7 @@ from speckv_online.modeling.fingerprint import fingerprint
 from speckv_online.modeling.kv_cache import KVCache
 from speckv_online.models import kept_model
 from speckv_online.models.pairs import load_target
+from speckv_online.models.smollm2 import smollm2_dir
 from tests.support.decoding import Scripted
 from tests.support.engine import needs_engine, needs_level, small_llama
 
@@ -191,3 +193,34 @@ def test_processes_may_start_at_once(folder: Path) -> None:
     assert len(set(answers)) == 1
     assert len(kept_files(folder)) == 1
     assert not list(kept_files(folder)[0].parent.glob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "most"), [("fp16", 850), ("int8", 650), ("nf4", 600), ("q4_1", 550)])
+def test_the_default_pair_takes_little_memory(level: str, most: int) -> None:
+    """The peak of ``speckv generate``, once its weights are kept; limits in megabytes are what the project promises."""
+    needs_level("fp16" if level == "q4_1" else level)
+    runs = [start(level, 24) for _ in range(2)]
+    assert runs[-1]["peak_mb"] <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["fp16", "int8", "nf4"])
+def test_the_kept_default_target_is_the_target(level: str) -> None:
+    needs_level(level)
+    load_target(smollm2_dir(), level, "cpu", "auto")
+    kept, plain = (load_target(smollm2_dir(), level, "cpu", engine) for engine in ("auto", "off"))
+    assert fingerprint(kept) == fingerprint(plain)
+    for (name, mine), (other, theirs) in zip(kept.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(mine, theirs)
+    compiled = load_target(smollm2_dir(), level, "cpu", "off")
+    pack(compiled)
+    cache, other = KVCache(30, 40), KVCache(30, 40)
+    with torch.inference_mode():
+        for ids in (PROMPT, PROMPT[:1], PROMPT[3:8]):
+            found, expected = (
+                m(input_ids=ids[None], past_key_values=c).logits for m, c in ((kept, cache), (compiled, other))
+            )
+            assert torch.equal(found, expected)
+    assert torch.equal(own(kept), own(plain))
