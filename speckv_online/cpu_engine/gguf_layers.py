@@ -18,6 +18,7 @@ from speckv_online.cpu_engine.kernels import linear as floating
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.llama_program import UNUSABLE, Step
 from speckv_online.cpu_engine.notes import describe
+from speckv_online.io.mapped_tensors import joined
 from speckv_online.modeling.gguf_types import BlockType, dequantize, floats
 
 #: Largest difference from the de-quantized matrix, relative to the largest output, by how inputs are rounded.
@@ -144,7 +145,7 @@ class GgufProduct:
         if self.to == "float" and len(layers) > 1:  # their kernel writes whole rows: they are one matrix
             if len({layer.weight.dtype for layer in layers}) > 1:
                 raise ValueError("weights of several types")
-            self.weight, at = torch.cat([layer.weight.detach() for layer in layers]), 0
+            self.weight, at = joined([layer.weight.detach() for layer in layers]), 0
             for layer in layers:  # they share the memory
                 end = at + len(layer.weight)
                 layer.weight, at = nn.Parameter(self.weight[at:end], requires_grad=False), end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +9,7 @@ import torch
 from speckv_online.cpu_engine.gguf_layers import GgufProduct
 from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
 from speckv_online.cpu_engine.llama_program import Step
-
-
-def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors one behind the other; those that lie so in a mapped file are not copied."""
-    first, at = parts[0], parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != at or not part.numel() or not part.is_contiguous() or part.shape[1:] != first.shape[1:]:
-            return torch.cat(list(parts))
-        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.dtype != first.dtype:
-            return torch.cat(list(parts))
-        at += part.nbytes
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+from speckv_online.io.mapped_tensors import joined
 
 
 class Packed:

@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,6 +115,18 @@ class MappedFiles:
                 break
             file.unlink(missing_ok=True)
             total -= size
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors one behind the other; those that lie so in a mapped file are not copied."""
+    first, at = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or not part.numel() or not part.is_contiguous() or part.shape[1:] != first.shape[1:]:
+            return torch.cat(list(parts))
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.dtype != first.dtype:
+            return torch.cat(list(parts))
+        at += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def _mark(path: Path, found: os.stat_result) -> str:

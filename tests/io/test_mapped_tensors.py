@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speckv_online.io.mapped_tensors import MappedFiles
+from speckv_online.io.mapped_tensors import MappedFiles, joined
 
 TENSORS = {
     "a/half": torch.randn(4, 16).half(),
@@ -95,3 +95,14 @@ def test_no_cache_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with files.lock():
         assert not files.put("a", None, TENSORS)
     assert files.get("a") is None
+
+
+def test_neighbours_are_joined_without_a_copy(files: MappedFiles) -> None:
+    files.put("a", None, TENSORS)
+    _, found = files.get("a") or (None, {})
+    whole = joined([found["a/half"], found["b"]])
+    assert whole.data_ptr() == found["a/half"].data_ptr()
+    assert torch.equal(whole, torch.cat((TENSORS["a/half"], TENSORS["b"])))
+    for others in ([found["b"], found["a/half"]], [found["b"], TENSORS["b"]], [TENSORS["empty"], TENSORS["empty"]]):
+        assert torch.equal(joined(others), torch.cat(others))
+        assert joined(others).data_ptr() not in [t.data_ptr() for t in others if t.numel()]
