@@ -126,6 +126,9 @@ def generate(arguments: argparse.Namespace) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of bytes that are no UTF-8
         raise UserError("the prompt is not UTF-8 text: save it as UTF-8")
 
+    from speckv_online.cli.lean_imports import import_transformers
+
+    import_transformers()
     import torch
 
     from policies.registry import canonical, make_policy

@@ -10,11 +10,12 @@ this way by :func:`speckv_online.cpu_engine.layer_patches.patch_layers`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from speckv_online.cpu_engine.kernels.bnb import FEATURES, ONE, compiled, lay_out_int8
+from speckv_online.cpu_engine.kernels.bnb import FEATURES, INPUTS, ONE, compiled, lay_out_int8
 from speckv_online.cpu_engine.kernels.llvm import double
 
 
@@ -39,7 +40,8 @@ def int8_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.bias is not None:
         out += layer.bias
     if len(outliers):  # they are multiplied in floating point
-        weight = layer.state.CB.index_select(1, outliers) * scales.view(-1, 1) * ONE
+        columns = weights[:, outliers // INPUTS, :, outliers % INPUTS].reshape(len(outliers), outputs)
+        weight = columns.t().contiguous() * scales.view(-1, 1) * ONE
         out = out.addmm(rows.index_select(1, outliers), weight.t())
     return out.view(*x.shape[:-1], outputs)
 
@@ -97,3 +99,19 @@ def ready_four_bit(layer: Any) -> bool:
     codes = state.code.to(torch.bfloat16).float().contiguous()
     layer._patched = weight, state.absmax.to(torch.bfloat16).contiguous(), codes, (outputs, inputs), block
     return True
+
+
+def laid_out(layer: Any) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that a layer's short way reads, to be kept."""
+    return tuple(part for part in layer._patched if isinstance(part, torch.Tensor))
+
+
+def take(layer: Any, kept: Sequence[torch.Tensor]) -> None:
+    """Let a layer have what :func:`laid_out` returned of one with the same weight."""
+    shape = layer.out_features, layer.in_features
+    if type(layer).__name__ == "Linear4bit":
+        layer._patched = *kept, shape, int(layer.weight.quant_state.blocksize)
+        return
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()
+    layer._patched = *kept, double(layer.state.threshold if layer.state.threshold > 0.0 else float("inf")), shape

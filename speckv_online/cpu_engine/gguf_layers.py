@@ -18,6 +18,7 @@ from speckv_online.cpu_engine.kernels import linear as floating
 from speckv_online.cpu_engine.kernels.int8_blocks import lanes
 from speckv_online.cpu_engine.llama_program import UNUSABLE, Step
 from speckv_online.cpu_engine.notes import describe
+from speckv_online.io.mapped_tensors import joined
 from speckv_online.modeling.gguf_types import BlockType, dequantize, floats
 
 #: Largest difference from the de-quantized matrix, relative to the largest output, by how inputs are rounded.
@@ -35,9 +36,18 @@ class GgufLinear(nn.Module):
     bias : Tensor, optional
     to : str
         How inputs of quantized weights are rounded: ``b8`` or ``b16``.
+    kept : Tensor, optional
+        The attribute ``weight`` of another layer of the same blocks, which are then not read.
     """
 
-    def __init__(self, data: torch.Tensor, kind: BlockType, bias: torch.Tensor | None = None, to: str = "b8") -> None:
+    def __init__(
+        self,
+        data: torch.Tensor,
+        kind: BlockType,
+        bias: torch.Tensor | None = None,
+        to: str = "b8",
+        kept: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         width, use = lanes(), floating.shape()
         if width is None or use is None:
@@ -49,9 +59,11 @@ class GgufLinear(nn.Module):
         together = width if kind.bits else use.features
         #: Outputs with those that fill up the last register.
         self.outputs = -(-self.out_features // together) * together
-        if self.outputs > self.out_features:
+        if kept is None and self.outputs > self.out_features:
             data = torch.cat((data, data.new_zeros(self.outputs - self.out_features, data.shape[1])))
-        if kind.bits:
+        if kept is not None:
+            packed = kept
+        elif kind.bits:
             packed = kernels.lay_out(data, kind, width)
         elif self.in_features % use.lanes:
             raise ValueError(f"a matrix of {kind.name} with {self.in_features} inputs, which the kernels do not take")
@@ -133,7 +145,7 @@ class GgufProduct:
         if self.to == "float" and len(layers) > 1:  # their kernel writes whole rows: they are one matrix
             if len({layer.weight.dtype for layer in layers}) > 1:
                 raise ValueError("weights of several types")
-            self.weight, at = torch.cat([layer.weight.detach() for layer in layers]), 0
+            self.weight, at = joined([layer.weight.detach() for layer in layers]), 0
             for layer in layers:  # they share the memory
                 end = at + len(layer.weight)
                 layer.weight, at = nn.Parameter(self.weight[at:end], requires_grad=False), end

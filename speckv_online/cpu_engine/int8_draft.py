@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,38 +52,49 @@ class Int8Draft:
         In fp32 on the CPU. Its embedding is shared, all other weights are copied: where they change, make it anew.
     width : int
         Floats in a register of the processor, as :func:`speckv_online.cpu_engine.kernels.int8_blocks.lanes` has them.
+    kept : sequence of Tensor, optional
+        The attribute ``weights`` of another one of the same model. No weight of the model is then read.
+
+    Attributes
+    ----------
+    weights : list of Tensor
+        The weights in 8 bits and their scales, in the order of the program.
     """
 
-    def __init__(self, model: LlamaForCausalLM, width: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, width: int, kept: Sequence[torch.Tensor] | None = None) -> None:
         self.model, self.status = model, EngineStatus(True, "8-bit form, one compiled program")
         self.program = p = LlamaProgram(model, width, _ROWS, _KERNELS)
         self.layers, form, body = p.layers, p.form, model.model
-        self._weights: list[torch.Tensor] = []  # what the steps point at
+        self.weights: list[torch.Tensor] = []  # what the steps point at
+        self._kept = None if kept is None else iter(kept)
         self._numbers = form.inputs(_ROWS, max(p.hidden, form.heads * form.size, p.inner))
         state, y, numbers = (t.data_ptr() for t in (p.state, p.y, self._numbers))
         norm = p.kernels["norm"], state, numbers, double(float(model.config.rms_norm_eps)), 0, p.hidden
         steps: list[Step] = []
         for i, layer in enumerate(body.layers):
             a, f = layer.self_attn, layer.mlp
-            together = torch.cat((a.q_proj.weight * form.size**-0.5, a.k_proj.weight, a.v_proj.weight))
-            gated = torch.cat((f.gate_proj.weight, f.up_proj.weight))
+            before, between = layer.input_layernorm, layer.post_attention_layernorm
             steps += [
-                norm, self._times(together * layer.input_layernorm.weight, y),
-                *p.attention(i, "i8", numbers, double(1.0)), self._times(a.o_proj.weight, state, 1),
-                norm, self._times(gated * layer.post_attention_layernorm.weight, y),
-                (p.kernels["gate_i8"], y, numbers, p.inner, 0), self._times(f.down_proj.weight, state, 1),
+                norm, self._times(y, before, (a.q_proj, form.size**-0.5), (a.k_proj, 1.0), (a.v_proj, 1.0)),
+                *p.attention(i, "i8", numbers, double(1.0)), self._times(state, None, (a.o_proj, 1.0), add=1),
+                norm, self._times(y, between, (f.gate_proj, 1.0), (f.up_proj, 1.0)),
+                (p.kernels["gate_i8"], y, numbers, p.inner, 0), self._times(state, None, (f.down_proj, 1.0), add=1),
             ]  # fmt: skip
-        head = model.lm_head.weight * body.norm.weight
-        p.finish(steps, [norm, self._times(head, 0)], len(head))
+        p.finish(steps, [norm, self._times(0, body.norm, (model.lm_head, 1.0))], len(model.lm_head.weight))
         self._draft_signals, self._seen, self._lock = p.kernels["signals"], np.empty(5, dtype=np.float32), Lock()
         self._scratch = torch.empty(3, form.lanes)
         self._to = self._seen.ctypes.data, self._scratch.data_ptr()
 
-    def _times(self, weight: torch.Tensor, out: int, add: int = 0) -> Step:
-        """Return the step that multiplies by a weight."""
-        outputs, inputs = weight.shape
-        numbers, scales = lay_out(weight.detach().float(), self.program.form.lanes)
-        self._weights += [numbers, scales]
+    def _times(self, out: int, norm: Any, *layers: tuple[Any, float], add: int = 0) -> Step:
+        """Return the step that multiplies by the weights of layers, each times a number, behind a norm."""
+        outputs, inputs = sum(layer.out_features for layer, _ in layers), layers[0][0].in_features
+        if self._kept is not None:
+            numbers, scales = next(self._kept), next(self._kept)
+        else:
+            weight = torch.cat([layer.weight if factor == 1.0 else layer.weight * factor for layer, factor in layers])
+            weight = weight if norm is None else weight * norm.weight
+            numbers, scales = lay_out(weight.detach().float(), self.program.form.lanes)
+        self.weights += [numbers, scales]
         there = self._numbers.data_ptr(), numbers.data_ptr(), out
         return self.program.kernels["linear"], *there, 0, inputs, outputs, scales.data_ptr(), add
 
@@ -131,8 +143,8 @@ def compile_forward(model: PreTrainedModel) -> Int8Draft | None:
 
 
 @torch.inference_mode()
-def int8_form(model: PreTrainedModel) -> tuple[Int8Draft | None, str]:
-    """Do what :func:`compile_forward` does, and say why there is no quick form."""
+def int8_form(model: PreTrainedModel, kept: Sequence[torch.Tensor] | None = None) -> tuple[Int8Draft | None, str]:
+    """Do what :func:`compile_forward` does, and say why there is no quick form. One with ``kept`` weights was right."""
     width = lanes()
     if width is None:
         return None, "no kernels for this processor, or no llvmlite"
@@ -144,7 +156,9 @@ def int8_form(model: PreTrainedModel) -> tuple[Int8Draft | None, str]:
         return None, "its weights are not in fp32"
     ids = torch.arange(1, 32) % len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     try:
-        compiled = Int8Draft(model, width)
+        compiled = Int8Draft(model, width, kept)
+        if kept is not None:
+            return compiled, ""
         found = compiled.read(ids.tolist(), KVCache(compiled.layers, 4))
     except UNUSABLE as error:
         return None, describe(error)

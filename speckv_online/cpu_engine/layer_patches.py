@@ -8,7 +8,7 @@ RMS norms (:mod:`speckv_online.cpu_engine.kernels.rms_norm`). docs/performance.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -29,15 +29,24 @@ WAYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, torch.Tensor], torch
 }
 
 
-def patch_layers(model: nn.Module, notes: EngineNotes | None = None) -> int:
+def patch_layers(
+    model: nn.Module, notes: EngineNotes | None = None, kept: Mapping[str, Sequence[torch.Tensor]] | None = None
+) -> int:
     """Let a model's layers on the CPU take short ways in inference; return how many may. They stay what they are.
 
-    Why a layer does not take its way is known at its first forward, and then noted.
+    Why a layer does not take its way is known at its first forward, and then noted. A layer of which there are ``kept``
+    tensors was compared when they were made, and takes its way at once.
     """
     notes = EngineNotes(type(model).__name__, logged=True) if notes is None else notes
-    found: list[Any] = [m for m in model.modules() if type(m).__name__ in WAYS and m.weight.device.type == "cpu"]
-    for layer in found:
+    found: list[tuple[str, Any]] = [
+        (name, m) for name, m in model.named_modules() if type(m).__name__ in WAYS and m.weight.device.type == "cpu"
+    ]
+    for name, layer in found:
         layer.forward, layer._notes = MethodType(_first_forward, layer), notes
+        if name in (kept or {}):
+            bnb_cpu.take(layer, kept[name])  # type: ignore[index]
+            layer._way, layer._made_of = WAYS[type(layer).__name__][1], weight_version(layer)
+            layer.forward = MethodType(_short_forward, layer)
     return len(found)
 
 

@@ -9,16 +9,18 @@ measurements.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from speckv_online.cpu_engine import bnb_layers
 from speckv_online.cpu_engine.backend import CompiledForward
 from speckv_online.cpu_engine.kernels.linear import Shape, compiled, lay_out, shape
 from speckv_online.cpu_engine.layer_patches import patch_layers
-from speckv_online.cpu_engine.notes import EngineNotes, describe
+from speckv_online.cpu_engine.notes import EngineNotes, describe, notes_of
 from speckv_online.cpu_engine.target_forward import compile_forward
 from speckv_online.cpu_engine.verdicts import Verdicts
 from speckv_online.cpu_engine.weight_version import weight_version
@@ -44,21 +46,23 @@ class PackedLinear(nn.Linear):
         In fp32 on the CPU; its parameters are shared.
     use : Shape
         Outputs are a multiple of its ``features`` and inputs of its ``lanes``.
+    kept : sequence of Tensor, optional
+        What :func:`~speckv_online.cpu_engine.kernels.linear.lay_out` once returned of the weight.
     """
 
-    def __init__(self, linear: nn.Linear, use: Shape) -> None:
+    def __init__(self, linear: nn.Linear, use: Shape, kept: Sequence[torch.Tensor] | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self._use = use
-        self._lay_out()
+        self._lay_out(kept)
         self.eval()
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, kept: Sequence[torch.Tensor] | None = None) -> None:
         # Not buffers: neither saved nor hashed.
         # While it is held, no other weight lies where it lies.
         self._made_of, self._source = weight_version(self), self.weight.detach()
-        self._packed = lay_out(self.weight.detach(), self._use)
+        self._packed = lay_out(self.weight.detach(), self._use) if kept is None else tuple(kept)
         self._kernel = compiled(self._use)[self._packed[0].dtype]
 
     @property
@@ -108,7 +112,7 @@ def why_not(use: Shape) -> str:
     return ""
 
 
-def pack(model: nn.Module) -> int:
+def pack(model: nn.Module, kept: Mapping[str, Sequence[torch.Tensor]] | None = None) -> int:
     """Pack the fp32 linear layers of a model on the CPU, in place; return how many.
 
     Other layers take a short way where there is one, see :mod:`speckv_online.cpu_engine.layer_patches`, and so do
@@ -116,9 +120,12 @@ def pack(model: nn.Module) -> int:
     :mod:`speckv_online.cpu_engine.target_forward`. Linear layers stay where packing does not work, and in a model whose
     weights are too large to be kept twice. Logits change by rounding only. A model whose weights change later need not
     be packed again, unless they change through ``weight.data``.
+
+    With what :func:`laid_out` returned of the same model as ``kept``, nothing is laid out or compared again, and no
+    weight of the model is read.
     """
     notes = model._engine_notes = EngineNotes(type(model).__name__)  # type: ignore[assignment]
-    notes.patched = patch_layers(model, notes)
+    notes.patched = patch_layers(model, notes, kept)
     if isinstance(model, PreTrainedModel):
         model._forward_backend = CompiledForward(model)  # type: ignore[assignment]
         if model.device.type == "cpu":
@@ -129,36 +136,57 @@ def pack(model: nn.Module) -> int:
     elif use is None:
         notes.lacks("compiled kernels", "none for this processor, or no llvmlite", failed=True)
     else:
-        verdicts = Verdicts(model)
-        count = _pack_linears(model, use, notes, verdicts)
+        verdicts = Verdicts(model) if kept is None else None
+        count = _pack_linears(model, use, notes, verdicts, kept or {})
         notes.packed = count + sum(type(m).__name__ == "GgufLinear" for m in model.modules())
         if "packed linear layers" not in notes.missing:
-            compile_forward(model, verdicts)
+            compile_forward(model, verdicts, kept is not None)
     notes.report()
     return count
 
 
-def _pack_linears(model: nn.Module, use: Shape, notes: EngineNotes, verdicts: Verdicts) -> int:
+def laid_out(model: nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Return by the names of layers what the engine has laid out of a model, empty if it does not run all of it."""
+    if not notes_of(model).compiled:
+        return {}
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            found[name] = layer._packed
+        elif type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
+            if not hasattr(layer, "_patched"):
+                return {}
+            found[name] = bnb_layers.laid_out(layer)
+    return found
+
+
+def _pack_linears(
+    model: nn.Module,
+    use: Shape,
+    notes: EngineNotes,
+    verdicts: Verdicts | None,
+    kept: Mapping[str, Sequence[torch.Tensor]],
+) -> int:
     """Pack a model's linear layers and return how many; note why where they stay."""
     part = "packed linear layers"
     found = [
-        (parent, name, child)
-        for parent in model.modules()
+        (parent, name, child, kept.get(f"{prefix}.{name}".lstrip(".")))
+        for prefix, parent in model.named_modules()
         for name, child in parent.named_children()
         # The exact type: bitsandbytes' layers are subclasses with weights of their own.
         if type(child) is nn.Linear or type(child) is PackedLinear
         if child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
         if child.out_features % use.features == 0 and child.in_features % use.lanes == 0
     ]
-    if sum(child.weight.nbytes for _, _, child in found) > MOST_BYTES:
+    if sum(child.weight.nbytes for _, _, child, _ in found) > MOST_BYTES:
         notes.lacks(part, f"they have more than {MOST_BYTES >> 30} GiB, which would be kept twice")
         return 0
-    if reason := why_not(use):
+    if verdicts is not None and (reason := why_not(use)):
         notes.lacks(part, reason, failed=True)
         return 0
-    made = [(parent, name, PackedLinear(child, use)) for parent, name, child in found]
+    made = [(parent, name, PackedLinear(child, use, known)) for parent, name, child, known in found]
     about = " ".join([part, *(f"{layer.weight.shape} {layer.kind}" for _, _, layer in made)])
-    if not verdicts.known(about):
+    if verdicts is not None and not verdicts.known(about):
         if wrong := [name for _, name, layer in made if not layer.agrees()]:
             notes.lacks(part, f"the results of {wrong[0]} are not the layer's", failed=True)
             return 0

@@ -9,6 +9,7 @@ import torch
 from speckv_online.cpu_engine.gguf_layers import GgufProduct
 from speckv_online.cpu_engine.kernels import bnb as kernels_bnb
 from speckv_online.cpu_engine.llama_program import Step
+from speckv_online.io.mapped_tensors import joined
 
 
 class Packed:
@@ -21,7 +22,7 @@ class Packed:
         self.kernel, self.inputs = kernels.pop(), layers[0].in_features
         if kernels:
             raise ValueError("weights of several types")
-        self.weight, self.scales = (torch.cat(parts) for parts in zip(*(x._packed for x in layers), strict=True))
+        self.weight, self.scales = (joined(parts) for parts in zip(*(x._packed for x in layers), strict=True))
         self.outputs, at = sum(layer.out_features for layer in layers), 0
         for layer in layers:  # they share the memory
             weight, scales = (len(part) for part in layer._packed)
@@ -45,9 +46,12 @@ class FourBit:
         self.inputs, self.outputs, self.block = sizes[0][1], sum(outputs for outputs, _ in sizes), blocks[0]
         if len(set(blocks)) > 1 or any(not torch.equal(code, codes[0]) for code in codes):
             raise ValueError("weights of several types")
-        self.weight = torch.cat([weight.reshape(-1) for weight in weights])
+        self.weight, at = joined([weight.reshape(-1) for weight in weights]), 0
         self.scales = torch.cat([s.view(self.inputs // self.block, -1) for s in scales], 1).contiguous()
         self.codes = codes[0]
+        for layer, weight in zip(layers, weights, strict=True):  # they share the memory
+            layer._patched = self.weight[at : at + weight.numel()].view(weight.shape), *layer._patched[1:]
+            at += weight.numel()
 
     def steps(self, x: int, out: int, room: Any) -> list[Step]:
         """Return the kernels that multiply what is at ``x``, in fp32 with bf16's values."""
@@ -66,7 +70,11 @@ class Int8:
         self.inputs, self.outputs, self.threshold = sizes[0][1], sum(outputs for outputs, _ in sizes), thresholds[0]
         if len(set(thresholds)) > 1:
             raise ValueError("weights of several types")
-        self.weight, self.sizes, self.sums = (torch.cat(parts) for parts in (weights, scales, sums))
+        # Scales are copies: the layers' own may be written to.
+        self.weight, self.sizes, self.sums, at = joined(weights), torch.cat(scales), torch.cat(sums), 0
+        for layer, weight in zip(layers, weights, strict=True):  # they share the memory
+            layer._patched = self.weight[at : at + len(weight)], *layer._patched[1:]
+            at += len(weight)
 
     def steps(self, x: int, out: int, room: Any) -> list[Step]:
         """Return the kernels that multiply what is at ``x``; outliers are each row's own."""

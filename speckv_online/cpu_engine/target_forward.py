@@ -218,13 +218,13 @@ def try_compiled_forward(model: nn.Module, tokens: Sequence[int], cache: KVCache
 
 
 @torch.inference_mode()
-def compile_forward(model: nn.Module, verdicts: Verdicts | None = None) -> bool:
+def compile_forward(model: nn.Module, verdicts: Verdicts | None = None, known: bool = False) -> bool:
     """Let a packed model on the CPU read few tokens in one call where it can; return True if it does.
 
     It takes a plain Llama (default rotary embedding, no biases). Where the kernels cannot be compiled, or the logits
     are not the model's up to rounding (:mod:`speckv_online.cpu_engine.logit_check`), the model stays as it is. The
     reason then stands in the model's notes. A model as it was loaded, found right before, is not compared again:
-    ``verdicts`` tell.
+    ``verdicts`` tell. Nor is one whose layouts were kept, which is ``known``.
     """
     if model.__dict__.pop("_compiled", None) is not None:
         del model.forward
@@ -239,7 +239,7 @@ def compile_forward(model: nn.Module, verdicts: Verdicts | None = None) -> bool:
     elif sum(weight.nbytes for m in _quantized(model) for weight in m.parameters()) > MOST_BYTES:
         reason, failed = "its weights are too large to be kept twice", False
     else:
-        compiled, reason, failed = _checked(model, width, verdicts)
+        compiled, reason, failed = _checked(model, width, verdicts, known)
     model._compiled_of = state_of(model, OVERRIDES)[0]  # type: ignore[assignment]
     if compiled is None:
         notes.lacks("compiled forward", reason, failed)
@@ -254,16 +254,19 @@ def _quantized(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
 
 
-def _checked(model: LlamaForCausalLM, width: int, verdicts: Verdicts | None) -> tuple[CompiledTarget | None, str, bool]:
+def _checked(
+    model: LlamaForCausalLM, width: int, verdicts: Verdicts | None, known: bool
+) -> tuple[CompiledTarget | None, str, bool]:
     """Return a model's quick forward, or why there is none, and whether that is a failure."""
-    remember_fingerprint(model)
+    if verdicts is None and not known:
+        remember_fingerprint(model)
     # No special tokens, whose states magnify the rounding of LLM.int8.
     ids = torch.arange(1, 12) * (model.config.vocab_size // 12)
-    for _ in range(2):  # layers find their short ways
+    for _ in range(0 if known else 2):  # layers find their short ways
         model(input_ids=ids[None, :1], past_key_values=KVCache(int(model.config.num_hidden_layers), 4))
     try:
         compiled = CompiledTarget(model, width)
-        if verdicts is not None and verdicts.known("compiled forward"):
+        if known or (verdicts is not None and verdicts.known("compiled forward")):
             return compiled, "", False
         states, logits = compiled.program.trace(ids.tolist(), compiled.ends)
         with stock_layers(model):

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from speckv_online.io.user_cache import SmallFiles, key_of
-from speckv_online.modeling.fingerprint import fingerprint
+from speckv_online.modeling.fingerprint import fingerprint, remember_fingerprint
 
 #: Verdicts that were kept.
 KEPT = SmallFiles("checked", 1_000_000)
@@ -30,11 +30,15 @@ class Verdicts:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._about: tuple[str, ...] = ()
+        try:
+            taken = remember_fingerprint(model)
+        except RuntimeError:  # a 4-bit model after its first forward has no fingerprint any more
+            return
         if not isinstance(model, PreTrainedModel) or sum(p.nbytes for p in model.parameters()) < LARGE_BYTES:
             return
         kinds = " ".join(f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules())
         try:
-            self._about = fingerprint(model), kinds, str(model.config.to_json_string()), *_environment()
+            self._about = taken or fingerprint(model), kinds, str(model.config.to_json_string()), *environment()
         except RuntimeError:  # a 4-bit model after its first forward has no fingerprint any more
             return
 
@@ -49,7 +53,7 @@ class Verdicts:
 
 
 @cache
-def _environment() -> tuple[str, ...]:
+def environment() -> tuple[str, ...]:
     """What else a verdict holds for: the engine's source, the processor, and the libraries."""
     import llvmlite.binding as llvm
 

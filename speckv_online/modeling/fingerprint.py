@@ -13,6 +13,9 @@ def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
     A sample, since hashing all of a large model takes longer than tracing a prompt; retrained or requantized weights
     differ in every tensor.
     """
+    marks, kept = model.__dict__.get("_kept_fingerprint", ((), ""))
+    if kept and marks == _marks(model):
+        return str(kept)
     # On CPUs with AVX-512 bitsandbytes (0.50) repacks 4-bit weights in the first forward; its state_dict then undoes
     # that only in part, and every later forward is wrong.
     if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
@@ -29,7 +32,18 @@ def fingerprint(model: torch.nn.Module, sample: int = 4096) -> str:
     return digest.hexdigest()[:16]
 
 
-def remember_fingerprint(model: torch.nn.Module) -> None:
-    """Take a 4-bit model's fingerprint while that can be done: before its first forward."""
-    if any(type(m).__name__ == "Linear4bit" for m in model.modules()):
-        model._fingerprint = fingerprint(model)  # type: ignore[assignment]
+def remember_fingerprint(model: torch.nn.Module) -> str:
+    """Take a 4-bit model's fingerprint while that can be done: before its first forward. Of others it is empty."""
+    if not any(type(m).__name__ == "Linear4bit" for m in model.modules()):
+        return ""
+    model._fingerprint = taken = fingerprint(model)  # type: ignore[assignment]
+    return taken
+
+
+def know_fingerprint(model: torch.nn.Module, taken: str) -> None:
+    """Note the fingerprint of a model as it is now: it need not be read while its parameters stay."""
+    model._kept_fingerprint = _marks(model), taken  # type: ignore[assignment]
+
+
+def _marks(model: torch.nn.Module) -> list[tuple[int, int, int]]:
+    return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from speckv_online.errors import UserError
 from speckv_online.io.manifest import sha256
+from speckv_online.models.skeleton import without_weights
 
 DRAFT_FILE = "draft-smollm2.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -64,15 +65,13 @@ def load_shipped_draft(
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     state = {name: t.to(dtype) for name, t in tensors.items()}
     if shared is None:
-        with safe_open(target / "model.safetensors", "pt") as f:
-            embedding = f.get_tensor(_EMBEDDING)
+        embedding = shipped_embedding(target)
         state |= {_EMBEDDING: embedding.to(dtype), "lm_head.weight": embedding[head_ids].to(dtype)}
     else:
         state |= {_EMBEDDING: shared.weight, "lm_head.weight": shared(head_ids).to(dtype)}
     config.num_hidden_layers = len(header["kept_layers"].split(","))
     config.tie_word_embeddings = False
-    # On the meta device nothing is initialised only to be overwritten.
-    with torch.device("meta"):
+    with without_weights():
         model = LlamaForCausalLM(config)
         model.lm_head = torch.nn.Linear(config.hidden_size, len(head_ids), bias=False)
         if shared is not None:
@@ -81,6 +80,12 @@ def load_shipped_draft(
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:
         raise UserError(f"{source} does not fit the target {target.name}: {' '.join(str(e).split())[:200]}") from e
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are not in the file
     torch.nn.Module.to(model, device)
     return model.eval(), head_ids, digest
+
+
+def shipped_embedding(target: Path) -> torch.Tensor:
+    """Return the embedding of a converted target, mapped."""
+    with safe_open(target / "model.safetensors", "pt") as f:
+        found: torch.Tensor = f.get_tensor(_EMBEDDING)
+    return found

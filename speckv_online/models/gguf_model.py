@@ -16,10 +16,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speckv_online.cpu_engine.gguf_layers import GgufEmbedding, GgufLinear, why_not
+from speckv_online.cpu_engine.verdicts import LARGE_BYTES, environment
 from speckv_online.errors import UserError
-from speckv_online.io.user_cache import cache_dir
+from speckv_online.io.user_cache import cache_dir, key_of
 from speckv_online.modeling.gguf_types import dequantize
 from speckv_online.models.gguf_file import GgufFile, Tensor
+from speckv_online.models.kept_model import FORMAT, KEPT, stamps
+from speckv_online.models.skeleton import without_weights
 
 log = logging.getLogger(__name__)
 #: Architectures of GGUF that are read; Mistral and SmolLM are written as ``llama``.
@@ -125,7 +128,7 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
     else:
         log.info("%s is de-quantized: its blocks are for CPUs with the engine", file.path.name)
     try:
-        with torch.device("meta"):
+        with without_weights():
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
         raise file.wrong(f"transformers makes no model of its sizes: {' '.join(str(e).split())[:200]}") from e
@@ -138,15 +141,21 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
     names = {f"{theirs}": ours for theirs, ours in _REST.items()}
     for i in range(config.num_hidden_layers):
         names |= {f"blk.{i}.{theirs}": f"model.layers.{i}.{ours}" for theirs, ours in _LAYER.items()}
+    large = bool(to) and sum(tensor.data.nbytes for tensor in file.tensors.values()) >= LARGE_BYTES
+    key = key_of(FORMAT, str(file.path.resolve()), to, *stamps(file.path), *environment()) if large else ""
+    _, kept = (KEPT.get(key) if large else None) or (None, {})
     for theirs, ours in names.items():
-        _fill(file, model, unread, theirs, ours, to, dtype)
+        _fill(file, model, unread, theirs, ours, to, dtype, kept.get(ours))
         file.forget()
     if unread:
         raise file.wrong(f"it has the tensor {min(unread)[:60]!r}, which is not known here")
-    rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are not in the file
     if factors is not None:
+        rotary = model.model.rotary_emb
         rotary.inv_freq = rotary.inv_freq / factors
         rotary.original_inv_freq = rotary.inv_freq
+    if large and not kept:
+        layers = {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, GgufLinear)}
+        KEPT.put(key, None, layers)
     ends = {file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
     model.generation_config.eos_token_id = sorted(i for i in ends if type(i) is int) or None
     model.config.quantization_config = {"quant_method": level_of(file)}
@@ -163,9 +172,19 @@ def _rounding() -> str:
 
 
 def _fill(
-    file: GgufFile, model: Any, unread: dict[str, Tensor], theirs: str, ours: str, to: str, dtype: torch.dtype
+    file: GgufFile,
+    model: Any,
+    unread: dict[str, Tensor],
+    theirs: str,
+    ours: str,
+    to: str,
+    dtype: torch.dtype,
+    kept: torch.Tensor | None,
 ) -> None:
-    """Put the tensors of one module in its place, in blocks whose inputs are rounded in a way, or de-quantized."""
+    """Put the tensors of one module in its place, in blocks whose inputs are rounded in a way, or de-quantized.
+
+    With what was ``kept`` the blocks need not be laid out.
+    """
     parent, _, name = ours.rpartition(".")
     try:
         owner = model.get_submodule(parent)
@@ -189,12 +208,12 @@ def _fill(
     data = tensor.data
     if model.config.model_type == "llama" and theirs.endswith(("attn_q", "attn_k")):
         order = _halves(len(data), int(model.config.head_dim))
-        data, bias = data[order], None if bias is None else bias[order]
+        data, bias = data if kept is not None else data[order], None if bias is None else bias[order]
     if to:
         made = (
             GgufEmbedding(data, tensor.kind)
             if ours.endswith("embed_tokens")
-            else GgufLinear(data, tensor.kind, bias, to)
+            else GgufLinear(data, tensor.kind, bias, to, kept)
         )
         setattr(owner, name, made)
         return

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from speckv_online.console import say
 from speckv_online.cpu_engine.gguf_layers import GgufEmbedding
-from speckv_online.cpu_engine.start import int8_draft, start_engine
+from speckv_online.cpu_engine.start import start_engine
 from speckv_online.drafters.base import Drafter
 from speckv_online.drafters.model import ModelDrafter
 from speckv_online.drafters.spec import parse_drafter
@@ -21,9 +21,10 @@ from speckv_online.gpu_engine.graphed_llama import attach
 from speckv_online.modeling.engine import EngineStatus, choose_engine
 from speckv_online.modeling.forward_backend import backend_of
 from speckv_online.modeling.introspection import check_config, check_model
-from speckv_online.models.distilled_draft import load_shipped_draft
 from speckv_online.models.gguf_file import GgufFile, is_gguf
 from speckv_online.models.gguf_model import check_level, load_gguf, load_gguf_tokenizer, read_config
+from speckv_online.models.kept_draft import load_default_draft
+from speckv_online.models.kept_model import KEPT, give_back_memory, kept_model, own_weights
 from speckv_online.models.levels import Level, get_level
 from speckv_online.models.smollm2 import find_gguf, prepare_smollm2, smollm2_dir, smollm2_ready
 
@@ -141,14 +142,37 @@ def _load(source: str | Path, level: Level, file: GgufFile | None, where: torch.
         return model
     if level.quantization is not None:
         _quiet_bitsandbytes()
+    if (kept := kept_model(source, level, where, engine)) is None:
+        model = _read(source, level, where)
+        start_engine(model, engine)
+        return model
+    if (found := kept.load()) is not None:
+        return found
+    with KEPT.lock():
+        if (found := kept.load()) is not None:  # another process has made it meanwhile
+            return found
+        model = _read(source, level, where)
+        own, taken = own_weights(model)
+        start_engine(model, engine)
+        if not kept.keep(model, own, taken):
+            return model
+    del model, own
+    give_back_memory()
+    found = kept.load()
+    if found is None:  # somebody has taken it away since
+        start_engine(found := _read(source, level, where), engine)
+    return found
+
+
+def _read(source: str | Path, level: Level, where: torch.device) -> PreTrainedModel:
+    """Load a model as transformers does."""
     arguments = level.load_arguments(where)
     model = _from_pretrained(AutoModelForCausalLM, str(source), use_safetensors=True, **arguments)
     if level.widen(where):
         model = model.float()
     if level.quantization is None:
         model = model.to(where)
-    start_engine(model.eval(), engine)
-    return model
+    return model.eval()
 
 
 def at_level(pair: str, target: str | None, level: str | Level | None) -> tuple[Level, GgufFile | None]:
@@ -277,12 +301,10 @@ def load_pair(
     else:
         own = big.get_input_embeddings()  # blocks of a file are read by the draft too
         shared = own if isinstance(own, GgufEmbedding) else None
-        small, head_ids, digest = load_shipped_draft(Path(source), where, shared=shared)
+        small, head_ids, digest, compiled = load_default_draft(Path(source), where, engine, shared)
         draft_revision = f"{pair}:sha256:{digest[:16]}"
-        compiled = int8_draft(small, engine)
         if compiled is not None:
             draft_revision += ":w8a8"
-        start_engine(small, engine)
     made_of = Path(source) if file is None else file.path
     revision = {"target": _revision(big, target) if target else f"{pair}:{made_of.name}", "draft": draft_revision}
     vocabulary = int(big.config.get_text_config(decoder=True).vocab_size)
