@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 
 from speckv_online.errors import UserError
 from speckv_online.io.files import write_atomically
-from speckv_online.io.user_cache import SmallFiles, cache_dir, key_of
+from speckv_online.io.user_cache import CachedFiles, SmallFiles, is_ours_alone, key_of
 
 log = logging.getLogger(__name__)
 _MAGIC, _ALIGNMENT, _HASH = b"SPECKVT1", 64, 32
@@ -36,24 +35,8 @@ _CHECKED = SmallFiles("checked", 1_000_000)
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error)
 
 
-class MappedFiles:
-    """Files of one kind, by key. What cannot be kept is as if it were not there.
-
-    Parameters
-    ----------
-    kind : str
-        Name of the folder.
-    most_bytes : int
-        Size of the folder above which the files used longest ago are removed. No larger file is kept.
-    """
-
-    def __init__(self, kind: str, most_bytes: int) -> None:
-        self._kind, self._most = kind, most_bytes
-
-    @property
-    def folder(self) -> Path:
-        """Where the files are."""
-        return cache_dir() / self._kind
+class MappedFiles(CachedFiles):
+    """Files of tensors, each mapped. No file larger than the folder may be is kept."""
 
     def get(self, key: str) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """Return the facts and tensors under a key; None if nothing, or a file that others may write.
@@ -64,7 +47,7 @@ class MappedFiles:
         try:
             with path.open("rb") as file:
                 found = os.fstat(file.fileno())
-                if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                if not is_ours_alone(found):
                     return None
                 if _CHECKED.get(mark := _mark(path, found)) != _RIGHT:
                     _compare(file, found.st_size)

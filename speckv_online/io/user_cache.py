@@ -30,7 +30,12 @@ def key_of(*parts: str) -> str:
     return digest.hexdigest()[:40]
 
 
-class SmallFiles:
+def is_ours_alone(found: os.stat_result) -> bool:
+    """Whether a file is this user's, and nobody else may write to it."""
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+class CachedFiles:
     """Files of one kind in the user's cache, by key.
 
     What cannot be read or written is as if it were not there: a cache must not be in the way.
@@ -51,13 +56,16 @@ class SmallFiles:
         """Where the files are."""
         return cache_dir() / self._kind
 
+
+class SmallFiles(CachedFiles):
+    """Small files, each read as a whole."""
+
     def get(self, key: str) -> bytes | None:
         """Return what was kept under a key; None if nothing, a damaged file, or one that others may write."""
         path = self.folder / key
         try:
             with path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                if not is_ours_alone(os.fstat(file.fileno())):
                     return None
                 data = file.read()
             if hashlib.sha256(data[_HASH:]).digest() != data[:_HASH]:

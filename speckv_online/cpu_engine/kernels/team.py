@@ -55,12 +55,12 @@ class Cores:
 
     def __init__(self, stat: Path = _STAT, own: Callable[[], float] = process_time) -> None:
         self._stat, self._own = stat, own
-        self.count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.count = len(self._allowed()) or os.cpu_count() or 1
         self._tick = 1.0 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
     def others(self) -> float:
         """Return the seconds that other processes have had of these cores since the machine started."""
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+        allowed = self._allowed()
         self.count = len(allowed) or self.count
         ticks = 0
         try:
@@ -71,6 +71,10 @@ class Cores:
         except (OSError, ValueError, IndexError):
             return 0.0
         return ticks * self._tick - self._own()
+
+    @staticmethod
+    def _allowed() -> set[int]:
+        return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 class Team:
