@@ -20,7 +20,7 @@ from experiments.runtime.settings import CompareConfig
 from speckv_online.io.prompts import Prompt
 from speckv_online.io.run_directory import read_manifest, read_units
 from tests.support.kills import actors, kill, kill_runs, start
-from tests.support.runs import COUNTER, environment, flags, free_port, make_config, write_prompts
+from tests.support.runs import COUNTER, PATIENT, environment, flags, free_port, make_config, write_prompts
 from tests.support.tiny_models import TinyPair
 
 pytestmark = pytest.mark.ray
@@ -149,6 +149,9 @@ def test_a_cluster_loses_a_machine(config: CompareConfig, tmp_path: Path, monkey
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
+    # Units wait until both workers are ready: a quick one would end the run before the other has started.
+    gate = tmp_path / "gate"
+    config = replace(config, policies=(f"{PATIENT}:file={gate}", COUNTER))
     cluster = Cluster(initialize_head=True, head_node_args={**machine(), "include_dashboard": False})
     try:
         second = cluster.add_node(**machine())
@@ -162,6 +165,7 @@ def test_a_cluster_loses_a_machine(config: CompareConfig, tmp_path: Path, monkey
             if ready == 2 and second is not None:
                 cluster.remove_node(second, allow_graceful=False)
                 second = None
+                gate.touch()
         assert job.wait(60) == 0, shown
         assert second is None
     finally:

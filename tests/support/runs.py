@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -117,6 +118,19 @@ class Filler(Counter):
         return super().decide(context)
 
 
+class Patient(Counter):
+    """Decides nothing until a file exists."""
+
+    def __init__(self, *, file: str = "", seed: int = 0, worker: int = 0) -> None:
+        super().__init__(seed=seed, worker=worker)
+        self.file = Path(file)
+
+    def decide(self, context: Context) -> Decision:
+        while not self.file.exists():
+            time.sleep(0.02)
+        return super().decide(context)
+
+
 class Hard(Counter):
     """Does something that no guard can catch, in the call and at the prompt (by its number of calls) that it is told.
 
@@ -173,7 +187,9 @@ class Panic(BaseException):
     """What extensions in Rust raise."""
 
 
-COUNTER, HERMIT, FAULTY = (f"tests.support.runs:{name}" for name in ("Counter", "Hermit", "Faulty"))
+COUNTER, HERMIT, FAULTY, PATIENT = (
+    f"tests.support.runs:{name}" for name in ("Counter", "Hermit", "Faulty", "Patient")
+)
 HARD = "tests.support.runs:Hard"
 
 
