@@ -187,9 +187,7 @@ class Panic(BaseException):
     """What extensions in Rust raise."""
 
 
-COUNTER, HERMIT, FAULTY, PATIENT = (
-    f"tests.support.runs:{name}" for name in ("Counter", "Hermit", "Faulty", "Patient")
-)
+COUNTER, HERMIT, FAULTY, PATIENT = (f"tests.support.runs:{name}" for name in ("Counter", "Hermit", "Faulty", "Patient"))
 HARD = "tests.support.runs:Hard"
 
 
