@@ -64,14 +64,15 @@ def _gains(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Estimate]]:
 
 
 def sentence(found: Mapping[str, Condition]) -> str:
-    """Answer in one sentence whether learning pays."""
+    """Answer in few words whether learning pays, condition by condition."""
     groups: dict[str, list[str]] = {}
     for key, condition in found.items():
         g = condition.curves[FROZEN][-1]
-        group = "it pays" if g.above else "it costs" if g.below else "it makes no clear difference"
-        groups.setdefault(group, []).append(f"{CONDITIONS[key]} ({g.value:.2f} times its frozen copy)")
-    answer = "; ".join(f"{group} with {', '.join(own)}" for group, own in groups.items())
-    return f"Does learning pay? {answer[:1].upper()}{answer[1:]}."
+        group = "yes" if g.above else "no" if g.below else "no clear difference"
+        groups.setdefault(group, []).append(f"{CONDITIONS[key]} {g.value:.2f}")
+    first, *others = (f"{group}: {', '.join(own)}" for group, own in groups.items())
+    more = "".join(f" {other[:1].upper()}{other[1:]}." for other in others)
+    return f"Does learning pay? Times its frozen copy, {first}.{more}"
 
 
 def document(found: Mapping[str, Condition], kind: str) -> dict[str, Any]:

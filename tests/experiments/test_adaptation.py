@@ -105,9 +105,7 @@ def test_a_tally_adds_up_by_prompt_and_part() -> None:
     assert (parts[0, 0], parts[1, 8], parts[0, -1]) == (2.0, 4.0, 8.0)  # after 0, 40 and 100 steps
     one = summarise({("unchanged", "pair", "costs", "nf4", ""): found})["unchanged"]
     assert [g.value for g in one.curves[FROZEN]] == pytest.approx([2.0] * 20)
-    assert (
-        sentence({"unchanged": one}) == "Does learning pay? It pays with nothing changes (2.00 times its frozen copy)."
-    )
+    assert sentence({"unchanged": one}) == "Does learning pay? Times its frozen copy, yes: nothing changes 2.00."
 
 
 def test_the_mean_gain_is_geometric_and_its_interval_over_prompts() -> None:
