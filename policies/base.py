@@ -94,7 +94,7 @@ class Context:
     rows : int
         How many sequences share the target's forward, 1 alone.
     unread : int
-        Tokens that the draft model has to read before its first draft, beyond the latest one; told in batches only.
+        Tokens that the draft model has to read before its first draft, beyond the latest one.
     """
 
     level: str = "fp16"

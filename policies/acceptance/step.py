@@ -48,6 +48,8 @@ class Step:
         Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
     rule : object
         What the policy decides the step by; its own affair.
+    unread : bool
+        Whether the policy spares the draft model the reading of the text: it is not asked then.
     """
 
     __slots__ = (
@@ -77,6 +79,7 @@ class Step:
         "memory",
         "rule",
         "survival",
+        "unread",
     )
 
     def __init__(self, context: Context, acceptance_model: AcceptanceWeights) -> None:
@@ -103,6 +106,7 @@ class Step:
         self._chance = 0.0
         self.confidence = context.lookup_confidence
         self.rule: Any = None
+        self.unread = False
 
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""

@@ -318,7 +318,7 @@ class LevelCosts(Deferred):
         }
 
     def load(self, state: State) -> None:
-        """Restore :meth:`state`. Where that has seen no pace, as merged sums, the next step goes on with the one here."""
+        """Restore :meth:`state`. Where that has no pace, as merged sums, the next step goes on with that of before."""
         total, misc, prior = saved(state)
         self.take()  # of what was seen here the pace is kept
         pace = self._pace
