@@ -268,17 +268,21 @@ class Online(OnlineRows):
         return rule.best(drafted, step.survival, step.left, step.forwards, tail)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id):
+            return
+        step: Step | None = decision.features
         if self.learning != "none":
-            step: Step | None = decision.features
-            if step is not None and not self.has_learnt(decision.id):
+            self.costs.observe(outcome)
+            if step is not None:
                 rule: Rule = step.rule
-                price = rule.plain[outcome.drafted]
+                taken = rule.plain[outcome.drafted]
                 if outcome.forwards:
-                    price += rule.draft * outcome.forwards + rule.first
-                rule.reading.add(step.unread, outcome.produced, price / rule.plain[0])
-            super().learn(decision, outcome)
-        elif self.first_time(decision.id) and decision.features is not None and outcome.labelled:
-            self.teach(decision, outcome)
+                    taken += rule.draft * outcome.forwards + rule.first
+                rule.reading.add(step.unread, outcome.produced, taken / rule.plain[0])
+        if step is not None and outcome.labelled:
+            self.teach_step(step, outcome)
+            if self.drift is not None and self.learning != "none" and self.drift.add(outcome):
+                self.forget()
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         self.teach_step(decision.features, outcome)
