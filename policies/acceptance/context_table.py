@@ -9,6 +9,7 @@ hashed into a table of sums that forget exponentially and add up over workers.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +28,13 @@ SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
 #: Features: 1 or -1 for the longest suffix seen, and both excesses, see :meth:`TokenHistory.look_up`.
 FEATURES = TAIL + 2
 
-Tail = tuple[int, ...]
+Tail = Sequence[int]
 #: Where a token's history is kept: a number for each suffix that it follows, the shortest first, and its buckets.
 Place = tuple[tuple[int, ...], int, int]
 #: More than any token: a suffix's number has its tokens, plus one, as digits to this base.
 BASE = 1 << 22
+#: That of a token that nothing is known to come before.
+NOWHERE: Place = (), -1, -1
 #: What is known of drafts there, see :meth:`TokenHistory.look_up`.
 Seen = tuple[int, float, float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import exp
 from typing import Any, Protocol, TypeAlias
 
-from policies.acceptance.context_table import TAIL, Place, Seen, TokenHistory, place
+from policies.acceptance.context_table import NOWHERE, TAIL, Place, Seen, TokenHistory, place
 from policies.acceptance.features import Asked, Token, start_features, token_features
 from policies.base import CONFIDENCE, ENTROPY, Context, Draft, Outcome
 
@@ -112,9 +112,12 @@ class Step:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
         if self._next is not None:
             return self._chance
-        j, ids = len(self._tokens), self._ids
-        at = self._known + j
-        here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
+        j, ids, at = len(self._tokens), self._ids, self._known
+        if at:
+            at += j
+            here = NOWHERE if at > len(ids) else place(ids[at - TAIL : at] if at > TAIL else ids[:at])
+        else:
+            here = NOWHERE
         seen = longest, one, two = self._model.history.look_up(self.memory, here)
         # The sums over `rows`, zeros left out: this is asked for every token.
         w, acceptance, whole = self._before, self._acceptance, self._whole

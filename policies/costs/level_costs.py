@@ -18,6 +18,7 @@ from policies.base import ARMS, State
 from policies.costs.deferred import Deferred
 from policies.costs.pace import Pace
 from policies.costs.prior import VAGUE, WIDTHS, CostPrior
+from policies.costs.reading import CAUGHT, dear
 from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, rescale, saved, solve, whole
 from policies.estimators.bayesian_linear import check_array
 
@@ -27,10 +28,8 @@ HALF_LIFE = 400.0
 REFIT_EVERY, REFIT_ALWAYS = 32, 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
 OWN = 5.0
-#: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
-CAUGHT, READ = 8, 10.0
-#: How many steps that drafted a prior's ``first`` is worth.
-FIRST = 5.0
+#: As how many tokens that the draft caught up a prior's step counts; how many steps that drafted its ``first`` is worth.
+READ, FIRST = 10.0, 5.0
 #: How many drafted tokens that took a forward each an arm's price starts from.
 ASKED = 2.0
 #: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
@@ -56,8 +55,8 @@ class LevelCosts(Deferred):
         T_v(w) for w = 1..17.
     draft, first : float
         t_d, the marginal seconds of one more drafted token, and what the first one takes on top.
-    catch_up : float
-        Seconds for each token that the draft has to read first.
+    catch_up, dear : float
+        Seconds for each token that the draft has to read first, and from how many on that is weighed.
     overhead : float
         t_0, seconds of a step besides drafting and verifying.
     rate : float
@@ -164,7 +163,6 @@ class LevelCosts(Deferred):
             sums[2] += g * drafted * drafted
             sums[3] += g * draft
             sums[4] += g * drafted * draft
-        # Conditions instead of min() here: a call costs more than all that it compares.
         rest = rest if rest > 0.0 else 0.0
         most, little = 3.0 * self.overhead if self._measured[1] > 3.0 else verify, LITTLE * verify
         most = most if most > little else little
@@ -288,6 +286,7 @@ class LevelCosts(Deferred):
         self.seconds += self.overhead
         self.seconds[1:] += self.first
         self._steps_take: list[float] = self.seconds.tolist()  # asked for every step
+        self.dear = dear(self.catch_up, self._steps_take[0])
         tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
         # One token per plain step is what the prior promises until there is data.
         w = 2.0

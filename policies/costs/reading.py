@@ -7,10 +7,10 @@ start from what is usual. How long a text goes on is known from its budget, and 
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, inf
 
-from policies.costs.level_costs import CAUGHT, LevelCosts
-
+#: Catching up by fewer tokens is left out: that is within the noise of a forward.
+CAUGHT = 8
 #: Reading that takes less than so many steps without drafting is not weighed.
 MUCH = 3.0
 #: Tokens per plain step's time beforehand where the draft may be asked, how many steps that counts for, and what is
@@ -20,9 +20,9 @@ USUAL, STEPS, KEEP = 1.3, 30.0, 0.998
 LENGTH = 256.0
 
 
-def is_dear(costs: LevelCosts, unread: int) -> bool:
-    """Whether the draft takes long to read so many tokens."""
-    return unread >= CAUGHT and costs.catch_up * unread > MUCH * costs.spent(0, 0)
+def dear(catch_up: float, plain: float) -> float:
+    """Return from how many unread tokens on reading is weighed: one takes ``catch_up``, a plain step ``plain``."""
+    return max(MUCH * plain / catch_up, CAUGHT) if catch_up > 0.0 else inf
 
 
 class Reading:
@@ -52,9 +52,10 @@ class Reading:
         self.other_tokens = KEEP * self.other_tokens + tokens
         self.other_steps = KEEP * self.other_steps + steps
 
-    def pays(self, costs: LevelCosts, unread: int, remaining: int) -> bool:
-        """Whether the draft should read so many tokens where at most so many may follow."""
+    def pays(self, steps: float, remaining: int) -> bool:
+        """Whether a reading that takes as long as so many plain steps should be made where at most so many tokens may
+        follow."""
         more = LENGTH * (1.0 - exp(-remaining / LENGTH))
         each = (STEPS + self.steps) / (USUAL * STEPS + self.tokens)
         other = (STEPS + self.other_steps) / (STEPS + self.other_tokens)
-        return more * (other - each) * costs.spent(0, 0) > costs.catch_up * unread
+        return more * (other - each) > steps

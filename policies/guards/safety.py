@@ -42,8 +42,8 @@ from policies.base import MAX_GAMMA, Context, Decision, Draft, Outcome, Policy, 
 from policies.batches import Forward
 from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel
-from policies.costs.level_costs import CAUGHT, LevelCosts
-from policies.costs.reading import is_dear
+from policies.costs.level_costs import LevelCosts
+from policies.costs.reading import CAUGHT
 from policies.estimators.bayesian_linear import check_array
 from policies.guards.batch_guard import KEY as BATCH
 from policies.guards.batch_guard import BatchGuard
@@ -163,7 +163,7 @@ class SafetyGuard(PassesRows, Wrapper):
     def _spared(self, context: Context, decision: Decision) -> bool:
         """Whether the fixed gamma would have much to read in a step in which the policy has not; note it if so."""
         asks = decision.gamma and (not decision.drafter or decision.drafter == context.drafters[0])
-        if asks or not is_dear(self.model.level(context.level), context.unread):
+        if asks or context.unread < self.model.level(context.level).dear:
             return False
         if len(self._unread) >= 1024:
             self._unread.clear()
@@ -228,13 +228,13 @@ class SafetyGuard(PassesRows, Wrapper):
             self.model.observe(outcome)
         level, forwards = outcome.level, outcome.forwards
         ledger, costs = self._ledgers.get(level) or self.ledger(level), self.model.level(level)
-        stop, sleep = self._taken.pop(decision.id, -1), ledger.sleep
+        stop, sleep = self._taken.pop(decision.id, -1) if self._taken else -1, ledger.sleep
         seconds = costs.spent(outcome.drafted, forwards)
         reading = costs.catch_up * outcome.caught_up if forwards else 0.0
         if outcome.drafted == 0:
             self._postpone(ledger, 0)
         # What another drafter than the fixed gamma's proposed tells nothing of that one's.
-        switched = self._switched.pop(decision.id, -1)
+        switched = self._switched.pop(decision.id, -1) if self._switched else -1
         own = outcome if switched < 0 else _before(outcome, switched)
         ledger.count(own, stop)
         k = own.drafted
@@ -252,7 +252,9 @@ class SafetyGuard(PassesRows, Wrapper):
         if ledger.baseline == 0:  # the fixed gamma would have had to read as much
             seconds += reading
         rate = ledger.rate
-        if decision.id in self._unread:  # reading would not have paid: the better baseline here is plain decoding
+        if (
+            self._unread and decision.id in self._unread
+        ):  # reading would not have paid: the better baseline here is plain decoding
             self._unread.remove(decision.id)
             rate = (1.0 - self.epsilon) / costs.spent(0, 0)
         budget, most = ledger.budget + outcome.produced - rate * seconds, self.burn_in

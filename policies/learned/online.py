@@ -37,8 +37,7 @@ import numpy as np
 from policies.acceptance.model import WAITING, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
-from policies.costs.level_costs import CAUGHT
-from policies.costs.reading import Reading, is_dear
+from policies.costs.reading import CAUGHT, Reading
 from policies.estimators.bayesian_linear import check_array
 from policies.learned.online_rows import OnlineRows
 
@@ -239,10 +238,9 @@ class Online(OnlineRows):
         step = Step(context, self.acceptance_model)
         rule = step.rule = self._rule(context.level)
         if context.unread >= CAUGHT and self.timed:
-            costs = self.costs.level(context.level)
-            step.unread = is_dear(costs, context.unread) and not rule.reading.pays(
-                costs, context.unread, context.remaining
-            )
+            costs, unread = self.costs.level(context.level), context.unread
+            if unread >= costs.dear:
+                step.unread = not rule.reading.pays(costs.catch_up * unread / costs.spent(0, 0), context.remaining)
         gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
         pays = self._pays(0, step, context.lookup_alternative) if gamma else False
         if not pays:

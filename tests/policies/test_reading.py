@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from policies.base import Context, Draft, Outcome
 from policies.costs.level_costs import LevelCosts
 from policies.costs.prior import CostPrior
-from policies.costs.reading import Reading, is_dear
+from policies.costs.reading import Reading
 from policies.guards.safety import SafetyGuard
 from policies.learned.online import Online
 from policies.registry import make_policy
@@ -70,37 +71,30 @@ def test_where_nothing_is_known_of_reading_the_draft_is_asked() -> None:
     assert drafted > 0
 
 
-def costs(catch_up: float) -> LevelCosts:
-    return LevelCosts(CostPrior(0.0005, (0.01, 0.0102), catch_up_seconds=catch_up))
-
-
-def test_reading_is_weighed_where_it_is_dear() -> None:
-    assert not is_dear(costs(0.0005), 59)
-    assert is_dear(costs(0.0005), 61)
-    assert not is_dear(costs(0.01), 7)  # a few tokens are within the noise of a forward
-    assert not is_dear(costs(0.0), 1 << 20)
+@pytest.mark.parametrize(("catch_up", "tokens"), [(0.0005, 60.0), (0.01, 8.0), (0.0, math.inf)])
+def test_reading_is_weighed_where_it_is_dear(catch_up: float, tokens: float) -> None:
+    """But not that of a few tokens, which is within the noise of a forward."""
+    assert LevelCosts(CostPrior(0.0005, (0.01, 0.0102), catch_up_seconds=catch_up)).dear == pytest.approx(tokens)
 
 
 def test_it_is_learnt_what_the_draft_brings() -> None:
     """A text of 64 tokens is worth a reading of some 13 steps beforehand, of more with a better draft."""
-    dear, cheap, none = costs(0.01 * 16 / 1000), costs(0.01 * 8 / 1000), costs(0.0)
     reading = Reading()
-    assert reading.pays(cheap, 1000, 64)
-    assert not reading.pays(dear, 1000, 64)
-    assert reading.pays(dear, 1000, 1 << 62)
-    assert not reading.pays(costs(0.01 * 100 / 1000), 1000, 1 << 62)  # a text does not go on for ever
+    assert reading.pays(8.0, 64)
+    assert not reading.pays(16.0, 64)
+    assert reading.pays(16.0, 1 << 62)
+    assert not reading.pays(100.0, 1 << 62)  # a text does not go on for ever
     good, bad, found = Reading(), Reading(), Reading()
     for _ in range(100):
         good.add(False, 2, 1.0)
         bad.add(False, 1, 1.1)
         found.add(True, 3, 2.0)  # lookups bring as much as a usual draft
-    assert good.pays(dear, 1000, 64)
-    assert not bad.pays(cheap, 1000, 64)
-    assert not found.pays(cheap, 1000, 64)
+    assert good.pays(16.0, 64)
+    assert not bad.pays(8.0, 64)
+    assert not found.pays(8.0, 64)
     for _ in range(2000):  # of texts that nobody read nothing is known for ever
         bad.add(True, 1, 1.0)
-    assert bad.pays(cheap, 1000, 64)
-    assert reading.pays(none, 1000, 64)
+    assert bad.pays(8.0, 64)
 
 
 def test_lookups_are_drafted_all_the_same() -> None:
