@@ -28,7 +28,7 @@ HALF_LIFE = 400.0
 REFIT_EVERY, REFIT_ALWAYS = 32, 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
 OWN = 5.0
-#: As how many tokens that the draft caught up a prior's step counts; how many steps that drafted its ``first`` is worth.
+#: As how many caught-up tokens a prior's step counts; how many steps that drafted its ``first`` is worth.
 READ, FIRST = 10.0, 5.0
 #: How many drafted tokens that took a forward each an arm's price starts from.
 ASKED = 2.0
