@@ -29,8 +29,9 @@ The rows of a batch are decided together: :mod:`policies.learned.batch_rule`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -48,7 +49,8 @@ SLIGHT = 1e-3
 FORWARD, FIRST, FREE = 0, 1, 2
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rule:
     """What a level's decisions need, in tokens at the rate of the latest steps.
 
     Attributes
