@@ -38,7 +38,7 @@ import numpy as np
 from policies.acceptance.model import WAITING, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
-from policies.costs.reading import CAUGHT, Reading
+from policies.costs.reading import Reading
 from policies.estimators.bayesian_linear import check_array
 from policies.learned.online_rows import OnlineRows
 
@@ -67,6 +67,8 @@ class Rule:
         What the last token of a budget is worth: without it, it would take a step of its own.
     reading : Reading
         What the draft model brings to texts that it has read.
+    dear : float
+        From how many unread tokens on their reading is weighed.
     """
 
     version: int
@@ -76,6 +78,7 @@ class Rule:
     first: float
     last: float
     reading: Reading
+    dear: float
 
     def local(self, tokens: float, submitted: int, forwards: int) -> float:
         """Return how many times the latest steps' rate is in force in a step with so many tokens in prospect."""
@@ -205,7 +208,7 @@ class Online(OnlineRows):
             wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
             reading = self._readings.setdefault(level, Reading())
             draft, first = rate * costs.draft, rate * costs.first
-            found = Rule(costs.version, wider, plain, draft, first, costs.price.item(0), reading)
+            found = Rule(costs.version, wider, plain, draft, first, costs.price.item(0), reading, costs.dear)
             self._rules[level] = found
         return found
 
@@ -239,10 +242,10 @@ class Online(OnlineRows):
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.acceptance_model)
         rule = step.rule = self._rule(context.level)
-        if context.unread >= CAUGHT and self.timed:
-            costs, unread = self.costs.level(context.level), context.unread
-            if unread >= costs.dear:
-                step.unread = not rule.reading.pays(costs.catch_up * unread / costs.spent(0, 0), context.remaining)
+        if context.unread >= rule.dear and self.timed:
+            costs = self.costs.level(context.level)
+            steps = costs.catch_up * context.unread / costs.spent(0, 0)
+            step.unread = not rule.reading.pays(steps, context.remaining)
         gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
         pays = self._pays(0, step, context.lookup_alternative) if gamma else False
         if not pays:
