@@ -11,7 +11,6 @@ Units: times are seconds, entropies bits, confidences probabilities, margins log
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -94,7 +93,7 @@ class Context:
     rows : int
         How many sequences share the target's forward, 1 alone.
     unread : int
-        Tokens that the draft model has to read before its first draft, beyond the latest one; told in batches only.
+        Tokens that the draft model has to read before its first draft, beyond the latest one.
     """
 
     level: str = "fp16"
@@ -277,8 +276,7 @@ class Policy(ABC):
         self.rng = np.random.default_rng([seed, worker])
         self.version = 0
         self._id = worker << 40
-        self._learnt: set[int] = set()
-        self._order: deque[int] = deque()
+        self._learnt: dict[int, None] = {}
 
     def new_id(self) -> int:
         """Return a fresh decision id."""
@@ -286,13 +284,12 @@ class Policy(ABC):
         return self._id
 
     def first_time(self, id: int) -> bool:
-        """Return True the first time that an id is seen; the latest 65,536 are remembered."""
+        """Return True the first time that an id is seen; the latest 65,536 at least are remembered."""
         if id in self._learnt:
             return False
-        self._learnt.add(id)
-        self._order.append(id)
-        if len(self._order) > 65_536:
-            self._learnt.discard(self._order.popleft())
+        self._learnt[id] = None
+        if len(self._learnt) > 2 * 65_536:
+            self._learnt = dict.fromkeys([*self._learnt][-65_536:])
         return True
 
     def has_learnt(self, id: int) -> bool:

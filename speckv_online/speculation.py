@@ -131,7 +131,7 @@ class Speculation:
         self.choice = Choice(0, 0, 1.0, 0)
         self._proposer: Proposer = _NOBODY
 
-    def decide(self, max_gamma: int, remaining: int, proposer: Proposer | None) -> int:
+    def decide(self, max_gamma: int, remaining: int, proposer: Proposer | None, lag: int = 1) -> int:
         """Begin a step: ask the policy, and return how many tokens to draft at most.
 
         Parameters
@@ -140,8 +140,10 @@ class Speculation:
             As in :class:`~policies.base.Context`.
         proposer : Proposer or None
             Who proposes this step's tokens; None if nobody does.
+        lag : int
+            Context tokens that the proposer has not read yet, the latest one included.
         """
-        context = self.begin(max_gamma, remaining, proposer)
+        context = self.begin(max_gamma, remaining, proposer, unread=lag - 1)
         confidence = context.lookup_confidence  # of this moment: a policy may write to its context
         return self.take(self._policy.decide(context), max_gamma, confidence)
 

@@ -2,14 +2,14 @@
 
 Before a token is drafted its own signals do not exist, but the tokens that come before it do. Of those this file
 remembers (a) in the sequence's own scratch space, for every suffix of 1 to 4 tokens, whether the latest draft after it
-was accepted (a tree from the last token backwards: whether, and what is known of each token before it), and (b) over
-all texts, for the last token and for the last two, how many drafts were tested and accepted: hashed into a table of
-sums that forget exponentially and add up over workers.
+was accepted, and (b) over all texts, for the last token and for the last two, how many drafts were tested and accepted:
+hashed into a table of sums that forget exponentially and add up over workers.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +28,13 @@ SHRINK_SINGLE, SHRINK_PAIR = 8.0, 4.0
 #: Features: 1 or -1 for the longest suffix seen, and both excesses, see :meth:`TokenHistory.look_up`.
 FEATURES = TAIL + 2
 
-Tail = tuple[int, ...]
-#: Where a token's history is kept: the tokens that it follows, the latest first, and its buckets.
-Place = tuple[Tail, int, int]
+Tail = Sequence[int]
+#: Where a token's history is kept: a number for each suffix that it follows, the shortest first, and its buckets.
+Place = tuple[tuple[int, ...], int, int]
+#: More than any token: a suffix's number has its tokens, plus one, as digits to this base.
+BASE = 1 << 22
+#: That of a token that nothing is known to come before.
+NOWHERE: Place = (), -1, -1
 #: What is known of drafts there, see :meth:`TokenHistory.look_up`.
 Seen = tuple[int, float, float]
 
@@ -45,12 +49,20 @@ def buckets(tail: Tail) -> tuple[int, int]:
 
 def place(tail: Tail) -> Place:
     """Return where the history of a token that follows ``tail``, the last tokens up to four, is kept."""
-    if len(tail) < 2:
-        return tail, *buckets(tail)
+    if len(tail) < TAIL:
+        keys, key = [], 0
+        for token in reversed(tail):
+            key = key * BASE + token + 1
+            keys.append(key)
+        return tuple(keys), *buckets(tail)
     # The usual case, written out: this is asked for every token.
-    tail = tail[::-1]
-    hashed = tail[0] * 2654435761 & 0xFFFFFFFF
-    return tail, hashed >> 20, SINGLES + ((hashed + tail[1] * 2246822519 & 0xFFFFFFFF) >> 19)
+    d, c, b, a = tail
+    one = a + 1
+    two = one * BASE + b + 1
+    three = two * BASE + c + 1
+    hashed = a * 2654435761 & 0xFFFFFFFF
+    j = SINGLES + ((hashed + b * 2246822519 & 0xFFFFFFFF) >> 19)
+    return (one, two, three, three * BASE + d + 1), hashed >> 20, j
 
 
 class TokenHistory:
@@ -79,8 +91,9 @@ class TokenHistory:
         self.__dict__.pop("_counts", None)
 
     @cached_property
-    def _counts(self) -> tuple[array[float], array[float], list[float]]:
-        """Tested, accepted, and their totals over the last token's buckets: the table and what was noted since.
+    def _counts(self) -> tuple[array[float], list[float]]:
+        """Tested and accepted, bucket by bucket, and their totals over the last token's: the table and what was noted
+        since.
 
         The hot path reads and writes Python's arrays far quicker than numpy's. They are made at its first step, so that
         a copy that only merges never makes any; until the next exchange the table stays as it was handed out last.
@@ -89,7 +102,9 @@ class TokenHistory:
 
     def _now(self) -> np.ndarray:
         """The table with what was noted since the last exchange; may be the table itself."""
-        return np.array(self._counts[:2]) if "_counts" in self.__dict__ else self._table
+        if "_counts" not in self.__dict__:
+            return self._table
+        return np.ascontiguousarray(np.array(self._counts[0]).reshape(-1, 2).T)
 
     def _fade(self, keep: float) -> None:
         """Multiply everything by ``keep``.
@@ -119,52 +134,47 @@ class TokenHistory:
         That is the length of the longest suffix seen before in this sequence, negative if the latest draft after it was
         not accepted; then the shrunk excess acceptance after the last token and the last two.
         """
-        longest, latest, node = 0, True, memory
-        tail, i, j = place
-        for token in tail:
-            found = node.get(token)
+        longest, latest = 0, True
+        keys, i, j = place
+        for key in keys:
+            found = memory.get(key)
             if found is None:
                 break
             longest += 1
-            latest, node = found
-        weight, (labelled, accepted, totals) = self._weight, self._counts
+            latest = found
+        weight, (counts, totals) = self._weight, self._counts
         mean = totals[1] / totals[0] if totals[0] else 0.0
         one = two = 0.0
         if i >= 0:
-            n = labelled[i]
-            one = (accepted[i] - mean * n) / (n + SHRINK_SINGLE * weight)
+            n = counts[2 * i]
+            one = (counts[2 * i + 1] - mean * n) / (n + SHRINK_SINGLE * weight)
         if j >= 0:
-            n = labelled[j]
-            two = (accepted[j] - mean * n) / (n + SHRINK_PAIR * weight)
+            n = counts[2 * j]
+            two = (counts[2 * j + 1] - mean * n) / (n + SHRINK_PAIR * weight)
         return longest if latest else -longest, one, two
 
     @staticmethod
     def remember(memory: dict[Any, Any], place: Place, hit: bool) -> None:
         """Note whether the draft at a place was accepted, for the sequence alone."""
-        node = memory
-        for token in place[0]:
-            found = node.get(token)
-            if found is None:
-                found = node[token] = [hit, {}]
-            else:
-                found[0] = hit
-            node = found[1]
+        for key in place[0]:
+            memory[key] = hit
 
     def note(self, memory: dict[Any, Any], place: Place, hit: bool) -> None:
         """Note whether the draft at a place was accepted."""
-        self.remember(memory, place, hit)
-        _, i, j = place
-        weight, (labelled, accepted, totals) = self._weight, self._counts
+        keys, i, j = place
+        for key in keys:
+            memory[key] = hit
+        weight, (counts, totals) = self._weight, self._counts
         if i >= 0:
-            labelled[i] += weight
+            counts[2 * i] += weight
             totals[0] += weight
             if hit:
-                accepted[i] += weight
+                counts[2 * i + 1] += weight
                 totals[1] += weight
         if j >= 0:
-            labelled[j] += weight
+            counts[2 * j] += weight
             if hit:
-                accepted[j] += weight
+                counts[2 * j + 1] += weight
 
     def table(self) -> np.ndarray:
         """Tested and accepted drafts per bucket, shape (2, SINGLES + PAIRS)."""
@@ -205,9 +215,8 @@ class TokenHistory:
             self._counts = _opened(now)
 
 
-def _opened(table: np.ndarray) -> tuple[array[float], array[float], list[float]]:
-    labelled, accepted = (array("d", row.tobytes()) for row in table)
-    return labelled, accepted, table[:, :SINGLES].sum(axis=1).tolist()
+def _opened(table: np.ndarray) -> tuple[array[float], list[float]]:
+    return array("d", table.T.tobytes()), table[:, :SINGLES].sum(axis=1).tolist()
 
 
 def _read(delta: State) -> tuple[np.ndarray, np.ndarray, float]:

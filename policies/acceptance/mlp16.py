@@ -132,11 +132,14 @@ class StepNet:
     ----------
     matrix : ndarray, shape (4, 16)
         What mean entropy, mean confidence, greatest entropy and least confidence are multiplied with.
+    units : list of tuple
+        The same by unit.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.matrix = np.ascontiguousarray(weights.W1[:4])
+        self.units: list[tuple[float, float, float, float]] = [tuple(row) for row in self.matrix.T.tolist()]
         self._rest: dict[str, np.ndarray] = {}
 
     def rest(self, level: str) -> np.ndarray:

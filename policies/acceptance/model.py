@@ -111,7 +111,7 @@ class AcceptanceModel:
                 w[0] += m * m * curve
                 parts.append(w)
             before, after = parts
-            net = self.net.matrix, self.net.rest(level), after[OWN:].copy()
+            net = self.net.units, self.net.rest(level).tolist(), after[OWN:].tolist()
             found = self._weights[level] = before.tolist(), after[:OWN].tolist(), net
         return found
 

@@ -5,18 +5,13 @@ from __future__ import annotations
 from math import exp
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-
-from policies.acceptance.context_table import TAIL, Place, Seen, TokenHistory, place
+from policies.acceptance.context_table import NOWHERE, TAIL, Place, Seen, TokenHistory, place
 from policies.acceptance.features import Asked, Token, start_features, token_features
-from policies.acceptance.mlp16 import HIDDEN
 from policies.base import CONFIDENCE, ENTROPY, Context, Draft, Outcome
 
-#: MLP16's first layer, by gamma what level, gamma and bias add to it, and the weights of the layer's 16 outputs.
-Net: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
-#: Mean entropy and confidence, greatest entropy and least confidence.
-Signals: TypeAlias = tuple[float, float, float, float]
-_ZERO = np.zeros(HIDDEN)
+#: MLP16's hidden layer: the weights of its four inputs, by unit; by gamma, what level, gamma and bias add to each unit;
+#: and the weight of each unit's output. Lists: numpy's code and data are not in the processor's cache after a forward.
+Net: TypeAlias = tuple[list[tuple[float, float, float, float]], list[list[float]], list[float]]
 
 
 class AcceptanceWeights(Protocol):
@@ -53,6 +48,8 @@ class Step:
         Tokens that the step produces on average if no more are drafted: the sum of ``survival``.
     rule : object
         What the policy decides the step by; its own affair.
+    unread : bool
+        Whether the policy spares the draft model the reading of the text: it is not asked then.
     """
 
     __slots__ = (
@@ -82,6 +79,7 @@ class Step:
         "memory",
         "rule",
         "survival",
+        "unread",
     )
 
     def __init__(self, context: Context, acceptance_model: AcceptanceWeights) -> None:
@@ -108,14 +106,18 @@ class Step:
         self._chance = 0.0
         self.confidence = context.lookup_confidence
         self.rule: Any = None
+        self.unread = False
 
     def chance(self) -> float:
         """Chance that the next token, which takes a forward, is accepted if those before it are."""
         if self._next is not None:
             return self._chance
-        j, ids = len(self._tokens), self._ids
-        at = self._known + j
-        here = place(tuple(ids[at - TAIL if at > TAIL else 0 : at]) if self._known and at <= len(ids) else ())
+        j, ids, at = len(self._tokens), self._ids, self._known
+        if at:
+            at += j
+            here = NOWHERE if at > len(ids) else place(ids[at - TAIL : at] if at > TAIL else ids[:at])
+        else:
+            here = NOWHERE
         seen = longest, one, two = self._model.history.look_up(self.memory, here)
         # The sums over `rows`, zeros left out: this is asked for every token.
         w, acceptance, whole = self._before, self._acceptance, self._whole
@@ -147,6 +149,7 @@ class Step:
             ids += draft.tokens[len(ids) - known : drafted]
         self._signals, told = signals, len(lookups)
         survivals, survival, expected = self.survival, self.survival[j], self.expected
+        table = signals.tolist()
         while j < drafted:
             chance = lookups[j] if j < told else 0.0
             if chance:
@@ -155,13 +158,7 @@ class Step:
                 if self._next is None:
                     self.chance()
                 here, seen, previous = self._next  # type: ignore[misc]
-                row = signals[j].tolist()
-                own = token_features(row)
-                read = self._read(row[ENTROPY], row[CONFIDENCE])
-                chance = self._own_chance(own, previous, j, read)
-                tokens.append(own)
-                about = (*previous, self._acceptance, self._whole, *own, *seen, float(j), *read)
-                self.asked.append((j, here, chance, about))
+                chance = self._describe(table[j], j, here, seen, previous)
             self._next = None
             survival *= chance
             survivals.append(survival)
@@ -170,8 +167,11 @@ class Step:
         self.expected = expected
         self.confidence = lookups[drafted] if drafted < told else 0.0
 
-    def _read(self, entropy: float, confidence: float) -> Signals:
-        """Return what MLP16 reads of the step's tokens, with another one that took a forward."""
+    def _describe(self, row: list[float], j: int, here: Place, seen: Seen, previous: Token) -> float:
+        """Take in the j-th token (from 0), which took a forward; return the chance that it is accepted."""
+        own = token_features(row)
+        # What MLP16 reads of the step's tokens, this one with them.
+        entropy, confidence = row[ENTROPY], row[CONFIDENCE]
         self.forwards = n = self.forwards + 1
         self._entropy += entropy
         self._confidence += confidence
@@ -179,23 +179,25 @@ class Step:
             self._most = entropy
         if confidence < self._least:
             self._least = confidence
-        return self._entropy / n, self._confidence / n, self._most, self._least
-
-    def _own_chance(self, own: Token, previous: Token, j: int, read: Signals) -> float:
-        """Chance of the j-th token (from 0) once it is drafted, ``read`` with it."""
-        w, (odds, entropy, margin, agree, differ) = self._after, own
-        eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * self._acceptance + w[5] * previous[0]
+        mean_entropy, mean_confidence, most, least = self._entropy / n, self._confidence / n, self._most, self._least
+        # The sums over `rows`, zeros left out: this is asked for every token.
+        w, (odds, entropy, margin, agree, differ), acceptance = self._after, own, self._acceptance
+        eta = w[0] + w[1] * odds + w[2] * entropy + w[3] * margin + w[4] * acceptance + w[5] * previous[0]
         eta += w[6] * (j * 0.125 if j < 8 else 1.0) if j else w[7] * self._whole
         if agree:
             eta += w[8] + w[9] * agree + w[10] * odds + w[11] * entropy
         elif differ:
             eta += w[12] + w[13] * differ + w[14] * odds + w[15] * entropy
-        first, rest, head = self._net
-        units = np.dot(read, first)
-        units += rest[j + 1]
-        np.maximum(units, _ZERO, out=units)
-        eta += float(np.dot(units, head))
-        return 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0
+        units, rest, head = self._net
+        for (a, b, c, d), unit, weight in zip(units, rest[j + 1], head, strict=True):
+            unit += a * mean_entropy + b * mean_confidence + c * most + d * least
+            if unit > 0.0:
+                eta += weight * unit
+        chance = 1.0 / (1.0 + exp(-eta)) if eta > -30.0 else 0.0
+        self._tokens.append(own)
+        about = (*previous, acceptance, self._whole, *own, *seen, float(j), mean_entropy, mean_confidence, most, least)
+        self.asked.append((j, here, chance, about))
+        return chance
 
     def note(self, labelled: int, accepted: int) -> None:
         """Note in the history which of the tested tokens were accepted."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.base import ARMS, Outcome, PolicyError, State
+from policies.base import ARMS, State
+from policies.costs.deferred import Deferred
 from policies.costs.pace import Pace
 from policies.costs.prior import VAGUE, WIDTHS, CostPrior
-from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, rescale, solve, whole
+from policies.costs.reading import CAUGHT, dear
+from policies.costs.sums import ALL, OF_DRAFT, OF_READING, RATE, SUMS, faded, parts, rescale, saved, solve, whole
 from policies.estimators.bayesian_linear import check_array
 
 #: Steps after which a measurement counts half.
@@ -26,10 +28,8 @@ HALF_LIFE = 400.0
 REFIT_EVERY, REFIT_ALWAYS = 32, 16
 #: A width's own mean residual counts n / (n + OWN) after n visits.
 OWN = 5.0
-#: Catching up by fewer tokens is left out: that is within the noise of a forward. A prior's step counts as so many.
-CAUGHT, READ = 8, 10.0
-#: How many steps that drafted a prior's ``first`` is worth.
-FIRST = 5.0
+#: As how many caught-up tokens a prior's step counts; how many steps that drafted its ``first`` is worth.
+READ, FIRST = 10.0, 5.0
 #: How many drafted tokens that took a forward each an arm's price starts from.
 ASKED = 2.0
 #: How many times another an early time has to be for one of the two to be taken for a stall, where nothing was told.
@@ -44,7 +44,7 @@ LEAST = 0.1
 _K = np.arange(WIDTHS)
 
 
-class LevelCosts:
+class LevelCosts(Deferred):
     """Cost estimates of one compression level.
 
     Attributes
@@ -55,8 +55,8 @@ class LevelCosts:
         T_v(w) for w = 1..17.
     draft, first : float
         t_d, the marginal seconds of one more drafted token, and what the first one takes on top.
-    catch_up : float
-        Seconds for each token that the draft has to read first.
+    catch_up, dear : float
+        Seconds for each token that the draft has to read first, and from how many on that is weighed.
     overhead : float
         t_0, seconds of a step besides drafting and verifying.
     rate : float
@@ -70,12 +70,13 @@ class LevelCosts:
     """
 
     def __init__(self, prior: CostPrior = VAGUE, half_life: float = HALF_LIFE, arms: tuple[int, ...] = ARMS) -> None:
+        super().__init__(early=1 + REFIT_ALWAYS)
         self._arms = np.array(arms)
         self._keep = 0.5 ** (1.0 / half_life)
-        self.steps = self.version = 0
+        self.version = 0
         self.deviation = 0.3
         self._gain = 1.0
-        self._pace, self._threads = Pace(), 0
+        self._pace = Pace()
         # The pace seen here, and the deviation, until the next step after sums were taken over that have seen none.
         self._own: tuple[float, float, float, int] | None = None
         # All sums, and those since the last exchange.
@@ -85,6 +86,7 @@ class LevelCosts:
 
     def set_prior(self, prior: CostPrior) -> None:
         """Start from, or change to, another prior; what was measured is kept."""
+        self.take()
         self.prior = prior
         self._vague = prior == VAGUE
         p = self._shape = prior.table()
@@ -97,35 +99,37 @@ class LevelCosts:
         """Whether nothing was told of the level."""
         return self._vague
 
-    def observe(self, outcome: Outcome) -> None:
-        """Take in one step's times."""
-        verify, draft, total = outcome.verify_seconds, outcome.draft_seconds, outcome.seconds
-        drafted = outcome.forwards  # what the draft seconds paid for
-        if outcome.caught_up >= CAUGHT and 0.0 < draft < 1e9:
-            self._catch_up(outcome.caught_up, draft - self.first - self.draft * drafted)
+    def _until_due(self) -> int:
+        return 1 if self._pace.told else REFIT_EVERY - self._pending
+
+    def _add(
+        self, total: float, verify: float, draft: float, k: int, drafted: int, context: int, caught_up: int,
+        produced: int, threads: int,
+    ) -> None:  # fmt: skip
+        if caught_up >= CAUGHT and 0.0 < draft < 1e9:
+            self._catch_up(caught_up, draft - self.first - self.draft * drafted)
         if not (0.0 < total < 1e9 and verify >= 0.0 and draft >= 0.0):
             return
         if self._own is not None:
             mine = self._pace
             (self.deviation, mine.now, mine.lately, mine.steps), self._own = self._own, None
-        if outcome.threads != self._threads:
+        if threads != self._threads:
             if self._threads:
                 self._pace.another_machine()
-            self._threads = outcome.threads
-        self.steps += 1
+            self._threads = threads
         if self.steps == 1 and self._vague:
             return  # the first call warms caches up and would be the only measure of scale
         if self._pace.told:  # the machine is another one, and all estimates are off alike
-            k, c = outcome.drafted, float(outcome.context_length)
-            expected = max(self._expected[k] + self._per_token * c, self._least[k])
-            self._pace.compare(outcome, expected, self.first + self.draft * outcome.forwards)
+            expected = max(self._expected[k] + self._per_token * context, self._least[k])
+            drafting = self.first + self.draft * drafted if drafted and caught_up <= 1 else 0.0
+            self._pace.compare(verify, expected, draft, drafting)
             if self._pace.found:
-                self.refit()
+                self._fold()
             return
-        k, c, rest, pace = outcome.drafted, float(outcome.context_length), total - draft - verify, 1.0
+        c, rest, pace = float(context), total - draft - verify, 1.0
         if verify > 0.0:
             pace = self._pace.now / self._pace.lately
-            verify, draft, rest, total = verify / pace, draft / pace, rest / pace, total / pace
+            verify, draft, rest = verify / pace, draft / pace, rest / pace
             expected = self._expected[k] + self._per_token * c
             if expected < self._least[k]:
                 expected = self._least[k]
@@ -145,7 +149,7 @@ class LevelCosts:
         if drafted < k:
             sums[11] += g * (k - drafted)
         # A draft that had to read more than its last token first, after steps without drafting, is not typical.
-        if drafted and draft > 0.0 and outcome.caught_up <= 1:
+        if drafted and draft > 0.0 and caught_up <= 1:
             # A stall here would be held against the draft for hundreds of steps. A drafted token takes no longer than
             # a forward of the target, whatever else is not known yet.
             told = self._measured[0] > 3.0 or not self._vague
@@ -159,20 +163,19 @@ class LevelCosts:
             sums[2] += g * drafted * drafted
             sums[3] += g * draft
             sums[4] += g * drafted * draft
-        # Conditions instead of min() here: a call costs more than all that it compares.
         rest = rest if rest > 0.0 else 0.0
         most, little = 3.0 * self.overhead if self._measured[1] > 3.0 else verify, LITTLE * verify
         most = most if most > little else little
         sums[5] += g
         sums[6] += g * (rest if rest < most else most)
         modelled = self.spent(k, drafted)
-        modelled += self.catch_up * (outcome.caught_up - 1) if drafted and outcome.caught_up > 1 else 0.0
+        modelled += self.catch_up * (caught_up - 1) if drafted and caught_up > 1 else 0.0
         g **= RATE
-        sums[7] += g * outcome.produced
+        sums[7] += g * produced
         sums[8] += g * modelled
         self._pending += 1
         if self._pending >= REFIT_EVERY or self.steps < REFIT_ALWAYS:
-            self.refit()
+            self._fold()
 
     def _catch_up(self, tokens: int, seconds: float) -> None:
         """Take in what the draft took to read so many tokens; reading one takes at most as long as drafting one."""
@@ -206,6 +209,11 @@ class LevelCosts:
         self._gain = 1.0
 
     def refit(self) -> None:
+        """Take all measurements in and solve for the estimates anew."""
+        self.take()
+        self._fold()
+
+    def _fold(self) -> None:
         """Fold the latest measurements in and solve for the estimates anew."""
         if not (self._pending or self._block_sums[9] or self._pace.found):
             return
@@ -278,6 +286,7 @@ class LevelCosts:
         self.seconds += self.overhead
         self.seconds[1:] += self.first
         self._steps_take: list[float] = self.seconds.tolist()  # asked for every step
+        self.dear = dear(self.catch_up, self._steps_take[0])
         tokens, seconds = self._total[OF_DRAFT + 7 : OF_READING].tolist()
         # One token per plain step is what the prior promises until there is data.
         w = 2.0
@@ -308,18 +317,9 @@ class LevelCosts:
         }
 
     def load(self, state: State) -> None:
-        """Restore :meth:`state`. Where that has seen no pace, as merged sums have not, the next step goes on with the
-        one that was seen here."""
-        older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
-        misc = check_array(state, "misc", (3 if older else 6,)).tolist()
-        misc += [1.0, 1.0, 0.0] if older else []
-        total = whole(state)
-        # Older states lack the one or both.
-        more = [float(check_array(state, name, ())) if name in state else 0.0 for name in ("catch_up", "first")]
-        p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
-        vague = bool(misc[2])
-        if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
-            raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:]}")
+        """Restore :meth:`state`. Where that has no pace, as merged sums, the next step goes on with that of before."""
+        total, misc, prior = saved(state)
+        self.take()  # of what was seen here the pace is kept
         pace = self._pace
         if misc[5]:
             self._own = None
@@ -329,7 +329,7 @@ class LevelCosts:
         self._clear_block()
         self.steps, self.deviation = int(misc[0]), misc[1]
         self._total, self._delta, self._count = total, np.zeros(ALL), 0
-        self.set_prior(VAGUE if vague else CostPrior(p[0], tuple(p[5:]), *p[1:5], *more))
+        self.set_prior(prior)
 
     def take_delta(self) -> State:
         """Sums gathered since the last call."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from policies.base import Outcome
-
 #: Weights of the latest step in the pace now, and lately.
 NOW, LATELY = 0.12, 0.014
 #: Where the pace stays outside of these bounds for so many steps, the machine is another one, or its load.
@@ -70,12 +68,12 @@ class Pace(Means):
         """Whether the pace of an announced machine is known by now: :meth:`change` has it."""
         return self.told and self._heard >= TOLD
 
-    def compare(self, outcome: Outcome, verify: float, draft: float) -> None:
-        """Note a step's times, and what they were expected to be."""
-        if outcome.verify_seconds > 0.0:
-            self.verified(outcome.verify_seconds / verify)
-        if outcome.forwards and outcome.caught_up <= 1 and draft > 0.0:
-            self.drafted(outcome.draft_seconds / draft)
+    def compare(self, verify: float, expected: float, draft: float, drafting: float) -> None:
+        """Note what a verification and a draft took, and were expected to; where nothing was, they tell nothing."""
+        if verify > 0.0:
+            self.verified(verify / expected)
+        if drafting > 0.0:
+            self.drafted(draft / drafting)
 
     def verified(self, ratio: float) -> None:
         """Note how many times its estimate a verification took."""

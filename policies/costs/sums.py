@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.base import State
-from policies.costs.prior import WIDTHS
+from policies.base import PolicyError, State
+from policies.costs.prior import VAGUE, WIDTHS, CostPrior
 from policies.estimators.bayesian_linear import check_array
 
 #: Sums that are not by width, all sums, and where in those the draft's and the reading's begin.
@@ -37,6 +37,20 @@ def whole(state: State) -> np.ndarray:
     lacks = next((n for n in (1, 3) if np.shape(state.get("sums", ())) == (SUMS - n,)), 0)
     sums = check_array(state, "sums", (SUMS - lacks,))
     return np.concatenate((check_array(state, "widths", (5, WIDTHS)).ravel(), sums, np.zeros(lacks)))
+
+
+def saved(state: State) -> tuple[np.ndarray, list[float], CostPrior]:
+    """Return a level's sums, its six numbers beside them, and its prior, of a state that may be an older version's."""
+    older = np.shape(state.get("misc", ())) == (3,)  # of versions that knew nothing of the pace
+    misc = check_array(state, "misc", (3 if older else 6,)).tolist()
+    misc += [1.0, 1.0, 0.0] if older else []
+    total = whole(state)
+    # Older states lack the one or both.
+    more = [float(check_array(state, name, ())) if name in state else 0.0 for name in ("catch_up", "first")]
+    p = check_array(state, "prior", (max(len(np.atleast_1d(state.get("prior", 0.0))), 6),)).tolist()
+    if min(misc[3:5]) <= 0.0 or misc[5] < 0.0:
+        raise PolicyError(f"the state's pace must be two numbers above zero and a count, got {misc[3:]}")
+    return total, misc, VAGUE if misc[2] else CostPrior(p[0], tuple(p[5:]), *p[1:5], *more)
 
 
 def solve(m: tuple[float, ...], r: tuple[float, float, float]) -> tuple[float, float, float]:

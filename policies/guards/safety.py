@@ -23,6 +23,9 @@ As probes are few, the estimate may be off by a tenth; steps that are taken over
 The guard also settles when the policy sleeps (:mod:`policies.guards.sleep`). Steps asleep are plain decoding where that
 is the better baseline, and count for nothing here: neither do they fill the budget up, nor bring the next probe nearer.
 
+While a text has much that the draft has not read, as a long prompt, and the policy does not have it read, no probe of
+the fixed gamma does so either, and the comparison is with plain decoding.
+
 Batches of a policy that decides their rows together are compared with plain ones: :mod:`policies.guards.batch_guard`.
 """
 
@@ -40,6 +43,7 @@ from policies.batches import Forward
 from policies.costs.cost_aware import CostAware
 from policies.costs.cost_model import CostModel
 from policies.costs.level_costs import LevelCosts
+from policies.costs.reading import CAUGHT
 from policies.estimators.bayesian_linear import check_array
 from policies.guards.batch_guard import KEY as BATCH
 from policies.guards.batch_guard import BatchGuard
@@ -103,6 +107,8 @@ class SafetyGuard(PassesRows, Wrapper):
         self._taken: dict[int, int] = {}
         # Steps that the policy took up with another drafter, or went on with: id -> tokens drafted before that.
         self._switched: dict[int, int] = {}
+        # Steps in which the fixed gamma would have had much to read first, and the policy did not.
+        self._unread: set[int] = set()
         self.joint, self.in_steps = policy.joint, policy.in_steps
         self.rows = BatchGuard(policy, epsilon, burn_in, sleeps)
 
@@ -142,14 +148,27 @@ class SafetyGuard(PassesRows, Wrapper):
         if limit > ledger.most:
             ledger.allow(limit)
         which = 0 if ledger.steps >= ledger.due[0] else 1 if ledger.steps >= ledger.due[1] else -1
+        unread = context.unread >= CAUGHT and self._spared(context, decision)
+        if unread and which == 1:
+            which = -1
         if which >= 0 and limit >= ledger.gamma:
             ledger.probes[which] += 1
             ledger.due[which] = max(ledger.spacing[which] * ledger.probes[which] ** 2, ledger.steps + 1)
             return self._take(decision, ledger.gamma if which else 0)
         if ledger.budget < 0.0:
             ledger.interventions += 1
-            return self._take(decision, min(ledger.baseline, limit))
+            return self._take(decision, 0 if unread else min(ledger.baseline, limit))
         return decision
+
+    def _spared(self, context: Context, decision: Decision) -> bool:
+        """Whether the fixed gamma would have much to read in a step in which the policy has not; note it if so."""
+        asks = decision.gamma and (not decision.drafter or decision.drafter == context.drafters[0])
+        if asks or context.unread < self.model.level(context.level).dear:
+            return False
+        if len(self._unread) >= 1024:
+            self._unread.clear()
+        self._unread.add(decision.id)
+        return True
 
     def plan(self, batch: Batch) -> Plan:
         """See :class:`~policies.steps.StepPolicy`."""
@@ -209,13 +228,13 @@ class SafetyGuard(PassesRows, Wrapper):
             self.model.observe(outcome)
         level, forwards = outcome.level, outcome.forwards
         ledger, costs = self._ledgers.get(level) or self.ledger(level), self.model.level(level)
-        stop, sleep = self._taken.pop(decision.id, -1), ledger.sleep
+        stop, sleep = self._taken.pop(decision.id, -1) if self._taken else -1, ledger.sleep
         seconds = costs.spent(outcome.drafted, forwards)
         reading = costs.catch_up * outcome.caught_up if forwards else 0.0
         if outcome.drafted == 0:
             self._postpone(ledger, 0)
         # What another drafter than the fixed gamma's proposed tells nothing of that one's.
-        switched = self._switched.pop(decision.id, -1)
+        switched = self._switched.pop(decision.id, -1) if self._switched else -1
         own = outcome if switched < 0 else _before(outcome, switched)
         ledger.count(own, stop)
         k = own.drafted
@@ -232,7 +251,13 @@ class SafetyGuard(PassesRows, Wrapper):
         sleep.seconds += seconds + reading
         if ledger.baseline == 0:  # the fixed gamma would have had to read as much
             seconds += reading
-        budget, most = ledger.budget + outcome.produced - ledger.rate * seconds, self.burn_in
+        rate = ledger.rate
+        if (
+            self._unread and decision.id in self._unread
+        ):  # reading would not have paid: the better baseline here is plain decoding
+            self._unread.remove(decision.id)
+            rate = (1.0 - self.epsilon) / costs.spent(0, 0)
+        budget, most = ledger.budget + outcome.produced - rate * seconds, self.burn_in
         # A debt beyond the burn-in can only come of wrong estimates: it is not held against the policy for ever.
         ledger.budget = -most if budget < -most else budget if budget < 4.0 * most else 4.0 * most
         if ledger.disproved(self.burn_in):

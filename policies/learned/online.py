@@ -18,6 +18,9 @@ Where the drafter has a lookup to offer in place of a forward, the policy turns 
 step ends, if that is worth more. What going on with the model is worth counts 1 + 4 p (1 - p) times: a plan of m tokens
 underrates it, the more so the less certain p is, as the tokens' own signals will tell when to stop.
 
+Where the draft model has much to read first, as a long prompt, it is not asked, and lookups alone are drafted, until
+reading pays (:mod:`policies.costs.reading`).
+
 Where a budget ends within a step's reach, tokens beyond it are worth nothing, and the last one is worth a plain step:
 left over, it would take one of its own.
 
@@ -26,14 +29,16 @@ The rows of a batch are decided together: :mod:`policies.learned.batch_rule`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from policies.acceptance.model import WAITING, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
+from policies.costs.reading import Reading
 from policies.estimators.bayesian_linear import check_array
 from policies.learned.online_rows import OnlineRows
 
@@ -44,7 +49,8 @@ SLIGHT = 1e-3
 FORWARD, FIRST, FREE = 0, 1, 2
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rule:
     """What a level's decisions need, in tokens at the rate of the latest steps.
 
     Attributes
@@ -59,6 +65,10 @@ class Rule(NamedTuple):
         What a forward of the draft takes, and a step's first one on top.
     last : float
         What the last token of a budget is worth: without it, it would take a step of its own.
+    reading : Reading
+        What the draft model brings to texts that it has read.
+    dear : float
+        From how many unread tokens on their reading is weighed.
     """
 
     version: int
@@ -67,6 +77,8 @@ class Rule(NamedTuple):
     draft: float
     first: float
     last: float
+    reading: Reading
+    dear: float
 
     def local(self, tokens: float, submitted: int, forwards: int) -> float:
         """Return how many times the latest steps' rate is in force in a step with so many tokens in prospect."""
@@ -184,6 +196,7 @@ class Online(OnlineRows):
         self.every, self.cap, self.lookups = refresh, cap, lookups
         self.acceptance_model = AcceptanceModel(acceptance, strength, discount, weights)
         self._rules: dict[str, Rule] = {}
+        self._readings: dict[str, Reading] = {}
         self.start_batches()
 
     def _rule(self, level: str) -> Rule:
@@ -193,7 +206,9 @@ class Online(OnlineRows):
         if found is None or found.version != costs.version:
             rate, verify = costs.rate, costs.verify
             wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
-            found = Rule(costs.version, wider, plain, rate * costs.draft, rate * costs.first, costs.price.item(0))
+            reading = self._readings.setdefault(level, Reading())
+            draft, first = rate * costs.draft, rate * costs.first
+            found = Rule(costs.version, wider, plain, draft, first, costs.price.item(0), reading, costs.dear)
             self._rules[level] = found
         return found
 
@@ -210,6 +225,10 @@ class Online(OnlineRows):
         if sure:
             here = rule.local(step.expected + survival * sure, k + 1, forwards)
             return rule.pays(k, FREE, left, sure, survival / here)
+        if step.unread:
+            here = rule.local(step.expected + survival * lookup_alternative, k + 1, forwards)
+            looks = self.lookups and lookup_alternative
+            return LOOKUP if looks and rule.pays(k, FREE, left, lookup_alternative, survival / here) else False
         p, kind = step.chance(), FORWARD if forwards else FIRST
         # `local`, written out: this is asked for every token.
         here = sqrt((step.expected + survival * p) / (rule.plain[k + 1] + rule.draft * (forwards + 1) + rule.first))
@@ -222,7 +241,11 @@ class Online(OnlineRows):
 
     def decide(self, context: Context) -> Decision:
         step = Step(context, self.acceptance_model)
-        step.rule = self._rule(context.level)
+        rule = step.rule = self._rule(context.level)
+        if context.unread >= rule.dear and self.timed:
+            costs = self.costs.level(context.level)
+            steps = costs.catch_up * context.unread / costs.spent(0, 0)
+            step.unread = not rule.reading.pays(steps, context.remaining)
         gamma = self.cap if self.cap < context.max_gamma else context.max_gamma
         pays = self._pays(0, step, context.lookup_alternative) if gamma else False
         if not pays:
@@ -248,10 +271,21 @@ class Online(OnlineRows):
         return rule.best(drafted, step.survival, step.left, step.forwards, tail)
 
     def learn(self, decision: Decision, outcome: Outcome) -> None:
+        if not self.first_time(decision.id):
+            return
+        step: Step | None = decision.features
         if self.learning != "none":
-            super().learn(decision, outcome)
-        elif self.first_time(decision.id) and decision.features is not None and outcome.labelled:
-            self.teach(decision, outcome)
+            self.costs.observe(outcome)
+            if step is not None:
+                rule: Rule = step.rule
+                taken = rule.plain[outcome.drafted]
+                if outcome.forwards:
+                    taken += rule.draft * outcome.forwards + rule.first
+                rule.reading.add(step.unread, outcome.produced, taken / rule.plain[0])
+        if step is not None and outcome.labelled:
+            self.teach_step(step, outcome)
+            if self.drift is not None and self.learning != "none" and self.drift.add(outcome):
+                self.forget()
 
     def teach(self, decision: Decision, outcome: Outcome) -> None:
         self.teach_step(decision.features, outcome)

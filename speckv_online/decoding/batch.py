@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from policies.batches import MOST_ROWS, Forward
-from policies.costs.level_costs import CAUGHT
+from policies.costs.reading import CAUGHT
 from speckv_online.decoding.generation import Generation
 from speckv_online.decoding.inputs import token_ids, whole_number
 from speckv_online.decoding.loop import DecodingLoop

@@ -180,9 +180,10 @@ class PolicyCandidates(AssistedCandidateGenerator):
         step, length = self.row.step, input_ids.shape[1]
         remaining = self.main_model_max_length - length
         self.started = perf_counter()
-        self.num_assistant_tokens = step.decide(max(0, min(MAX_GAMMA, remaining - 1)), remaining, self.proposer)
         past: Any = self.assistant_kwargs.get("past_key_values")
         self.lag = length - (min(past.get_seq_length(), self.valid) if past is not None else 0)
+        most = max(0, min(MAX_GAMMA, remaining - 1))
+        self.num_assistant_tokens = step.decide(most, remaining, self.proposer, self.lag)
         found: tuple[Any, Any] = super().get_candidates(input_ids, **kwargs)
         ids, logits = found
         self._note(ids, logits, length)

@@ -260,7 +260,7 @@ class DecodingLoop:
         """Draft, verify and commit once; return the new tokens."""
         started, lag, captures = perf_counter(), 1 if self.drafter is None else self.drafter.lag, self._captures()
         threads = backend_of(self.target).threads
-        pending, asked = self._draft(row)
+        pending, asked = self._draft(row, lag)
         unread, n, tokens = self._verify(row, cache, pending, on_logits)
         outcome = self._commit(row, cache, lag, asked, pending is not None, n, tokens)
         # A forward that read the prompt too says nothing of what a step takes, nor does one that recorded a graph, ran
@@ -278,10 +278,10 @@ class DecodingLoop:
         """Return how many graphs were recorded so far."""
         return sum(g.captures for g in (self.graphs, getattr(self.drafter, "graphs", None)) if g is not None)
 
-    def _draft(self, row: Row) -> tuple[torch.Tensor | None, float]:
+    def _draft(self, row: Row, lag: int) -> tuple[torch.Tensor | None, float]:
         """Decide and draft; return drafts that are still on the device, if any, and the policy's seconds on the way."""
         step, drafter = row.step, self.drafter
-        step.decide(self.limit(row.remaining, row.history.context_length), row.remaining, drafter)
+        step.decide(self.limit(row.remaining, row.history.context_length), row.remaining, drafter, lag)
         self._clock.draft()
         deciding, pending = row.policy.deciding, None
         if drafter is not None:

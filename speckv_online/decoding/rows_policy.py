@@ -40,7 +40,10 @@ class RowsPolicy:
         if not self.together:
             self.asleep = False
             asked = zip(rows, limits, proposers, strict=True)
-            return [i for i, (row, n, proposer) in enumerate(asked) if row.step.decide(n, row.remaining, proposer)]
+            return [
+                i for i, (row, n, proposer) in enumerate(asked)
+                if row.step.decide(n, row.remaining, proposer, 1 if drafter is None else drafter.lag(i))
+            ]  # fmt: skip
         level = rows[0].history.level
         started = perf_counter()
         self.asleep = self._policy.rests(level, len(rows))

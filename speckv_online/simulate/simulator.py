@@ -150,7 +150,7 @@ class Simulator:
             # Conditions instead of min() here: a call costs more than all that it compares.
             left = budget - t - 1
             proposer.move(t)
-            gamma = step.decide(longest if longest < left else left, left + 1, proposer)
+            gamma = step.decide(longest if longest < left else left, left + 1, proposer, lag)
             proposed = proposer.draft(gamma)
             k, context_length = step.submit(), history.context_length
             n = proposer.accepted if proposer.accepted < k else k

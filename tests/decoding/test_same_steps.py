@@ -23,8 +23,8 @@ from tests.support.tiny_models import TinyPair, perturbed
 
 BUDGET = 40
 COSTS = CostTable("even", {"fp32": LevelCost(0.01, (0.1, 0.11), 0.001)})
-#: The last two stop token by token.
-POLICIES = ("fixed:4", "online", "svip", "online:lookups=off,acceptance=none")
+#: The last three stop token by token; the last one is told that the draft takes long to read the prompt.
+POLICIES = ("fixed:4", "online", "svip", "online:lookups=off,acceptance=none", "online:lookups=off")
 
 
 class Notes(Wrapper):
@@ -37,7 +37,7 @@ class Notes(Wrapper):
     def decide(self, context: Context) -> Decision:
         decision = self.policy.decide(context)
         c = context
-        self.told.append((c.step, c.position, c.context_length, c.max_gamma, c.remaining, c.last_drafted,
+        self.told.append((c.step, c.position, c.context_length, c.max_gamma, c.remaining, c.last_drafted, c.unread,
                           c.last_accepted, c.idle, round(c.acceptance, 6), list(c.tokens), decision.gamma))  # fmt: skip
         self.told.append(tuple(np.round([c.mean_entropy, c.mean_confidence, c.max_entropy, c.min_confidence], 2)))
         return decision
@@ -57,7 +57,8 @@ class Notes(Wrapper):
 def made(spec: str) -> Notes:
     policy = make_policy(spec, seed=0)
     if hasattr(policy, "set_costs"):
-        policy.set_costs("fp32", CostPrior(0.01, (0.1, 0.11), 0.001))
+        dear = 0.1 if spec == POLICIES[-1] else 0.0
+        policy.set_costs("fp32", CostPrior(0.01, (0.1, 0.11), 0.001, catch_up_seconds=dear))
     return Notes(policy)
 
 
@@ -89,6 +90,7 @@ def test_four_ways_take_the_same_steps(tiny_pair: TinyPair, spec: str, ends: boo
     outcomes = [told for told in single.told if len(told) == 7]
     assert len(outcomes) > 2
     drafts = [told[5] for told in outcomes]
+    assert any(drafts) == (spec != POLICIES[-1])
     assert all(token not in eos for draft in drafts for token in draft[:-1])  # nothing is drafted after an end
     assert any(draft and draft[-1] in eos for draft in drafts) or not (ends and spec == "fixed:4")
 

@@ -135,10 +135,16 @@ def test_a_policy_learns_ids_from_the_draft_and_from_its_outcome() -> None:
 
 
 @given(st.lists(st.integers(0, 200_000), max_size=TAIL).map(tuple))
-def test_a_place_is_the_latest_token_first_and_both_buckets(tail: tuple[int, ...]) -> None:
-    backwards, *where = place(tail)
-    assert backwards == tail[::-1]
+def test_a_place_is_a_number_for_each_suffix_and_both_buckets(tail: tuple[int, ...]) -> None:
+    keys, *where = place(tail)
+    assert len(set(keys)) == len(tail)
+    assert keys == tuple(place(tail[-n:])[0][-1] for n in range(1, len(tail) + 1))
     assert tuple(where) == buckets(tail)
+
+
+@given(*[st.lists(st.integers(0, 200_000), min_size=1, max_size=TAIL).map(tuple)] * 2)
+def test_two_suffixes_never_have_the_same_number(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    assert (place(one)[0][-1] == place(other)[0][-1]) == (one == other)
 
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=TAIL).map(tuple), st.booleans()), max_size=20))

@@ -280,6 +280,27 @@ def test_replays_without_overhead_teach_nothing_of_a_machine_that_has_some() -> 
     assert costs.overhead > 0.001  # old steps count a fifth
 
 
+def test_times_that_wait_tell_the_same() -> None:
+    """Whether steps' times are taken in one by one or together: threads that change, a stall and a reading included."""
+    waiting, at_once, rng = LevelCosts(), LevelCosts(), np.random.default_rng(0)
+    most = 0
+    for i in range(300):
+        k, noise = int(rng.integers(0, 6)), float(np.exp(0.1 * rng.normal())) * (9.0 if i == 90 else 1.0)
+        o = outcome(k, 0.01 * noise, 0.001 * k * noise, 0.0005)
+        o = replace(
+            o, threads=1 if i < 150 else 2, caught_up=20 if i % 70 == 60 else 0, seconds=0.0 if i == 99 else o.seconds
+        )
+        waiting.observe(o)
+        at_once.observe(o)
+        at_once.take()
+        most = max(most, len(waiting._waiting))
+        assert waiting.version == at_once.version
+        assert waiting.seconds.tolist() == at_once.seconds.tolist()
+    assert most > 20
+    one, other = waiting.state(), at_once.state()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
 @pytest.mark.parametrize("every", [10, 50])
 def test_taking_merged_costs_over_keeps_the_pace(every: int) -> None:
     """Drafts in slow minutes, as above, of a worker that exchanges what it learns with a learner that sees no step."""
@@ -295,6 +316,7 @@ def test_taking_merged_costs_over_keeps_the_pace(every: int) -> None:
     costs = worker.level("nf4")
     assert costs.seconds[1] / costs.seconds[0] < 1.4  # 1.51 and 1.53 where each exchange begins anew
     worker.observe(outcome(0, 0.010, 0.0))
+    costs.take()
     assert costs.deviation < 0.2
 
 
