@@ -123,15 +123,18 @@ def call(name: str, mode: str, tokens: list[int], seconds: float, prompt_seconds
 def test_the_best_mode_is_what_a_policy_is_compared_with() -> None:
     found: dict[str, Any] = {}
     for number in (1, 2):
-        found[f"x/5 tokens/prompt {number}"] = [
+        calls = [
             call("llama.cpp", "plain", [1, 2, 3, 4, 5], 4.0),
             call("llama.cpp", "lookup:2", [1, 2, 3, 4, 5], 2.0),
             call("llama.cpp", "perfect:4", [1, 2, 3, 4, 5], 0.1),
             call("q8_0", "plain", [1, 2, 3, 9, 9], 2.0, 0.5),
             call("q8_0", "online", [1, 2, 3, 9, 8], 1.0),
         ]
-    found["x/forwards"] = {"q8_0": {"1": [1.0, 2.0, 3.0], "5": [3.0]}}
+        found[f"x/4 tokens/prompt {number}"] = {"found": calls[:1], "others": 0.9}
+        found[f"x/5 tokens/prompt {number}"] = {"found": calls, "others": 0.01 * number}
+    found["x/forwards"] = {"found": {"q8_0": {"1": [1.0, 2.0, 3.0], "5": [3.0]}}, "others": 0.0}
     row = summarise("x", found)
+    assert row["others"] == 0.02
     assert row["best_mode"] == "lookup:2"
     assert row["ratios"]["q8_0 plain"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
     assert row["ratios"]["q8_0 online"]["ratio"] == 2.0

@@ -45,7 +45,7 @@ class LlamaCppConfig:
     formats: tuple[str, ...] = option(FORMATS, "types of the target's file, comma separated")
     levels: bool = option(True, "also measure fp16, int8 and nf4 of the default target, beside F16, Q8_0 and Q4_1")
     modes: tuple[str, ...] = option(
-        ("plain", "lookup:2", "lookup:4", "lookup:8", "draft:1", "draft:2", "draft:4:0.75"),
+        ("plain", "lookup:2", "lookup:4", "draft:1", "draft:4:0.75"),
         "llama.cpp's: plain, lookup:LENGTH, draft:LENGTH, draft:LENGTH:LEAST-PROBABILITY, perfect:LENGTH",
     )
     policies: tuple[str, ...] = option(("online",), "policies beside plain decoding; a random model has fixed:4 alone")
@@ -109,7 +109,9 @@ def plan_of(config: LlamaCppConfig, kind: str) -> Plan:
     if own and config.levels:
         ours[LEVELS[kind]] = {"file": None, "level": LEVELS[kind], "draft": True}
     key = f"{config.shape} {kind} beside {config.busy} busy"
-    return Plan(key, file, draft, ours, prompts, config.max_new_tokens, modes, policies, config.threads or cores())
+    return Plan(
+        key, file, draft, ours, prompts, config.max_new_tokens, modes, policies, config.threads or cores(), config.busy
+    )
 
 
 def random_prompts(config: LlamaCppConfig) -> list[list[int]]:

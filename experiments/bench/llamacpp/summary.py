@@ -15,11 +15,18 @@ Columns = tuple[list[int], list[float]]
 
 def summarise(key: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of a plan, by the key of it."""
-    turns = [calls for name, calls in found.items() if name.startswith(f"{key}/") and "/prompt " in name]
+    groups = dict[str, list[Any]]()
+    for name, calls in found.items():
+        if name.startswith(f"{key}/") and "/prompt " in name:
+            groups.setdefault(name.rpartition("/")[0], []).append(calls)
+    turns = list(groups.values())[-1] if groups else []  # the latest settings
+    others = [turn["others"] for turn in turns if turn["others"] is not None]
+    turns = [turn["found"] for turn in turns]
     out: dict[str, Any] = {"of": key, "prompts": len(turns), "llama.cpp": found.get(f"{key}/chosen")}
+    out["others"] = max(others, default=None)
     out["memory"] = found.get(f"{key}/memory")
     if widths := found.get(f"{key}/forwards"):
-        out["forwards"] = {name: {w: median(s) for w, s in by.items() if s} for name, by in widths.items()}
+        out["forwards"] = {name: {w: median(s) for w, s in by.items() if s} for name, by in widths["found"].items()}
     if not turns:
         return out
     names = dict.fromkeys((call["name"], call["mode"]) for call in turns[0])
@@ -70,7 +77,8 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     """Format the measurements."""
     lines = ["decoding after the first forward, in turns by prompt; ratios [95 % over prompts]; measured"]
     for row in rows:
-        lines += ["", f"{row['of']}: {row['prompts']} prompts"]
+        quiet = "" if row["others"] is None else f", others took at most {row['others']:.2f} cores"
+        lines += ["", f"{row['of']}: {row['prompts']} prompts{quiet}"]
         if chosen := row["llama.cpp"]:
             flash = "on" if chosen["flash"] else "off"
             lines.append(f"  llama.cpp: threads {chosen['threads']}, flash attention {flash}; {chosen['compiled for']}")

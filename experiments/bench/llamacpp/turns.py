@@ -6,11 +6,13 @@ What is finished is appended to a file, if there is one, so that a later run goe
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 from experiments.bench.llamacpp.worker import Worker
@@ -20,8 +22,10 @@ PLAIN, PEER = "plain", "llama.cpp"
 #: Seconds between calls: threads of an engine that has ended spin for a while.
 PAUSE = 0.25
 WIDTHS = (1, 2, 5, 9)
-#: Forwards of each width in a turn, and turns.
-FORWARDS, ROUNDS = 10, 5
+#: Forwards of each width in a turn, those before them that do not count, and turns.
+FORWARDS, UNCOUNTED, ROUNDS = 10, 4, 4
+#: Cores that others may take; what is measured beside more is measured again, so many times at most.
+QUIET, ATTEMPTS = 0.06, 3
 #: Tokens, and turns, of the trials that choose llama.cpp's threads and its attention.
 TRIAL_TOKENS, TRIALS = 32, 3
 
@@ -86,6 +90,8 @@ class Plan:
         Ours besides plain decoding.
     threads : int
         Most threads.
+    busy : int
+        Busy processes beside it.
     """
 
     key: str
@@ -97,6 +103,7 @@ class Plan:
     modes: Sequence[str]
     policies: Sequence[str]
     threads: int
+    busy: int = 0
     workers: dict[str, Worker] = field(default_factory=dict)
 
     @property
@@ -144,17 +151,34 @@ def measure(plan: Plan, kept: Kept) -> None:
             _call(plan, name, mode, plan.prompts[0], None)
         for key, part in _parts(plan):
             if kept.need(key):
-                kept.put(key, _turn(plan, part) if isinstance(part, int) else _widths(plan))
-                say(key)
+                kept.put(key, _quietly(plan, partial(_turn, plan, part) if part else partial(_widths, plan)))
+                say(f"{plan.key}: {key.rpartition('/')[2]}")
     finally:
         plan.stop()
+
+
+def _quietly(plan: Plan, job: Callable[[], Any]) -> dict[str, Any]:
+    """Do something, again if others were busy meanwhile; return what it gives, and the cores that they took."""
+
+    def used() -> tuple[float, float]:
+        user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+        all_ = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+        return all_ - sum(w.cpu_seconds() for w in plan.workers.values()) - sum(os.times()[:2]), perf_counter()
+
+    for _ in range(ATTEMPTS):
+        (before, began), found, (after, ended) = used(), job(), used()
+        if plan.busy or (others := (after - before) / (ended - began)) <= QUIET:
+            break
+        say(f"{plan.key}: others took {others:.2f} cores")
+    return {"found": found, "others": None if plan.busy else others}
 
 
 def _parts(plan: Plan) -> Iterator[tuple[str, int | None]]:
     """Yield the keys of what is measured, with the number of the prompt if it is one."""
     yield f"{plan.key}/forwards", None
+    who = ", ".join(f"{name} {mode}" for name, mode in plan.calls())
     for number in range(1, len(plan.prompts)):
-        yield f"{plan.key}/{plan.tokens} tokens/prompt {number}", number
+        yield f"{plan.key}/{plan.tokens} tokens of {who}/prompt {number}", number
 
 
 def _choose(plan: Plan, kept: Kept) -> None:
@@ -162,18 +186,24 @@ def _choose(plan: Plan, kept: Kept) -> None:
     key, peer = f"{plan.key}/chosen", plan.workers[PEER]
     if key not in kept:
         trials = [(threads, flash) for threads in sorted({1, plan.threads}) for flash in (False, True)]
-        rates = {trial: list[float]() for trial in trials}
-        for _ in range(TRIALS):
-            for threads, flash in trials:
-                peer.ask("set", threads=threads, flash=flash)
-                peer.ask("generate", prompt=plan.prompts[0], tokens=8, mode=PLAIN)
-                out = peer.ask("generate", prompt=plan.prompts[0], tokens=TRIAL_TOKENS, mode=PLAIN)
-                rates[threads, flash].append(out["decoded"] / out["seconds"])
+        rates = _quietly(plan, partial(_trials, plan, trials))["found"]
         best = max(trials, key=lambda trial: sorted(rates[trial])[TRIALS // 2])
         kept.put(key, {"threads": best[0], "flash": best[1], **peer.ask("about")})
         say(f"{key}: {best[0]} threads, flash attention {'on' if best[1] else 'off'}")
     chosen = kept.found[key]
     peer.ask("set", threads=chosen["threads"], flash=chosen["flash"])
+
+
+def _trials(plan: Plan, trials: Sequence[tuple[int, bool]]) -> dict[tuple[int, bool], list[float]]:
+    """Return llama.cpp's tokens per second by threads and attention, taken in turns."""
+    peer, rates = plan.workers[PEER], {trial: list[float]() for trial in trials}
+    for _ in range(TRIALS):
+        for threads, flash in trials:
+            peer.ask("set", threads=threads, flash=flash)
+            peer.ask("generate", prompt=plan.prompts[0], tokens=8, mode=PLAIN)
+            out = peer.ask("generate", prompt=plan.prompts[0], tokens=TRIAL_TOKENS, mode=PLAIN)
+            rates[threads, flash].append(out["decoded"] / out["seconds"])
+    return rates
 
 
 def _call(plan: Plan, name: str, mode: str, prompt: list[int], text: list[int] | None) -> dict[str, Any]:
@@ -202,11 +232,11 @@ def _turn(plan: Plan, number: int) -> list[dict[str, Any]]:
 def _widths(plan: Plan) -> dict[str, dict[str, list[float]]]:
     """Return seconds of forwards by contestant and width."""
     found = {name: {str(width): list[float]() for width in WIDTHS} for name in plan.workers}
-    for _ in range(ROUNDS):
-        for name, by_width in found.items():
-            for width, seconds in by_width.items():
+    for number in range(ROUNDS):
+        at = number % len(WIDTHS)
+        for width in (*WIDTHS[at:], *WIDTHS[:at]):
+            for name, by_width in found.items():
                 sleep(PAUSE)
-                seconds += plan.workers[name].ask(
-                    "forwards", prompt=plan.prompts[0], width=int(width), repeats=FORWARDS
-                )
+                asked = {"prompt": plan.prompts[0], "width": width, "repeats": UNCOUNTED + FORWARDS}
+                by_width[str(width)] += plan.workers[name].ask("forwards", **asked)[UNCOUNTED:]
     return found

@@ -74,6 +74,11 @@ class Worker:
         names = {"resident": "VmRSS", "peak": "VmHWM", "own": "RssAnon"}
         return {name: 1024 * int(found[theirs].split()[0]) for name, theirs in names.items()}
 
+    def cpu_seconds(self) -> float:
+        """Return the processor's time that the process has had."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
