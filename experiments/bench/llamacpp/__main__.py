@@ -20,7 +20,7 @@ from experiments.bench.company import company
 from experiments.bench.llamacpp.files import FORMATS, SHAPES, library, made, target_file, write_draft
 from experiments.bench.llamacpp.peer import MISSING
 from experiments.bench.llamacpp.summary import show, summarise
-from experiments.bench.llamacpp.turns import PEER, PLAIN, Kept, OutOfTime, Plan, measure, say
+from experiments.bench.llamacpp.turns import PEER, PLAIN, ROUNDS, Kept, OutOfTime, Plan, measure, say
 from experiments.bench.llamacpp.worker import Worker
 from experiments.common.bundled_prompts import bundled
 from experiments.config import launch, option
@@ -96,7 +96,8 @@ def check_mode(mode: str) -> None:
 def plan_of(config: LlamaCppConfig, kind: str) -> Plan:
     """Return what a format is measured with; files are written."""
     own = config.shape == DEFAULT_PAIR
-    prompts, policies, modes, draft = random_prompts(config), ("perfect:4",), [PLAIN, "perfect:4"], None
+    prompts, modes, draft = random_prompts(config), [PLAIN, "perfect:4"], None
+    policies: tuple[str, ...] = ("perfect:4",)
     if own:
         tokenizer, asked = load_tokenizer(str(prepare(DEFAULT_PAIR))), choose(bundled("train"), 1, seed=0)
         asked = [*asked, *choose(bundled("test"), config.prompts, seed=0)]
@@ -109,9 +110,8 @@ def plan_of(config: LlamaCppConfig, kind: str) -> Plan:
     if own and config.levels:
         ours[LEVELS[kind]] = {"file": None, "level": LEVELS[kind], "draft": True}
     key = f"{config.shape} {kind} beside {config.busy} busy"
-    return Plan(
-        key, file, draft, ours, prompts, config.max_new_tokens, modes, policies, config.threads or cores(), config.busy
-    )
+    most, rounds = config.threads or cores(), ROUNDS if own else 1
+    return Plan(key, file, draft, ours, prompts, config.max_new_tokens, modes, policies, most, config.busy, rounds)
 
 
 def random_prompts(config: LlamaCppConfig) -> list[list[int]]:

@@ -95,7 +95,8 @@ class Ours:
                 )
                 vocabulary = int(self.target.config.vocab_size)
                 self.drafter = parse_drafter("model").build(small, vocabulary, head, compiled)
-        self.decoders, self.cost = dict[str, SpeculativeDecoder](), LevelCost | None
+        self.decoders = dict[str, SpeculativeDecoder]()
+        self.cost: LevelCost | None = None
 
     def engine(self) -> str:
         """Return why the CPU engine does not run the target, nothing if it does."""
@@ -118,7 +119,7 @@ class Ours:
             decoder = self._decoder(f"fixed:{rest}", Recorded(text or []))
         elif mode not in self.decoders:
             decoder = self._decoder("autoregressive" if mode == "plain" else mode, self.drafter)
-            if isinstance(self.cost, LevelCost):
+            if self.cost is not None:
                 decoder.policy.set_costs(decoder.level, self.cost)
             self.decoders[mode] = decoder
         else:

@@ -25,7 +25,7 @@ WIDTHS = (1, 2, 5, 9)
 #: Forwards of each width in a turn, those before them that do not count, and turns.
 FORWARDS, UNCOUNTED, ROUNDS = 10, 4, 4
 #: Cores that others may take; what is measured beside more is measured again, so many times at most.
-QUIET, ATTEMPTS = 0.06, 3
+QUIET, ATTEMPTS = 0.12, 2
 #: Tokens, and turns, of the trials that choose llama.cpp's threads and its attention.
 TRIAL_TOKENS, TRIALS = 32, 3
 
@@ -92,6 +92,8 @@ class Plan:
         Most threads.
     busy : int
         Busy processes beside it.
+    rounds : int
+        Turns in which forwards are measured.
     """
 
     key: str
@@ -104,6 +106,7 @@ class Plan:
     policies: Sequence[str]
     threads: int
     busy: int = 0
+    rounds: int = ROUNDS
     workers: dict[str, Worker] = field(default_factory=dict)
 
     @property
@@ -232,7 +235,7 @@ def _turn(plan: Plan, number: int) -> list[dict[str, Any]]:
 def _widths(plan: Plan) -> dict[str, dict[str, list[float]]]:
     """Return seconds of forwards by contestant and width."""
     found = {name: {str(width): list[float]() for width in WIDTHS} for name in plan.workers}
-    for number in range(ROUNDS):
+    for number in range(plan.rounds):
         at = number % len(WIDTHS)
         for width in (*WIDTHS[at:], *WIDTHS[:at]):
             for name, by_width in found.items():
