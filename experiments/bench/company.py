@@ -56,7 +56,9 @@ class CompanyConfig:
 @contextmanager
 def company(count: int) -> Iterator[None]:
     """Keep so many processes busy."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], stderr=subprocess.DEVNULL) for _ in range(count)
+    ]
     try:
         sleep(0.5)
         yield
