@@ -16,8 +16,8 @@ from policies.costs.batch_costs import BatchCosts
 
 #: Steps that are kept of each kind.
 PLAIN, DRAFTED = 7, 12
-#: Standard deviation of one step's ratio, in logarithms.
-NOISE = 0.08
+#: Standard deviation of one step's ratio, in logarithms, and how many steps the fit is worth beside them.
+NOISE, FEW = 0.08, 2.0
 #: Plain steps that are measured before anything is drafted, steps with drafts before the next one at least, and steps
 #: that may pass until there is one.
 FIRST, FEWEST, TRIES = 5, 24, 6
@@ -82,4 +82,5 @@ class Paired:
         if not self._drafted:
             return 0.0
         found = median(told - log(costs.step(f) / costs.plain(f.rows)) for f, told in self._drafted)
-        return copysign(max(abs(found) - NOISE / sqrt(len(self._drafted)), 0.0), found)
+        count = len(self._drafted)
+        return copysign(max(abs(found) - NOISE / sqrt(count), 0.0), found) * count / (count + FEW)

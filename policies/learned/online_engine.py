@@ -257,7 +257,8 @@ class OnlineEngine(StepPolicy):
         told = paired.pace(costs) * exp(paired.off(costs)) * costs.step(forward)
         owed -= (min(forward.seconds, STALL * told) if forward.seconds > 0.0 else told) - forward.produced / rate
         if left == 1:
-            self._credit[level] = self._credit.get(level, 0.0) + owed
+            credit = self._credit.get(level, 0.0)
+            self._credit[level] = min(credit + owed, max(credit, SAVED * self._plain))
         self._probed = level, rate, owed, left - 1
 
     def keep(self, plan: Plan, slots: Sequence[int], counts: Sequence[int]) -> list[int]:
