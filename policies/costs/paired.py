@@ -42,9 +42,8 @@ class Paired:
         self.until = float(FEWEST)
         self._since = self._tries = 0
 
-    @property
-    def wants_plain(self) -> bool:
-        """Whether the coming step is to draft nothing, so that there is a plain step to compare with."""
+    def ask_for_plain(self) -> bool:
+        """Return whether the coming step is to draft nothing, so that there is a plain step to compare with."""
         if len(self.plain) < FIRST:
             return True
         if self._since < self.until:

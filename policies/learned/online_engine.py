@@ -10,9 +10,14 @@ is the m, and the tokens, of the most tokens per second:
 with V and D as :mod:`policies.costs.batch_costs` learns them. Once the drafts are there, D is spent: then the n
 likeliest tokens of those that were drafted are sent, as many as are worth V(rows + n) - V(rows) at that rate.
 
+What a fit to all steps says of drafts is checked against plain steps of the same minutes
+(:mod:`policies.costs.paired`): rates are those of the fit, times what it is off there. So at each size some plain steps
+come first, and a few are taken later where drafts are made for long.
+
 Where nothing is drafted, nothing is learnt. So a share of the time (:data:`PROBES`) is set aside for steps that draft
-although it does not seem to pay. The cheaper such a step is, the more often there is one. An engine measures a step as
-a whole. So some probes are blind: they draft, and verify nothing of it. That tells D apart from V.
+although it does not seem to pay. The cheaper such a step is, the more often there is one. It is charged what it took,
+which the fit may not foresee. An engine measures a step as a whole. So some probes are blind: they draft, and verify
+nothing of it. That tells D apart from V.
 """
 
 from __future__ import annotations
@@ -168,7 +173,7 @@ class OnlineEngine(StepPolicy):
         most = min(max(batch.limits), self.cap)
         if not costs.ready or not most:
             return Plan(self.new_id(), 0)
-        if self.paired(level).wants_plain:
+        if self.paired(level).ask_for_plain():
             self._idle, self._left = (level, len(batch.limits)), 1
             self._latest = self._latest[0], None
             return Plan(self.new_id(), 0)
