@@ -20,7 +20,7 @@ PLAIN, DRAFTED = 7, 12
 NOISE, FEW = 0.08, 2.0
 #: Plain steps that are measured before anything is drafted, steps with drafts before the next one at least, and steps
 #: that may pass until there is one.
-FIRST, FEWEST, TRIES = 5, 24, 6
+FIRST, FEWEST, TRIES = 3, 24, 6
 #: Steps of which reading is a larger share than this tell nothing of the others.
 READING = 0.3
 
