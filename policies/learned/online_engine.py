@@ -208,7 +208,8 @@ class OnlineEngine(StepPolicy):
         survival = self.model.survival(most)[batch.slots, :most]
         if min(batch.limits) < most:
             survival *= np.arange(1, most + 1) <= np.array(batch.limits)[:, None]
-        drafting, reading = np.zeros(most), 0.0
+        drafting: np.ndarray = np.zeros(most)
+        reading = 0.0
         if not looks_up:
             first, each_round, each, read = (dearer * seconds for seconds in costs.draft)
             reading = read * batch.unread
