@@ -151,7 +151,6 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
         servers: dict[str, Server] = {}
 
         def start(name: str, table: list[list[int]]) -> None:
-            quiet.release()
             quiet.share()
             log.info("%s %s: starting %s", method, dtype, name)
             safe = "".join(c if c.isalnum() else "-" for c in name)
