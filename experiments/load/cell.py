@@ -176,7 +176,8 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
             found = _block(config, client, servers[name], out, loop, load, repeat)
             blocks.add({"contender": name, "loop": loop, "load": load, "repeat": repeat} | found)
     table = tune([b for b in blocks.found if not b["repeat"]], config.fixed()) if tuned else []
-    return {"method": method, "dtype": dtype, "table": table, "blocks": [b for b in blocks.found if b["repeat"]]}
+    played = [block for block in blocks.found if 1 <= block["repeat"] <= config.repeats]
+    return {"method": method, "dtype": dtype, "table": table, "blocks": played}
 
 
 @contextmanager
