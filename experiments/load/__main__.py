@@ -1,8 +1,8 @@
 """Policies inside vLLM under load: throughput and latency at several loads, by vLLM's own load generator.
 
 Starts a server per contender on loopback, drives them in turns with the held-out prompts, and stops them. Nothing is
-sent and nothing is fetched. Writes ``load.json``, ``load.md`` and ``load.png``. With ``--ray``, each method and dtype
-is a task of its own.
+sent and nothing is fetched. Finished blocks are kept: the same command goes on where it was stopped. Writes
+``load.json``, ``load.md`` and ``load.png``. With ``--ray``, each method and dtype is a task of its own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _about(config: LoadConfig) -> str:
     """Say what was played."""
     import platform
 
-    said = f"Measured, {config.repeats} repetitions, {config.output_tokens} tokens per answer, {platform.machine()}, "
+    tokens = f"{(config.output_tokens + 1) // 2} to {config.output_tokens}" if config.varied else config.output_tokens
+    said = f"Measured, {config.repeats} repetitions, {tokens} tokens per answer, {platform.machine()}, "
     said += f"{os.cpu_count()} cores. A policy's server lives through all blocks, and starts knowing nothing"
     said += f"; `{WARM}…` starts from a state of another run at these loads." if config.warm else "."
     return said + (" Predictions are the serving simulator's, modelled." if config.calibrated else "")

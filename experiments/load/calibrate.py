@@ -53,7 +53,6 @@ def calibrate(config: CalibrateConfig) -> int:
                 continue
             steps = out / f"{name}.steps.jsonl"
             steps.parent.mkdir(parents=True, exist_ok=True)
-            steps.unlink(missing_ok=True)
             say(f"{name}: steps of other numbers of drafts")
             # A contender of its own, whose steps are noted; open loops add nothing.
             own = replace(config, contenders=(EXPLORING,), rates=(), repeats=1, out=str(out / "blocks"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ from statistics import geometric_mean
 from typing import Any
 
 from experiments.common.bundled_prompts import bundled
+from experiments.common.quiet import Quiet
+from experiments.load.blocks import Blocks
 from experiments.load.config import NGRAMS, NONE, TABLE, WARM, LoadConfig
 from experiments.load.export import export
-from experiments.load.quiet import Quiet
 from experiments.load.server import SCHEDULER, WORKER, Client, Server, environment, interpreter
 from speckv_online.errors import UserError
 from speckv_online.io.prompts import Prompt
@@ -42,9 +44,18 @@ def in_turns() -> list[Prompt]:
     return [own[i] for i in range(max(map(len, tasks.values()))) for own in tasks.values() if i < len(own)]
 
 
-def write_prompts(path: Path) -> None:
+def answers(config: LoadConfig) -> dict[str, int]:
+    """Return how many tokens each prompt's answer has: from half of the most to all of them."""
+    most, rng = config.output_tokens, random.Random(0)
+    lengths = [rng.randint((most + 1) // 2, most) for _ in in_turns()]
+    return {prompt.id: n if config.varied else most for prompt, n in zip(in_turns(), lengths, strict=True)}
+
+
+def write_prompts(config: LoadConfig, path: Path) -> None:
     """Write these prompts for the load generator."""
-    path.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in in_turns()))
+    tokens = answers(config)
+    rows = [{"prompt": prompt.text, "output_tokens": tokens[prompt.id]} for prompt in in_turns()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def models_of(config: LoadConfig) -> tuple[Path, Path]:
@@ -106,15 +117,32 @@ def tune(blocks: list[dict[str, Any]], names: list[str]) -> list[list[int]]:
     return table
 
 
+def settings(config: LoadConfig, method: str, dtype: str) -> dict[str, Any]:
+    """Return what a cell's blocks depend on; there may always be more repetitions."""
+    names = (
+        "contenders", "concurrency", "rates", "requests", "output_tokens", "varied", "most_drafts", "compiled",
+        "threads", "gigabytes", "seed", "warm",
+    )  # fmt: skip
+    return {"method": method, "dtype": dtype} | {name: getattr(config, name) for name in names}
+
+
 def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[str, Any]:
-    """Run all blocks of a cell; contenders and loads take turns. Policies note their steps in the file ``steps``."""
+    """Run all blocks of a cell; contenders and loads take turns. Policies note their steps in the file ``steps``.
+
+    Blocks that an earlier run has finished are not played again.
+    """
     python = interpreter(config.python)
     out = Path(config.out).expanduser() / f"{method}-{dtype}"
     out.mkdir(parents=True, exist_ok=True)
-    write_prompts(out / "prompts.jsonl")
+    blocks = Blocks(out / "blocks.jsonl", settings(config, method, dtype))
+    write_prompts(config, out / "prompts.jsonl")
     surroundings = environment(config.gigabytes, config.threads)
-    blocks: list[dict[str, Any]] = []
-    table: list[list[int]] = []
+    tuned = TABLE in config.contenders
+    plan = [(name, "closed", float(n), 0) for n in config.concurrency for name in config.fixed()] if tuned else []
+    plan += [(*block, repeat) for repeat in range(1, config.repeats + 1) for block in _turns(config, repeat)]
+    plan = [block for block in plan if not blocks.has(*block)]
+    if len(blocks.found):
+        log.info("%s %s: %d blocks are there, %d to come", method, dtype, len(blocks.found), len(plan))
     with ExitStack() as stack:
         quiet = Quiet(config.lock)
         stack.callback(quiet.release)
@@ -122,8 +150,7 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
         stack.callback(client.stop)
         servers: dict[str, Server] = {}
 
-        def start(name: str) -> None:
-            quiet.release()
+        def start(name: str, table: list[list[int]]) -> None:
             quiet.share()
             log.info("%s %s: starting %s", method, dtype, name)
             safe = "".join(c if c.isalnum() else "-" for c in name)
@@ -138,28 +165,19 @@ def play(config: LoadConfig, method: str, dtype: str, steps: str = "") -> dict[s
                 if not state.exists():
                     raise UserError(f"the server of '{name}' left no state: see {out / f'{safe}-before.log'}")
             servers[name] = stack.enter_context(_running(python, given, surroundings, out / f"{safe}.log"))
-            server = servers[name]
-            _block(config, client, server, out, "closed", 4.0, 99)  # warms it up; it does not count
+            _block(config, client, servers[name], out, "closed", 4.0, 99)  # warms it up; it does not count
 
-        for name in config.all_contenders():
-            if name != TABLE:
-                start(name)
-        for repeat in range(config.repeats + 1):
-            if not repeat:  # the blocks that the table is tuned on
-                if TABLE not in config.contenders:
-                    continue
-                plan = [(name, "closed", float(n)) for n in config.concurrency for name in config.fixed()]
-            else:
-                plan = list(_turns(config, repeat))
-            for name, loop, load in plan:
-                quiet.keep()
-                found = _block(config, client, servers[name], out, loop, load, repeat)
-                blocks.append({"contender": name, "loop": loop, "load": load, "repeat": repeat} | found)
-                (out / "blocks.json").write_text(json.dumps(blocks, indent=1))
-            if not repeat:
-                table[:] = tune(blocks, config.fixed())
-                start(TABLE)
-    return {"method": method, "dtype": dtype, "table": table, "blocks": [b for b in blocks if b["repeat"]]}
+        for name in dict.fromkeys(name for name, _, _, _ in plan if name != TABLE):
+            start(name, [])
+        for name, loop, load, repeat in plan:
+            if name not in servers:
+                start(name, tune([b for b in blocks.found if not b["repeat"]], config.fixed()))
+            quiet.keep()
+            found = _block(config, client, servers[name], out, loop, load, repeat)
+            blocks.add({"contender": name, "loop": loop, "load": load, "repeat": repeat} | found)
+    table = tune([b for b in blocks.found if not b["repeat"]], config.fixed()) if tuned else []
+    played = [block for block in blocks.found if 1 <= block["repeat"] <= config.repeats]
+    return {"method": method, "dtype": dtype, "table": table, "blocks": played}
 
 
 @contextmanager
@@ -190,7 +208,7 @@ def _block(
     given = [
         "--base-url", server.url, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--model", "target",
         "--tokenizer", arguments(config, "ngram", "float32", NONE, [])[1], "--dataset-name", "custom", "--dataset-path",
-        str(out / "prompts.jsonl"), "--skip-chat-template", "--custom-output-len", str(config.output_tokens),
+        str(out / "prompts.jsonl"), "--skip-chat-template", "--custom-output-len", "-1",
         "--num-prompts", str(count), "--ignore-eos", "--temperature", "0", "--seed", str(config.seed + repeat),
         "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm",
     ]  # fmt: skip

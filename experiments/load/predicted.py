@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from experiments.load.cell import answers
 from experiments.load.config import NONE, TABLE, WARM, LoadConfig
 from speckv_online.serving.engine import Engine
 from speckv_online.simulate.engine_costs import EngineCosts
@@ -33,9 +37,21 @@ def spec(contender: str, table: Sequence[Sequence[int]] = ()) -> str:
     return f"fixed:{contender}" if contender.isdigit() else contender.removeprefix(WARM)
 
 
+def cut(trace: Trace, length: int) -> Trace:
+    """Return the first tokens of a trace, as if no more had been asked for."""
+    n = min(length, len(trace))
+    return replace(
+        trace, tokens=trace.tokens[:n], drafts=trace.drafts[:n], signals=trace.signals[:n], budget=n, finish="length",
+        accepted=np.minimum(trace.accepted[:n], np.arange(n, 0, -1)).astype(trace.accepted.dtype),
+        lookups=None if trace.lookups is None else trace.lookups[:n],
+    )  # fmt: skip
+
+
 def predict(config: LoadConfig, summary: dict[str, Any]) -> None:
     """Add to the rows of a cell's summary the tokens per second that the simulator predicts."""
     costs, traces = calibration(config.calibrated, summary["method"], summary["dtype"])
+    tokens = answers(config)
+    traces = [cut(trace, tokens.get(trace.prompt_id, len(trace))) for trace in traces]
     rows = max(int(n) for n in config.concurrency)
     looks_up = summary["method"] == "ngram"
     places = list(dict.fromkeys((row["loop"], row["load"]) for row in summary["rows"]))

@@ -43,7 +43,7 @@ class HistoryModel:
 
     def __init__(self) -> None:
         self.head = GaussianHead(MEAN, np.diag(DEVIATION**-2.0), DISCOUNT)
-        self.hits, self.tested = 1.0, 2.0
+        self.hits, self.tested = 2.0, 4.0
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._tokens = 0
         self._where = np.minimum(np.arange(MAX_GAMMA), POSITIONS - 1)

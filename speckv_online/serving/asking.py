@@ -97,9 +97,13 @@ class AskOnce(Asking):
             limits.append(limit)
             planned.append((id, slot, limit))
         slots, engine = [slot for _, slot, _ in planned], self.engine
-        self._planned, self._pending = planned, self._next
+        before = self._next
+        self._planned, self._pending = planned, before
         if self.policy.rests(level, len(limits)):
-            self._next = None
+            if before is not None and before.gamma:
+                self._next = None
+            else:  # a plan without drafts stands for this step, and is learnt from once the policy is asked again
+                self._pending = None
             return 0
         plan = self._next = self.policy.plan(Batch(level, slots, limits, unread, engine.looks_up, engine.pads))
         return min(plan.gamma, max(limits))

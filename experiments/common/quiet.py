@@ -21,11 +21,14 @@ class Quiet:
 
     def __init__(self, path: str) -> None:
         self._file: IO[str] | None = open(path, "a") if path else None  # noqa: SIM115
-        self._since = 0.0
+        self._since, self._shares = 0.0, False
 
     def share(self) -> None:
         """Work whose seconds do not count comes next: others may work, too."""
-        self._lock(fcntl.LOCK_SH)
+        if not self._shares:
+            self.release()
+            self._lock(fcntl.LOCK_SH)
+            self._shares = True
 
     def keep(self) -> None:
         """Seconds count from here on."""
@@ -38,7 +41,7 @@ class Quiet:
     def release(self) -> None:
         """Let everybody work."""
         self._lock(fcntl.LOCK_UN)
-        self._since = 0.0
+        self._since, self._shares = 0.0, False
 
     def _lock(self, how: int) -> None:
         if self._file is not None:
