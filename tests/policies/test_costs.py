@@ -280,6 +280,14 @@ def test_replays_without_overhead_teach_nothing_of_a_machine_that_has_some() -> 
     assert costs.overhead > 0.001  # old steps count a fifth
 
 
+def test_few_steps_wait_where_no_clock_is_read() -> None:
+    costs = LevelCosts()
+    for _ in range(2_000):
+        costs.observe(replace(outcome(1, 0.0, 0.0), seconds=0.0))
+    assert len(costs._waiting) <= 256
+    assert costs.steps == 0
+
+
 def test_times_that_wait_tell_the_same() -> None:
     """Whether steps' times are taken in one by one or together: threads that change, a stall and a reading included."""
     waiting, at_once, rng = LevelCosts(), LevelCosts(), np.random.default_rng(0)
