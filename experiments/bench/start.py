@@ -11,11 +11,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import IO
 
+from experiments.common.process_memory import memory_of
 from experiments.config import launch, option
 from speckv_online.errors import UserError
 
@@ -47,9 +47,9 @@ def start(level: str, tokens: int) -> dict[str, float]:
     ):
         text: IO[bytes] = process.stdout  # type: ignore[assignment]
         first = text.read(1)
-        seen, peak = perf_counter(), peak_of(process.pid)
+        seen, peak = perf_counter(), memory_of(process.pid).get("peak", 0)
         while text.read(4096):
-            peak = max(peak, peak_of(process.pid))
+            peak = max(peak, memory_of(process.pid).get("peak", 0))
         ended = perf_counter()
         process.wait()
         errors.seek(0)
@@ -57,18 +57,6 @@ def start(level: str, tokens: int) -> dict[str, float]:
     if process.returncode or not first:
         raise UserError(f"speckv generate --level {level} failed: {said[-300:] or 'no text'}")
     return {"first_token": seen - began, "last_token": ended - began, "peak_mb": peak / 1e6}
-
-
-def peak_of(process: int) -> int:
-    """Return the most bytes of memory that a process has had, 0 once it has ended.
-
-    What the system says of an ended child (``ru_maxrss``) may be its parent's: it counts from before the program began.
-    """
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def measure(config: StartConfig) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.common.json_lines import append_line, read_lines
 from speckv_online.errors import UserError
 
 #: What a block is known by.
@@ -37,22 +38,16 @@ class Blocks:
         self.found: list[dict[str, Any]] = []
         self._path, settings = path, json.loads(json.dumps(settings))
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            whole = [line for line in lines if line.endswith("}")]  # a line that was cut off is not
-            before, *blocks = [json.loads(line) for line in whole] or [None]
+            before, *blocks = read_lines(path) or [None]
             if before is not None and not isinstance(before.get("settings"), dict):
                 raise ValueError("its first line holds no settings")
             self.found += list({self._key(block): block for block in blocks}.values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"cannot go on from {path}: {error}") from error
         if before is None:
-            self._write({"settings": settings}, "w")
+            append_line(path, {"settings": settings})
         elif other := sorted(k for k in settings | before["settings"] if settings.get(k) != before["settings"].get(k)):
             raise UserError(f"{path} was played with other settings ({', '.join(other)}): name another --out")
-        elif len(whole) < len(lines):
-            self._write({"settings": settings}, "w")
-            for block in self.found:
-                self._write(block, "a")
 
     def has(self, contender: str, loop: str, load: float, repeat: int) -> bool:
         """Return whether a block was played."""
@@ -60,12 +55,8 @@ class Blocks:
 
     def add(self, block: dict[str, Any]) -> None:
         """Keep a block that is finished."""
-        self._write(block, "a")
+        append_line(self._path, block)
         self.found.append(block)
-
-    def _write(self, what: dict[str, Any], mode: str) -> None:
-        with self._path.open(mode, encoding="utf-8") as file:
-            file.write(json.dumps(what) + "\n")
 
     @staticmethod
     def _key(block: dict[str, Any]) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ What is finished is appended to a file, if there is one, so that a later run goe
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from time import monotonic, perf_counter, sleep
 from typing import Any
 
 from experiments.bench.llamacpp.worker import Worker
+from experiments.common.json_lines import append_line, read_lines
 from speckv_online.errors import UserError
 
 PLAIN, PEER = "plain", "llama.cpp"
@@ -40,14 +40,10 @@ class Kept:
     def __init__(self, path: Path | None, seconds: float) -> None:
         self.path, self.until = path, monotonic() + seconds if seconds else float("inf")
         self.found = dict[str, Any]()
-        if path is not None and path.exists():
-            try:
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    if line.endswith("}"):  # else a run was killed while it wrote
-                        item = json.loads(line)
-                        self.found[item["key"]] = item["found"]
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{path} holds no turns of this benchmark: {e}") from e
+        try:
+            self.found |= {item["key"]: item["found"] for item in (read_lines(path) if path else ())}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path} holds no turns of this benchmark: {e}") from e
 
     def __contains__(self, key: str) -> bool:
         return key in self.found
@@ -63,8 +59,7 @@ class Kept:
         self.found[key] = found
         if self.path is not None:
             try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "found": found}) + "\n")
+                append_line(self.path, {"key": key, "found": found})
             except OSError as e:
                 raise UserError(f"cannot write {self.path}: {e.strerror or e}") from e
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
+from experiments.common.process_memory import memory_of
 from speckv_online.errors import UserError
 
 
@@ -66,13 +67,9 @@ class Worker:
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that the process has in memory: now, at its peak, and without what files map."""
-        try:
-            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        except OSError as e:
-            raise UserError(f"the memory of a process cannot be read: {e.strerror or e}") from e
-        found = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
-        names = {"resident": "VmRSS", "peak": "VmHWM", "own": "RssAnon"}
-        return {name: 1024 * int(found[theirs].split()[0]) for name, theirs in names.items()}
+        if not (found := memory_of(self._process.pid)):
+            raise UserError("the memory of a process cannot be read: it has ended")
+        return found
 
     def cpu_seconds(self) -> float:
         """Return the processor's time that the process has had."""
