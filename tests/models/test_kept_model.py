@@ -218,12 +218,13 @@ def test_the_kept_default_target_is_the_target(level: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "most"), [("fp16", 850), ("int8", 650), ("nf4", 600), ("q4_1", 550)])
-def test_the_default_pair_takes_little_memory(level: str, most: int) -> None:
-    """The peak of ``speckv generate``, once its weights are kept: a second copy of any of them would be too much.
+@pytest.mark.parametrize("level", ["fp16", "int8", "nf4", "q4_1"])
+def test_the_default_pair_is_in_memory_once(level: str) -> None:
+    """``speckv generate`` maps kept weights: what is its own is libraries' data and caches, and no copy of weights.
 
-    The limits in megabytes are what is wanted. A tenth more passes: how much of a mapped file is in memory is up to the
-    system. ``python -m experiments.bench.start`` prints what it is here.
+    It is 256 MB at each level here. The smallest weights are 80 MB. How much of the mapped files is in memory beside it
+    is up to the system: 575 to 650 MB in all at int8, by how new the files are. ``python -m experiments.bench.start``
+    prints both.
     """
     needs_level("fp16" if level == "q4_1" else level)
-    assert any(start(level, 24)["peak_mb"] <= 1.1 * most for _ in range(2))  # the first may have to make the kept ones
+    assert any(start(level, 24)["own_mb"] <= 330 for _ in range(2))  # the first may have to make the kept ones
