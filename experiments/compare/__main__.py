@@ -53,7 +53,6 @@ def compare(config: CompareConfig) -> int:
     check_writable(path)
 
     # Imported late: torch and transformers take seconds, and mistakes should show at once.
-    from experiments.runtime.call_watch import forget_note, note_path, read_note
     from experiments.runtime.local_runner import run_local
     from experiments.runtime.ray_runner import RayRun, connect
     from experiments.runtime.schedule import Node, plan
@@ -86,15 +85,8 @@ def compare(config: CompareConfig) -> int:
             ledger = RunManifest(run, facts, display)
             ledger.save()
             job = Job(config, prompts, path, schedule)
-            last = read_note(note_path(path))  # this run, without Ray, ended in that call
-            forget_note(note_path(path))
-            if last is not None and run.resumed and last.policy in config.policies:
-                reason = f"{last.reason(config.call_seconds)} when this run was last at work"
-                for event in job.give_up("", 0, last.policy, reason):
-                    ledger.note(event)
-                    display.say(f"{event.text}; its units are left out this time")
             try:
-                for event in run_local(job) if config.local else RayRun(job).events():
+                for event in run_local(job, resumed=run.resumed) if config.local else RayRun(job).events():
                     failed = ledger.other_weights(event)
                     display.show(failed or event)
                     ledger.note(failed or event)

@@ -149,7 +149,7 @@ class CallWatch:
             earlier, last = _json_at(_read(path), _ENDED), read_note(path)
             self.ended = [PolicyCall(*found) for found in earlier or []] + ([last] if last else [])
         self._map = self._open()
-        self._put(_ENDED, self.ended)
+        self.keep(self.ended)
         self._done = threading.Event()
         self._former: Any = None
 
@@ -166,6 +166,11 @@ class CallWatch:
                 os.close(fd)
         except OSError:  # nowhere to put it: the limit still holds
             return mmap.mmap(-1, _SIZE)
+
+    def keep(self, ended: list[PolicyCall]) -> None:
+        """Note in which calls earlier processes ended, for the next one to know."""
+        self.ended = ended
+        self._put(_ENDED, ended)
 
     def _put(self, start: int, value: Any) -> None:
         data = json.dumps(value).encode() + b"\n"

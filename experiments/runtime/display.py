@@ -85,6 +85,9 @@ class Display:
 
     def show(self, event: Event) -> None:
         """Show an event of the run."""
+        if not event.level:  # of no level's workers
+            self.say(event.text)
+            return
         if event.kind == "loading":
             self.loading[event.level, event.worker] = time.monotonic()
         else:  # whatever else a worker has to tell, it loads no more

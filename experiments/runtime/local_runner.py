@@ -7,7 +7,7 @@ import logging
 import traceback
 from collections.abc import Iterator
 
-from experiments.runtime.call_watch import CallWatch, note_path
+from experiments.runtime.call_watch import CallWatch, forget_note, note_path, read_note
 from experiments.runtime.learner import Learner
 from experiments.runtime.work_queue import Event, Job
 from experiments.runtime.worker import Failed, Worker
@@ -16,11 +16,39 @@ from speckv_online.console import user_message
 log = logging.getLogger(__name__)
 
 
-def run_local(job: Job) -> Iterator[Event]:
-    """Run the levels one after the other; a level that fails does not stop the others."""
-    watch = CallWatch(note_path(job.out), job.config.call_seconds)
-    with watch:
+def run_local(job: Job, *, resumed: bool = False) -> Iterator[Event]:
+    """Run the levels one after the other; a level that fails does not stop the others.
+
+    Parameters
+    ----------
+    job : Job
+    resumed : bool
+        Whether the run was at work before. If it ended in a policy's call, that policy is tried once more: somebody may
+        have killed the process. If it ends so again, at the next resume the policy is given up for that time. A policy
+        whose call took too long is given up at once.
+    """
+    path = note_path(job.out)
+    last = read_note(path) if resumed else None
+    if last is None or last.policy not in job.config.policies:
+        forget_note(path)
+    with CallWatch(path, job.config.call_seconds, outlived=True) as watch:
+        yield from _ended_in(job, watch)
         yield from _levels(job, watch)
+
+
+def _ended_in(job: Job, watch: CallWatch) -> Iterator[Event]:
+    """Judge the policy in whose call the run ended when it was last at work."""
+    if not watch.ended:
+        return
+    last, limit = watch.ended[-1], job.config.call_seconds
+    reason = f"{last.reason(limit)} when this run was last at work"
+    if last.late or [call.policy for call in watch.ended[-2:]] == [last.policy] * 2:
+        watch.keep([])
+        yield from job.give_up("", 0, last.policy, reason)
+        yield Event("", "trouble", text="its units are left out this time")
+    else:
+        watch.keep([last])
+        yield Event("", "trouble", text=f"policy {last.policy}: {reason}; it is tried once more")
 
 
 def _levels(job: Job, watch: CallWatch) -> Iterator[Event]:
