@@ -38,7 +38,7 @@ import numpy as np
 from policies.acceptance.model import WAITING, AcceptanceModel
 from policies.acceptance.step import Step
 from policies.base import LOOKUP, MAX_GAMMA, Context, Decision, Draft, Outcome, PolicyError, State
-from policies.costs.reading import Reading
+from policies.costs.reading import Reading, Readings
 from policies.estimators.bayesian_linear import check_array
 from policies.learned.online_rows import OnlineRows
 
@@ -196,7 +196,7 @@ class Online(OnlineRows):
         self.every, self.cap, self.lookups = refresh, cap, lookups
         self.acceptance_model = AcceptanceModel(acceptance, strength, discount, weights)
         self._rules: dict[str, Rule] = {}
-        self._readings: dict[str, Reading] = {}
+        self.readings = Readings()
         self.start_batches()
 
     def _rule(self, level: str) -> Rule:
@@ -206,7 +206,7 @@ class Online(OnlineRows):
         if found is None or found.version != costs.version:
             rate, verify = costs.rate, costs.verify
             wider, plain = (rate * (verify - verify[0])).tolist(), (rate * (verify + costs.overhead)).tolist()
-            reading = self._readings.setdefault(level, Reading())
+            reading = self.readings.level(level)
             draft, first = rate * costs.draft, rate * costs.first
             found = Rule(costs.version, wider, plain, draft, first, costs.price.item(0), reading, costs.dear)
             self._rules[level] = found
@@ -310,7 +310,7 @@ class Online(OnlineRows):
         self.version += 1
 
     def state_dict(self) -> State:
-        own = self.acceptance_model.state() | self.batch_costs.state()
+        own = self.acceptance_model.state() | self.batch_costs.state() | self.readings.state()
         return {"online.format": np.array(STATE_FORMAT)} | own | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
@@ -318,16 +318,19 @@ class Online(OnlineRows):
             raise PolicyError(f"not a state of format {STATE_FORMAT} of policy online: another version saved it")
         self.acceptance_model.load(state)
         self.batch_costs.load(state)
+        self.readings.load(state)
         self._prices.clear()
         super().load_state_dict(state)
         self._rules.clear()
         self.version += 1
 
     def take_delta(self) -> State:
-        return self.acceptance_model.take_delta() | self.batch_costs.take_delta() | super().take_delta()
+        own = self.acceptance_model.take_delta() | self.batch_costs.take_delta() | self.readings.take_delta()
+        return own | super().take_delta()
 
     def merge(self, delta: State) -> None:
         self.acceptance_model.merge(delta)
         self.batch_costs.merge(delta)
+        self.readings.merge(delta)
         super().merge(delta)
         self.version += 1

@@ -11,7 +11,7 @@ import pytest
 from policies.base import Context, Draft, Outcome
 from policies.costs.level_costs import LevelCosts
 from policies.costs.prior import CostPrior
-from policies.costs.reading import Reading
+from policies.costs.reading import Reading, Readings
 from policies.guards.safety import SafetyGuard
 from policies.learned.online import Online
 from policies.registry import make_policy
@@ -95,6 +95,44 @@ def test_it_is_learnt_what_the_draft_brings() -> None:
     for _ in range(2000):  # of texts that nobody read nothing is known for ever
         bad.add(True, 1, 1.0)
     assert bad.pays(8.0, 64)
+
+
+def test_what_was_learnt_of_reading_is_kept_and_shared() -> None:
+    """Two workers that exchange what they saw know, about, what one would that saw it all; nothing is told twice."""
+    rng, one, workers, shared = np.random.default_rng(0), Readings(), (Readings(), Readings()), Readings()
+    for step in range(600):
+        unread, tokens, steps = bool(rng.random() < 0.4), int(rng.integers(1, 5)), float(rng.uniform(0.9, 2.0))
+        one.level("nf4").add(unread, tokens, steps)
+        workers[step % 2].level("nf4").add(unread, tokens, steps)
+        if step % 20 == 19:
+            deltas = [worker.take_delta() for worker in workers]
+            for i, delta in enumerate(deltas):
+                workers[1 - i].merge(delta)
+                shared.merge(delta)
+    (expected,) = one.state().values()
+    for known in (*workers, shared):
+        (found,) = known.state().values()
+        assert found == pytest.approx(expected, rel=0.03)
+    assert not np.any(shared.take_delta()["reading.nf4"][[0, 1, 3, 4]])  # that is others', who know it
+    again = Readings()
+    again.load(one.state())
+    assert again.state()["reading.nf4"] == pytest.approx(expected)
+    assert not again.take_delta()["reading.nf4"].any()
+
+
+def test_a_policy_keeps_what_it_learnt_of_reading() -> None:
+    policy = Online()
+    policy.set_costs("fp16", PRIOR)
+    for number in range(10):
+        Simulator(SafetyGuard(policy), CostTable("made", {"fp16": COST})).replay(text(20, 40, number))
+    copy, other = Online(), Online()
+    copy.load_state_dict(policy.state_dict())
+    other.set_costs("fp16", PRIOR)
+    other.merge(policy.take_delta())
+    kept = policy.readings.level("fp16")
+    assert kept.asked.tokens > 100
+    for found in (copy, other):
+        assert found.readings.level("fp16").asked.tokens == pytest.approx(kept.asked.tokens)
 
 
 def test_lookups_are_drafted_all_the_same() -> None:
