@@ -26,7 +26,9 @@ _TOGETHER = 8
 #: others come, to stay in the second one.
 _FIRST, _SECOND = 21_000, 192 * 1024
 #: Up to so many rows weights are fetched into the first cache: there is little else to do. Else into the second one.
-_FEW = 2
+FEW = 2
+#: How far ahead, in bytes, other kernels fetch into the second cache.
+FAR = "16384"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def linear(stored: torch.dtype, use: Shape) -> str:
 
     def block(x: str, out: str, start: str, stop: str, count: int) -> None:
         """Some rows and a few pairs of features: sums over pieces of the inputs, then across lanes."""
-        known, ahead = sums_of[: count * use.features], None if count <= _FEW else c.whole("mul", width, _TOGETHER)
+        known, ahead = sums_of[: count * use.features], None if count <= FEW else c.whole("mul", width, _TOGETHER)
 
         def places(part: str) -> list[str]:
             mine = c.at(scratch, c.whole("mul", c.whole("sub", part, start), len(known)), wide)
