@@ -81,7 +81,7 @@ def bench(config: ProductsConfig) -> int:
     """Print the table."""
     TEAM.fixed = config.threads or cores()
     torch.set_num_threads(TEAM.fixed)
-    rows = []
+    rows = list[dict[str, Any]]()
     for level in config.levels:
         for inputs, outputs, copies in SHAPES[config.shape]:
             found = times(level, inputs, outputs, copies, config)
