@@ -21,7 +21,7 @@ from speckv_online.errors import UserError
 from speckv_online.io.user_cache import cache_dir, key_of
 from speckv_online.modeling.gguf_types import dequantize
 from speckv_online.models.gguf_file import GgufFile, Tensor
-from speckv_online.models.kept_model import FORMAT, KEPT, stamps
+from speckv_online.models.kept_model import FORMAT, KEPT, give_back_memory, stamps
 from speckv_online.models.skeleton import without_weights
 
 log = logging.getLogger(__name__)
@@ -154,13 +154,23 @@ def load_gguf(file: GgufFile, device: torch.device, engine: str) -> PreTrainedMo
         rotary.inv_freq = rotary.inv_freq / factors
         rotary.original_inv_freq = rotary.inv_freq
     if large and not kept:
-        layers = {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, GgufLinear)}
-        KEPT.put(key, None, layers)
+        _keep_layouts(model, key)
     ends = {file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
     model.generation_config.eos_token_id = sorted(i for i in ends if type(i) is int) or None
     model.config.quantization_config = {"quant_method": level_of(file)}
     model.config.name_or_path = file.path.name
     return model.to(device).eval()
+
+
+def _keep_layouts(model: nn.Module, key: str) -> None:
+    """Keep what was laid out; it is mapped from then on, as at later starts."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, GgufLinear)}
+    if not KEPT.put(key, None, {name: layer.weight.detach() for name, layer in layers.items()}):
+        return
+    _, kept = KEPT.get(key) or (None, {})
+    for name, weight in kept.items():
+        layers[name].weight = nn.Parameter(weight, requires_grad=False)
+    give_back_memory()
 
 
 def _rounding() -> str:

@@ -58,6 +58,20 @@ def test_product_is_right_and_a_row_has_the_same_bits_at_every_width(
         assert torch.equal(product(x[:width].contiguous(), packed, outputs, use), found[:width])
 
 
+@pytest.mark.parametrize("use", SHAPES, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(5632, 130), (1536, 70)])
+def test_inputs_that_are_read_in_pieces_give_the_same_bits_at_every_width(
+    use: Shape, inputs: int, outputs: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(outputs, inputs, generator=generator).half(), torch.randn(33, inputs, generator=generator)
+    packed = lay_out(weight.float(), use)
+    found = product(x, packed, outputs, use)
+    torch.testing.assert_close(found, (x.double() @ weight.double().t()).float(), rtol=1e-4, atol=1e-2)
+    for width in (1, 3, 5, 9, 12, 13):
+        assert torch.equal(product(x[:width].contiguous(), packed, outputs, use), found[:width])
+
+
 def test_threads_share_the_work() -> None:
     use: Any = shape()
     weight, x, threads = torch.randn(6, 64), torch.randn(3, 64), torch.get_num_threads()

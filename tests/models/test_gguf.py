@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from experiments.common.bundled_prompts import bundled
 from experiments.compare.__main__ import main as compare
 from speckv_online.cli import main
+from speckv_online.cpu_engine.gguf_layers import GgufLinear
 from speckv_online.decoding.batch import decode_batch
 from speckv_online.decoding.decoder import SpeculativeDecoder
 from speckv_online.drafters.model import ModelDrafter
@@ -25,6 +26,7 @@ from speckv_online.errors import UserError
 from speckv_online.modeling.gguf_types import TYPES, dequantize
 from speckv_online.modeling.introspection import level_of
 from speckv_online.modeling.kv_cache import KVCache
+from speckv_online.models import gguf_model
 from speckv_online.models.gguf_file import GgufFile
 from speckv_online.models.gguf_model import load_gguf
 from speckv_online.models.pairs import chat_prompt, load_pair, load_target, load_tokenizer
@@ -281,3 +283,19 @@ def test_the_default_pair_says_what_its_weights_are() -> None:
         assert not bool((other & (gaps >= epsilon)).any())
     assert positions >= 100
     assert close <= positions // 4
+
+
+@needs_engine
+@torch.inference_mode()
+def test_a_first_start_maps_what_it_laid_out(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_model, "LARGE_BYTES", 0)
+    monkeypatch.setenv("SPECKV_CACHE", str(tmp_path))
+    first, second = (load_target(file, None, "cpu", "auto") for _ in range(2))
+    for model in (first, second):
+        mapped = Path("/proc/self/maps").read_text()
+        addresses = [layer.weight.data_ptr() for layer in model.modules() if isinstance(layer, GgufLinear)]
+        lines = [line for line in mapped.splitlines() if str(tmp_path) in line]
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        assert addresses
+        assert all(any(low <= a < high for low, high in ranges) for a in addresses)
+    assert torch.equal(first(input_ids=IDS[None]).logits, second(input_ids=IDS[None]).logits)

@@ -13,6 +13,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from speckv_online.cpu_engine.kernels.linear import FAR, FEW
 from speckv_online.cpu_engine.kernels.llvm import Code, Kernel, Library, features, single
 
 #: Most rows that meet a weight at once.
@@ -148,7 +149,7 @@ def int8() -> str:
             totals = [[c.slot(whole, "zeroinitializer") for _ in parts] for _ in range(count)]
             with c.loop(0, inputs, INPUTS) as i:
                 place = c.at(there, c.whole("mul", i, FEATURES), "i8")
-                c.fetch(place, FEATURES * INPUTS)
+                c.fetch(place, FEATURES * INPUTS, None if count <= FEW else FAR)
                 w = [c.load(whole, c.at(place, 16 * INPUTS * p, "i8"), 1) for p in parts]
                 for row in range(count):
                     at = c.whole("add", c.whole("mul", c.whole("add", done, row), inputs), i)

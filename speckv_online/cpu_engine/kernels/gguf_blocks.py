@@ -20,6 +20,7 @@ import torch
 
 from speckv_online.cpu_engine.kernels import vector as vector_code
 from speckv_online.cpu_engine.kernels.int8_blocks import declarations as dot_declarations
+from speckv_online.cpu_engine.kernels.linear import FAR, FEW
 from speckv_online.cpu_engine.kernels.llvm import Kernel, Library, single
 from speckv_online.cpu_engine.kernels.vector import VectorCode
 from speckv_online.modeling.gguf_types import BLOCK, TYPES, BlockType, parts
@@ -161,7 +162,8 @@ def dot(lanes: int, to: str, name: str) -> str:
             totals = [c.slot(wide, "zeroinitializer") for _ in range(count)]
             with c.loop(0, blocks) as block:
                 there = c.at(w, c.whole("mul", block, size), "i8")
-                c.fetch(there, size)
+                # Blocks of 4 bits leave memory waiting as they are.
+                c.fetch(there, size, None if count <= FEW or kind.bits < 8 else FAR)
                 here = c.at(start, c.whole("mul", block, ROWS * STRIDE), "i8")
                 heads = []
                 for i in range(kind.head // 2):

@@ -20,22 +20,35 @@ from speckv_online.cpu_engine.kernels.llvm import Code, Kernel, Library, feature
 _STORED = {torch.float16: (2, "half"), torch.bfloat16: (2, "i16"), torch.float32: (4, "float"), torch.int8: (1, "i8")}
 #: So many inputs have one scale if weights have 8 bits, as in GGUF's Q8_0.
 SCALED = 32
+#: Pairs of output features that are summed before any is added up across lanes.
+_TOGETHER = 8
+#: Bytes of input that meet weights at once, to stay in the first cache; bytes of weights that all rows meet before
+#: others come, to stay in the second one.
+_FIRST, _SECOND = 21_000, 192 * 1024
+#: Up to so many rows weights are fetched into the first cache: there is little else to do. Else into the second one.
+FEW = 2
+#: How far ahead, in bytes, other kernels fetch into the second cache.
+FAR = "16384"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a processor's registers are used: floats in one, output features and rows of input at once."""
+    """How a processor's registers are used: floats in one, output features and rows of input at once.
+
+    Where there are more rows than that, so ``many`` of them: their inputs must not fill the first cache.
+    """
 
     lanes: int
     features: int
     rows: int
+    many: int = 5
 
 
 def shape() -> Shape | None:
     """Return what suits this processor; None where there is nothing to gain."""
     found = features()
     if {"avx512f", "avx512bw", "avx512vl"} <= found:
-        return Shape(16, 2, 12)
+        return Shape(16, 2, 12, 8)
     return Shape(8, 2, 5) if {"avx2", "fma", "f16c"} <= found else None
 
 
@@ -63,39 +76,73 @@ def linear(stored: torch.dtype, use: Shape) -> str:
             return c.let(f"fmul {wide} {value}, {c.everywhere(lanes, 'float', c.load('float', scale))}")
         return found
 
-    def block(x: str, weights: str, scales: str, out: str, count: int) -> None:
-        """Some output features of ``count`` rows."""
-        sums = [[c.slot(wide, "zeroinitializer") for _ in range(count)] for _ in range(use.features)]
-        with c.loop(0, inputs, use.lanes) as i:
-            first = c.at(weights, c.whole("mul", i, use.features * size), "i8")
-            c.fetch(first, use.features * use.lanes * size)
-            scale = c.at(scales, c.whole("mul", c.whole("udiv", i, SCALED), use.features), "float")
-            w = [weight(c.at(first, f * use.lanes * size, "i8"), c.at(scale, f, "float")) for f in range(use.features)]
-            for row in range(count):
-                place = c.at(x, c.whole("add", c.whole("mul", inputs, row), i), "float")
-                value = c.load(wide, place, 4)
+    width = c.whole("mul", inputs, use.features * size)  # bytes of some output features
+    sums_of = [(row, f) for row in range(use.rows) for f in range(use.features)]
+    scratch = c.let(f"alloca {wide}, i64 {_TOGETHER * len(sums_of)}, align 64")
+
+    def products(x: str, w: str, s: str, sums: list[str], first: str, last: str, ahead: str | None) -> None:
+        """Add the products of some inputs of some rows to sums."""
+        with c.loop(first, last, use.lanes) as i:
+            here = c.at(w, c.whole("mul", i, use.features * size), "i8")
+            c.fetch(here, use.features * use.lanes * size, ahead)
+            scale = c.at(s, c.whole("mul", c.whole("udiv", i, SCALED), use.features), "float")
+            found = [weight(c.at(here, f * lanes * size, "i8"), c.at(scale, f, "float")) for f in range(use.features)]
+            for row in range(len(sums) // use.features):
+                value = c.load(wide, c.at(x, c.whole("add", c.whole("mul", inputs, row), i), "float"), 4)
                 for f in range(use.features):
-                    c.add_product(use.lanes, sums[f][row], w[f], value)
-        for row in range(count):
-            for f in range(use.features):
-                total = c.load(wide, sums[f][row])
-                one = c.let(f"call reassoc float @llvm.vector.reduce.fadd.v{use.lanes}f32(float 0.0, {wide} {total})")
-                c.do(f"store float {one}, ptr {c.at(out, c.whole('add', c.whole('mul', outputs, row), f), 'float')}")
+                    c.add_product(lanes, sums[row * use.features + f], found[f], value)
+
+    def block(x: str, out: str, start: str, stop: str, count: int) -> None:
+        """Some rows and a few pairs of features: sums over pieces of the inputs, then across lanes."""
+        known, ahead = sums_of[: count * use.features], None if count <= FEW else c.whole("mul", width, _TOGETHER)
+
+        def places(part: str) -> list[str]:
+            mine = c.at(scratch, c.whole("mul", c.whole("sub", part, start), len(known)), wide)
+            return [c.at(mine, j, wide) for j in range(len(known))]
+
+        def piece(first: str, last: str, fresh: bool) -> None:
+            with c.loop(start, stop) as part:
+                before = c.whole("mul", c.whole("mul", part, use.features), inputs)
+                w = c.at(weights, c.whole("mul", part, width), "i8")
+                s = c.at(scales, c.whole("udiv", before, SCALED), "float")
+                kept = places(part)
+                sums = [c.slot(wide, "zeroinitializer" if fresh else c.load(wide, place, 64)) for place in kept]
+                products(x, w, s, sums, first, last, ahead)
+                for total, place in zip(sums, kept, strict=True):
+                    c.do(f"store {wide} {c.load(wide, total)}, ptr {place}, align 64")
+
+        step = str(_FIRST // (4 * count) // lanes * lanes)
+        once = c.let(f"call i64 @llvm.umin.i64(i64 {step}, i64 {inputs})")
+        piece("0", once, True)
+        with c.loop(once, inputs, step) as first:
+            piece(first, c.let(f"call i64 @llvm.umin.i64(i64 {c.whole('add', first, step)}, i64 {inputs})"), False)
+        with c.loop(start, stop) as part:
+            kept, feature = places(part), c.whole("mul", part, use.features)
+            for j in range(0, len(known), lanes):
+                totals = c.across(lanes, [c.load(wide, place, 64) for place in kept[j : j + lanes]])
+                for at, (row, f) in enumerate(known[j : j + lanes]):
+                    if f == 0:
+                        picked = ", ".join(f"i32 {at + other}" for other in range(use.features))
+                        few = f"<{use.features} x i32> <{picked}>"
+                        some = c.let(f"shufflevector {wide} {totals}, {wide} poison, {few}")
+                        to = c.at(out, c.whole("add", c.whole("mul", outputs, row), feature), "float")
+                        c.do(f"store <{use.features} x float> {some}, ptr {to}, align 4")
 
     low, high = c.share(c.whole("udiv", outputs, use.features))
-    with c.loop(low, high) as part:
-        feature = c.whole("mul", part, use.features)
-        before = c.whole("mul", feature, inputs)
-        there = (
-            c.at(weights, c.whole("mul", before, size), "i8"),
-            c.at(scales, c.whole("udiv", before, SCALED), "float"),
-        )
+    # Features whose weights all rows meet before others come.
+    tile = c.whole("mul", c.whole("add", c.whole("udiv", _SECOND // _TOGETHER, width), 1), _TOGETHER)
+    several = c.let(f"icmp ugt i64 {rows}, {use.rows}")
+    tile = c.slot("i64", c.let(f"select i1 {several}, i64 {tile}, i64 {c.whole('add', high, 1)}"))
+    with c.loop(low, high, tile) as first:
+        last = c.let(f"call i64 @llvm.umin.i64(i64 {c.whole('add', first, c.load('i64', tile))}, i64 {high})")
 
         def some(done: str, count: int) -> None:
-            to = c.at(out, c.whole("add", c.whole("mul", done, outputs), feature), "float")
-            block(c.at(x, c.whole("mul", done, inputs), "float"), *there, to, count)
+            with c.loop(first, last, _TOGETHER) as start:
+                stop = c.let(f"call i64 @llvm.umin.i64(i64 {c.whole('add', start, _TOGETHER)}, i64 {last})")
+                from_, to = (c.at(p, c.whole("mul", done, of), "float") for p, of in ((x, inputs), (out, outputs)))
+                block(from_, to, start, stop, count)
 
-        c.chunks(rows, use.rows, some)
+        c.chunks(rows, use.rows, some, c.let(f"select i1 {several}, i64 {use.many}, i64 {use.rows}"))
     return c.text()
 
 

@@ -119,20 +119,43 @@ class Code:
         yield
         self.do(f"br label %{end}\n{end}:")
 
-    def chunks(self, rows: str, most: int, some: Callable[[str, int], None]) -> None:
-        """Write ``some(done, count)`` for all rows, ``most`` of them at once and then the rest."""
-        taken = self.slot("i64", str(most))
+    def chunks(self, rows: str, most: int, some: Callable[[str, int], None], limit: str | None = None) -> None:
+        """Write ``some(done, count)`` for all rows, ``most`` at once, or a ``limit`` below, and then the rest."""
+        taken = self.slot("i64", limit := limit or str(most))
         with self.loop(0, rows, taken) as done:
-            now = self.let(f"call i64 @llvm.umin.i64(i64 {self.whole('sub', rows, done)}, i64 {most})")
+            now = self.let(f"call i64 @llvm.umin.i64(i64 {self.whole('sub', rows, done)}, i64 {limit})")
             self.do(f"store i64 {now}, ptr {taken}")
             for count in range(1, most + 1):
                 with self.when(self.let(f"icmp eq i64 {now}, {count}")):
                     some(done, count)
 
-    def fetch(self, pointer: str, size: int) -> None:
-        """Fetch what lies a few cache lines behind a place that bytes are read from in order."""
-        for offset in range(_AHEAD, _AHEAD + size, _LINE):
-            self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset, 'i8')}, i32 0, i32 3, i32 1)")
+    def fetch(self, pointer: str, size: int, ahead: str | None = None) -> None:
+        """Fetch what lies some cache lines behind a place that bytes are read from in order.
+
+        It comes into the first cache, or with ``ahead``, a number of bytes that lie between, into the second one.
+        """
+        pointer, first, near = (pointer, _AHEAD, 3) if ahead is None else (self.at(pointer, ahead, "i8"), 0, 2)
+        for offset in range(first, first + size, _LINE):
+            self.do(f"call void @llvm.prefetch.p0(ptr {self.at(pointer, offset, 'i8')}, i32 0, i32 {near}, i32 1)")
+
+    def across(self, lanes: int, values: list[str]) -> str:
+        """Return the sums of the lanes of up to ``lanes`` registers, in a register.
+
+        Each is added up in halves, as ``llvm.vector.reduce.fadd`` does it, with the same bits.
+        """
+        wide, half = f"<{lanes} x float>", lanes // 2
+        values = values + ["poison"] * (lanes - len(values))
+        while half:
+            merged = []
+            for a, b in zip(values[:half], values[half:], strict=True):
+                parts = []
+                for odd in (0, 1):  # of a lower halves and of b upper ones, and the others, turned round
+                    lane_of = [i + odd * (half if i // half % 2 == 0 else -half) for i in range(lanes)]
+                    picked = ", ".join(f"i32 {j + lanes * (i // half % 2)}" for i, j in enumerate(lane_of))
+                    parts.append(self.let(f"shufflevector {wide} {a}, {wide} {b}, <{lanes} x i32> <{picked}>"))
+                merged.append(self.let(f"fadd {wide} {parts[0]}, {parts[1]}"))
+            values, half = merged, half // 2
+        return self.let(f"fadd {wide} {values[0]}, zeroinitializer")
 
     def everywhere(self, lanes: int, kind: str, value: str) -> str:
         """Return a vector that has a value in all lanes."""
