@@ -62,8 +62,7 @@ class Controller:
     def rests(self, rows: int) -> bool:
         """Return whether the policy lets a step pass unasked, one that neither verifies drafts nor is to make any.
 
-        The adapter may ask where all requests were planned for before. It then calls :meth:`rested` instead of
-        :meth:`plan` and :meth:`learn`.
+        The adapter then calls :meth:`rested` instead of :meth:`plan` and :meth:`learn`.
         """
         if not self.policy.in_steps:
             return False
@@ -77,11 +76,12 @@ class Controller:
         return found
 
     def rested(self, seconds: float) -> None:
-        """Count a step that passed unasked, and have the policy learn what it took."""
+        """Count a step that passed unasked, and have the policy learn what it took; zero as in :class:`EngineStep`."""
         started = perf_counter()
-        self.policy.rested(*self._resting, seconds)
-        self.counts.add("seconds", seconds)
-        self.counts.add("plain_seconds", seconds)
+        if seconds:
+            self.policy.rested(*self._resting, seconds)
+            self.counts.add("seconds", seconds)
+            self.counts.add("plain_seconds", seconds)
         self._spend(started)
 
     def _spend(self, started: float) -> None:

@@ -4,6 +4,8 @@ vLLM itself runs the draft model's first forward in every step, also where no to
 complete. On a small target this is a tenth of the step. Here such a step leaves it out. Each request's tokens that the
 draft model has read are counted. The next step that drafts has it read the missing ones first, in the same forward.
 
+vLLM's rejection sampler runs in every step, too. Here a step that has nothing to verify samples as without speculation.
+
 This happens in the worker's process: :mod:`speckv_online.serving.vllm_worker` brings it there. It is for one device.
 """
 
@@ -17,6 +19,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
+from speckv_online.serving import carried
 
 log = logging.getLogger("vllm.speckv")
 #: Methods whose drafter may be left out.
@@ -95,10 +99,13 @@ def install() -> LazyDraft | None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     lazy = LazyDraft()
-    run, ask, update = map(
+    run, ask, update, sample = map(
         inspect.unwrap,
-        (DraftModelProposer.propose, GPUModelRunner.propose_draft_token_ids, GPUModelRunner._update_states),
-    )
+        (
+            DraftModelProposer.propose, GPUModelRunner.propose_draft_token_ids, GPUModelRunner._update_states,
+            GPUModelRunner._sample,
+        ),
+    )  # fmt: skip
     if NEEDED - set(inspect.signature(run).parameters):
         log.warning("speckv: this vLLM's draft model is not known here: it runs in steps that draft nothing, too")
         return None
@@ -124,9 +131,16 @@ def install() -> LazyDraft | None:
         lazy.forget(scheduler_output.preempted_req_ids or ())
         return update(runner, scheduler_output)
 
+    @functools.wraps(sample)
+    def sample_once(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        verifies = spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens)
+        return sample(runner, logits, spec_decode_metadata if verifies else None)
+
     DraftModelProposer.propose = propose
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
     GPUModelRunner._update_states = update_states
+    GPUModelRunner._sample = sample_once
+    carried.send()
     return lazy
 
 

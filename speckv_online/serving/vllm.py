@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from speckv_online.errors import UserError
+from speckv_online.serving import carried
 from speckv_online.serving.controller import Controller
 from speckv_online.serving.counts import Publisher
 from speckv_online.serving.engine import Engine, EngineStep, Running, Verified
@@ -79,7 +80,8 @@ class PolicyScheduler(Scheduler):
         self._read: dict[str, int] | None = {} if _lazy(config) else None
         self._gamma = self._rows = self._late = 0
         self._usual, self._resting, self._started = False, False, 0.0
-        self._told = False
+        self._told, self.drafts_came = False, False
+        carried.receive()
         # With a table, vLLM does not fill up new requests with tokens that nobody drafted. Ours has its own number.
         if getattr(self, "dynamic_sd_lookup", None) is None:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
@@ -104,13 +106,13 @@ class PolicyScheduler(Scheduler):
                     for id in gone:
                         self._read.pop(id, None)
                 self._resting = False
-                self._usual = all(
-                    self._speckv.decoding(id) and count == 1 + len(output.scheduled_spec_decode_tokens.get(id, ()))
-                    for id, count in output.num_scheduled_tokens.items()
+                drafts, counts = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
+                # A request's first token comes from its prompt.
+                self._usual = output.total_num_scheduled_tokens == len(counts) + sum(map(len, drafts.values())) and all(
+                    self.requests[id].num_output_tokens for id in counts
                 )
-                drafts = output.scheduled_spec_decode_tokens
                 self._speckv.took(perf_counter() - began)
-                if self._usual and not drafts and self._speckv.rests(len(output.num_scheduled_tokens)):
+                if not drafts and self._speckv.rests(len(counts)):
                     self._resting, self._gamma = True, 0
                 else:
                     began = perf_counter()
@@ -140,12 +142,19 @@ class PolicyScheduler(Scheduler):
                 yield Running(id, request.num_tokens, left, _limit(request, self.num_spec_tokens), unread)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Take in the target's tokens, and learn from them."""
+        """Take in the target's tokens, learn from them, and take in the drafts if they are there, too."""
+        found = self._take_tokens(scheduler_output, model_runner_output)
+        self.drafts_came = hasattr(model_runner_output, carried.DRAFTS)
+        if self.drafts_came and (drafts := getattr(model_runner_output, carried.DRAFTS)) is not None:
+            self.update_draft_token_ids(drafts)
+        return found
+
+    def _take_tokens(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         if self._resting:
             found = super().update_from_output(scheduler_output, model_runner_output)
             self._log(scheduler_output)
             try:
-                self._speckv.rested(perf_counter() - self._started)
+                self._speckv.rested(perf_counter() - self._started if self._usual else 0.0)
                 self._show()
             except Exception as error:
                 self._failed("learn", error)

@@ -143,7 +143,7 @@ class Replica:
         context = sum(len(request.trace.prompt) + request.at for request in ready)
         reading, new = self._admit(tokens)
         usual = not reading
-        rested = usual and tokens == len(ready) and controller.rests(len(ready))
+        rested = tokens == len(ready) and controller.rests(len(self.running))
         running = [] if rested else [self._running(request) for request in (*ready, *new)]
         gamma = 0 if rested else controller.plan(running)
         rounds = 0 if engine.looks_up else gamma
@@ -152,7 +152,7 @@ class Replica:
         self.now += seconds + (0.0 if rested else self._policy)
         verified, over = self._verify(ready, new, served)
         if rested:
-            controller.rested(seconds)
+            controller.rested(seconds if usual else 0.0)
         elif verified:
             controller.learn(EngineStep(verified, rounds, forwards, unread, seconds if usual else 0.0))
         self._draft(gamma, bool(rounds))

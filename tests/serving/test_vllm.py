@@ -90,6 +90,17 @@ def test_a_pause_costs_no_acceptance(folder: Path, plain: list[list[int]]) -> No
     assert sum(lazy["counts"]["accepted_tokens"].values()) > 200
 
 
+@pytest.mark.parametrize("policy", ["autoregressive", "fixed:2"])
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_what_vllm_does_for_no_drafts_is_left_out(
+    method: str, policy: str, folder: Path, plain: list[list[int]]
+) -> None:
+    found = run(folder, method, policy, "exact")
+    assert found["outputs"] == plain
+    assert found["asked"]["drafts"] == 0  # they come with the tokens
+    assert bool(found["asked"]["verified"]) == (policy == "fixed:2") == bool(found["counts"]["drafted_tokens"])
+
+
 def test_a_policy_that_raises_costs_speed_only(folder: Path, plain: list[list[int]]) -> None:
     found = run(folder, "ngram", "tests.support.serving:Raises", "exact")
     assert found["outputs"] == plain

@@ -106,6 +106,8 @@ def main(folder: str, method: str, policy: str, task: str, lazy: str = "lazy") -
         scheduler._read = None
     settings = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, detokenize=False)
     found: dict[str, Any] = {}
+    if policy:
+        found["asked"] = watch(llm.llm_engine.engine_core.engine_core)
     if task == "cancel":
         found["requests"] = cancel(llm.llm_engine, settings)
     off = settings.clone()
@@ -116,6 +118,22 @@ def main(folder: str, method: str, policy: str, task: str, lazy: str = "lazy") -
     if policy:
         found["counts"] = scheduler._speckv.collect().as_json()
         found["left"] = len(scheduler._speckv._asking) - len(scheduler.finished_req_ids)
+    return found
+
+
+def watch(core: Any) -> dict[str, int]:
+    """Count the messages that ask a worker for drafts, and the runs of its rejection sampler."""
+    found, call = {"drafts": 0, "verified": 0}, core.model_executor.collective_rpc
+
+    def count(method: Any, *arguments: Any, **named: Any) -> Any:
+        found["drafts"] += method == "take_draft_token_ids"
+        return call(method, *arguments, **named)
+
+    def verified(*_: Any) -> None:
+        found["verified"] += 1
+
+    core.model_executor.collective_rpc = count
+    core.model_executor.driver_worker.worker.model_runner.rejection_sampler.register_forward_pre_hook(verified)
     return found
 
 
