@@ -5,7 +5,9 @@ disagrees with an n-gram lookup is mostly wrong, a strong one mostly right. So e
 :mod:`policies.acceptance.model` is a line over one number m, learned offline from pairs of models of different quality:
 the log-odds of a token's acceptance are x.w + m x.v + m^2 q. Online, m is what explains a level's acceptances best: a
 logistic regression with one coefficient, by Newton's method, whose sums forget exponentially and add up over workers.
-Where acceptances show that the draft must be another one by now, what was known of it is dropped at once.
+Where acceptances show that the draft must be another one by now, what was known of it is dropped at once. A text that
+is hard, or easy, throughout looks the same for a while. So what was dropped is kept aside until the tokens after that
+say which m explains them, and comes back if it is the former.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ LEAST, MOST = -1.0, 2.0
 HOPE = 1.0
 #: A draft is another one where log-odds higher, or lower, by SHIFT explain its latest tokens e^ALARM times as well.
 SHIFT, ALARM = 2.0, 10.0
+#: What was dropped comes back where it explains the latest tokens e^BACK times as well as what took its place.
+BACK = 5.0
 #: Least variance of a tested token: predictions may be surer than anything is.
 DOUBT = 0.01
 
@@ -52,6 +56,8 @@ class DraftQuality:
         self._delta: dict[str, np.ndarray] = {}
         self._count = 0
         self._runs: dict[str, tuple[float, float]] = {}
+        # By level: information and score that were dropped, and how much better they explain what came since.
+        self._former: dict[str, list[float]] = {}
 
     def surprised(self, level: str, surplus: float, variance: float) -> bool:
         """Note a step: how many more of its tokens were accepted than was predicted, and the variance of that number.
@@ -67,9 +73,24 @@ class DraftQuality:
         found = up > ALARM or down > ALARM
         self._runs[level] = (0.0, 0.0) if found else (up, down)
         if found:
+            if level in self._sums:  # of two that were dropped, the one that more is known of is kept aside
+                dropped, aside = self._sums[level].tolist(), self._former.get(level, [0.0, 0.0])[:2]
+                self._former[level] = [*max(dropped, aside), 0.0]
             for table in (self._sums, self._delta):
                 table.pop(level, None)
         return found
+
+    def formers(self) -> dict[str, float]:
+        """Return m of the drafts that were dropped and may come back, by level."""
+        return {level: (PRECISION * MEAN + b) / (PRECISION + a) for level, (a, b, _) in self._former.items()}
+
+    def compare(self, level: str, better: float) -> None:
+        """Note by how much the former draft's m explains a level's latest tokens better, as a log-likelihood ratio."""
+        former = self._former[level]
+        former[2] = max(former[2] + better, 0.0)
+        if former[2] > BACK:
+            self._sums[level] = np.array(former[:2])
+            del self._former[level]
 
     def value(self, level: str) -> float:
         """Return m of a level, some way above what is likeliest: a draft that is taken for worse than it is would not
@@ -97,17 +118,20 @@ class DraftQuality:
     def state(self) -> State:
         """The sums, as arrays."""
         runs = {f"surprise.{level}": np.array(run) for level, run in self._runs.items()}
-        return {f"quality.{level}": sums.copy() for level, sums in self._sums.items()} | runs
+        former = {f"surprise_former.{level}": np.array(found) for level, found in self._former.items()}
+        return {f"quality.{level}": sums.copy() for level, sums in self._sums.items()} | runs | former
 
     def load(self, state: State) -> None:
         """Restore :meth:`state`. What was surprising here is kept for levels of which the state does not tell, as that
         of merged sums, which watched no steps themselves."""
         sums = _read(state)
         runs = {key: check_array(state, key, (2,)).tolist() for key in state if key.startswith("surprise.")}
-        kept = self._runs
+        former = {key: check_array(state, key, (3,)).tolist() for key in state if key.startswith("surprise_former.")}
+        kept, aside = self._runs, self._former
         self.forget()
         self._sums = sums
         self._runs = kept | {key.removeprefix("surprise."): (run[0], run[1]) for key, run in runs.items()}
+        self._former = aside | {key.removeprefix("surprise_former."): found for key, found in former.items()}
 
     def take_delta(self) -> State:
         """The sums since the last call."""

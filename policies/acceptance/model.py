@@ -140,6 +140,7 @@ class AcceptanceModel:
         self._lengths.append(len(labels) - count)
         if self.quality.surprised(step.level, surplus, variance):
             self._known.clear()
+            self._alarms[step.level] = len(labels)
         self.history.step()
         if len(self._levels) >= WAITING:
             self._linearise()
@@ -152,7 +153,7 @@ class AcceptanceModel:
 
     def _linearise(self) -> None:
         """Turn the noted steps into weighted rows of both heads, at the weights in use."""
-        names, lengths, (numbers, labels) = self._levels, self._lengths, self._tested
+        names, lengths, (numbers, labels), alarms = self._levels, self._lengths, self._tested, self._alarms
         if not names:
             return
         self._clear()
@@ -167,11 +168,18 @@ class AcceptanceModel:
         units = self.net.hidden(levels, at, table[:, 16:], table[:, 15].astype(int) + 1)
         sums = np.zeros((2, len(levels)))
         members = (at == np.arange(len(levels))[:, None]).astype(float)
+        formers = [(level, m) for level, m in self.quality.formers().items() if level in levels]
+        better = dict.fromkeys([level for level, _ in formers], 0.0)
         for head, slope, curve, phi in zip(
             self.heads, self._slopes, self._curves, (before, np.hstack([after, units])), strict=True
         ):
             own, by_quality = (phi @ np.column_stack([head.mean, slope])).T
             eta = own + m * (by_quality + curve * m)
+            for level, former in formers:
+                mine = (at == levels.index(level)) & (np.arange(len(at)) >= alarms.get(level, 0))
+                other = own[mine] + former * (by_quality[mine] + curve * former)
+                gain = y[mine] * (other - eta[mine]) - np.logaddexp(0.0, other) + np.logaddexp(0.0, eta[mine])
+                better[level] += 0.5 * float(gain.sum())  # half: both heads tell of the same tokens
             p = 1.0 / (1.0 + np.exp(-np.minimum(np.maximum(eta, -30.0), 30.0)))
             variance = np.maximum(p * (1.0 - p), FLOOR)
             error, root = y - p, np.sqrt(variance)
@@ -181,6 +189,8 @@ class AcceptanceModel:
             sums += members @ information, members @ score
             head.add(phi * root[:, None], root * own + error / root, lengths)
         self.quality.add(dict(zip(levels, sums.T, strict=True)), len(lengths))
+        for level, gain in better.items():
+            self.quality.compare(level, gain)
 
     def refresh(self) -> None:
         """Learn from the noted steps."""
@@ -203,6 +213,8 @@ class AcceptanceModel:
         # Level and number of tested tokens of each; what describes those, one behind the other, and labels.
         self._levels, self._lengths = list[str](), list[int]()
         self._tested = list[float](), list[float]()
+        # By level, how many tested tokens were noted when its draft seemed to be another one.
+        self._alarms = dict[str, int]()
 
     def _read(self) -> None:
         self._weights: dict[str, tuple[list[float], list[float], Net]] = {}

@@ -7,7 +7,7 @@ import numpy as np
 from policies.base import State
 
 #: The safety guard's budgets and schedules, and the running sums of an alarm.
-OF_A_RUN = ("safety.", "safety_sleep.", "surprise.")
+OF_A_RUN = ("safety.", "safety_sleep.", "surprise.", "surprise_former.")
 #: The safety guard's: a debt is the run's that made it.
 LEDGERS = OF_A_RUN[:2]
 #: Of a cost model's ``misc``: the machine's pace, how many steps saw it, and where they begin.

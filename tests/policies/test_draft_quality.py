@@ -70,6 +70,46 @@ def test_another_draft_is_noticed(tmp_path: Path, rate: float, then: float) -> N
     assert acceptance_model.take_delta()["quality.nf4"][0] == pytest.approx(acceptance_model.quality.information("nf4"))
 
 
+def test_what_was_dropped_comes_back_after_a_hard_text(tmp_path: Path) -> None:
+    """A text in which hardly anything is accepted looks like another draft; after it, the draft is the former again."""
+    acceptance_model = AcceptanceModel(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
+    feed(acceptance_model, "nf4", 0.85, 300)
+    usual, known = acceptance_model.quality.value("nf4"), acceptance_model.quality.information("nf4")
+    feed(acceptance_model, "nf4", 0.1, 12)
+    assert acceptance_model.quality.information("nf4") < known / 3
+    assert "nf4" in acceptance_model.quality.formers()
+    feed(acceptance_model, "nf4", 0.85, 25)
+    assert acceptance_model.quality.formers() == {}
+    assert acceptance_model.quality.information("nf4") > 0.5 * known
+    assert acceptance_model.quality.value("nf4") == pytest.approx(usual, abs=0.15)
+
+
+def test_what_was_dropped_stays_away_while_the_draft_is_another_one(tmp_path: Path) -> None:
+    acceptance_model = AcceptanceModel(prior(tmp_path / "w.npz"), strength=1e9, discount=1.0)
+    feed(acceptance_model, "nf4", 0.9, 300)
+    for seed in range(10):
+        feed(acceptance_model, "nf4", 0.3, 60, seed)
+        assert acceptance_model.quality.value("nf4") == pytest.approx(np.log(0.3 / 0.7) / 3, abs=0.25)
+    feed(acceptance_model, "nf4", 0.9, 25)  # the first draft again
+    assert acceptance_model.quality.value("nf4") == pytest.approx(np.log(0.9 / 0.1) / 3, abs=0.25)
+
+
+def test_what_was_dropped_is_saved() -> None:
+    one, again = DraftQuality(0.99), DraftQuality(0.99)
+    one.add({"a": np.array([50.0, 30.0])}, 1)
+    while not one.surprised("a", -1.0, 0.2):
+        pass
+    one.compare("a", 1.0)
+    again.load(one.state())
+    assert again.formers() == one.formers() != {}
+    for quality_now in (one, again):
+        quality_now.compare("a", 4.5)
+        assert quality_now.formers() == {}
+        assert quality_now.information("a") == 50.0
+    with pytest.raises(PolicyError, match="surprise_former"):
+        again.load({"surprise_former.a": np.zeros(2)})
+
+
 def test_what_was_surprising_so_far_is_saved() -> None:
     one, again = DraftQuality(0.99), DraftQuality(0.99)
     assert not any(one.surprised("a", -1.0, 0.2) for _ in range(5))
