@@ -126,17 +126,17 @@ def test_a_kill_leaves_a_state_that_the_next_start_uses(folder: Path, tmp_path: 
     ]  # fmt: skip
     around = environment(1) | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
-    def ask(server: Server) -> int:
-        """Decode until the server is gone; return how many answers came."""
+    def ask(server: Server, answers: list[int], user: int) -> None:
+        """Decode until the server is gone, and count the answers."""
         body = {"model": "target", "prompt": [5, 6, 7] * 8, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-        head, answers = {"Content-Type": "application/json"}, 0
+        head = {"Content-Type": "application/json"}
         while True:
             try:
                 asked = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), head)
                 with urllib.request.urlopen(asked, timeout=60) as answer:
-                    answers += len(json.load(answer)["choices"])
+                    answers[user] += len(json.load(answer)["choices"])
             except (OSError, http.client.HTTPException):
-                return answers
+                return
 
     for run in ("first", "second"):
         server = Server(sys.executable, given, around, tmp_path / f"{run}.log")
@@ -144,13 +144,18 @@ def test_a_kill_leaves_a_state_that_the_next_start_uses(folder: Path, tmp_path: 
             server.wait()
             assert ("resumed" in server.log.read_text()) == (run == "second")
             written = state.stat().st_mtime_ns if state.exists() else 0
+            answers = [0, 0, 0]
             with ThreadPoolExecutor(3) as pool:
-                users = [pool.submit(ask, server) for _ in range(3)]
-                end = time.monotonic() + 60
-                while (state.stat().st_mtime_ns if state.exists() else 0) == written and time.monotonic() < end:
+                users = [pool.submit(ask, server, answers, user) for user in range(3)]
+                end = time.monotonic() + 120
+                while time.monotonic() < end:  # until all had an answer, and the state was written
+                    if min(answers) and (state.stat().st_mtime_ns if state.exists() else 0) != written:
+                        break
                     time.sleep(0.05)
                 os.killpg(server.process.pid, signal.SIGKILL)  # the engine's process, too
-                assert min(user.result() for user in users) > 0
+                for user in users:
+                    user.result()
+            assert min(answers) > 0
         finally:
             server.stop()
         assert load_arrays(state)["history.head.misc"][1] > 20
