@@ -19,6 +19,10 @@ PROBE, CLOSE, FAR = 16, 0.1, 4.0
 LOCAL, SHARE = 0.2, 0.02
 
 
+#: A debt is void where plain decoding turns out to be so many times as fast, or as slow, as it was thought to be.
+OTHER = 1.3
+
+
 #: Share of its estimated tokens that the fixed gamma should make.
 FAIR = 0.75
 
@@ -36,6 +40,8 @@ class Ledger:
         self.most = 0
         self.steps, self.budget = 0, budget
         self.interventions = 0
+        # Plain decoding's tokens per second when the budget's debt began, about.
+        self.plain = 0.0
         # The fixed gamma's tokens per step hereabouts; tokens so far, and the steps it would have needed for them.
         # Worth two steps at acceptance one half before there is data.
         self.local = 1.0 + sum(0.5**i for i in range(1, gamma + 1))
@@ -66,6 +72,14 @@ class Ledger:
             return False
         self.forget()
         return True
+
+    def told(self, plain: float) -> None:
+        """Take in plain decoding's tokens per second; a debt that was reckoned with quite another number is void."""
+        if self.plain / OTHER < plain < self.plain * OTHER:
+            return
+        if self.plain:
+            self.budget = max(self.budget, 0.0)
+        self.plain = plain
 
     def row(self) -> list[float]:
         """Everything that is saved."""

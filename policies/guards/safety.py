@@ -10,7 +10,8 @@ in expectation over the baseline's own luck, up to the probes below, and with th
 acceptances seen so far give them. The credit of good times is capped at ``4 * burn_in``, so that it cannot pay for a
 long bad time later. Where what the fixed gamma would have produced falls short of three quarters of its estimate by a
 burn-in, the estimate was of another time (another draft, say): it is made anew, and the burn-in starts anew. If the
-guard was just playing it, the policy returns to what it started from, too.
+guard was just playing it, the policy returns to what it started from, too. Where the machine turns out to be
+another one than the seconds were of, a debt that those seconds made is void.
 
 What the fixed gamma would have produced from where a step began is known from every step that drafted as many or met a
 rejection. Where the policy stopped earlier and all was accepted, the rest is estimated from the probes: they draft on
@@ -55,8 +56,6 @@ from policies.steps import Batch, Plan
 
 log = logging.getLogger(__name__)
 REVIEW_EVERY = 16
-
-
 #: Level, position where it ends, whether to sleep through it, the level's ledger.
 _Stretch: TypeAlias = tuple[str, int, bool, Ledger]
 
@@ -252,9 +251,8 @@ class SafetyGuard(PassesRows, Wrapper):
         if ledger.baseline == 0:  # the fixed gamma would have had to read as much
             seconds += reading
         rate = ledger.rate
-        if (
-            self._unread and decision.id in self._unread
-        ):  # reading would not have paid: the better baseline here is plain decoding
+        # Where reading would not have paid, the better baseline is plain decoding.
+        if self._unread and decision.id in self._unread:
             self._unread.remove(decision.id)
             rate = (1.0 - self.epsilon) / costs.spent(0, 0)
         budget, most = ledger.budget + outcome.produced - rate * seconds, self.burn_in
@@ -280,6 +278,7 @@ class SafetyGuard(PassesRows, Wrapper):
     def _review(self, ledger: Ledger, costs: LevelCosts) -> None:
         """Find the better baseline anew."""
         plain = 1.0 / float(costs.seconds[0])
+        ledger.told(plain)
         free = (1.0 - ledger.forwards) * ledger.gamma * costs.draft
         more = float(costs.seconds[ledger.gamma]) - free - 1.0 / plain
         fixed = ledger.tokens / ledger.fixed_steps / (1.0 / plain + ledger.offered * more)

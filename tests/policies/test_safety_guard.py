@@ -65,6 +65,20 @@ def _probes(guard: SafetyGuard, level: str) -> float:
     return 2.0 * sum(guard.ledger(level).probes)
 
 
+@pytest.mark.parametrize(("slower", "void"), [(1.0, False), (1.1, False), (3.0, True), (0.4, True)])
+def test_a_debt_that_another_machine_s_seconds_made_is_void(slower: float, void: bool) -> None:
+    """It says nothing of the policy; a debt under the seconds of this machine is paid off."""
+    guard = SafetyGuard(Stubborn(0))
+    guard.model.set_prior("fp16", CostPrior(0.001, (0.01, 0.01), 0.0))
+    guard.ledger("fp16").budget = -40.0
+    for _ in range(120):
+        k = guard.decide(Context()).gamma
+        decision = Decision(guard.policy.new_id(), k)
+        draft, verify = slower * 0.001 * k, slower * 0.01
+        guard.learn(decision, Outcome(k, 0, min(k, 1), 1, draft + verify, draft, verify))
+    assert (guard.ledger("fp16").budget > -10.0) == void
+
+
 def test_a_good_policy_is_left_alone() -> None:
     tapes = make_tapes(52, 20)
     guard = told(SafetyGuard(Stubborn(2)), "nf4")
