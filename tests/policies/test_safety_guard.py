@@ -71,12 +71,12 @@ def test_a_debt_that_another_machine_s_seconds_made_is_void(slower: float, void:
     guard = SafetyGuard(Stubborn(0))
     guard.model.set_prior("fp16", CostPrior(0.001, (0.01, 0.01), 0.0))
     guard.ledger("fp16").budget = -40.0
-    for _ in range(120):
+    for _ in range(40):
         k = guard.decide(Context()).gamma
         decision = Decision(guard.policy.new_id(), k)
         draft, verify = slower * 0.001 * k, slower * 0.01
         guard.learn(decision, Outcome(k, 0, min(k, 1), 1, draft + verify, draft, verify))
-    assert (guard.ledger("fp16").budget > -10.0) == void
+    assert (guard.ledger("fp16").budget > -20.0) == void
 
 
 def test_a_good_policy_is_left_alone() -> None:
